@@ -1,0 +1,35 @@
+# make train    train the quickstart on this machine's Python library, from nothing
+# make test     run the tests; PYTHON=python3.12 uses another interpreter, in its own .venv-3.12
+# make lint     ruff
+
+PYTHON ?= python3
+ifeq ($(PYTHON),python3)
+VENV ?= .venv
+else
+VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: train test lint clean
+
+train: $(VENV)/.ready
+	$(BIN)/python -m bltjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP_INSTALL) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache .hypothesis bltjax.egg-info

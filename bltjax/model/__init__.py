@@ -1,0 +1,1 @@
+"""The model; everything outside reaches it through `functional`."""

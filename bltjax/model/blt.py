@@ -1,0 +1,78 @@
+"""The byte latent transformer: embed, encode, global, decode (spec 0)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bltjax.config import BLTConfig
+from bltjax.model.embeddings import embed_bytes
+from bltjax.model.global_transformer import GlobalTransformer
+from bltjax.model.local_decoder import LocalDecoder
+from bltjax.model.local_encoder import LocalEncoder
+from bltjax.model.parameters import HashTables
+from bltjax.vocabulary import EOS_ID
+
+
+class BLT(nnx.Module):
+    def __init__(self, config: BLTConfig, key):
+        self.config = config
+        key_encoder, key_hash, key_global, key_decoder = jax.random.split(key, 4)
+        self.local_encoder = LocalEncoder(config, key_encoder)
+        if config.hash.sizes:
+            self.encoder_hash_tok_embedding = HashTables(
+                config.num_hash_tables,
+                config.hash.vocab,
+                config.local_encoder.dim,
+                std=config.local_encoder.dim**-0.5,
+                key=key_hash,
+            )
+        self.global_transformer = GlobalTransformer(config, key_global)
+        self.local_decoder = LocalDecoder(config, key_decoder)
+
+    def __call__(self, tokens, patches, document_ids=None):
+        """Logits and every intermediate, by name.
+
+        Args:
+          tokens: int32 [B, L] byte ids.
+          patches: PatchBuffers over L bytes and P patches.
+          document_ids: int32 [B, L]; bytes see only their own document. None: a document ends
+            with its EOS (spec 5.9).
+        Returns:
+          dict of `embedded` [B, L, E], `byte_states` [B, L, E], `patch_states` [B, P, patch_width],
+          `global_states` [B, P, G], `decoder_states` [layers, B, L, E], `logits` float32 [B, L, V].
+        """
+        if document_ids is None:
+            document_ids = documents_from_eos(tokens)
+        tables = self.encoder_hash_tok_embedding if self.config.hash.sizes else None
+        embedded = embed_bytes(tokens, self.local_encoder.tok_embeddings, tables, self.config)
+        byte_states, patch_states = self.local_encoder(embedded, patches, document_ids)
+        global_states = self.global_transformer(
+            patch_states, patch_documents(tokens, document_ids, patches.starts)
+        )
+        logits, decoder_states = self.local_decoder(
+            byte_states, global_states, patches, document_ids
+        )
+        return dict(
+            embedded=embedded,
+            byte_states=byte_states,
+            patch_states=patch_states,
+            global_states=global_states,
+            decoder_states=decoder_states,
+            logits=logits,
+        )
+
+
+def documents_from_eos(tokens):
+    """Document number of each byte [B, L]; an EOS is the last byte of its document."""
+    ends = (tokens == EOS_ID).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) - ends
+
+
+def patch_documents(tokens, document_ids, starts):
+    """Document of each patch [B, P]: that of its first byte (spec 5.9).
+
+    Patches past the last byte belong to the last document, or to a new one after its EOS.
+    """
+    after = document_ids[:, -1:] + (tokens[:, -1:] == EOS_ID)
+    padded = jnp.concatenate([document_ids, after], axis=1)
+    return jax.vmap(lambda row, i: row.at[i].get(mode="clip"))(padded, starts)

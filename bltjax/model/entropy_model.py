@@ -1,0 +1,35 @@
+"""The small byte language model whose entropies place the patches (spec 7)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bltjax.config import EntropyModelConfig
+from bltjax.model.blt import documents_from_eos
+from bltjax.model.parameters import Embedding, Linear, RMSNorm
+from bltjax.model.transformer import make_blocks, run_blocks
+
+
+class EntropyModel(nnx.Module):
+    def __init__(self, config: EntropyModelConfig, key):
+        self.config = config
+        stack = config.transformer
+        key_embed, key_blocks, key_out = jax.random.split(key, 3)
+        std = stack.dim**-0.5
+        self.tok_embeddings = Embedding(config.vocab_size, stack.dim, std=std, key=key_embed)
+        self.layers = make_blocks(stack, config.init, key_blocks)
+        self.norm = RMSNorm(stack.dim, stack.norm_eps)
+        self.output = Linear(
+            config.vocab_size, stack.dim, std=std, axes=(None, "embed"), key=key_out
+        )
+
+    def __call__(self, tokens, segments=None):
+        """tokens int32 [B, L], segments int32 [B, L] (None: split at EOS) -> dict of `logits`.
+
+        Logits are float32 [B, L, V].
+        """
+        if segments is None:
+            segments = documents_from_eos(tokens)
+        x = self.tok_embeddings(tokens, self.config.compute_dtype)
+        x = run_blocks(self.layers, self.config.transformer, x, segments, self.config.remat)
+        return dict(logits=self.output(self.norm(x)).astype(jnp.float32))

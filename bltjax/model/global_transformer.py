@@ -1,0 +1,34 @@
+"""The large transformer that runs once per patch (spec 5.7)."""
+
+import jax
+from flax import nnx
+
+from bltjax.config import BLTConfig
+from bltjax.model.parameters import Linear
+from bltjax.model.transformer import make_blocks, run_blocks
+
+
+class GlobalTransformer(nnx.Module):
+    """Input projection where widths differ, blocks, and no final norm."""
+
+    def __init__(self, config: BLTConfig, key):
+        self.config = config
+        key_blocks, key_in = jax.random.split(key)
+        stack = config.global_transformer
+        if config.patch_width != stack.dim:
+            self.token_embedding_projection = Linear(
+                stack.dim,
+                config.patch_width,
+                std=config.patch_width**-0.5,
+                axes=(None, "embed"),
+                key=key_in,
+            )
+        self.layers = make_blocks(stack, config.init, key_blocks)
+
+    def __call__(self, x, segments):
+        """x [B, P, patch_width], segments int32 [B, P] -> [B, P, G]."""
+        if self.config.patch_width != self.config.global_transformer.dim:
+            x = self.token_embedding_projection(x)
+        return run_blocks(
+            self.layers, self.config.global_transformer, x, segments, self.config.remat
+        )

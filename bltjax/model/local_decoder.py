@@ -1,0 +1,101 @@
+"""Patches back to bytes: cross-attention before windowed blocks, then logits (spec 5.8)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bltjax.config import BLTConfig
+from bltjax.model.cross_attention import add_residual, make_cross_layers, merge_slots
+from bltjax.model.parameters import Linear, RMSNorm
+from bltjax.model.transformer import layer_slice, make_blocks, scan_layers
+from bltjax.ops.pooling import take_patches
+from bltjax.ops.rotary import rotary_angles
+
+
+class LocalDecoder(nnx.Module):
+    def __init__(self, config: BLTConfig, key):
+        self.config = config
+        local, cross = config.local_decoder, config.cross_attention
+        global_dim = config.global_transformer.dim
+        key_patch, key_blocks, key_cross, key_out = jax.random.split(key, 4)
+        if self._has_projection:
+            self.patch_embedding_projection = Linear(
+                self._patch_dim,
+                global_dim,
+                std=global_dim**-0.5,
+                axes=(None, "embed"),
+                key=key_patch,
+            )
+        # base_std reaches the global stack only (spec 6).
+        init = dataclasses.replace(config.init, base_std=None)
+        self.layers = make_blocks(local, init, key_blocks)
+        if cross.decoder:
+            num_cross = local.num_layers if cross.all_layers_decoder else 1
+            self.cross_attn_layers = make_cross_layers(
+                local.dim, cross, local.norm_eps, init, num_cross, local.num_layers, key_cross
+            )
+        self.norm = RMSNorm(local.dim, local.norm_eps)
+        self.output = Linear(
+            config.vocab_size, local.dim, std=local.dim**-0.5, axes=(None, "embed"), key=key_out
+        )
+
+    @property
+    def _patch_dim(self) -> int:
+        """Width of a patch as the decoder reads it: k local vectors, or one without attention."""
+        cross = self.config.cross_attention
+        return self.config.local_decoder.dim * (cross.k if cross.decoder else 1)
+
+    @property
+    def _has_projection(self) -> bool:
+        """As published: unless global and local widths are equal (spec 5.8)."""
+        return (
+            self.config.global_transformer.dim != self.config.local_decoder.dim
+            or self._patch_dim != self.config.local_decoder.dim
+        )
+
+    def __call__(self, h, patch_states, patches, segments):
+        """h [B, L, E], patch_states [B, P, G] -> float32 logits [B, L, V], states [layers, B, L, E].
+
+        A byte reads `patches.decoder_ids`, the last patch complete once the byte is known.
+        """
+        config, local = self.config, self.config.local_decoder
+        if self._has_projection:
+            patch_states = self.patch_embedding_projection(patch_states)
+        angles = rotary_angles(h.shape[1], local.head_width, local.rope_theta)
+
+        def block_only(block, h):
+            return block(h, angles, segments)
+
+        if not config.cross_attention.decoder:
+            ids = patches.decoder_ids
+            h = h + take_patches(patch_states, ids) * (ids >= 0)[..., None].astype(h.dtype)
+            h, states = scan_layers(self.layers, h, block_only, config.remat)
+            return self._logits(h), states
+
+        k = config.cross_attention.k
+        patch_states = merge_slots(patch_states.reshape(*patch_states.shape[:2], k, local.dim))
+
+        def both(layer, h):
+            block, cross = layer
+            read = cross.bytes_from_patches(
+                h, patch_states, patches.decoder_ids, k, config.cross_attention.window_decoder
+            )
+            return block(
+                add_residual(h, read, config.cross_attention.doubled_residual), angles, segments
+            )
+
+        num_cross = local.num_layers if config.cross_attention.all_layers_decoder else 1
+        h, states = scan_layers(
+            (layer_slice(self.layers, 0, num_cross), self.cross_attn_layers), h, both, config.remat
+        )
+        if num_cross < local.num_layers:
+            h, more = scan_layers(
+                layer_slice(self.layers, num_cross, None), h, block_only, config.remat
+            )
+            states = jnp.concatenate([states, more])
+        return self._logits(h), states
+
+    def _logits(self, h):
+        return self.output(self.norm(h)).astype(jnp.float32)

@@ -1,0 +1,93 @@
+"""Bytes to patches: a few windowed blocks, pooling, and cross-attention (spec 5.6)."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from bltjax.config import BLTConfig
+from bltjax.model.cross_attention import add_residual, make_cross_layers, merge_slots, split_slots
+from bltjax.model.parameters import Embedding, Linear
+from bltjax.model.transformer import layer_slice, make_blocks, run_blocks, scan_layers
+from bltjax.ops.pooling import pool_patches
+from bltjax.ops.rotary import rotary_angles
+
+
+class LocalEncoder(nnx.Module):
+    def __init__(self, config: BLTConfig, key):
+        self.config = config
+        local, cross = config.local_encoder, config.cross_attention
+        key_embed, key_blocks, key_cross, key_patch = jax.random.split(key, 4)
+        std = local.dim**-0.5
+        self.tok_embeddings = Embedding(config.vocab_size, local.dim, std=std, key=key_embed)
+        # base_std reaches the global stack only (spec 6).
+        init = dataclasses.replace(config.init, base_std=None)
+        self.layers = make_blocks(local, init, key_blocks)
+        if cross.encoder:
+            num_cross = local.num_layers if cross.all_layers_encoder else 1
+            self.cross_attn_layers = make_cross_layers(
+                local.dim, cross, local.norm_eps, init, num_cross, local.num_layers, key_cross
+            )
+            self.patch_embedding_projection = Linear(
+                cross.k * local.dim, local.dim, std=std, axes=(None, "embed"), key=key_patch
+            )
+
+    def __call__(self, embedded, patches, segments):
+        """embedded [B, L, E] -> byte states h [B, L, E] and patches [B, P, patch_width]."""
+        local, remat = self.config.local_encoder, self.config.remat
+        if not self.config.cross_attention.encoder:
+            h = run_blocks(self.layers, local, embedded, segments, remat)
+            return h, self._pool(h, patches)
+        if not self.config.cross_attention.all_layers_encoder:
+            h = run_blocks(self.layers, local, embedded, segments, remat)
+            patch_states = self._read(
+                _only(self.cross_attn_layers), self._queries(h, patches), h, patches
+            )
+        else:
+            h, patch_states = self._alternate(embedded, patches, segments)
+        return h, _widen(patch_states, self.config.cross_attention.k)
+
+    def _alternate(self, h, patches, segments):
+        """Cross-attention after every block; the first one pools its queries, no other does."""
+        local = self.config.local_encoder
+        angles = rotary_angles(h.shape[1], local.head_width, local.rope_theta)
+
+        def both(layer, carry):
+            (block, cross), (h, patch_states) = layer, carry
+            h = block(h, angles, segments)
+            if patch_states is None:
+                patch_states = self._queries(h, patches)
+            return h, self._read(cross, patch_states, h, patches)
+
+        layers = (self.layers, self.cross_attn_layers)
+        carry = both(_only(layer_slice(layers, 0, 1)), (h, None))
+        if local.num_layers > 1:
+            carry, _ = scan_layers(layer_slice(layers, 1, None), carry, both, self.config.remat)
+        return carry
+
+    def _pool(self, h, patches):
+        return pool_patches(h, patches.encoder_ids, patches.lengths.shape[1], self.config.pooling)
+
+    def _queries(self, h, patches):
+        """k vectors of local width per patch, from its pooled bytes: [B, P*k, E]."""
+        wide = self.patch_embedding_projection(self._pool(h, patches))
+        k = self.config.cross_attention.k
+        return merge_slots(wide.reshape(*wide.shape[:2], k, wide.shape[2] // k))
+
+    def _read(self, cross, patch_states, h, patches):
+        config = self.config.cross_attention
+        read = cross.patches_from_bytes(
+            patch_states, h, patches.encoder_ids, config.k, config.window_encoder
+        )
+        return add_residual(patch_states, read, config.doubled_residual)
+
+
+def _widen(patch_states, k: int):
+    """[B, P*k, E] -> [B, P, k*E]: a patch is its k vectors side by side."""
+    slots = split_slots(patch_states, k)
+    return slots.reshape(*slots.shape[:2], -1)
+
+
+def _only(layers):
+    """The single layer of a stack of one, unstacked."""
+    return jax.tree.map(lambda w: w[0], layers)

@@ -1,0 +1,68 @@
+"""Parameters and the layers that own them, under the published names (spec 10.2).
+
+Matrices keep the published layout [out, in] and compute y = x W^T, so weights come and go without
+a transpose. They are held in float32 and cast to the activations' dtype where they are used.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bltjax import sharding
+from bltjax.ops.norm import rms_norm
+
+
+def truncated_normal(key, shape, std, spec):
+    """Normal cut at 3 sigma, the published initialiser (spec 6); born sharded."""
+    return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec)
+
+
+class Linear(nnx.Module):
+    """y = x W^T without bias; `axes` are the logical axes of W [out, in]."""
+
+    def __init__(self, out_dim, in_dim, *, std, axes, key):
+        self.axes = axes
+        self.weight = nnx.Param(truncated_normal(key, (out_dim, in_dim), std, sharding.spec(*axes)))
+
+    def __call__(self, x):
+        """x [B, L, in] -> [B, L, out]."""
+        weight = sharding.gather_weight(self.weight[...].astype(x.dtype))
+        split = self.axes[0] if self.axes[0] in ("heads", "ffn") else None
+        return jnp.einsum(
+            "bli,oi->blo", x, weight, out_sharding=sharding.spec("batch", None, split)
+        )
+
+
+class Embedding(nnx.Module):
+    """A row per byte id, whole on every device: 260 rows are not worth splitting."""
+
+    def __init__(self, rows, dim, *, std, key):
+        self.weight = nnx.Param(truncated_normal(key, (rows, dim), std, sharding.spec(None, None)))
+
+    def __call__(self, ids, dtype):
+        """ids int32 [B, L] -> [B, L, dim]."""
+        return sharding.lookup(self.weight[...].astype(dtype), ids)
+
+
+class HashTables(nnx.Module):
+    """The n-gram tables of all sizes and functions in one array [T, rows, dim] (spec 4.2)."""
+
+    def __init__(self, num_tables, rows, dim, *, std, key):
+        self.weight = nnx.Param(
+            truncated_normal(
+                key, (num_tables, rows, dim), std, sharding.spec(None, None, "hash_features")
+            )
+        )
+
+    def __call__(self, ids, dtype):
+        """ids int32 [B, L, T] -> their sum [B, L, dim]; cast after the lookup, rows are few."""
+        return sharding.lookup_sum(self.weight[...], ids).astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, dim, eps):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(dim, jnp.float32))
+
+    def __call__(self, x):
+        return rms_norm(x, self.weight[...], self.eps)

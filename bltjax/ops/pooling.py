@@ -1,0 +1,55 @@
+"""Reductions of bytes over the patches that hold them.
+
+`ids` [B, L] names the patch of each byte and never decreases along a row. Bytes whose id lies
+outside 0..P-1 are left out. The batch is a vmap, so that rows may be sharded.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def segment_sum(x: jax.Array, ids: jax.Array, num_patches: int) -> jax.Array:
+    """Sum of x [B, L, ...] over the bytes of each patch -> [B, P, ...]; 0 where there are none."""
+    return _reduce(x, ids, num_patches, "add", 0)
+
+
+def segment_max(x: jax.Array, ids: jax.Array, num_patches: int) -> jax.Array:
+    """Maximum of x [B, L, ...] over the bytes of each patch -> [B, P, ...]; -inf without bytes.
+
+    Equal maxima share the gradient evenly, as in the published code (spec 3.5).
+    """
+    return _reduce(x, ids, num_patches, "max", -jnp.inf)
+
+
+def take_patches(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Row ids[b, t] of x [B, P, ...] for each byte -> [B, L, ...]; ids outside are clipped."""
+    return jax.vmap(lambda row, i: row.at[i].get(mode="clip", wrap_negative_indices=False))(x, ids)
+
+
+def pool_patches(h: jax.Array, ids: jax.Array, num_patches: int, mode: str) -> jax.Array:
+    """One vector per patch from the byte states h [B, L, E] -> [B, P, E]; 0 for empty patches.
+
+    mode: "max", "min" or "mean" (spec 5.10).
+    """
+    if mode == "mean":
+        count = segment_sum(jnp.ones_like(h[..., :1]), ids, num_patches)
+        return segment_sum(h, ids, num_patches) / jnp.maximum(count, 1)
+    sign = -1 if mode == "min" else 1
+    extreme = segment_max(sign * h, ids, num_patches)
+    return jnp.where(jnp.isneginf(extreme), 0, sign * extreme)
+
+
+def _reduce(x, ids, num_patches, operation, start):
+    return jax.vmap(
+        functools.partial(_reduce_row, num_patches=num_patches, operation=operation, start=start)
+    )(x, ids)
+
+
+def _reduce_row(x, ids, *, num_patches, operation, start):
+    # Spread a slice of x rather than making a fresh array: it keeps x's sharding (of heads, say).
+    empty = jnp.broadcast_to(jnp.full_like(x[:1], start), (num_patches, *x.shape[1:]))
+    return getattr(empty.at[ids], operation)(
+        x, indices_are_sorted=True, mode="drop", wrap_negative_indices=False
+    )

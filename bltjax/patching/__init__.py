@@ -1,0 +1,1 @@
+"""Where patches start, and the static buffers that carry them through a jitted step."""

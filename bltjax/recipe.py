@@ -1,0 +1,362 @@
+"""A run from text to a measured model: the stages of a RunConfig, each resuming by itself.
+
+    entropy_model   train the small byte model                       workdir/entropy_model/
+    entropies       run it over the corpus, calibrate the threshold  workdir/entropies/
+    blt             train the byte latent transformer                workdir/blt/
+    evaluate        bits per byte of held-out files, and baselines
+    sample          a continuation, and the patches of a sentence
+
+A stage that a run leaves out must have been done in the same working directory before, or not be
+needed: rules such as `space` use no entropies.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from bltjax import sharding
+from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, differences, to_dict
+from bltjax.data.entropies import corpus_entropies, make_entropy_fn
+from bltjax.data.packing import Row, pack_bytes, pack_patches, stack, utilisation
+from bltjax.data.sources import Document, python_library_root, read_documents, split_by_file
+from bltjax.evaluation.baselines import baselines
+from bltjax.evaluation.bits_per_byte import evaluate
+from bltjax.flops import format_report, parameter_report
+from bltjax.inference.decode import generate_by_recompute, row_patch_starts
+from bltjax.model import functional
+from bltjax.patching.boundaries import lengths_from_starts, patch_starts
+from bltjax.patching.calibrate import calibrate_threshold, mean_patch_bytes
+from bltjax.training.checkpoint import load_params
+from bltjax.training.loop import train
+from bltjax.training.optimizer import make_optimizer
+from bltjax.training.state import abstract_state
+from bltjax.training.step import make_eval_step
+from bltjax.vocabulary import encode
+
+SHARD_BYTES = 1_000_000  # of a corpus's entropies in one file, the unit of resuming
+
+
+class Corpus(NamedTuple):
+    train: list[Document]  # in the seeded order in which runs read them
+    validation: list[Document]
+
+
+class Prepared(NamedTuple):
+    """What must be right before anything is written."""
+
+    config: RunConfig
+    workdir: Path
+    corpus: Corpus
+    mesh: jax.sharding.Mesh
+
+
+def prepare(config: RunConfig, workdir: str | os.PathLike) -> Prepared:
+    """Check everything a run needs. Raises ValueError or OSError naming the value and remedy."""
+    mesh = sharding.make_mesh(config.mesh)
+    shards = sharding.num_row_shards(mesh)
+    for name, size in (
+        ("entropy_training.batch_size", config.entropy_training.batch_size),
+        ("blt_training.batch_size", config.blt_training.batch_size),
+        ("evaluation.batch_size", config.evaluation.batch_size),
+    ):
+        if size % shards:
+            raise ValueError(
+                f"{name}={size} is not divisible by the {shards} row shards of "
+                f"mesh={dict(mesh.shape)}: change one"
+            )
+    corpus = read_corpus(config)
+    workdir = Path(workdir).absolute()
+    claim_workdir(config, workdir)
+    return Prepared(config, workdir, corpus, mesh)
+
+
+def read_corpus(config: RunConfig) -> Corpus:
+    """The documents of a run, split by file, training documents in seeded order."""
+    data = config.data
+    root = Path(data.root) if data.root else python_library_root()
+    documents = read_documents(root, data.suffixes, data.exclude, data.max_bytes)
+    train_documents, validation = split_by_file(documents, data.validation_fraction, data.seed)
+    order = np.random.default_rng(data.seed).permutation(len(train_documents))
+    return Corpus([train_documents[i] for i in order], validation)
+
+
+def claim_workdir(config: RunConfig, workdir: Path):
+    """Write the config into a new working directory, or hold it against the one there."""
+    path = workdir / "config.json"
+    if path.exists():
+        changed = differences(json.loads(path.read_text()), to_dict(config))
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run of another config ({changed[0]}"
+                f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}): "
+                "choose another --workdir, or give the settings it was started with"
+            )
+        return
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(
+            f"{workdir} is not empty and holds no run (no config.json): choose a new --workdir"
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, to_dict(config))
+
+
+def run(prepared: Prepared) -> dict:
+    """All stages in order -> the result, also in workdir/result.json."""
+    config, workdir, corpus, mesh = prepared
+    started = time.perf_counter()
+    result = dict(workdir=str(workdir), compilations={}, parameters={})
+    describe(prepared)
+    with jax.set_mesh(mesh):
+        if "entropy_model" in config.stages:
+            train_entropy_model(config, workdir, corpus, result)
+        patching, documents = config.patching, None
+        if "entropies" in config.stages or "blt" in config.stages:
+            patching, documents = find_patches(config, workdir, corpus, result)
+        if "blt" in config.stages:
+            train_blt(config, workdir, documents, result)
+        if "evaluate" in config.stages:
+            evaluate_blt(config, workdir, corpus, documents, result)
+        if "sample" in config.stages:
+            show_sample(config, workdir, patching, result)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(workdir / "result.json", result)
+    return result
+
+
+def describe(prepared: Prepared):
+    config, workdir, corpus, mesh = prepared
+    sizes = [sum(len(d.data) for d in part) for part in corpus]
+    print(
+        f"corpus: {len(corpus.train)} files, {sizes[0] / 1e6:.2f} MB for training; "
+        f"{len(corpus.validation)} files, {sizes[1] / 1e6:.2f} MB held out\n"
+        f"mesh: {dict(mesh.shape)} on {jax.devices()[0].device_kind}; workdir: {workdir}",
+        flush=True,
+    )
+
+
+def train_entropy_model(config: RunConfig, workdir: Path, corpus: Corpus, result: dict):
+    """Stage 1."""
+    report("entropy_model", config.entropy_model, result)
+    stage = config.entropy_training
+    documents = take_bytes(corpus.train, stage.steps * stage.batch_size * stage.row_bytes)
+    rows = stack(pack_bytes((encode(d.data) for d in documents), stage.row_bytes))
+    trained = train("entropy_model", config.entropy_model, stage, rows, workdir / "entropy_model")
+    result["compilations"]["entropy_model"] = trained.compilations
+
+
+class Patched(NamedTuple):
+    """Documents as ids, and where their patches start."""
+
+    train: list[tuple[np.ndarray, np.ndarray]]
+    validation: list[tuple[np.ndarray, np.ndarray]]
+    mean_patch_bytes: float
+
+
+def find_patches(config: RunConfig, workdir: Path, corpus: Corpus, result: dict):
+    """Stage 2 -> the PatchingConfig with the calibrated threshold, and Patched documents.
+
+    Only as many training documents as the next stage reads go through the entropy model.
+    """
+    patching, stage = config.patching, config.blt_training
+    documents = take_bytes(corpus.train, stage.steps * stage.batch_size * stage.row_bytes)
+    ids = [[encode(d.data) for d in part] for part in (documents, corpus.validation)]
+    entropies = [[None] * len(part) for part in ids]
+    if patching.rule in ENTROPY_RULES:
+        entropies = entropies_of(config, workdir, ids, result)
+        if patching.target_patch_bytes is not None:
+            threshold = calibrate_threshold(
+                entropies[0], patching.target_patch_bytes, patching.rule
+            )
+            patching = dataclasses.replace(patching, threshold=threshold)
+        write_json(workdir / "patching.json", to_dict(patching))
+        result["threshold"] = patching.threshold
+    train_part, validation = (
+        [(i, patch_starts(patching, i, h)[: len(i)]) for i, h in zip(*part, strict=True)]
+        for part in zip(ids, entropies, strict=True)
+    )
+    mean = mean_patch_bytes([starts for _, starts in train_part])
+    result["mean_patch_bytes"] = mean
+    print(
+        f"patches: {mean:.2f} bytes on average"
+        + (f" at threshold {patching.threshold:.4f} nats" if entropies[0][0] is not None else ""),
+        flush=True,
+    )
+    return patching, Patched(train_part, validation, mean)
+
+
+def entropies_of(config: RunConfig, workdir: Path, ids, result: dict) -> list[list[np.ndarray]]:
+    """Entropies of the (training, validation) documents, shard by shard; done shards are read."""
+    directory = workdir / "entropies"
+    directory.mkdir(exist_ok=True)
+    entropy_fn = make_entropy_fn(config.entropy_model, config.patching.reset_at_newlines)
+    params, found = None, []
+    for name, part in zip(("train", "validation"), ids, strict=True):
+        values = []
+        for number, shard in enumerate(shards_of(part)):
+            path = directory / f"{name}-{number:05d}.npy"
+            if not path.exists():
+                params = params or entropy_params(config, workdir)
+                computed = corpus_entropies(
+                    entropy_fn,
+                    params,
+                    config.entropy_model,
+                    shard,
+                    max(config.entropy_training.row_bytes, 2 * receptive_bytes(config)),
+                    config.entropy_training.batch_size,
+                    lambda line, n=number: print(f"{name} shard {n + 1}: {line}", flush=True),
+                )
+                save_array(path, np.concatenate(computed))
+            stored = np.load(path)
+            values += np.split(stored, np.cumsum([len(i) for i in shard])[:-1])
+        found.append(values)
+    result["compilations"]["entropies"] = entropy_fn._cache_size()
+    return found
+
+
+def receptive_bytes(config: RunConfig) -> int:
+    stack = config.entropy_model.transformer
+    return stack.num_layers * (stack.window - 1)
+
+
+def shards_of(documents):
+    """Consecutive documents in groups of about SHARD_BYTES."""
+    group, size = [], 0
+    for ids in documents:
+        group.append(ids)
+        size += len(ids)
+        if size >= SHARD_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def train_blt(config: RunConfig, workdir: Path, documents: Patched, result: dict):
+    """Stage 3."""
+    report("blt", config.blt, result)
+    rows = pack(config, documents, documents.train)
+    result.update(utilisation(rows))
+    print(
+        f"rows: {len(rows.tokens)} of {rows.tokens.shape[1]} bytes and "
+        f"{rows.patch_lengths.shape[1]} patches; {result['byte_utilisation']:.1%} of byte "
+        f"positions and {result['patch_utilisation']:.1%} of patch slots are real",
+        flush=True,
+    )
+    trained = train("blt", config.blt, config.blt_training, rows, workdir / "blt")
+    result["compilations"]["blt"] = trained.compilations
+
+
+def evaluate_blt(
+    config: RunConfig, workdir: Path, corpus: Corpus, documents: Patched | None, result: dict
+):
+    """Stage 4: bits per byte of the held-out files, beside n-gram models and xz."""
+    if documents is None:
+        _, documents = find_patches(config, workdir, corpus, result)
+    eval_step = make_eval_step(config.blt)
+    rows = pack(config, documents, documents.validation)
+    sums = evaluate(eval_step, blt_params(config, workdir), rows, config.evaluation.batch_size)
+    result["bits_per_byte"] = sums["bits_per_byte"]
+    result["validation_bytes"] = int(sums["bytes"])
+    result["compilations"]["evaluate"] = eval_step._cache_size()
+    print(
+        f"held out: {sums['bits_per_byte']:.4f} bits per byte over {sums['bytes']:.0f} bytes",
+        flush=True,
+    )
+    if config.evaluation.baselines:
+        result["baselines"] = baselines(*([d.data for d in part] for part in corpus))
+        print(
+            "baselines: " + ", ".join(f"{k} {v:.3f}" for k, v in result["baselines"].items()),
+            flush=True,
+        )
+
+
+def show_sample(config: RunConfig, workdir: Path, patching: PatchingConfig, result: dict):
+    """Stage 5: a continuation of the prompt, and the patches of a sentence."""
+    settings, params = config.evaluation, blt_params(config, workdir)
+    entropy_config, entropy = None, None
+    if patching.rule in ENTROPY_RULES:
+        entropy_config, entropy = config.entropy_model, entropy_params(config, workdir)
+        stored = workdir / "patching.json"
+        patching = dataclasses.replace(
+            patching, threshold=json.loads(stored.read_text())["threshold"]
+        )
+    continuation = generate_by_recompute(
+        config.blt,
+        params,
+        entropy_config,
+        entropy,
+        patching,
+        settings.prompt,
+        max_new_bytes=settings.sample_bytes,
+        temperature=settings.temperature,
+    )
+    text = settings.prompt + continuation.decode("utf-8", errors="replace")
+    print(f"sample:\n{text}\n", flush=True)
+
+    ids = encode(settings.sentence, add_eos=False)
+    starts, _ = row_patch_starts(patching, entropy_config, entropy, sharding.one_per_shard(ids))
+    lengths = lengths_from_starts(np.asarray(starts)[0, : len(ids)])
+    pieces = np.split(
+        np.frombuffer(settings.sentence.encode(), np.uint8), np.cumsum(lengths)[:-1] - 1
+    )[1:]  # the first patch is BOS alone
+    result["patches"] = [bytes(p).decode("utf-8", errors="replace") for p in pieces]
+    print("patches:\n" + "|".join(result["patches"]), flush=True)
+    result["sample"] = text
+
+
+def pack(config: RunConfig, documents: Patched, part) -> Row:
+    """Rows of both budgets; the default patch budget follows from the measured mean patch."""
+    stage = config.blt_training
+    wanted = -(-stage.row_bytes / documents.mean_patch_bytes // 8) * 8
+    patches = stage.row_patches or int(min(stage.row_bytes, max(wanted, 8)))
+    return stack(pack_patches(part, stage.row_bytes, patches))
+
+
+def take_bytes(documents: list[Document], num_bytes: int) -> list[Document]:
+    """The first documents that together hold at least `num_bytes`, or all."""
+    taken, total = [], 0
+    for document in documents:
+        if total >= num_bytes:
+            break
+        taken.append(document)
+        total += len(document.data)
+    return taken
+
+
+def report(stage: str, model_config, result: dict):
+    counts = parameter_report(functional.abstract_params(model_config))
+    result["parameters"][stage] = counts
+    print(f"{stage}: {format_report(counts)}", flush=True)
+
+
+def entropy_params(config: RunConfig, workdir: Path) -> dict:
+    return trained_params(config.entropy_model, config.entropy_training, workdir / "entropy_model")
+
+
+def blt_params(config: RunConfig, workdir: Path) -> dict:
+    return trained_params(config.blt, config.blt_training, workdir / "blt")
+
+
+def trained_params(model_config, stage, directory: Path) -> dict:
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    return load_params(directory / "checkpoints", abstract_state(model_config, optimizer))
+
+
+def write_json(path: Path, value: dict):
+    """Atomically: a killed process leaves the old file or the new one, never half of one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
+
+
+def save_array(path: Path, array: np.ndarray):
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    os.replace(partial, path)

@@ -1,0 +1,129 @@
+"""Mesh axes and what is sharded over them; the only file that names mesh axes.
+
+The mesh is always set (`jax.set_mesh(make_mesh(...))`) and its axes are Explicit: every array's
+type carries its sharding, so a wrong layout is an error while tracing. One device is a (1, 1, 1)
+mesh. Code elsewhere speaks of logical axes, and `spec` turns them into mesh axes:
+
+    batch          data, fsdp   rows of a batch
+    embed          fsdp         model width of a weight matrix; gathered just before use
+    heads, ffn     tensor       attention heads, hidden feed-forward units
+    hash_features  fsdp         features of the hash tables (never their rows: see lookup)
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec, reshard
+
+from bltjax.config import MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+_RULES = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "ffn": "tensor",
+    "hash_features": "fsdp",
+    None: None,
+}
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.Mesh:
+    """The (data, fsdp, tensor) mesh over `devices` (default: all).
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = 1
+    for size in sizes:
+        known *= 1 if size == -1 else size
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    elif known != len(devices) or -1 in sizes:
+        raise ValueError(
+            f"mesh={tuple(sizes)} (data, fsdp, tensor) does not fit {len(devices)} "
+            f"device(s): the sizes must multiply to {len(devices)}, -1 fills one axis"
+        )
+    return jax.make_mesh(
+        tuple(sizes), MESH_AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    )
+
+
+def num_row_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec(*logical_axes: str | None) -> PartitionSpec:
+    """PartitionSpec of an array whose dimensions carry these logical axes."""
+    return PartitionSpec(*(_RULES[axis] for axis in logical_axes))
+
+
+def batch_spec(ndim: int) -> PartitionSpec:
+    """PartitionSpec of an activation [B, ...]: rows sharded, the rest whole."""
+    return spec("batch", *(None,) * (ndim - 1))
+
+
+def gather_weight(weight: jax.Array) -> jax.Array:
+    """A weight whole over fsdp, still split over tensor; the gather of fully sharded data parallel.
+
+    Cast to the compute dtype first, so that half the bytes travel.
+    """
+    axes = jax.typeof(weight).sharding.spec
+    return reshard(weight, PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes)))
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows `ids` [B, L] of a replicated table [V, E] -> [B, L, E]."""
+    return table.at[ids].get(out_sharding=batch_spec(ids.ndim + 1))
+
+
+def lookup_sum(tables: jax.Array, ids: jax.Array) -> jax.Array:
+    """Sum over T tables [T, V, E@fsdp] of their rows `ids` [B, L, T] -> [B, L, E].
+
+    Every chip of an fsdp group looks up its slice of the features for the rows of the whole
+    group, sums over tables, and one all-to-all of [B, L, E] hands each chip its rows. Sharding
+    the tables' rows instead would all-reduce the activations of the global batch.
+    """
+    num_tables, rows, dim = tables.shape
+    flat = tables.reshape(num_tables * rows, dim)
+    ids = ids + rows * jax.lax.iota(ids.dtype, num_tables)
+    ids = reshard(ids, PartitionSpec("data", None, None))
+    embedded = flat.at[ids].get(out_sharding=PartitionSpec("data", None, None, "fsdp"))
+    return reshard(embedded.sum(axis=2), batch_spec(3))
+
+
+def shard_rows(tree):
+    """A pytree of arrays [B, ...] with rows sharded over the mesh, inside jit or out."""
+    return jax.tree.map(lambda x: reshard(x, batch_spec(jnp.ndim(x))), tree)
+
+
+def one_per_shard(row: jax.Array) -> jax.Array:
+    """A single row [L] as a batch with one copy per row shard, the smallest that a mesh holds."""
+    rows = num_row_shards(jax.sharding.get_abstract_mesh())
+    return shard_rows(jnp.broadcast_to(row, (rows, *row.shape)))
+
+
+def first_row(batch: jax.Array) -> jax.Array:
+    """The first row of a batch, whole on every device."""
+    return reshard(batch, PartitionSpec())[0]
+
+
+def put_batch(batch):
+    """A pytree of host arrays [B, ...], placed with rows sharded over the mesh."""
+    mesh = jax.sharding.get_mesh()
+    return jax.tree.map(
+        lambda x: jax.device_put(x, jax.NamedSharding(mesh, batch_spec(x.ndim))), batch
+    )
+
+
+def concrete(tree):
+    """A pytree of ShapeDtypeStructs from `jax.eval_shape`, with shardings on the mesh's devices."""
+    mesh = jax.sharding.get_mesh()
+
+    def place(x):
+        # Scalars come out of eval_shape without a sharding.
+        axes = x.sharding.spec if x.sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, axes))
+
+    return jax.tree.map(place, tree)

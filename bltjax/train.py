@@ -1,0 +1,66 @@
+"""Train from a config: `python -m bltjax.train --config=configs/quickstart.py --workdir=DIR`.
+
+Settings change on the command line, for example `--config.blt_training.steps=100`. Run the same
+command again and it goes on where it stopped.
+"""
+
+import json
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and results go.")
+
+USER_ERROR = 2  # exit code: the command, the data or the working directory is at fault
+DIVERGED = 3  # exit code: the loss became NaN or infinite
+
+
+def main(argv):
+    if len(argv) > 1:
+        _fail(f"unexpected argument {argv[1]!r}: settings are given as --config.name=value")
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        _fail("give both --config=configs/NAME.py and --workdir=DIR")
+    # Imported late: --help and wrong settings answer at once, without loading JAX.
+    from bltjax.config import RunConfig, from_config_dict
+
+    try:
+        config = from_config_dict(RunConfig, _CONFIG.value)
+    except ValueError as error:
+        _fail(error)
+
+    from bltjax import recipe
+    from bltjax.training.checkpoint import CheckpointError
+    from bltjax.training.loop import NonFiniteLoss
+
+    try:
+        prepared = recipe.prepare(config, _WORKDIR.value)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    try:
+        result = recipe.run(prepared)
+    except CheckpointError as error:
+        _fail(error)
+    except NonFiniteLoss as error:
+        _fail(error, DIVERGED)
+    print(json.dumps(result))
+
+
+def _parse(argv):
+    """absl's parser, with the tracebacks of mistyped settings turned into one line."""
+    try:
+        remaining = flags.FLAGS(argv)
+        _CONFIG.value  # a missing or broken file shows only when it is read
+        return remaining
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+        _fail(error)
+
+
+def _fail(error, code: int = USER_ERROR):
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

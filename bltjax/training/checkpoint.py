@@ -1,0 +1,95 @@
+"""Checkpoints: the training state and the data position, saved together; the only Orbax import.
+
+A checkpoint appears under its step number only when it is whole: a process killed while it
+writes leaves a temporary directory, which the next run removes.
+"""
+
+import logging
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import FixedIntervalPolicy, LatestN
+
+from bltjax import sharding
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names it and the remedy."""
+
+
+class Checkpoints:
+    """The checkpoints of one training stage, newest `keep` of those at every `every` steps."""
+
+    def __init__(self, directory: Path, every: int = 1, keep: int = 1):
+        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs dozens of lines per save
+        self.directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=FixedIntervalPolicy(every),
+                preservation_policy=LatestN(keep),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def is_due(self, step: int) -> bool:
+        return self._manager.should_save(step)
+
+    def save(self, step: int, state, data_position: dict, force: bool = False):
+        """Start saving in the background; an error shows in the next call or in `close`."""
+        self._manager.save(
+            step,
+            force=force,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, abstract_state):
+        """The newest (state, data position), sharded as `abstract_state` says; None without one.
+
+        Raises CheckpointError for a damaged checkpoint or one of another model.
+        """
+        step = self.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(sharding.concrete(abstract_state)),
+            data=ocp.args.JsonRestore(),
+        )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # Orbax raises bare Exceptions for damaged files
+            older = [s for s in self._manager.all_steps() if s < step]
+            remedy = f"to resume from step {max(older)}" if older else "to start this stage anew"
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} cannot be read "
+                f"({reason}); delete that directory {remedy}"
+            ) from error
+        return restored["state"], restored["data"]
+
+    def wait(self):
+        """Until the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        self._manager.close()
+
+
+def load_params(directory: Path, abstract_state) -> dict:
+    """The parameters in the newest checkpoint of a stage.
+
+    Raises FileNotFoundError if there is none, CheckpointError if it is damaged.
+    """
+    checkpoints = Checkpoints(directory)
+    try:
+        restored = checkpoints.restore(abstract_state)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
+    return restored[0].params

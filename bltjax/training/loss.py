@@ -1,0 +1,36 @@
+"""Next-byte cross-entropy and what is counted in bits per byte."""
+
+import jax
+import jax.numpy as jnp
+
+from bltjax.vocabulary import BYTE_OFFSET
+
+LN2 = 0.6931471805599453
+
+
+def next_byte_nats(logits, targets):
+    """Cross-entropy in nats of each target: logits [B, L, V], targets int [B, L] -> [B, L]."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def loss_sums(logits, targets, mask):
+    """Float32 sums over a batch: nats and number of trained targets, the same for raw bytes.
+
+    Bits per byte count raw bytes only: neither the nats nor the number hold BOS or EOS, so the
+    figure compares with any compressor's.
+    """
+    nats = next_byte_nats(logits, targets)
+    raw = mask & (targets >= BYTE_OFFSET)
+    return dict(
+        nats=jnp.sum(nats * mask),
+        targets=jnp.sum(mask, dtype=jnp.float32),
+        byte_nats=jnp.sum(nats * raw),
+        bytes=jnp.sum(raw, dtype=jnp.float32),
+    )
+
+
+def bits_per_byte(sums) -> float:
+    """Bits per raw byte of `loss_sums` (or of several added up)."""
+    return sums["byte_nats"] / sums["bytes"] / LN2

@@ -1,0 +1,84 @@
+"""What a run says of itself: a progress line, JSON lines, TensorBoard."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsLog:
+    """Writes each logged step to `metrics.jsonl`, TensorBoard and the console.
+
+    Opened at step s it drops what an interrupted run wrote for s and later, so that a resumed run
+    leaves the same lines as one that was never interrupted.
+    """
+
+    def __init__(self, directory: Path, stage: str, first_step: int, num_steps: int):
+        self.stage, self.num_steps = stage, num_steps
+        self.path = Path(directory) / "metrics.jsonl"
+        kept = [line for line in _lines(self.path) if line["step"] < first_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._tensorboard = SummaryWriter(
+            str(Path(directory) / "tensorboard"), purge_step=first_step
+        )
+        self._last_step, self._last_time, self._bytes = first_step, time.perf_counter(), 0.0
+
+    def count(self, num_bytes: float):
+        """Real bytes of a step, for the bytes per second of the next line."""
+        self._bytes += float(num_bytes)
+
+    def write(self, step: int, values: dict):
+        """Log the metrics of `step` (completed steps before it)."""
+        now = time.perf_counter()
+        seconds = now - self._last_time
+        steps = step + 1 - self._last_step
+        line = dict(
+            step=step,
+            **{k: float(v) for k, v in values.items()},
+            bytes_per_second=self._bytes / seconds,
+            seconds_per_step=seconds / steps,
+        )
+        with self.path.open("a") as file:
+            file.write(
+                json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n"
+            )
+        for key, value in line.items():
+            if key != "step" and math.isfinite(value):
+                self._tensorboard.add_scalar(f"{self.stage}/{key}", value, step)
+        eta = (self.num_steps - step - 1) * line["seconds_per_step"]
+        print(
+            f"{self.stage} step {step + 1}/{self.num_steps} ({(step + 1) / self.num_steps:.0%}) "
+            f"loss {line['loss']:.3f} bits/byte {line['bits_per_byte']:.3f} "
+            f"lr {line['learning_rate']:.1e} grad {line['grad_norm']:.2f} | "
+            f"{line['bytes_per_second'] / 1e3:.1f} KB/s {line['seconds_per_step']:.2f} s/step | "
+            f"eta {format_seconds(eta)}",
+            flush=True,
+        )
+        self._last_step, self._last_time, self._bytes = step + 1, now, 0.0
+
+    def close(self):
+        self._tensorboard.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """45s, 3m07s, 2h05m."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes}m{seconds:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def _lines(path: Path) -> list[dict]:
+    """Whole lines of a JSON-lines file; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found

@@ -1,0 +1,38 @@
+"""Byte vocabulary: four special ids, then the 256 byte values. Spec section 1."""
+
+import numpy as np
+
+PAD_ID = 0  # Published as BOE, "beginning of example"; no example starts with it, so it pads.
+BOS_ID = 1
+EOS_ID = 2
+BPE_ID = 3  # Ends a patch in the "bpe" patching rule; never emitted by `encode`.
+BYTE_OFFSET = 4  # Byte value b has id b + BYTE_OFFSET.
+VOCAB_SIZE = BYTE_OFFSET + 256
+
+
+def encode(text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.ndarray:
+    """Returns the ids int32 [S] of a document. Spec 1.2.
+
+    Any bytes are valid text. A str is encoded as UTF-8; characters that UTF-8 cannot hold (lone
+    surrogates) are dropped, as published.
+    """
+    if isinstance(text, str):
+        text = text.encode("utf-8", errors="ignore")
+    ids = np.frombuffer(text, np.uint8).astype(np.int32) + BYTE_OFFSET
+    return np.pad(ids, (int(add_bos), int(add_eos)), constant_values=(BOS_ID, EOS_ID))
+
+
+def decode(ids, cut_at_eos: bool = False) -> bytes:
+    """Returns the bytes of ids [S], special and negative ids dropped; inverts `encode`. Spec 1.2.
+
+    With `cut_at_eos`, ids after the first EOS are ignored. Raises ValueError for ids past the
+    vocabulary.
+    """
+    ids = np.asarray(ids, np.int64)
+    if cut_at_eos and (ids == EOS_ID).any():
+        ids = ids[: np.argmax(ids == EOS_ID)]
+    if (ids >= VOCAB_SIZE).any():
+        raise ValueError(
+            f"id {ids.max()} is past the byte vocabulary: valid ids are below {VOCAB_SIZE}"
+        )
+    return (ids[ids >= BYTE_OFFSET] - BYTE_OFFSET).astype(np.uint8).tobytes()

@@ -1,0 +1,37 @@
+"""From the text every machine has to a measured byte latent transformer, in minutes.
+
+Command:   make train
+           python -m bltjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+Hardware:  2 CPU cores.
+"""
+
+from bltjax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.seed = 42
+
+    entropy = config.entropy_model.transformer
+    entropy.dim, entropy.num_layers, entropy.num_heads = 64, 1, 1
+    entropy.window, entropy.ffn_multiple_of = 64, 32
+    training = config.entropy_training
+    training.steps, training.batch_size, training.row_bytes = 300, 8, 1024
+    training.checkpoint_every = 100
+    training.optimizer.learning_rate = 1e-2
+    training.optimizer.warmup_steps = 20
+
+    blt = config.blt
+    for stack in (blt.local_encoder, blt.local_decoder):
+        stack.dim, stack.num_layers, stack.num_heads = 64, 1, 1
+        stack.window, stack.ffn_multiple_of = 64, 32
+    blt.global_transformer.dim, blt.global_transformer.num_layers = 192, 2
+    blt.global_transformer.num_heads, blt.global_transformer.ffn_multiple_of = 3, 32
+    blt.cross_attention.k, blt.cross_attention.num_heads = 2, 1
+    blt.hash.vocab = 32_768
+    training = config.blt_training
+    training.steps, training.batch_size, training.row_bytes = 600, 8, 1024
+    training.checkpoint_every = 200
+    training.optimizer.learning_rate = 3e-3
+    training.optimizer.warmup_steps = 50
+    return config

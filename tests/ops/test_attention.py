@@ -1,0 +1,179 @@
+"""Every attention against a softmax under a dense mask, and proof that no dense mask is made."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bltjax.ops.attention import (bytes_from_patches_attention, causal_attention,
+                                  patches_from_bytes_attention, window_attention)
+
+SEEDS = 4
+# Cross-attention: letters as in ops/attention.py.
+B, L, P, K, H, D = 2, 21, 7, 2, 3, 4
+
+
+def dense_attention(q, k, v, mask, cotangent):
+    """Masked softmax attention and its gradients in q, k and v, in float64.
+
+    q [B, S, H, D], k and v [B, T, G, D], mask bool [B, S, T]. A query that sees nothing gives 0.
+    """
+    q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
+    group = q.shape[2] // k.shape[2]
+    k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    scale, mask = q.shape[-1] ** -0.5, mask[:, None]
+    scores = np.where(mask, np.einsum("bshd,bthd->bhst", q, k) * scale, -1e300)
+    weights = np.exp(scores - scores.max(-1, keepdims=True)) * mask
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    grad_weights = np.einsum("bshd,bthd->bhst", cotangent, v)
+    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdims=True)) * scale
+
+    def heads_of_groups(x):
+        return x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3)
+
+    return (np.einsum("bhst,bthd->bshd", weights, v),
+            np.einsum("bhst,bthd->bshd", grad_scores, k),
+            heads_of_groups(np.einsum("bhst,bshd->bthd", grad_scores, q)),
+            heads_of_groups(np.einsum("bhst,bshd->bthd", weights, cotangent)))
+
+
+def with_gradients(attention):
+    """jitted (q, k, v, ids, cotangent) -> output and gradients in q, k and v."""
+    @jax.jit
+    def run(q, k, v, ids, cotangent):
+        out, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, ids), q, k, v)
+        return out, *pullback(cotangent)
+    return run
+
+
+def assert_all_close(results, expected):
+    """Within 2e-5 of the largest element (or of 1)."""
+    for result, value in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, value.reshape(result.shape),
+                                   atol=2e-5 * max(1, np.abs(value).max()))
+
+
+def normal(rng, *shape, scale=1.0):
+    return (scale * rng.normal(size=shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("length, window, heads, kv_heads", [
+    (9, None, 4, 2),  # the global stack: everything before
+    (9, 16, 2, 2),  # window longer than the row
+    (16, 16, 2, 1),
+    (17, 16, 2, 2),
+    (23, 5, 4, 2),  # not a multiple, grouped queries
+    (12, 4, 3, 3),
+    (7, 1, 2, 2),  # each byte sees itself only
+])
+def test_self_attention(length, window, heads, kv_heads):
+    """Spec 5.9: s is seen from t iff t - window < s <= t and both are in one document."""
+    attention = causal_attention if window is None else functools.partial(window_attention,
+                                                                          window=window)
+    run = with_gradients(attention)
+    t, s = np.arange(length)[:, None], np.arange(length)[None, :]
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        q, cotangent = normal(rng, B, length, heads, D, scale=3), normal(rng, B, length, heads, D)
+        k, v = normal(rng, 2, B, length, kv_heads, D)
+        segments = np.sort(rng.integers(-1, seed + 1, (B, length)), axis=1).astype(np.int32)
+        near = (s <= t) & (s > t - (window or length))
+        mask = near & (segments[:, :, None] == segments[:, None, :])
+        assert_all_close(run(q, k, v, segments, cotangent),
+                         dense_attention(q, k, v, mask, cotangent))
+
+
+def random_ids(rng, first):
+    """Sorted patch ids [B, L] from `first` on, some patches skipped, not always the last used."""
+    return np.sort(rng.integers(first, rng.integers(1, P + 1), (B, L)), axis=1).astype(np.int32)
+
+
+WINDOWS = [None, 1, 2, 3, 100]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_patches_from_bytes(window):
+    """Spec 3.3: query (j, r) sees byte t iff ids(t) <= j < ids(t) + window."""
+    run = with_gradients(functools.partial(patches_from_bytes_attention, window=window))
+    num_blind = 0
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        # Large scores: a byte that a patch does not see must not overflow the patch's softmax.
+        q, cotangent = normal(rng, B, P, K, H, D, scale=3 + 20 * seed), normal(rng, B, P, K, H, D)
+        k, v = normal(rng, 2, B, L, H, D)
+        ids = random_ids(rng, 0)
+        j, i = np.repeat(np.arange(P), K)[None, :, None], ids[:, None, :]
+        mask = (i <= j) & (j < i + (window or 1))
+        flat = (B, P * K, H, D)
+        results = run(q, k, v, ids, cotangent)
+        assert_all_close(results, dense_attention(q.reshape(flat), k, v, mask,
+                                                  cotangent.reshape(flat)))
+        blind = ~mask.any(-1)
+        num_blind += blind.sum()
+        assert (np.asarray(results[0]).reshape(flat)[blind] == 0).all()
+    assert num_blind or window == 100
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_bytes_from_patches(window):
+    """Spec 3.3: byte t sees vector (j, r) iff j <= ids(t) < j + window; nothing where ids is -1."""
+    run = with_gradients(functools.partial(bytes_from_patches_attention, window=window))
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        q, cotangent = normal(rng, B, L, H, D, scale=3 + 20 * seed), normal(rng, B, L, H, D)
+        k, v = normal(rng, 2, B, P, K, H, D)
+        ids = random_ids(rng, -1)
+        ids[:, :2] = -1
+        j, i = np.repeat(np.arange(P), K)[None, None, :], ids[:, :, None]
+        mask = (j <= i) & (i < j + (window or 1))
+        flat = (B, P * K, H, D)
+        results = run(q, k, v, ids, cotangent)
+        assert_all_close(results, dense_attention(q, k.reshape(flat), v.reshape(flat), mask,
+                                                  cotangent))
+        assert (np.asarray(results[0])[ids < 0] == 0).all()
+
+
+def sizes(jaxpr):
+    """Elements of every intermediate of a jaxpr, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)
+
+
+def largest(kind, length):
+    """Largest intermediate of the forward and backward pass at `length` bytes, length/4 patches."""
+    def f32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    of_bytes, of_patches = f32(1, length, 1, 2), f32(1, length // 4, 2, 1, 2)
+    attention, q, kv = {
+        "self": (functools.partial(window_attention, window=8), of_bytes, of_bytes),
+        "encoder": (patches_from_bytes_attention, of_patches, of_bytes),
+        "encoder, windowed": (functools.partial(patches_from_bytes_attention, window=3),
+                              of_patches, of_bytes),
+        "decoder": (bytes_from_patches_attention, of_bytes, of_patches),
+        "decoder, windowed": (functools.partial(bytes_from_patches_attention, window=3),
+                              of_bytes, of_patches),
+        "causal": (causal_attention, of_bytes, of_bytes),
+    }[kind]
+    traced = jax.make_jaxpr(with_gradients(attention))(q, kv, kv, ids, q)
+    return max(sizes(traced.jaxpr))
+
+
+@pytest.mark.parametrize("kind", ["self", "encoder", "encoder, windowed", "decoder",
+                                  "decoder, windowed"])
+def test_memory_is_linear_in_bytes(kind):
+    """No [L, L] or [P*K, L] array: twice the bytes need at most twice the largest array."""
+    short, long = largest(kind, 1024), largest(kind, 2048)
+    assert long <= 2 * short
+    assert long < 2048 * 2048 // 4 // 16  # far from L * P, let alone L * P * K
+
+
+def test_the_measure_sees_a_dense_mask():
+    assert largest("causal", 256) >= 256 * 256

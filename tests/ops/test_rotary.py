@@ -1,0 +1,41 @@
+"""Rotary embedding as multiplication by complex numbers on interleaved pairs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bltjax.ops.rotary import apply_rotary, rotary_angles
+
+B, L, H, D = 2, 33, 3, 8
+
+
+def rotate(x, theta):
+    return apply_rotary(x, rotary_angles(x.shape[1], x.shape[3], theta))
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_against_complex_numbers(theta):
+    """Spec 5.4: pairs (2i, 2i+1), frequency theta^(-2i/D)."""
+    x = np.random.default_rng(0).normal(size=(B, L, H, D)).astype(np.float32)
+    turns = np.exp(1j * np.arange(L)[:, None] * theta ** (-np.arange(0, D, 2) / D))
+    expected = (x[..., ::2] + 1j * x[..., 1::2]) * turns[:, None]
+    result = np.asarray(jax.jit(rotate, static_argnums=1)(x, theta))
+    np.testing.assert_allclose(result[..., ::2], expected.real, atol=1e-5)
+    np.testing.assert_allclose(result[..., 1::2], expected.imag, atol=1e-5)
+
+
+def test_scores_depend_on_distance_only():
+    """The rotation of position s and t changes a score by s - t alone."""
+    q, k = np.random.default_rng(1).normal(size=(2, D))
+    q, k = (rotate(jnp.broadcast_to(x.astype(np.float32), (1, L, 1, D)), 100.0) for x in (q, k))
+    scores = np.einsum("td,sd->ts", q[0, :, 0], k[0, :, 0])
+    for distance in range(-L + 1, L):
+        np.testing.assert_allclose(np.ptp(np.diagonal(scores, distance)), 0, atol=2e-5)
+
+
+def test_computed_in_float32_whatever_the_input():
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(B, L, H, D)), jnp.bfloat16)
+    result = rotate(x, 10_000.0)
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(result, rotate(x.astype(jnp.float32), 10_000.0).astype("bfloat16"))

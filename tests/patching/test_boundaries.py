@@ -1,0 +1,261 @@
+"""Patch starts against published patch lengths, and the properties every rule must have."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bltjax import vocabulary
+from bltjax.patching import boundaries
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "golden"
+CASES = json.loads((GOLDEN / "meta_tokenizer_hash_patch_cases.json").read_text())["patch"]
+RELEASED_THRESHOLD = 1.335442066192627
+
+# The same text in every configuration of every rule: (name, changes to the default config).
+CONFIGS = {
+    "entropy": {"rule": "entropy", "threshold": 1.5},
+    "entropy, at most 3": {"rule": "entropy", "threshold": 1.5, "max_patch_length": 3},
+    "monotonic": {"rule": "monotonic", "threshold": 0.5},
+    "global_monotonic": {"rule": "global_monotonic", "threshold": 1.0, "threshold_add": 0.5},
+    "published global_monotonic": {
+        "rule": "global_monotonic",
+        "threshold": 0.5,
+        "published_skip_at_3": True,
+    },
+    "space": {"rule": "space"},
+    "space, at most 2": {"rule": "space", "max_patch_length": 2},
+    "static": {"rule": "static", "patch_size": 4},
+    "byte": {"rule": "byte"},
+    "bpe": {"rule": "bpe"},
+}
+
+S = 16
+# Few values, so that entropies often equal a threshold and each other.
+ENTROPIES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 2.25]), min_size=S, max_size=S)
+INTERESTING = [0, 1, 2, 3] + [byte + 4 for byte in b" .\nazAZ09@[`{/:\x7f\x80\xbf\xc0\xff"]
+TOKENS = st.lists(st.sampled_from(INTERESTING), min_size=S, max_size=S)
+
+
+def config(**changes):
+    defaults = {
+        "rule": "entropy",
+        "threshold": RELEASED_THRESHOLD,
+        "threshold_add": 0.0,
+        "max_patch_length": None,
+        "patch_size": 4,
+        "published_skip_at_3": False,
+    }
+    return types.SimpleNamespace(**(defaults | changes))
+
+
+def padded_lengths(starts):
+    """Patch lengths [B][P] of starts [B, S'], zeros on the right."""
+    rows = [boundaries.lengths_from_starts(row).tolist() for row in starts]
+    return [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_published_cases(case):
+    args = dict(case["args"])
+    rule = case["mode"]
+    if args.pop("monotonicity", False):
+        rule = "monotonic"
+    elif "threshold_add" in args:
+        rule = "global_monotonic"
+    tokens = np.array(case["tokens"])
+    entropies = np.array(case["entropies"], np.float32) if "entropies" in case else None
+    published = config(rule=rule, published_skip_at_3=True, **args)
+    starts = boundaries.patch_starts(published, tokens, entropies)
+    assert starts.dtype == bool
+    if not case["include_next_token"]:
+        starts = starts[:, :-1]
+    assert padded_lengths(starts) == case["patch_lengths"]
+
+
+def test_published_entropy_model():
+    golden = np.load(GOLDEN / "meta_entropy.npz")
+    threshold = float(golden["threshold"])
+    starts = boundaries.entropy_starts(golden["entropies"], threshold)
+    assert padded_lengths(starts) == golden["patch_lengths_next"].tolist()
+    assert padded_lengths(starts[:, :-1]) == golden["patch_lengths_nonext"].tolist()
+    flattened = golden["entropies_calculate_entropies_flattened"]
+    starts = boundaries.entropy_starts(flattened, threshold)
+    assert padded_lengths(starts) == golden["patch_lengths_next_flattened"].tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=25, deadline=None)
+@given(tokens=TOKENS, entropies=ENTROPIES)
+def test_rules_are_causal(name, tokens, entropies):
+    """The starts of a prefix are a prefix of the starts."""
+    rule = config(**CONFIGS[name])
+    tokens, entropies = np.array(tokens), np.array(entropies, np.float32)
+    starts = boundaries.patch_starts(rule, tokens, entropies)
+    assert starts.shape == (S + 1,)
+    assert starts[:2].all()
+    for i in range(1, S):
+        prefix = boundaries.patch_starts(rule, tokens[:i], entropies[:i])
+        np.testing.assert_array_equal(prefix, starts[: i + 1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@settings(max_examples=10, deadline=None)
+@given(tokens=TOKENS, entropies=ENTROPIES)
+def test_numpy_and_jax_agree(name, tokens, entropies):
+    rule = config(**CONFIGS[name])
+    tokens = np.array([tokens, tokens[::-1]], np.int32)
+    entropies = np.array([entropies, entropies[::-1]], np.float32)
+    on_host = boundaries.patch_starts(rule, tokens, entropies)
+    on_device = boundaries.patch_starts(rule, jnp.asarray(tokens), jnp.asarray(entropies))
+    assert isinstance(on_host, np.ndarray)
+    assert isinstance(on_device, jnp.ndarray)
+    assert on_host.dtype == on_device.dtype == bool
+    np.testing.assert_array_equal(on_host, on_device)
+
+
+@settings(max_examples=50, deadline=None)
+@given(entropies=ENTROPIES, threshold=st.sampled_from([0.0, 0.5, 1.0, 1.5]))
+def test_entropy_rules_against_loops(entropies, threshold):
+    """The table of spec 2.4, position by position."""
+    h = np.array(entropies, np.float32)
+    rest = range(3, S + 1)
+    expected = [h[s - 1] > threshold for s in range(2, S + 1)]
+    assert boundaries.entropy_starts(h, threshold)[2:].tolist() == expected
+    rises = {s: h[s - 1] - h[s - 2] for s in rest}
+    expected = [True] + [rises[s] > threshold for s in rest]
+    assert boundaries.monotonic_starts(h, threshold)[2:].tolist() == expected
+    expected = [True] + [h[s - 1] > threshold and rises[s] > 0.5 for s in rest]
+    assert boundaries.global_monotonic_starts(h, threshold, 0.5)[2:].tolist() == expected
+    expected[1] = False
+    published = boundaries.global_monotonic_starts(h, threshold, 0.5, published_skip_at_3=True)
+    assert published[2:].tolist() == expected
+
+
+def test_the_threshold_is_strict_and_compared_in_float32():
+    # 1e-5 is below half a float16 step here: a comparison in float16 would find the two equal.
+    entropies = np.full(4, 1.335, np.float16)
+    threshold = float(entropies[0])
+    assert not boundaries.entropy_starts(entropies, threshold)[2:].any()
+    assert boundaries.entropy_starts(entropies, threshold - 1e-5)[2:].all()
+    assert boundaries.entropy_starts(jnp.asarray(entropies), threshold - 1e-5)[2:].all()
+
+
+def test_shortest_rows():
+    for name, changes in CONFIGS.items():
+        starts = boundaries.patch_starts(config(**changes), np.ones(1, int), np.ones(1, np.float32))
+        assert starts.tolist() == [True, True], name
+
+
+def test_space_starts_on_text():
+    tokens = vocabulary.encode("Hi, caf\u00e9 x2!", add_eos=False)
+    starts = boundaries.space_starts(tokens.astype(np.uint16))
+    pieces = np.split(tokens, np.flatnonzero(starts)[1:])
+    assert [vocabulary.decode(piece) for piece in pieces] == [
+        b"",
+        b"Hi,",
+        b" caf\xc3",  # A leading byte is not a continuation: it ends the word before it.
+        b"\xa9 ",
+        b"x2!",
+        b"",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16])
+def test_space_starts_for_every_pair_of_bytes(dtype):
+    ids = np.arange(vocabulary.VOCAB_SIZE)
+    is_word = [chr(i - 4).isalnum() and i < 132 if i >= 4 else False for i in ids]
+    outside = np.array(
+        [not word and not 132 <= i < 196 for i, word in zip(ids, is_word, strict=True)]
+    )
+    before, last = (grid.ravel() for grid in np.meshgrid(ids, ids, indexing="ij"))
+    tokens = np.stack([np.ones_like(before), before, last], axis=-1).astype(dtype)
+    expected = outside[last] & ~outside[before] | (last < 4)
+    np.testing.assert_array_equal(boundaries.space_starts(tokens)[:, 3], expected)
+
+
+def test_static_starts():
+    tokens = np.zeros(9, int)
+    split = boundaries.lengths_from_starts(boundaries.static_starts(tokens, 4))
+    assert split.tolist() == [1, 3, 4, 2]
+    plain = boundaries.lengths_from_starts(boundaries.static_starts(tokens, 4, split_first=False))
+    assert plain.tolist() == [4, 4, 2]
+    assert boundaries.static_starts(tokens, 1).all()
+    with pytest.raises(ValueError, match="patch_size is 4.5"):
+        boundaries.static_starts(tokens, 4.5)
+    with pytest.raises(ValueError, match="patch_size is 0"):
+        boundaries.static_starts(tokens, 0)
+
+
+def test_bpe_delimiter_is_the_last_byte_of_its_patch():
+    tokens = np.array([1, 101, 3, 102, 103, 3])
+    starts = boundaries.bpe_starts(tokens)
+    assert boundaries.lengths_from_starts(starts[:-1]).tolist() == [1, 2, 3]
+    assert boundaries.lengths_from_starts(starts).tolist() == [1, 2, 3, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.booleans(), min_size=S, max_size=S), st.integers(1, S + 2))
+def test_limit_patch_length_against_a_loop(flags, limit):
+    starts = np.array([True] + flags)
+    expected = []
+    for length in boundaries.lengths_from_starts(starts).tolist():
+        while length > 0:
+            expected.append(min(length, limit))
+            length -= limit
+    limited = boundaries.limit_patch_length(starts, limit)
+    assert boundaries.lengths_from_starts(limited).tolist() == expected
+    np.testing.assert_array_equal(limited, boundaries.limit_patch_length(jnp.array(starts), limit))
+
+
+@given(st.lists(st.booleans(), min_size=0, max_size=S))
+def test_lengths_sum_to_the_positions(flags):
+    starts = np.array([True] + flags)
+    lengths = boundaries.lengths_from_starts(starts)
+    assert lengths.dtype == np.int32
+    assert lengths.min() >= 1
+    assert lengths.sum() == starts.size
+    np.testing.assert_array_equal(np.cumsum(lengths) - lengths, np.flatnonzero(starts))
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_segments(array):
+    tokens = array([[1, 101, 14, 14, 102, 2, 1, 103]])
+    documents = boundaries.document_segments(tokens)
+    lines = boundaries.newline_segments(tokens)
+    assert documents.dtype == lines.dtype == np.int32
+    assert documents.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1]]
+    assert lines.tolist() == [[0, 0, 0, 1, 2, 2, 3, 3]]
+
+
+@pytest.mark.parametrize("rule", ["entropy", "monotonic", "global_monotonic"])
+def test_missing_entropies(rule):
+    with pytest.raises(ValueError, match=f"'{rule}' needs the entropies .* run the entropy model"):
+        boundaries.patch_starts(config(rule=rule), np.ones(4, int))
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="unknown patching rule 'spaces'"):
+        boundaries.patch_starts(config(rule="spaces"), np.ones(4, int))
+    with pytest.raises(ValueError, match="max_patch_length is 0"):
+        boundaries.patch_starts(config(rule="byte", max_patch_length=0), np.ones(4, int))
+
+
+def test_data_workers_do_not_load_jax():
+    program = """
+import sys, numpy as np
+from bltjax.patching import boundaries, calibrate
+starts = boundaries.entropy_starts(np.ones(8), 0.5)
+boundaries.lengths_from_starts(boundaries.limit_patch_length(starts, 2))
+boundaries.static_starts(np.ones(8, int), 4), boundaries.space_starts(np.ones(8, int))
+assert "jax" not in sys.modules
+"""
+    root = pathlib.Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
