@@ -11,6 +11,7 @@ needed: rules such as `space` use no entropies.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -22,7 +23,12 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, differences, to_dict
-from bltjax.data.entropies import corpus_entropies, make_entropy_fn
+from bltjax.data.entropies import (
+    corpus_entropies,
+    make_entropy_fn,
+    receptive_bytes,
+    stored_entropies,
+)
 from bltjax.data.packing import Row, pack_bytes, pack_patches, stack, utilisation
 from bltjax.data.sources import Document, python_library_root, read_documents, split_by_file
 from bltjax.evaluation.baselines import baselines
@@ -38,8 +44,6 @@ from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import abstract_state
 from bltjax.training.step import make_eval_step
 from bltjax.vocabulary import encode
-
-SHARD_BYTES = 1_000_000  # of a corpus's entropies in one file, the unit of resuming
 
 
 class Corpus(NamedTuple):
@@ -102,8 +106,11 @@ def claim_workdir(config: RunConfig, workdir: Path):
         raise ValueError(
             f"{workdir} is not empty and holds no run (no config.json): choose a new --workdir"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, to_dict(config))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, to_dict(config))
+    except OSError as error:
+        raise OSError(f"--workdir={workdir} cannot be written ({error}): choose another") from error
 
 
 def run(prepared: Prepared) -> dict:
@@ -130,7 +137,7 @@ def run(prepared: Prepared) -> dict:
 
 
 def describe(prepared: Prepared):
-    config, workdir, corpus, mesh = prepared
+    _, workdir, corpus, mesh = prepared
     sizes = [sum(len(d.data) for d in part) for part in corpus]
     print(
         f"corpus: {len(corpus.train)} files, {sizes[0] / 1e6:.2f} MB for training; "
@@ -191,50 +198,23 @@ def find_patches(config: RunConfig, workdir: Path, corpus: Corpus, result: dict)
 
 
 def entropies_of(config: RunConfig, workdir: Path, ids, result: dict) -> list[list[np.ndarray]]:
-    """Entropies of the (training, validation) documents, shard by shard; done shards are read."""
-    directory = workdir / "entropies"
-    directory.mkdir(exist_ok=True)
+    """Entropies of the (training, validation) documents; shards that are stored are only read."""
     entropy_fn = make_entropy_fn(config.entropy_model, config.patching.reset_at_newlines)
-    params, found = None, []
-    for name, part in zip(("train", "validation"), ids, strict=True):
-        values = []
-        for number, shard in enumerate(shards_of(part)):
-            path = directory / f"{name}-{number:05d}.npy"
-            if not path.exists():
-                params = params or entropy_params(config, workdir)
-                computed = corpus_entropies(
-                    entropy_fn,
-                    params,
-                    config.entropy_model,
-                    shard,
-                    max(config.entropy_training.row_bytes, 2 * receptive_bytes(config)),
-                    config.entropy_training.batch_size,
-                    lambda line, n=number: print(f"{name} shard {n + 1}: {line}", flush=True),
-                )
-                save_array(path, np.concatenate(computed))
-            stored = np.load(path)
-            values += np.split(stored, np.cumsum([len(i) for i in shard])[:-1])
-        found.append(values)
+    stage = config.entropy_training
+    row_bytes = max(stage.row_bytes, 2 * receptive_bytes(config.entropy_model))
+    params = functools.cache(lambda: entropy_params(config, workdir))
+
+    def compute(documents):
+        return corpus_entropies(
+            entropy_fn, params(), config.entropy_model, documents, row_bytes, stage.batch_size
+        )
+
+    found = [
+        stored_entropies(workdir / "entropies", name, part, compute)
+        for name, part in zip(("train", "validation"), ids, strict=True)
+    ]
     result["compilations"]["entropies"] = entropy_fn._cache_size()
     return found
-
-
-def receptive_bytes(config: RunConfig) -> int:
-    stack = config.entropy_model.transformer
-    return stack.num_layers * (stack.window - 1)
-
-
-def shards_of(documents):
-    """Consecutive documents in groups of about SHARD_BYTES."""
-    group, size = [], 0
-    for ids in documents:
-        group.append(ids)
-        size += len(ids)
-        if size >= SHARD_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def train_blt(config: RunConfig, workdir: Path, documents: Patched, result: dict):
@@ -352,11 +332,4 @@ def write_json(path: Path, value: dict):
     """Atomically: a killed process leaves the old file or the new one, never half of one."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
-
-
-def save_array(path: Path, array: np.ndarray):
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, array)
     os.replace(partial, path)

@@ -20,13 +20,16 @@ DIVERGED = 3  # exit code: the loss became NaN or infinite
 def main(argv):
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}: settings are given as --config.name=value")
-    if _CONFIG.value is None or _WORKDIR.value is None:
+    chosen, workdir = _CONFIG.value, _WORKDIR.value
+    if workdir is None:
         _fail("give both --config=configs/NAME.py and --workdir=DIR")
     # Imported late: --help and wrong settings answer at once, without loading JAX.
     from bltjax.config import RunConfig, from_config_dict
 
     try:
-        config = from_config_dict(RunConfig, _CONFIG.value)
+        config = from_config_dict(RunConfig, chosen)
+    except OSError as error:  # a missing file shows only when the config is read
+        _fail(f"--config cannot be read: {error}")
     except ValueError as error:
         _fail(error)
 
@@ -35,7 +38,7 @@ def main(argv):
     from bltjax.training.loop import NonFiniteLoss
 
     try:
-        prepared = recipe.prepare(config, _WORKDIR.value)
+        prepared = recipe.prepare(config, workdir)
     except (ValueError, OSError) as error:
         _fail(error)
     try:
@@ -51,10 +54,24 @@ def _parse(argv):
     """absl's parser, with the tracebacks of mistyped settings turned into one line."""
     try:
         remaining = flags.FLAGS(argv)
-        _CONFIG.value  # a missing or broken file shows only when it is read
+        if _CONFIG.value is None:
+            _fail("give both --config=configs/NAME.py and --workdir=DIR")
         return remaining
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+    except flags.Error as error:
         _fail(error)
+    except (AttributeError, KeyError, ValueError, TypeError) as error:
+        reason = (
+            str(error.args[0] if error.args else error)
+            .strip("'\"")
+            .replace("\\n", " ")
+            .replace("\\", "")
+        )
+        wrong = [a for a in argv if a.startswith("--config.") and _last_name(a) in reason]
+        _fail(f"{wrong[0] if wrong else 'settings'} is not a setting of this config: {reason}")
+
+
+def _last_name(argument: str) -> str:
+    return argument.split("=")[0].split(".")[-1]
 
 
 def _fail(error, code: int = USER_ERROR):

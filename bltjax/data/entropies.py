@@ -5,8 +5,10 @@ what came before that every kept entropy is the one a pass over the whole docume
 byte's entropy depends on num_layers * (window - 1) earlier bytes and no more.
 """
 
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from bltjax.model import functional
 from bltjax.patching.boundaries import document_segments, newline_segments
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.vocabulary import PAD_ID
+
+SHARD_BYTES = 1_000_000  # of documents in one file, the unit of resuming
 
 
 def make_entropy_fn(config: EntropyModelConfig, reset_at_newlines: bool = False):
@@ -31,6 +35,11 @@ def make_entropy_fn(config: EntropyModelConfig, reset_at_newlines: bool = False)
     return entropies
 
 
+def receptive_bytes(config: EntropyModelConfig) -> int:
+    """How many earlier bytes an entropy can depend on."""
+    return config.transformer.num_layers * (config.transformer.window - 1)
+
+
 def corpus_entropies(
     entropy_fn,
     params,
@@ -38,18 +47,17 @@ def corpus_entropies(
     documents: Sequence[np.ndarray],
     row_bytes: int,
     batch_size: int,
-    report=print,
 ) -> list[np.ndarray]:
     """float16 entropies [S] of each document's ids [S]; entry i is the uncertainty after id i.
 
-    `row_bytes` positions and `batch_size` rows are the one shape that is compiled. `report` gets a
-    progress line every ten seconds.
+    `row_bytes` positions and `batch_size` rows are the one shape that is compiled. Raises
+    ValueError for rows too short to hold the bytes that an entropy depends on.
     """
-    receptive = config.transformer.num_layers * (config.transformer.window - 1)
+    receptive = receptive_bytes(config)
     if row_bytes < 2 * receptive:
         raise ValueError(
-            f"row_bytes={row_bytes} is too short for exact entropies: the model looks "
-            f"back {receptive} bytes, use at least {2 * receptive}"
+            f"row_bytes={row_bytes} is too short for exact entropies: the model looks back "
+            f"{receptive} bytes, use at least {2 * receptive}"
         )
     results = [np.empty(len(ids), np.float16) for ids in documents]
     spans = [
@@ -57,8 +65,6 @@ def corpus_entropies(
         for i, ids in enumerate(documents)
         for span in _spans(i, len(ids), row_bytes, receptive)
     ]
-    started = reported = time.perf_counter()
-    total, done = sum(len(ids) for ids in documents), 0
     for first in range(0, len(spans), batch_size):
         group = spans[first : first + batch_size]
         tokens = np.full((batch_size, row_bytes), PAD_ID, np.int32)
@@ -67,16 +73,74 @@ def corpus_entropies(
         values = np.asarray(entropy_fn(params, sharding.put_batch(tokens)))
         for row, (i, start, keep, stop) in enumerate(group):
             results[i][keep:stop] = values[row, keep - start : stop - start]
-            done += stop - keep
-        now = time.perf_counter()
-        if now - reported > 10 or first + batch_size >= len(spans):
-            rate = done / (now - started)
-            report(
-                f"entropies {done / 1e6:.1f}/{total / 1e6:.1f} MB | {rate / 1e3:.0f} KB/s | "
-                f"eta {(total - done) / rate:.0f}s"
-            )
-            reported = now
     return results
+
+
+def stored_entropies(
+    directory: Path, name: str, documents: Sequence[np.ndarray], compute
+) -> list[np.ndarray]:
+    """Entropies of documents, kept in files `directory/name-NNNNN.npy` of about SHARD_BYTES.
+
+    `compute` gives the entropies of a list of documents; a shard that is there is only read, so an
+    interrupted run goes on at the first missing one. Raises ValueError for a file that does not
+    fit the documents.
+    """
+    directory.mkdir(exist_ok=True)
+    shards = list(_shards(documents))
+    total, done, started, values = sum(map(len, documents)), 0, time.perf_counter(), []
+    for number, shard in enumerate(shards):
+        path = directory / f"{name}-{number:05d}.npy"
+        if path.exists():
+            values += _read_shard(path, shard)
+            total -= sum(map(len, shard))
+            continue
+        values += compute(shard)
+        _write_array(path, np.concatenate(values[-len(shard) :]))
+        done += sum(map(len, shard))
+        rate = done / (time.perf_counter() - started)
+        print(
+            f"entropies of {name}: shard {number + 1}/{len(shards)} | {rate / 1e3:.0f} KB/s | "
+            f"eta {max(total - done, 0) / rate:.0f}s",
+            flush=True,
+        )
+    return values
+
+
+def _shards(documents):
+    """Consecutive documents in groups of about SHARD_BYTES."""
+    group, size = [], 0
+    for ids in documents:
+        group.append(ids)
+        size += len(ids)
+        if size >= SHARD_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _read_shard(path: Path, documents) -> list[np.ndarray]:
+    lengths = [len(ids) for ids in documents]
+    try:
+        stored = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): delete it to compute it again"
+        ) from None
+    if len(stored) != sum(lengths):
+        raise ValueError(
+            f"{path} holds {len(stored)} entropies for {sum(lengths)} bytes: the corpus has "
+            "changed since, delete the working directory's entropies or use a new one"
+        )
+    return np.split(stored, np.cumsum(lengths)[:-1])
+
+
+def _write_array(path: Path, array: np.ndarray):
+    """Atomically: a killed process leaves no half-written shard."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    os.replace(partial, path)
 
 
 def _spans(document: int, length: int, row_bytes: int, receptive: int):

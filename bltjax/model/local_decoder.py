@@ -56,7 +56,7 @@ class LocalDecoder(nnx.Module):
         )
 
     def __call__(self, h, patch_states, patches, segments):
-        """h [B, L, E], patch_states [B, P, G] -> float32 logits [B, L, V], states [layers, B, L, E].
+        """h [B, L, E], patch_states [B, P, G] -> float32 logits [B, L, V], states [layers, B, L, E]
 
         A byte reads `patches.decoder_ids`, the last patch complete once the byte is known.
         """
