@@ -32,22 +32,26 @@ def flops_per_byte(
     encoder, decoder = config.local_encoder, config.local_decoder
     trunk, cross = config.global_transformer, config.cross_attention
     patches, slots = 1 / patch_bytes, cross.k / patch_bytes  # per byte
-    num_encoder_cross = encoder.num_layers if cross.all_layers_encoder else 1
-    num_decoder_cross = decoder.num_layers if cross.all_layers_decoder else 1
+    encoder_cross_layers = _num_cross_layers(cross.encoder, cross.all_layers_encoder, encoder)
+    decoder_cross_layers = _num_cross_layers(cross.decoder, cross.all_layers_decoder, decoder)
     return _with_total(
         encoder=stack_flops(encoder, mean_visible(context_bytes, encoder.window)),
-        encoder_cross=cross.encoder
-        * num_encoder_cross
-        * _cross_attention(
-            encoder.dim, queries=slots, keys=1, pairs=cross.k * (cross.window_encoder or 1)
+        encoder_cross=_cross_attention(
+            encoder.dim,
+            encoder_cross_layers,
+            queries=slots,
+            keys=1,
+            pairs=cross.k * (cross.window_encoder or 1),
         ),
         # "global" is a keyword.
         **{"global": patches * stack_flops(trunk, mean_visible(context_bytes * patches))},
         decoder=stack_flops(decoder, mean_visible(context_bytes, decoder.window)),
-        decoder_cross=cross.decoder
-        * num_decoder_cross
-        * _cross_attention(
-            decoder.dim, queries=1, keys=slots, pairs=cross.k * (cross.window_decoder or 1)
+        decoder_cross=_cross_attention(
+            decoder.dim,
+            decoder_cross_layers,
+            queries=1,
+            keys=slots,
+            pairs=cross.k * (cross.window_decoder or 1),
         ),
         output=_matrix(decoder.dim, config.vocab_size),
         projections=patches * _projections(config),
@@ -135,9 +139,13 @@ def _matrix(rows: int, columns: int) -> int:
     return 2 * rows * columns
 
 
-def _cross_attention(dim: int, queries: float, keys: float, pairs: float) -> float:
-    """One layer: query and output, key and value, scores and values; arguments are per byte."""
-    return 2 * _matrix(dim, dim) * (queries + keys) + 4 * dim * pairs
+def _num_cross_layers(present: bool, everywhere: bool, stack: TransformerConfig) -> int:
+    return present * (stack.num_layers if everywhere else 1)
+
+
+def _cross_attention(dim: int, num_layers: int, queries: float, keys: float, pairs: float) -> float:
+    """Query and output, key and value, scores and values; the last three arguments are per byte."""
+    return num_layers * (2 * _matrix(dim, dim) * (queries + keys) + 4 * dim * pairs)
 
 
 def _projections(config: BLTConfig) -> int:

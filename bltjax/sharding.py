@@ -55,8 +55,23 @@ def num_row_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:
-    """PartitionSpec of an array whose dimensions carry these logical axes."""
-    return PartitionSpec(*(_RULES[axis] for axis in logical_axes))
+    """PartitionSpec of an array whose dimensions carry these logical axes, on the mesh that is set."""
+    return _present(*(_RULES[axis] for axis in logical_axes))
+
+
+def _present(*entries) -> PartitionSpec:
+    """PartitionSpec without mesh axes of size 1.
+
+    They split nothing, and jax 0.12 loses them in types where a dimension has size 1 (one row).
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def kept(entry):
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        axes = tuple(axis for axis in axes if sizes[axis] > 1)
+        return axes if len(axes) > 1 else axes[0] if axes else None
+
+    return PartitionSpec(*map(kept, entries))
 
 
 def batch_spec(ndim: int) -> PartitionSpec:
@@ -88,8 +103,8 @@ def lookup_sum(tables: jax.Array, ids: jax.Array) -> jax.Array:
     num_tables, rows, dim = tables.shape
     flat = tables.reshape(num_tables * rows, dim)
     ids = ids + rows * jax.lax.iota(ids.dtype, num_tables)
-    ids = reshard(ids, PartitionSpec("data", None, None))
-    embedded = flat.at[ids].get(out_sharding=PartitionSpec("data", None, None, "fsdp"))
+    ids = reshard(ids, _present("data", None, None))
+    embedded = flat.at[ids].get(out_sharding=_present("data", None, None, "fsdp"))
     return reshard(embedded.sum(axis=2), batch_spec(3))
 
 

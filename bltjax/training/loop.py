@@ -12,7 +12,7 @@ from bltjax.data.packing import Row
 from bltjax.data.pipeline import batches
 from bltjax.training.checkpoint import Checkpoints
 from bltjax.training.metrics import MetricsLog
-from bltjax.training.optimizer import make_optimizer, schedule_multiplier
+from bltjax.training.optimizer import learning_rate, make_optimizer
 from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
 
@@ -53,14 +53,12 @@ def train(
     first_step = int(state.step)
     if first_step:
         print(f"{stage}: resumed at step {first_step} of {config.steps}", flush=True)
+    if first_step >= config.steps:
+        checkpoints.close()
+        return TrainResult(state.params, compilations=0)
 
     step_fn = make_train_step(
-        model_config,
-        optimizer,
-        lambda step: (
-            config.optimizer.learning_rate
-            * schedule_multiplier(config.optimizer, step, config.steps)
-        ),
+        model_config, optimizer, lambda step: learning_rate(config.optimizer, step, config.steps)
     )
     log = MetricsLog(workdir, stage, first_step, config.steps)
     pending = []  # (step, metrics still on the device), so that the host never waits for a step

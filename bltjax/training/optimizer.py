@@ -34,16 +34,17 @@ def schedule_multiplier(config: OptimizerConfig, step, num_steps: int):
     return jnp.where(step < warmup, step / max(warmup, 1), after)
 
 
+def learning_rate(config: OptimizerConfig, step, num_steps: int):
+    """The learning rate at `step` completed steps."""
+    return config.learning_rate * schedule_multiplier(config, step, num_steps)
+
+
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW with decay on every parameter, as published."""
-
-    def learning_rate(step):
-        return config.learning_rate * schedule_multiplier(config, step, num_steps)
-
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            learning_rate,
+            lambda step: learning_rate(config, step, num_steps),
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,

@@ -32,7 +32,7 @@ def make_train_step(model_config, optimizer: optax.GradientTransformation, learn
         metrics = dict(
             loss=loss,
             bits_per_byte=sums["byte_nats"] / sums["bytes"] / LN2,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             bytes=sums["bytes"],
             learning_rate=learning_rate(state.step),
         )

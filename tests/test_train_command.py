@@ -1,0 +1,79 @@
+"""What the training command says to wrong input: one line, exit code 2, nothing written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "bltjax.train", *arguments], cwd=ROOT, text=True,
+        capture_output=True, timeout=120, env=dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu"))
+
+
+CASES = {
+    "unknown key": (["--config.blt.hash.vocabb=3"], ["--config.blt.hash.vocabb=3", '"vocab"']),
+    "wrong type": (["--config.blt.hash.vocab=many"], ["--config.blt.hash.vocab=many", "int"]),
+    "group for a value": (["--config.blt=3"], ["--config.blt=3"]),
+    "wrong value": (["--config.blt.pooling=sum"], ["blt.pooling='sum'", "max"]),
+    "heads": (["--config.blt.local_encoder.num_heads=3"], ["dim=16", "num_heads=3"]),
+    "patch budget": (["--config.blt_training.row_patches=65"],
+                     ["row_bytes=64", "row_patches=65", "lower row_patches"]),
+    "mesh": (["--config.mesh.fsdp=3"], ["mesh=(-1, 3, 1)", "1 device"]),
+    "missing corpus": (["--config.data.root=/no/such/corpus"], ["/no/such/corpus", "directory"]),
+    "empty corpus": (["--config.data.root=EMPTY"], ["EMPTY", "non-empty file"]),
+    "unknown flag": (["--confg=x"], ["confg"]),
+    "stray argument": (["stray"], ["'stray'"]),
+    "workdir of something else": (["--workdir=tests"], ["tests is not empty", "--workdir"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_is_one_line(case, tmp_path):
+    settings, wanted = CASES[case]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "nothing.txt").touch()
+    settings = [s.replace("EMPTY", str(empty)) for s in settings]
+    workdir = tmp_path / "run"
+    result = run("--config=tests/configs/tiny.py", f"--workdir={workdir}", *settings)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for text in wanted:
+        assert text.replace("EMPTY", str(empty)) in lines[0]
+    assert not workdir.exists()
+
+
+def test_missing_config_file(tmp_path):
+    result = run("--config=configs/no_such.py", f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2 and "configs/no_such.py" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_missing_flags():
+    assert "--workdir" in run("--config=tests/configs/tiny.py").stderr
+
+
+def test_unreadable_corpus_file(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "gone.txt").symlink_to(corpus / "missing.txt")
+    result = run("--config=tests/configs/tiny.py", f"--workdir={tmp_path / 'run'}",
+                 f"--config.data.root={corpus}")
+    assert result.returncode == 2 and "gone.txt" in result.stderr, result.stderr
+
+
+def test_help_answers_without_loading_jax():
+    code = ("import sys, runpy\n"
+            "sys.argv = ['train', '--help']\n"
+            "try:\n    runpy.run_module('bltjax.train', run_name='__main__')\n"
+            "except SystemExit:\n    pass\n"
+            "print('jax' in sys.modules)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert result.stdout.strip().endswith("False") and "--workdir" in result.stdout
