@@ -6,6 +6,7 @@ Nothing outside `bltjax/model/` knows which module system holds the parameters.
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bltjax import sharding
@@ -39,6 +40,7 @@ def apply(config: BLTConfig | EntropyModelConfig, params: dict, tokens: jax.Arra
 def intermediates(config, params, tokens, *inputs) -> dict:
     """Everything a forward pass computes, by name; see `BLT.__call__`."""
     tokens, inputs = sharding.shard_rows((tokens, inputs))
+    params = jax.tree.map(jnp.asarray, params)  # weights may come as NumPy arrays
     return nnx.merge(_graphdef(config), params)(tokens, *inputs)
 
 
