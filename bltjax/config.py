@@ -14,204 +14,42 @@ from dataclasses import dataclass
 import ml_collections
 from ml_collections import config_dict
 
-VOCAB_SIZE = 260  # 4 special ids and 256 bytes, see vocabulary.py
-POOLING_MODES = ("max", "min", "mean")
-INIT_FACTORS = ("current_depth", "global_depth", "dim_ratio", "disabled")
-DTYPES = ("float32", "bfloat16")
-REMAT_MODES = ("none", "dots", "full")
+from bltjax.model_config import (
+    BLTConfig,
+    CrossAttentionConfig,
+    EntropyModelConfig,
+    HashConfig,
+    InitConfig,
+    TransformerConfig,
+    one_of,
+    positive,
+)
+
+__all__ = [  # the models' settings are reached through this module too
+    "BLTConfig",
+    "CrossAttentionConfig",
+    "DataConfig",
+    "EntropyModelConfig",
+    "EvaluationConfig",
+    "HashConfig",
+    "InitConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "PatchingConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "TransformerConfig",
+    "default_config",
+    "differences",
+    "from_config_dict",
+    "to_config_dict",
+    "to_dict",
+]
+
 PATCHING_RULES = ("entropy", "monotonic", "global_monotonic", "space", "static", "byte", "bpe")
 ENTROPY_RULES = ("entropy", "monotonic", "global_monotonic")
 SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
 STAGES = ("entropy_model", "entropies", "blt", "evaluate", "sample")
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """One stack of transformer blocks (spec 5.2)."""
-
-    dim: int = 64
-    num_layers: int = 1
-    num_heads: int = 4
-    num_kv_heads: int | None = None  # grouped-query attention; None: one per query head
-    head_dim: int | None = None  # None: dim / num_heads
-    window: int | None = None  # bytes a query sees, itself included; None: everything before it
-    rope_theta: float = 500_000.0
-    norm_eps: float = 1e-5
-    ffn_dim_multiplier: float = 1.0
-    ffn_multiple_of: int = 256
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.head_dim or self.dim // self.num_heads
-
-    @property
-    def ffn_dim(self) -> int:
-        """Hidden width of the SwiGLU feed-forward, rounded up (spec 5.2)."""
-        hidden = int(self.ffn_dim_multiplier * int(2 * 4 * self.dim / 3))
-        return -(-hidden // self.ffn_multiple_of) * self.ffn_multiple_of
-
-    def problems(self, name: str) -> list[str]:
-        found = _positive(
-            self,
-            name,
-            "dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "rope_theta",
-            "norm_eps",
-            "ffn_dim_multiplier",
-            "ffn_multiple_of",
-        )
-        if found:
-            return found
-        if self.head_dim is None and self.dim % self.num_heads:
-            found.append(
-                f"{name}.dim={self.dim} is not divisible by "
-                f"{name}.num_heads={self.num_heads}: set {name}.head_dim, or change one"
-            )
-        if self.num_heads % self.kv_heads:
-            found.append(
-                f"{name}.num_heads={self.num_heads} is not a multiple of "
-                f"{name}.num_kv_heads={self.num_kv_heads}: choose a divisor"
-            )
-        if self.head_width % 2:
-            found.append(
-                f"{name}.dim={self.dim}, {name}.num_heads={self.num_heads} and "
-                f"{name}.head_dim={self.head_dim} give head width {self.head_width}, but "
-                "rotary embedding turns pairs: choose an even width"
-            )
-        if self.window is not None and self.window < 1:
-            found.append(f"{name}.window={self.window} must be at least 1 (or None)")
-        return found
-
-
-@dataclass(frozen=True)
-class InitConfig:
-    """Initial weights: normal, cut at 3 sigma (spec 6)."""
-
-    std_factor: str = "current_depth"  # one of INIT_FACTORS
-    base_std: float | None = None  # replaces 1/sqrt(fan-in) in the global stack, without factor
-
-
-@dataclass(frozen=True)
-class CrossAttentionConfig:
-    """Bytes to patches in the encoder, patches to bytes in the decoder (spec 5.5)."""
-
-    encoder: bool = True
-    decoder: bool = True
-    k: int = 2  # vectors of local width per patch
-    num_heads: int = 4
-    all_layers_encoder: bool = False  # otherwise after the last layer only
-    all_layers_decoder: bool = True  # otherwise before the first layer only
-    window_encoder: int | None = None  # patches; None: each patch reads only its own bytes
-    window_decoder: int | None = None  # patches; None: each byte reads one patch
-    doubled_residual: bool = True  # 2x + attention, as the released weights expect
-
-
-@dataclass(frozen=True)
-class HashConfig:
-    """Hash n-gram embeddings (spec 4); no sizes, no tables."""
-
-    sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
-    vocab: int = 500_002  # rows per table
-    num_functions: int = 1
-
-
-@dataclass(frozen=True)
-class EntropyModelConfig:
-    """The small byte language model that says how hard each next byte is (spec 7)."""
-
-    transformer: TransformerConfig = TransformerConfig(rope_theta=10_000.0, window=512)
-    vocab_size: int = VOCAB_SIZE
-    init: InitConfig = InitConfig()
-    compute_dtype: str = "float32"
-    remat: str = "none"
-
-    def problems(self, name: str) -> list[str]:
-        found = self.transformer.problems(f"{name}.transformer")
-        if self.transformer.window is None:
-            found.append(
-                f"{name}.transformer.window is None: the entropy model is local, "
-                "set the bytes it sees, for example 512"
-            )
-        return found + _common_model_problems(self, name)
-
-
-@dataclass(frozen=True)
-class BLTConfig:
-    """The byte latent transformer (spec 5); the defaults are a toy."""
-
-    local_encoder: TransformerConfig = TransformerConfig(window=512)
-    global_transformer: TransformerConfig = TransformerConfig(dim=128)
-    local_decoder: TransformerConfig = TransformerConfig(window=512)
-    cross_attention: CrossAttentionConfig = CrossAttentionConfig()
-    hash: HashConfig = HashConfig()
-    pooling: str = "max"  # bytes to patch, one of POOLING_MODES
-    vocab_size: int = VOCAB_SIZE
-    init: InitConfig = InitConfig()
-    compute_dtype: str = "float32"
-    remat: str = "none"
-
-    @property
-    def patch_width(self) -> int:
-        """Width of a patch as the encoder hands it to the global transformer."""
-        return self.local_encoder.dim * (
-            self.cross_attention.k if self.cross_attention.encoder else 1
-        )
-
-    @property
-    def num_hash_tables(self) -> int:
-        return len(self.hash.sizes) * self.hash.num_functions
-
-    def problems(self, name: str) -> list[str]:
-        local, cross = self.local_encoder, self.cross_attention
-        found = [
-            p
-            for stack in ("local_encoder", "global_transformer", "local_decoder")
-            for p in getattr(self, stack).problems(f"{name}.{stack}")
-        ]
-        if local.dim != self.local_decoder.dim:
-            found.append(
-                f"{name}.local_encoder.dim={local.dim} differs from "
-                f"{name}.local_decoder.dim={self.local_decoder.dim}: the decoder reads "
-                "the encoder's byte states, make them equal"
-            )
-        for stack in ("local_encoder", "local_decoder"):
-            if getattr(self, stack).window is None:
-                found.append(
-                    f"{name}.{stack}.window is None: local stacks see a window, "
-                    "set the bytes, for example 512"
-                )
-        if self.global_transformer.window is not None:
-            found.append(
-                f"{name}.global_transformer.window={self.global_transformer.window}: "
-                "the global stack sees all earlier patches, leave it None"
-            )
-        found += _positive(
-            cross, f"{name}.cross_attention", "k", "num_heads", "window_encoder", "window_decoder"
-        )
-        if (cross.encoder or cross.decoder) and cross.num_heads > 0 and local.dim % cross.num_heads:
-            found.append(
-                f"{name}.local_encoder.dim={local.dim} is not divisible by "
-                f"{name}.cross_attention.num_heads={cross.num_heads}: change one"
-            )
-        found += _one_of(self, name, "pooling", POOLING_MODES)
-        if self.hash.sizes:
-            found += _positive(self.hash, f"{name}.hash", "vocab", "num_functions")
-            if not all(1 <= n <= 16 for n in self.hash.sizes):
-                found.append(f"{name}.hash.sizes={self.hash.sizes} must lie in 1..16")
-            if self.hash.vocab > 2**28 or self.hash.num_functions > 11:
-                found.append(
-                    f"{name}.hash has vocab={self.hash.vocab}, num_functions="
-                    f"{self.hash.num_functions}: at most 2**28 rows and 11 functions"
-                )
-        return found + _common_model_problems(self, name)
 
 
 @dataclass(frozen=True)
@@ -228,7 +66,7 @@ class PatchingConfig:
     published_skip_at_3: bool = False  # replicate "never a start at 3" (spec 2.4)
 
     def problems(self, name: str) -> list[str]:
-        found = _one_of(self, name, "rule", PATCHING_RULES) + _positive(self, name, "patch_size")
+        found = one_of(self, name, "rule", PATCHING_RULES) + positive(self, name, "patch_size")
         if self.max_patch_length is not None and self.max_patch_length < 1:
             found.append(f"{name}.max_patch_length={self.max_patch_length} must be at least 1")
         if self.target_patch_bytes is not None and self.target_patch_bytes < 1:
@@ -287,7 +125,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def problems(self, name: str) -> list[str]:
-        found = _one_of(self, name, "schedule", SCHEDULES) + _positive(
+        found = one_of(self, name, "schedule", SCHEDULES) + positive(
             self, name, "learning_rate", "clip_norm"
         )
         if self.schedule == "wsd" and self.min_ratio <= 0:
@@ -313,7 +151,7 @@ class TrainingConfig:
     seed: int = 42
 
     def problems(self, name: str) -> list[str]:
-        found = _positive(
+        found = positive(
             self, name, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"
         )
         if self.row_bytes < 8:
@@ -354,7 +192,7 @@ class EvaluationConfig:
     sentence: str = "Patches are short where text is hard and long where it is easy."
 
     def problems(self, name: str) -> list[str]:
-        return _positive(self, name, "batch_size", "sample_bytes")
+        return positive(self, name, "batch_size", "sample_bytes")
 
 
 @dataclass(frozen=True)
@@ -388,36 +226,6 @@ class RunConfig:
 # Settings that may change between the runs of one working directory: they touch how a run is
 # watched and where it runs, never what it computes.
 FREE_FIELDS = ("mesh", "log_every", "checkpoint_every", "keep_checkpoints")
-
-
-def _positive(config, name: str, *names: str) -> list[str]:
-    """Optional settings pass where they are None."""
-    return [
-        f"{name}.{n}={getattr(config, n)} must be positive"
-        for n in names
-        if getattr(config, n) is not None and getattr(config, n) <= 0
-    ]
-
-
-def _one_of(config, name: str, attribute: str, allowed: tuple[str, ...]) -> list[str]:
-    value = getattr(config, attribute)
-    return [] if value in allowed else [f"{name}.{attribute}={value!r} must be one of {allowed}"]
-
-
-def _common_model_problems(config, name: str) -> list[str]:
-    return (
-        _one_of(config, name, "compute_dtype", DTYPES)
-        + _one_of(config, name, "remat", REMAT_MODES)
-        + _one_of(config.init, f"{name}.init", "std_factor", INIT_FACTORS)
-        + (
-            []
-            if config.vocab_size >= VOCAB_SIZE
-            else [
-                f"{name}.vocab_size={config.vocab_size} is below the {VOCAB_SIZE} ids of bytes "
-                "and special tokens"
-            ]
-        )
-    )
 
 
 def default_config(cls=RunConfig) -> ml_collections.ConfigDict:

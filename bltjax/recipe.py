@@ -63,21 +63,31 @@ class Prepared(NamedTuple):
 def prepare(config: RunConfig, workdir: str | os.PathLike) -> Prepared:
     """Check everything a run needs. Raises ValueError or OSError naming the value and remedy."""
     mesh = sharding.make_mesh(config.mesh)
-    shards = sharding.num_row_shards(mesh)
-    for name, size in (
-        ("entropy_training.batch_size", config.entropy_training.batch_size),
-        ("blt_training.batch_size", config.blt_training.batch_size),
-        ("evaluation.batch_size", config.evaluation.batch_size),
-    ):
-        if size % shards:
-            raise ValueError(
-                f"{name}={size} is not divisible by the {shards} row shards of "
-                f"mesh={dict(mesh.shape)}: change one"
-            )
+    check_batch_sizes(config, mesh)
+    for name in ("entropy_model", "blt"):
+        if name in config.stages:
+            sharding.check_model(getattr(config, name), name, mesh)
     corpus = read_corpus(config)
     workdir = Path(workdir).absolute()
     claim_workdir(config, workdir)
     return Prepared(config, workdir, corpus, mesh)
+
+
+def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
+    """Rows are split over the mesh, so each stage's batch must divide. Raises ValueError."""
+    shards = sharding.num_row_shards(mesh)
+    used = dict(
+        entropy_model=("entropy_training", config.entropy_training.batch_size),
+        entropies=("entropy_training", config.entropy_training.batch_size),
+        blt=("blt_training", config.blt_training.batch_size),
+        evaluate=("evaluation", config.evaluation.batch_size),
+    )
+    for name, size in (used[stage] for stage in config.stages if stage in used):
+        if size % shards:
+            raise ValueError(
+                f"{name}.batch_size={size} is not divisible by the {shards} row shards of "
+                f"mesh={dict(mesh.shape)}: change one"
+            )
 
 
 def read_corpus(config: RunConfig) -> Corpus:
@@ -128,7 +138,7 @@ def run(prepared: Prepared) -> dict:
         if "blt" in config.stages:
             train_blt(config, workdir, documents, result)
         if "evaluate" in config.stages:
-            evaluate_blt(config, workdir, corpus, documents, result)
+            evaluate_model(config, workdir, corpus, documents, result)
         if "sample" in config.stages:
             show_sample(config, workdir, patching, result)
     result["seconds"] = round(time.perf_counter() - started, 1)
@@ -232,15 +242,24 @@ def train_blt(config: RunConfig, workdir: Path, documents: Patched, result: dict
     result["compilations"]["blt"] = trained.compilations
 
 
-def evaluate_blt(
+def evaluate_model(
     config: RunConfig, workdir: Path, corpus: Corpus, documents: Patched | None, result: dict
 ):
-    """Stage 4: bits per byte of the held-out files, beside n-gram models and xz."""
-    if documents is None:
-        _, documents = find_patches(config, workdir, corpus, result)
-    eval_step = make_eval_step(config.blt)
-    rows = pack(config, documents, documents.validation)
-    sums = evaluate(eval_step, blt_params(config, workdir), rows, config.evaluation.batch_size)
+    """Stage 4: bits per byte of the held-out files, beside n-gram models and xz.
+
+    Of the byte latent transformer, or of the entropy model in a run that trains nothing else.
+    """
+    if config.stages == ("entropy_model", "evaluate"):
+        model, params = config.entropy_model, entropy_params(config, workdir)
+        ids = (encode(d.data) for d in corpus.validation)
+        rows = stack(pack_bytes(ids, config.entropy_training.row_bytes))
+    else:
+        if documents is None:
+            _, documents = find_patches(config, workdir, corpus, result)
+        model, params = config.blt, blt_params(config, workdir)
+        rows = pack(config, documents, documents.validation)
+    eval_step = make_eval_step(model)
+    sums = evaluate(eval_step, params, rows, config.evaluation.batch_size)
     result["bits_per_byte"] = sums["bits_per_byte"]
     result["validation_bytes"] = int(sums["bytes"])
     result["compilations"]["evaluate"] = eval_step._cache_size()
@@ -250,10 +269,8 @@ def evaluate_blt(
     )
     if config.evaluation.baselines:
         result["baselines"] = baselines(*([d.data for d in part] for part in corpus))
-        print(
-            "baselines: " + ", ".join(f"{k} {v:.3f}" for k, v in result["baselines"].items()),
-            flush=True,
-        )
+        found = ", ".join(f"{name} {bits:.3f}" for name, bits in result["baselines"].items())
+        print(f"baselines: {found}", flush=True)
 
 
 def show_sample(config: RunConfig, workdir: Path, patching: PatchingConfig, result: dict):

@@ -10,11 +10,13 @@ mesh. Code elsewhere speaks of logical axes, and `spec` turns them into mesh axe
     hash_features  fsdp         features of the hash tables (never their rows: see lookup)
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec, reshard
 
-from bltjax.config import MeshConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, MeshConfig, TransformerConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 _RULES = {
@@ -49,13 +51,46 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.M
     )
 
 
+def check_model(config: BLTConfig | EntropyModelConfig, name: str, mesh: jax.sharding.Mesh):
+    """Widths must split over fsdp, heads and feed-forward over tensor.
+
+    Raises ValueError that names every size that does not, and the axis.
+    """
+    stacks = [
+        f.name
+        for f in dataclasses.fields(config)
+        if isinstance(getattr(config, f.name), TransformerConfig)
+    ]
+    sizes = {
+        f"{stack}.{size}": (getattr(getattr(config, stack), size), axis)
+        for stack in stacks
+        for size, axis in (
+            ("dim", "fsdp"),
+            ("num_heads", "tensor"),
+            ("kv_heads", "tensor"),
+            ("ffn_dim", "tensor"),
+        )
+    }
+    if isinstance(config, BLTConfig) and (
+        config.cross_attention.encoder or config.cross_attention.decoder
+    ):
+        sizes["cross_attention.num_heads"] = (config.cross_attention.num_heads, "tensor")
+    found = [
+        f"{name}.{size}={value} is not divisible by mesh.{axis}={mesh.shape[axis]}"
+        for size, (value, axis) in sizes.items()
+        if value % mesh.shape[axis]
+    ]
+    if found:
+        raise ValueError("; ".join(found) + ": change the model or the mesh")
+
+
 def num_row_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:
-    """PartitionSpec of an array whose dimensions carry these logical axes, on the mesh that is set."""
+    """PartitionSpec, on the mesh that is set, of an array with these logical axes."""
     return _present(*(_RULES[axis] for axis in logical_axes))
 
 
@@ -102,7 +137,7 @@ def lookup_sum(tables: jax.Array, ids: jax.Array) -> jax.Array:
     """
     num_tables, rows, dim = tables.shape
     flat = tables.reshape(num_tables * rows, dim)
-    ids = ids + rows * jax.lax.iota(ids.dtype, num_tables)
+    ids = ids + rows * jax.lax.broadcasted_iota(ids.dtype, (1, 1, num_tables), 2)
     ids = reshard(ids, _present("data", None, None))
     embedded = flat.at[ids].get(out_sharding=_present("data", None, None, "fsdp"))
     return reshard(embedded.sum(axis=2), batch_spec(3))

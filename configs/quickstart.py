@@ -16,7 +16,7 @@ def get_config():
     entropy.dim, entropy.num_layers, entropy.num_heads = 64, 1, 1
     entropy.window, entropy.ffn_multiple_of = 64, 32
     training = config.entropy_training
-    training.steps, training.batch_size, training.row_bytes = 300, 8, 1024
+    training.steps, training.batch_size, training.row_bytes = 300, 4, 1024
     training.checkpoint_every = 100
     training.optimizer.learning_rate = 1e-2
     training.optimizer.warmup_steps = 20
@@ -30,8 +30,8 @@ def get_config():
     blt.cross_attention.k, blt.cross_attention.num_heads = 2, 1
     blt.hash.vocab = 32_768
     training = config.blt_training
-    training.steps, training.batch_size, training.row_bytes = 600, 8, 1024
+    training.steps, training.batch_size, training.row_bytes = 1200, 2, 1024
     training.checkpoint_every = 200
-    training.optimizer.learning_rate = 3e-3
+    training.optimizer.learning_rate = 1e-2
     training.optimizer.warmup_steps = 50
     return config

@@ -11,8 +11,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from bltjax import config as config_lib
-from bltjax.config import (RunConfig, default_config, differences, from_config_dict, to_config_dict,
-                           to_dict)
+from bltjax.config import (
+    RunConfig,
+    default_config,
+    differences,
+    from_config_dict,
+    to_config_dict,
+    to_dict,
+)
 
 DIRECTORY = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(DIRECTORY.glob("*.py"))
@@ -35,8 +41,9 @@ def parse(monkeypatch, *arguments, path=FILES[0]):
     argv = ["train", f"--config={path}", *arguments]
     monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values,
-                                             lock_config=True)
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "", flag_values=values, lock_config=True
+    )
     values(argv)
     return holder.value
 
@@ -46,29 +53,44 @@ def test_defaults_are_valid_and_the_result_is_hashable():
     hash(RunConfig())
 
 
-@pytest.mark.parametrize("settings, key, nearest", [
-    ({"blt": {"local_encodr": {}}}, "config.blt.local_encodr", "local_encoder"),
-    ({"patching": {"treshold": 1.0}}, "config.patching.treshold", "threshold"),
-    ({"evaluate": {}}, "config.evaluate", "evaluation"),
-    ({"mesh": {"xyzzy": 1}}, "config.mesh.xyzzy", "data, fsdp, tensor"),
-])
+@pytest.mark.parametrize(
+    "settings, key, nearest",
+    [
+        ({"blt": {"local_encodr": {}}}, "config.blt.local_encodr", "local_encoder"),
+        ({"patching": {"treshold": 1.0}}, "config.patching.treshold", "threshold"),
+        ({"evaluate": {}}, "config.evaluate", "evaluation"),
+        ({"mesh": {"xyzzy": 1}}, "config.mesh.xyzzy", "data, fsdp, tensor"),
+    ],
+)
 def test_unknown_key_names_it_and_the_nearest(settings, key, nearest):
     with pytest.raises(ValueError, match=f"^{key} is not a setting; did you mean {nearest}\\?$"):
         from_config_dict(RunConfig, settings)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"blt": {"vocab_size": 260.0}}, "config.blt.vocab_size=260.0 is float, must be int"),
-    ({"blt": {"vocab_size": None}}, "config.blt.vocab_size=None is NoneType, must be int"),
-    ({"blt": {"remat": 1}}, "config.blt.remat=1 is int, must be str"),
-    ({"evaluation": {"baselines": 1}}, "config.evaluation.baselines=1 is int, must be bool"),
-    ({"patching": {"threshold": True}}, "config.patching.threshold=True is bool, must be float"),
-    ({"patching": {"target_patch_bytes": "4"}},
-     "config.patching.target_patch_bytes='4' is str, must be float"),
-    ({"blt": {"hash": {"sizes": 3}}}, "config.blt.hash.sizes=3 must be a tuple"),
-    ({"blt": {"hash": {"sizes": (3, "4")}}}, "config.blt.hash.sizes[1]='4' is str, must be int"),
-    ({"blt": 3}, "config.blt=3 must be a group of settings, not a value"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"blt": {"vocab_size": 260.0}}, "config.blt.vocab_size=260.0 is float, must be int"),
+        ({"blt": {"vocab_size": None}}, "config.blt.vocab_size=None is NoneType, must be int"),
+        ({"mesh": {"fsdp": True}}, "config.mesh.fsdp=True is bool, must be int"),
+        ({"blt": {"remat": 1}}, "config.blt.remat=1 is int, must be str"),
+        ({"evaluation": {"baselines": 1}}, "config.evaluation.baselines=1 is int, must be bool"),
+        (
+            {"patching": {"threshold": True}},
+            "config.patching.threshold=True is bool, must be float",
+        ),
+        (
+            {"patching": {"target_patch_bytes": "4"}},
+            "config.patching.target_patch_bytes='4' is str, must be float",
+        ),
+        ({"blt": {"hash": {"sizes": 3}}}, "config.blt.hash.sizes=3 must be a tuple"),
+        (
+            {"blt": {"hash": {"sizes": (3, "4")}}},
+            "config.blt.hash.sizes[1]='4' is str, must be int",
+        ),
+        ({"blt": 3}, "config.blt=3 must be a group of settings, not a value"),
+    ],
+)
 def test_wrong_type_names_field_value_and_type(settings, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         from_config_dict(RunConfig, settings)
@@ -83,14 +105,20 @@ def test_whole_numbers_are_floats_and_lists_are_tuples():
 # Each: settings, and what the message must say.
 PROBLEMS = [
     (dict(blt__global_transformer__num_layers=0), "blt.global_transformer.num_layers=0"),
-    (dict(blt__global_transformer__dim=130),
-     "blt.global_transformer.dim=130 blt.global_transformer.num_heads=4 head_dim"),
-    (dict(blt__global_transformer__num_kv_heads=3),
-     "blt.global_transformer.num_heads=4 blt.global_transformer.num_kv_heads=3"),
+    (
+        dict(blt__global_transformer__dim=130),
+        "blt.global_transformer.dim=130 blt.global_transformer.num_heads=4 head_dim",
+    ),
+    (
+        dict(blt__global_transformer__num_kv_heads=3),
+        "blt.global_transformer.num_heads=4 blt.global_transformer.num_kv_heads=3",
+    ),
     (dict(blt__global_transformer__num_kv_heads=0), "blt.global_transformer.num_kv_heads=0"),
     (dict(blt__global_transformer__head_dim=0), "blt.global_transformer.head_dim=0"),
-    (dict(blt__global_transformer__dim=60),
-     "blt.global_transformer.dim=60 blt.global_transformer.num_heads=4 width 15"),
+    (
+        dict(blt__global_transformer__dim=60),
+        "blt.global_transformer.dim=60 blt.global_transformer.num_heads=4 width 15",
+    ),
     (dict(blt__global_transformer__head_dim=7), "blt.global_transformer.head_dim=7 even"),
     (dict(blt__global_transformer__window=8), "blt.global_transformer.window=8 None"),
     (dict(blt__local_encoder__window=0), "blt.local_encoder.window=0 at least 1"),
@@ -98,9 +126,13 @@ PROBLEMS = [
     (dict(entropy_model__transformer__window=None), "entropy_model.transformer.window None 512"),
     (dict(blt__local_encoder__dim=32), "blt.local_encoder.dim=32 blt.local_decoder.dim=64"),
     (dict(blt__local_encoder__ffn_dim_multiplier=0.0), "blt.local_encoder.ffn_dim_multiplier=0.0"),
+    (dict(blt__local_encoder__rope_theta=0.0), "blt.local_encoder.rope_theta=0.0"),
+    (dict(blt__local_encoder__norm_eps=0.0), "blt.local_encoder.norm_eps=0.0"),
     (dict(blt__cross_attention__k=0), "blt.cross_attention.k=0"),
-    (dict(blt__cross_attention__num_heads=3),
-     "blt.local_encoder.dim=64 blt.cross_attention.num_heads=3"),
+    (
+        dict(blt__cross_attention__num_heads=3),
+        "blt.local_encoder.dim=64 blt.cross_attention.num_heads=3",
+    ),
     (dict(blt__cross_attention__window_encoder=0), "blt.cross_attention.window_encoder=0"),
     (dict(blt__cross_attention__window_decoder=-1), "blt.cross_attention.window_decoder=-1"),
     (dict(blt__pooling="sum"), "blt.pooling='sum' max"),
@@ -110,23 +142,31 @@ PROBLEMS = [
     (dict(blt__vocab_size=256), "blt.vocab_size=256 260"),
     (dict(blt__compute_dtype="float16"), "blt.compute_dtype='float16' bfloat16"),
     (dict(blt__remat="all"), "blt.remat='all' full"),
-    (dict(entropy_model__init__std_factor="depth"),
-     "entropy_model.init.std_factor='depth' current_depth"),
+    (
+        dict(entropy_model__init__std_factor="depth"),
+        "entropy_model.init.std_factor='depth' current_depth",
+    ),
     (dict(patching__rule="words"), "patching.rule='words' entropy"),
     (dict(patching__patch_size=0), "patching.patch_size=0"),
     (dict(patching__max_patch_length=0), "patching.max_patch_length=0"),
     (dict(patching__target_patch_bytes=0.5), "patching.target_patch_bytes=0.5"),
-    (dict(patching__rule="global_monotonic"),
-     "patching.target_patch_bytes=4.5 patching.rule='global_monotonic' threshold_add"),
+    (
+        dict(patching__rule="global_monotonic"),
+        "patching.target_patch_bytes=4.5 patching.rule='global_monotonic' threshold_add",
+    ),
     (dict(data__validation_fraction=1.0), "data.validation_fraction=1.0"),
     (dict(blt_training__steps=0), "blt_training.steps=0"),
     (dict(blt_training__row_bytes=4), "blt_training.row_bytes=4 8"),
-    (dict(blt_training__row_bytes=64, blt_training__row_patches=65),
-     "blt_training.row_bytes=64 blt_training.row_patches=65"),
+    (
+        dict(blt_training__row_bytes=64, blt_training__row_patches=65),
+        "blt_training.row_bytes=64 blt_training.row_patches=65",
+    ),
     (dict(blt_training__optimizer__schedule="step"), "blt_training.optimizer.schedule='step'"),
     (dict(blt_training__optimizer__clip_norm=0.0), "blt_training.optimizer.clip_norm=0.0"),
-    (dict(blt_training__optimizer__schedule="wsd", blt_training__optimizer__min_ratio=0.0),
-     "blt_training.optimizer.min_ratio=0.0 blt_training.optimizer.schedule='wsd'"),
+    (
+        dict(blt_training__optimizer__schedule="wsd", blt_training__optimizer__min_ratio=0.0),
+        "blt_training.optimizer.min_ratio=0.0 blt_training.optimizer.schedule='wsd'",
+    ),
     (dict(mesh__data=-1, mesh__fsdp=-1), "mesh=(-1, -1, 1)"),
     (dict(mesh__tensor=0), "mesh=(-1, 1, 0)"),
     (dict(evaluation__sample_bytes=0), "evaluation.sample_bytes=0"),
@@ -145,7 +185,7 @@ def test_problem_names_field_and_values(settings, says):
 
 
 def test_all_problems_are_told_at_once():
-    with pytest.raises(ValueError, match="blt.remat='all'.*; mesh="):
+    with pytest.raises(ValueError, match=r"blt\.remat='all'.*; mesh="):
         changed(blt__remat="all", mesh__tensor=0)
 
 
@@ -158,9 +198,17 @@ def test_settings_that_look_alike_are_valid():
 
 def optional_fields(config, name=""):
     """(path, a value) of every setting that may be None."""
-    examples = {"num_kv_heads": 2, "head_dim": 16, "window": 8, "base_std": 0.5,
-                "window_encoder": 2, "window_decoder": 2, "target_patch_bytes": 3.5,
-                "max_patch_length": 4, "max_bytes": 10}
+    examples = {
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "window": 8,
+        "base_std": 0.5,
+        "window_encoder": 2,
+        "window_decoder": 2,
+        "target_patch_bytes": 3.5,
+        "max_patch_length": 4,
+        "max_bytes": 10,
+    }
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -169,8 +217,11 @@ def optional_fields(config, name=""):
             yield f"{name}{field.name}", examples[field.name]
 
 
-NEVER_NONE = ("blt__local_encoder__window", "blt__local_decoder__window",
-              "entropy_model__transformer__window")
+NEVER_NONE = (
+    "blt__local_encoder__window",
+    "blt__local_decoder__window",
+    "entropy_model__transformer__window",
+)
 
 
 @pytest.mark.parametrize("path, value", list(optional_fields(RunConfig())))
@@ -200,31 +251,46 @@ def test_round_trip(path, monkeypatch):
 
 def test_differences_name_the_field_and_leave_out_free_ones():
     old = to_dict(RunConfig())
-    free = to_dict(changed(mesh__fsdp=8, blt_training__log_every=1,
-                           entropy_training__checkpoint_every=7, blt_training__keep_checkpoints=9))
+    free = to_dict(
+        changed(
+            mesh__fsdp=8,
+            blt_training__log_every=1,
+            entropy_training__checkpoint_every=7,
+            blt_training__keep_checkpoints=9,
+        )
+    )
     assert differences(old, free) == []
     new = to_dict(changed(blt__hash__sizes=(3,), blt_training__steps=7))
     assert differences(old, new) == [
         "config.blt.hash.sizes: [3, 4, 5, 6, 7, 8] there, [3] here",
-        "config.blt_training.steps: 1000 there, 7 here"]
+        "config.blt_training.steps: 1000 there, 7 here",
+    ]
     del old["patching"]["rule"]
     assert differences(old, to_dict(RunConfig())) == [
-        "config.patching.rule: None there, 'entropy' here"]
+        "config.patching.rule: None there, 'entropy' here"
+    ]
 
 
-@pytest.mark.parametrize("argument, path, expected", [
-    ("blt_training.optimizer.learning_rate=1e-3", "blt_training__optimizer__learning_rate", 1e-3),
-    ("blt.global_transformer.num_layers=5", "blt__global_transformer__num_layers", 5),
-    ("blt.global_transformer.head_dim=2", "blt__global_transformer__head_dim", 2),
-    ("blt.remat=dots", "blt__remat", "dots"),
-    ("blt.hash.sizes=(3, 4)", "blt__hash__sizes", (3, 4)),
-    ("blt.init.base_std=0.5", "blt__init__base_std", 0.5),
-    ("patching.target_patch_bytes=6", "patching__target_patch_bytes", 6.0),
-    ("patching.reset_at_newlines=true", "patching__reset_at_newlines", True),
-    ("data.root=some/where", "data__root", "some/where"),
-    ("data.max_bytes=12", "data__max_bytes", 12),
-    ("stages=('blt', 'evaluate')", "stages", ("blt", "evaluate")),
-])
+@pytest.mark.parametrize(
+    "argument, path, expected",
+    [
+        (
+            "blt_training.optimizer.learning_rate=1e-3",
+            "blt_training__optimizer__learning_rate",
+            1e-3,
+        ),
+        ("blt.global_transformer.num_layers=5", "blt__global_transformer__num_layers", 5),
+        ("blt.global_transformer.head_dim=2", "blt__global_transformer__head_dim", 2),
+        ("blt.remat=dots", "blt__remat", "dots"),
+        ("blt.hash.sizes=(3, 4)", "blt__hash__sizes", (3, 4)),
+        ("blt.init.base_std=0.5", "blt__init__base_std", 0.5),
+        ("patching.target_patch_bytes=6", "patching__target_patch_bytes", 6.0),
+        ("patching.reset_at_newlines=true", "patching__reset_at_newlines", True),
+        ("data.root=some/where", "data__root", "some/where"),
+        ("data.max_bytes=12", "data__max_bytes", 12),
+        ("stages=('blt', 'evaluate')", "stages", ("blt", "evaluate")),
+    ],
+)
 def test_command_line_overrides(argument, path, expected, monkeypatch):
     run = from_config_dict(RunConfig, parse(monkeypatch, f"--config.{argument}"))
     assert get(run, path) == expected

@@ -35,8 +35,9 @@ def models(config):
 
 
 def test_the_sizes_of_the_paper_are_here():
-    assert {"blt_400m", "blt_1b", "blt_2b", "blt_4b", "blt_7b", "blt_8b",
-            "entropy_100m"} <= set(NAMES)
+    assert {"blt_400m", "blt_1b", "blt_2b", "blt_4b", "blt_7b", "blt_8b", "entropy_100m"} <= set(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,8 +61,11 @@ def test_stated_parameters_are_counted(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_stated_flops_are_computed(name):
     doc, config = load(name)
-    found = re.findall(r"(\S+) FLOPs per byte forward at ([\d,]+)-byte rows"
-                       r"(?: and (\S+) bytes a patch)?", doc)
+    found = re.findall(
+        r"(\S+) FLOPs per byte forward at ([\d,]+)-byte rows"
+        r"(?: and (\S+) bytes a patch)?",
+        doc,
+    )
     assert found or name not in [*FULL_SIZE, "entropy_100m"]
     for stated, row, patch in found:
         model = config.blt if patch else config.entropy_model
@@ -101,8 +105,12 @@ def trace(config):
             patches = [buffers_from_lengths(x, num_bytes) for x in lengths]
             return functional.apply(model, params, tokens, *patches)
 
-        logits = jax.eval_shape(forward, functional.abstract_params(model),
-                                jax.ShapeDtypeStruct(shape, jnp.int32), *inputs)
+        logits = jax.eval_shape(
+            forward,
+            functional.abstract_params(model),
+            jax.ShapeDtypeStruct(shape, jnp.int32),
+            *inputs,
+        )
         assert logits.shape == (*shape, model.vocab_size)
         assert logits.dtype == jnp.float32
 
@@ -134,4 +142,5 @@ def test_the_7b_run_is_the_8b_model_with_the_released_recipe():
     assert released.patching.threshold == 1.335442066192627
     assert (paper.patching.rule, paper.patching.reset_at_newlines) == ("monotonic", True)
     assert released.blt_training.optimizer == dataclasses.replace(
-        paper.blt_training.optimizer, min_ratio=0.01)
+        paper.blt_training.optimizer, min_ratio=0.01
+    )

@@ -7,8 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from bltjax import flops
-from bltjax.config import (BLTConfig, CrossAttentionConfig, EntropyModelConfig, HashConfig,
-                           TransformerConfig)
+from bltjax.config import (
+    BLTConfig,
+    CrossAttentionConfig,
+    EntropyModelConfig,
+    HashConfig,
+    TransformerConfig,
+)
 from bltjax.model import functional
 from bltjax.patching.buffers import buffers_from_lengths
 
@@ -17,9 +22,12 @@ LLAMA2_BYTES_PER_TOKEN, LLAMA2_VOCAB = 3.7, 32_000
 
 def paper_model(encoder, trunk, decoder, k, cross_heads):
     """A BLTConfig from (dim, layers, heads) of the three stacks."""
-    return BLTConfig(TransformerConfig(*encoder, window=512), TransformerConfig(*trunk),
-                     TransformerConfig(*decoder, window=512),
-                     CrossAttentionConfig(k=k, num_heads=cross_heads))
+    return BLTConfig(
+        TransformerConfig(*encoder, window=512),
+        TransformerConfig(*trunk),
+        TransformerConfig(*decoder, window=512),
+        CrossAttentionConfig(k=k, num_heads=cross_heads),
+    )
 
 
 BLT_400M = paper_model((768, 1, 12), (1280, 24, 10), (768, 7, 12), 2, 12)
@@ -31,16 +39,21 @@ ENTROPY = EntropyModelConfig(TransformerConfig(768, 14, 12, window=512))
 @pytest.mark.parametrize("dim, num_layers, expected", [(1280, 24, 3.1e8), (3072, 32, 2.1e9)])
 def test_paper_table_2(dim, num_layers, expected):
     """Inference FLOPs per byte of the Llama 2 rows, a model of BPE tokens."""
-    per_token = flops.paper_transformer_flops(dim, num_layers, 8192 / LLAMA2_BYTES_PER_TOKEN,
-                                              LLAMA2_VOCAB)
+    per_token = flops.paper_transformer_flops(
+        dim, num_layers, 8192 / LLAMA2_BYTES_PER_TOKEN, LLAMA2_VOCAB
+    )
     assert float(f"{per_token / LLAMA2_BYTES_PER_TOKEN:.1e}") == expected
 
 
-@pytest.mark.parametrize("config, expected", [
-    (BLT_400M, (3.55e8, 2.91e8, 2.46e8)),
-    (BLT_1B, (8.6e8, 7.1e8, 5.9e8)),
-    (BLT_7B, (3.25e9, 2.49e9, 1.93e9)),
-], ids=["400m", "1b", "8b"])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (BLT_400M, (3.55e8, 2.91e8, 2.46e8)),
+        (BLT_1B, (8.6e8, 7.1e8, 5.9e8)),
+        (BLT_7B, (3.25e9, 2.49e9, 1.93e9)),
+    ],
+    ids=["400m", "1b", "8b"],
+)
 def test_paper_equations_without_cross_attention(config, expected):
     config = with_cross(config, encoder=False, decoder=False)
     found = [flops.paper_flops_per_byte(config, 8192, patch) for patch in (4.5, 6, 8)]
@@ -58,8 +71,9 @@ def test_paper_cross_attention_by_hand():
     assert found - without == cross_encoder + cross_decoder
 
 
-@pytest.mark.parametrize("config", [BLT_400M, BLT_1B, BLT_7B, ENTROPY],
-                         ids=["400m", "1b", "7b", "entropy"])
+@pytest.mark.parametrize(
+    "config", [BLT_400M, BLT_1B, BLT_7B, ENTROPY], ids=["400m", "1b", "7b", "entropy"]
+)
 def test_the_paper_estimates_the_real_architecture(config):
     """It leaves out half a window and some projections, nothing that matters."""
     real = flops.flops_per_byte(config, 8192, 4.5)["total"]
@@ -76,35 +90,69 @@ ROW, PATCH, BATCH = 64, 4, 2
 ENCODER = TransformerConfig(32, 2, 4, window=16, ffn_multiple_of=16)
 TRUNK = TransformerConfig(48, 3, 4, ffn_multiple_of=16)
 DECODER = dataclasses.replace(ENCODER, num_layers=3, num_heads=2)
-TINY = BLTConfig(ENCODER, TRUNK, DECODER, CrossAttentionConfig(k=2, num_heads=4),
-                 HashConfig((3,), 11))
+TINY = BLTConfig(
+    ENCODER, TRUNK, DECODER, CrossAttentionConfig(k=2, num_heads=4), HashConfig((3,), 11)
+)
 
 
 def with_cross(config, **changes):
     return dataclasses.replace(
-        config, cross_attention=dataclasses.replace(config.cross_attention, **changes))
+        config, cross_attention=dataclasses.replace(config.cross_attention, **changes)
+    )
 
 
-@pytest.mark.parametrize("config", [
-    TINY,
-    with_cross(TINY, all_layers_encoder=True, all_layers_decoder=False),
-    with_cross(TINY, window_encoder=3, window_decoder=2),
-    with_cross(TINY, decoder=False),
-    with_cross(TINY, encoder=False, decoder=False),
-    dataclasses.replace(TINY, global_transformer=dataclasses.replace(TRUNK, dim=64), remat="full"),
-    dataclasses.replace(  # one width everywhere: no projections but the encoder's
-        with_cross(TINY, k=1), global_transformer=dataclasses.replace(TRUNK, dim=32)),
-    dataclasses.replace(TINY, global_transformer=TransformerConfig(
-        48, 2, 4, num_kv_heads=2, head_dim=16, ffn_dim_multiplier=1.3, ffn_multiple_of=8)),
-    EntropyModelConfig(ENCODER),
-    EntropyModelConfig(dataclasses.replace(ENCODER, window=ROW)),
-], ids=["default", "layers", "windows", "encoder_only", "no_cross", "no_in_projection",
-        "one_width", "grouped", "entropy", "entropy_one_block"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        with_cross(TINY, all_layers_encoder=True, all_layers_decoder=False),
+        with_cross(TINY, window_encoder=3, window_decoder=2),
+        with_cross(TINY, decoder=False),
+        with_cross(TINY, encoder=False, decoder=False),
+        dataclasses.replace(
+            TINY, global_transformer=dataclasses.replace(TRUNK, dim=64), remat="full"
+        ),
+        dataclasses.replace(  # one width everywhere: no projections but the encoder's
+            with_cross(TINY, k=1), global_transformer=dataclasses.replace(TRUNK, dim=32)
+        ),
+        dataclasses.replace(
+            TINY,
+            global_transformer=TransformerConfig(
+                48, 2, 4, num_kv_heads=2, head_dim=16, ffn_dim_multiplier=1.3, ffn_multiple_of=8
+            ),
+        ),
+        EntropyModelConfig(ENCODER),
+        EntropyModelConfig(dataclasses.replace(ENCODER, window=ROW)),
+    ],
+    ids=[
+        "default",
+        "layers",
+        "windows",
+        "encoder_only",
+        "no_cross",
+        "no_in_projection",
+        "one_width",
+        "grouped",
+        "entropy",
+        "entropy_one_block",
+    ],
+)
 def test_every_matrix_product_of_the_traced_model_is_counted(config):
     found = dot_flops(trace(config)) / (BATCH * ROW)
     terms = flops.flops_per_byte(config, ROW, PATCH)
     assert terms["total"] == pytest.approx(sum(terms.values()) - terms["total"])
     assert found == pytest.approx(terms["total"] + masked_flops(config) - sums_flops(config))
+
+
+def test_backward_costs_twice_the_forward():
+    config = EntropyModelConfig(dataclasses.replace(ENCODER, window=ROW))
+    tokens = jax.ShapeDtypeStruct((BATCH, ROW), jnp.int32)
+
+    def loss(params, tokens):
+        return functional.apply(config, params, tokens).sum()
+
+    backward = jax.make_jaxpr(jax.grad(loss))(functional.abstract_params(config), tokens)
+    assert dot_flops(backward.jaxpr) == flops.TRAINING_FACTOR * dot_flops(trace(config))
 
 
 def trace(config):
@@ -132,8 +180,11 @@ def dot_flops(jaxpr) -> int:
                 depth *= shape[axis]
             total += 2 * eqn.outvars[0].aval.size * depth
         assert eqn.primitive.name not in ("while", "cond"), "a number of steps that is not static"
-        inner = sum(dot_flops(getattr(p, "jaxpr", p)) for p in eqn.params.values()
-                    if hasattr(getattr(p, "jaxpr", p), "eqns"))
+        inner = sum(
+            dot_flops(getattr(p, "jaxpr", p))
+            for p in eqn.params.values()
+            if hasattr(getattr(p, "jaxpr", p), "eqns")
+        )
         total += inner * eqn.params["length"] if eqn.primitive.name == "scan" else inner
     return total
 
@@ -146,8 +197,11 @@ def masked_flops(config) -> float:
     if isinstance(config, EntropyModelConfig):
         stacks = [(config.transformer, ROW, 1)]
     else:
-        stacks = [(config.local_encoder, ROW, 1), (config.local_decoder, ROW, 1),
-                  (config.global_transformer, ROW // PATCH, 1 / PATCH)]
+        stacks = [
+            (config.local_encoder, ROW, 1),
+            (config.local_decoder, ROW, 1),
+            (config.global_transformer, ROW // PATCH, 1 / PATCH),
+        ]
     total = 0
     for stack, positions, per_byte in stacks:
         window = stack.window or positions
@@ -166,25 +220,57 @@ def sums_flops(config) -> float:
     return layers * 2 * cross.k * local.dim * (cross.window_encoder or 1)
 
 
-@pytest.mark.parametrize("config, expected", [
-    (BLT_1B, dict(local_encoder=19_406_848, global_transformer=1_284_608_000,
-                  local_decoder=157_852_672, hash_tables=3_072_012_288,
-                  total=4_533_879_808, without_hash_tables=1_461_867_520)),
-    (BLT_7B, dict(local_encoder=33_761_280, global_transformer=6_497_239_040,
-                  local_decoder=182_554_880, hash_tables=3_840_015_360,
-                  total=10_553_570_560, without_hash_tables=6_713_555_200)),
-    (ENTROPY, dict(tok_embeddings=199_680, layers=99_111_936, norm=768, output=199_680,
-                   total=99_512_064, without_hash_tables=99_512_064)),
-], ids=["1b", "7b", "entropy"])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (
+            BLT_1B,
+            dict(
+                local_encoder=19_406_848,
+                global_transformer=1_284_608_000,
+                local_decoder=157_852_672,
+                hash_tables=3_072_012_288,
+                total=4_533_879_808,
+                without_hash_tables=1_461_867_520,
+            ),
+        ),
+        (
+            BLT_7B,
+            dict(
+                local_encoder=33_761_280,
+                global_transformer=6_497_239_040,
+                local_decoder=182_554_880,
+                hash_tables=3_840_015_360,
+                total=10_553_570_560,
+                without_hash_tables=6_713_555_200,
+            ),
+        ),
+        (
+            ENTROPY,
+            dict(
+                tok_embeddings=199_680,
+                layers=99_111_936,
+                norm=768,
+                output=199_680,
+                total=99_512_064,
+                without_hash_tables=99_512_064,
+            ),
+        ),
+    ],
+    ids=["1b", "7b", "entropy"],
+)
 def test_published_parameter_counts(config, expected):
     assert flops.parameter_report(functional.abstract_params(config)) == expected
 
 
 def test_format_report_is_one_line_with_both_totals():
-    report = dict(local_encoder=1500, hash_tables=1_000_000, total=1_001_500,
-                  without_hash_tables=1500)
+    report = dict(
+        local_encoder=1500, hash_tables=1_000_000, total=1_001_500, without_hash_tables=1500
+    )
     assert flops.format_report(report) == (
         "1,001,500 parameters, 1,500 without hash tables (local_encoder 1,500, "
-        "hash_tables 1,000,000)")
+        "hash_tables 1,000,000)"
+    )
     assert flops.format_report(dict(layers=3, total=3, without_hash_tables=3)) == (
-        "3 parameters (layers 3)")
+        "3 parameters (layers 3)"
+    )

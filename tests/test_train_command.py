@@ -10,10 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments):
+def run(*arguments, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.run(
-        [sys.executable, "-m", "bltjax.train", *arguments], cwd=ROOT, text=True,
-        capture_output=True, timeout=120, env=dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu"))
+        [sys.executable, "-m", "bltjax.train", *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env=dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu"),
+    )
 
 
 CASES = {
@@ -22,9 +28,16 @@ CASES = {
     "group for a value": (["--config.blt=3"], ["--config.blt=3"]),
     "wrong value": (["--config.blt.pooling=sum"], ["blt.pooling='sum'", "max"]),
     "heads": (["--config.blt.local_encoder.num_heads=3"], ["dim=16", "num_heads=3"]),
-    "patch budget": (["--config.blt_training.row_patches=65"],
-                     ["row_bytes=64", "row_patches=65", "lower row_patches"]),
+    "patch budget": (
+        ["--config.blt_training.row_patches=65"],
+        ["row_bytes=64", "row_patches=65", "lower row_patches"],
+    ),
     "mesh": (["--config.mesh.fsdp=3"], ["mesh=(-1, 3, 1)", "1 device"]),
+    "tensor axis": (
+        ["--config.mesh.data=1", "--config.mesh.tensor=8"],
+        ["entropy_model.transformer.num_heads=2", "mesh.tensor=8", "change the model or the mesh"],
+    ),
+    "row shards": (["--config.mesh.data=8"], ["batch_size=2", "8 row shards"]),
     "missing corpus": (["--config.data.root=/no/such/corpus"], ["/no/such/corpus", "directory"]),
     "empty corpus": (["--config.data.root=EMPTY"], ["EMPTY", "non-empty file"]),
     "unknown flag": (["--confg=x"], ["confg"]),
@@ -41,7 +54,10 @@ def test_wrong_input_is_one_line(case, tmp_path):
     (empty / "nothing.txt").touch()
     settings = [s.replace("EMPTY", str(empty)) for s in settings]
     workdir = tmp_path / "run"
-    result = run("--config=tests/configs/tiny.py", f"--workdir={workdir}", *settings)
+    devices = 8 if any("=8" in setting for setting in settings) else 1
+    result = run(
+        "--config=tests/configs/tiny.py", f"--workdir={workdir}", *settings, devices=devices
+    )
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
@@ -64,16 +80,21 @@ def test_unreadable_corpus_file(tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "gone.txt").symlink_to(corpus / "missing.txt")
-    result = run("--config=tests/configs/tiny.py", f"--workdir={tmp_path / 'run'}",
-                 f"--config.data.root={corpus}")
+    result = run(
+        "--config=tests/configs/tiny.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.root={corpus}",
+    )
     assert result.returncode == 2 and "gone.txt" in result.stderr, result.stderr
 
 
 def test_help_answers_without_loading_jax():
-    code = ("import sys, runpy\n"
-            "sys.argv = ['train', '--help']\n"
-            "try:\n    runpy.run_module('bltjax.train', run_name='__main__')\n"
-            "except SystemExit:\n    pass\n"
-            "print('jax' in sys.modules)")
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['train', '--help']\n"
+        "try:\n    runpy.run_module('bltjax.train', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        "print('jax' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert result.stdout.strip().endswith("False") and "--workdir" in result.stdout

@@ -1,5 +1,6 @@
 """The byte latent transformer: embed, encode, global, decode (spec 0)."""
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -43,6 +44,9 @@ class BLT(nnx.Module):
         """
         if document_ids is None:
             document_ids = documents_from_eos(tokens)
+        chex.assert_rank(tokens, 2)
+        chex.assert_equal_shape([tokens, document_ids, patches.encoder_ids, patches.decoder_ids])
+        chex.assert_equal_shape([patches.starts, patches.lengths, patches.mask])
         tables = self.encoder_hash_tok_embedding if self.config.hash.sizes else None
         embedded = embed_bytes(tokens, self.local_encoder.tok_embeddings, tables, self.config)
         byte_states, patch_states = self.local_encoder(embedded, patches, document_ids)

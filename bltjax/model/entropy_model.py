@@ -1,5 +1,6 @@
 """The small byte language model whose entropies place the patches (spec 7)."""
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,6 +31,8 @@ class EntropyModel(nnx.Module):
         """
         if segments is None:
             segments = documents_from_eos(tokens)
+        chex.assert_rank(tokens, 2)
+        chex.assert_equal_shape([tokens, segments])
         x = self.tok_embeddings(tokens, self.config.compute_dtype)
         x = run_blocks(self.layers, self.config.transformer, x, segments, self.config.remat)
         return dict(logits=self.output(self.norm(x)).astype(jnp.float32))

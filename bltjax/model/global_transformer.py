@@ -1,5 +1,6 @@
 """The large transformer that runs once per patch (spec 5.7)."""
 
+import chex
 import jax
 from flax import nnx
 
@@ -27,6 +28,7 @@ class GlobalTransformer(nnx.Module):
 
     def __call__(self, x, segments):
         """x [B, P, patch_width], segments int32 [B, P] -> [B, P, G]."""
+        chex.assert_shape(x, (*segments.shape, self.config.patch_width))
         if self.config.patch_width != self.config.global_transformer.dim:
             x = self.token_embedding_projection(x)
         return run_blocks(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -61,6 +62,8 @@ class LocalDecoder(nnx.Module):
         A byte reads `patches.decoder_ids`, the last patch complete once the byte is known.
         """
         config, local = self.config, self.config.local_decoder
+        chex.assert_shape(h, (*segments.shape, local.dim))
+        chex.assert_shape(patch_states, (*patches.lengths.shape, config.global_transformer.dim))
         if self._has_projection:
             patch_states = self.patch_embedding_projection(patch_states)
         angles = rotary_angles(h.shape[1], local.head_width, local.rope_theta)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 from flax import nnx
 
@@ -35,6 +36,7 @@ class LocalEncoder(nnx.Module):
     def __call__(self, embedded, patches, segments):
         """embedded [B, L, E] -> byte states h [B, L, E] and patches [B, P, patch_width]."""
         local, remat = self.config.local_encoder, self.config.remat
+        chex.assert_shape(embedded, (*segments.shape, local.dim))
         if not self.config.cross_attention.encoder:
             h = run_blocks(self.layers, local, embedded, segments, remat)
             return h, self._pool(h, patches)

@@ -23,7 +23,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arr
     -> [B, P, H, D].
     """
     positions = jnp.arange(q.shape[1])
-    mask = (positions[:, None] >= positions[None, :]) & _same(segments, segments)
+    mask = (positions[:, None] >= positions[None, :])[None] & _same(segments, segments)
     return dot_product_attention(q, k, v, mask=mask[:, None])
 
 
@@ -48,7 +48,7 @@ def window_attention(
 
     def attend(before, block):
         (q, k, v, s), (k0, v0, s0) = block, before
-        mask = visible & _same(s, jnp.concatenate([s0, s], axis=1))
+        mask = visible[None] & _same(s, jnp.concatenate([s0, s], axis=1))
         out = dot_product_attention(
             q,
             jnp.concatenate([k0, k], axis=1),

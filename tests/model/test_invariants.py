@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config import (BLTConfig, CrossAttentionConfig, HashConfig, InitConfig,
-                           TransformerConfig)
+from bltjax.config import BLTConfig, CrossAttentionConfig, HashConfig, TransformerConfig
 from bltjax.model import functional
+from bltjax.model.blt import documents_from_eos, patch_documents
 from bltjax.patching.buffers import buffers_from_starts
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 
@@ -19,36 +19,63 @@ CLOSE = dict(rtol=0, atol=2e-5)
 
 
 def stack(dim, layers, heads=2, **settings):
-    return TransformerConfig(dim=dim, num_layers=layers, num_heads=heads, ffn_multiple_of=8,
-                             ffn_dim_multiplier=0.5, **settings)
+    return TransformerConfig(
+        dim=dim,
+        num_layers=layers,
+        num_heads=heads,
+        ffn_multiple_of=8,
+        ffn_dim_multiplier=0.5,
+        **settings,
+    )
 
 
-def tiny(encoder_layers=1, decoder_layers=2, global_dim=16, window=5, cross=CrossAttentionConfig(),
-         sizes=(), kv_heads=None, **settings):
+def tiny(
+    encoder_layers=1,
+    decoder_layers=2,
+    global_dim=16,
+    window=5,
+    cross=CrossAttentionConfig(),
+    sizes=(),
+    kv_heads=None,
+    **settings,
+):
     return BLTConfig(
         local_encoder=stack(8, encoder_layers, window=window, num_kv_heads=kv_heads),
         global_transformer=stack(global_dim, 2, num_kv_heads=kv_heads),
         local_decoder=stack(8, decoder_layers, window=window, num_kv_heads=kv_heads),
         cross_attention=dataclasses.replace(cross, num_heads=2),
         hash=HashConfig(sizes, vocab=31, num_functions=settings.pop("num_functions", 1)),
-        **settings)
+        **settings,
+    )
 
 
 CONFIGS = {
     "released": tiny(sizes=(3, 5)),
     "in-projection, grouped queries, mean": tiny(
-        global_dim=20, cross=CrossAttentionConfig(k=3, all_layers_decoder=False), kv_heads=1,
-        pooling="mean", sizes=(2, 3), num_functions=2),
+        global_dim=20,
+        cross=CrossAttentionConfig(k=3, all_layers_decoder=False),
+        kv_heads=1,
+        pooling="mean",
+        sizes=(2, 3),
+        num_functions=2,
+    ),
     "windows, all layers": tiny(
-        encoder_layers=3, decoder_layers=1,
-        cross=CrossAttentionConfig(all_layers_encoder=True, window_encoder=2, window_decoder=3)),
+        encoder_layers=3,
+        decoder_layers=1,
+        cross=CrossAttentionConfig(all_layers_encoder=True, window_encoder=2, window_decoder=3),
+    ),
     "no cross-attention": tiny(
-        cross=CrossAttentionConfig(encoder=False, decoder=False), sizes=(4,)),
+        cross=CrossAttentionConfig(encoder=False, decoder=False), sizes=(4,)
+    ),
     "encoder only, min": tiny(
-        encoder_layers=2, cross=CrossAttentionConfig(decoder=False, doubled_residual=False),
-        pooling="min", window=1),
+        encoder_layers=2,
+        cross=CrossAttentionConfig(decoder=False, doubled_residual=False),
+        pooling="min",
+        window=1,
+    ),
     "decoder only, window over the row": tiny(
-        window=100, cross=CrossAttentionConfig(encoder=False, k=1, window_decoder=100)),
+        window=100, cross=CrossAttentionConfig(encoder=False, k=1, window_decoder=100)
+    ),
 }
 
 
@@ -59,13 +86,26 @@ def random_config(seed):
         return choices[rng.integers(len(choices))]
 
     cross = CrossAttentionConfig(
-        encoder=pick(True, True, False), decoder=pick(True, True, False), k=pick(1, 2, 3),
-        all_layers_encoder=pick(True, False), all_layers_decoder=pick(True, False),
-        window_encoder=pick(None, 1, 4), window_decoder=pick(None, 1, 4),
-        doubled_residual=pick(True, False))
-    return tiny(pick(1, 2), pick(1, 3), pick(8, 24) if cross.k == 1 else pick(12, 24),
-                pick(2, 7), cross, pick((), (2,), (3, 1)), pick(None, 1),
-                pooling=pick("max", "min", "mean"), num_functions=pick(1, 3))
+        encoder=pick(True, True, False),
+        decoder=pick(True, True, False),
+        k=pick(1, 2, 3),
+        all_layers_encoder=pick(True, False),
+        all_layers_decoder=pick(True, False),
+        window_encoder=pick(None, 1, 4),
+        window_decoder=pick(None, 1, 4),
+        doubled_residual=pick(True, False),
+    )
+    return tiny(
+        pick(1, 2),
+        pick(1, 3),
+        pick(8, 24) if cross.k == 1 else pick(12, 24),
+        pick(2, 7),
+        cross,
+        pick((), (2,), (3, 1)),
+        pick(None, 1),
+        pooling=pick("max", "min", "mean"),
+        num_functions=pick(1, 3),
+    )
 
 
 CONFIGS |= {f"random {seed}": random_config(seed) for seed in (1, 2)}
@@ -77,15 +117,13 @@ def each(*names):
 
 @functools.cache
 def model(name):
-    """Parameters with lively norms, and jitted (tokens, starts, documents) -> intermediates."""
+    """Random parameters, and jitted (tokens, starts, documents) -> intermediates."""
     config = CONFIGS[name]
     assert not config.problems("config")
     shapes = functional.abstract_params(config)
     rng = np.random.default_rng(0)
     # As large as an initial weight of this width; drawn by NumPy, which need not be compiled.
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(x.shape[-1] > 0, 0.3, x.shape)
-                                                if x.ndim < 2 else
-                                                rng.normal(0, 0.35, x.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.35, x.shape), jnp.float32), shapes)
 
     @functools.partial(jax.jit, static_argnames="num_patches")
     def run(tokens, starts, documents, num_patches):
@@ -97,7 +135,9 @@ def model(name):
 
 def logits_of(name, tokens, starts, documents=None, num_patches=L + 1):
     documents = np.zeros_like(tokens) if documents is None else documents
-    return np.asarray(model(name)[2](tokens, starts, documents, num_patches)[0]["logits"])
+    logits = np.asarray(model(name)[2](tokens, starts, documents, num_patches)[0]["logits"])
+    assert np.isfinite(logits).all()
+    return logits
 
 
 def random_bytes(rng, *shape):
@@ -112,24 +152,23 @@ def random_starts(rng, rows, positions=L + 1):
 
 
 @each()
-@pytest.mark.parametrize("num_patches", [L + 1])
-def test_causal_by_prefix_runs(name, num_patches):
+def test_causal_by_prefix_runs(name):
     """Logits up to t stay when all later bytes change, and all boundaries after t + 1."""
     rng = np.random.default_rng(1)
     base, base_starts = random_bytes(rng, L), random_starts(rng, 1)[0]
     base[7] = EOS_ID
     tokens, starts = random_bytes(rng, L, L), random_starts(rng, L)
     for t in range(L):  # row t keeps bytes 0..t; whether a patch starts at t + 1 follows from them
-        tokens[t, :t + 1], starts[t, :t + 2] = base[:t + 1], base_starts[:t + 2]
-    logits = logits_of(name, tokens, starts, num_patches=num_patches)
+        tokens[t, : t + 1], starts[t, : t + 2] = base[: t + 1], base_starts[: t + 2]
+    logits = logits_of(name, tokens, starts)
     assert np.abs(logits[-1]).max() > 0.1
     for t in range(L):
-        np.testing.assert_allclose(logits[t, :t + 1], logits[-1, :t + 1], **CLOSE)
+        np.testing.assert_allclose(logits[t, : t + 1], logits[-1, : t + 1], **CLOSE)
         if t + 1 < L:
-            assert np.abs(logits[t, t + 1:] - logits[-1, t + 1:]).max() > 1e-3
+            assert np.abs(logits[t, t + 1 :] - logits[-1, t + 1 :]).max() > 1e-3
 
 
-@each("released", "windows, all layers", "no cross-attention")
+@each("released", "windows, all layers")
 def test_causal_by_gradient(name):
     """All bytes differ, so each has its own embedding row: later rows get no gradient at all."""
     config, params, _ = model(name)
@@ -148,7 +187,7 @@ def test_causal_by_gradient(name):
     for t in range(L):
         by_byte = np.abs(gradient(params["local_encoder"]["tok_embeddings"]["weight"], t))
         by_byte = by_byte[tokens[0]].max(-1)
-        assert (by_byte[t + 1:] == 0).all(), (t, by_byte)
+        assert (by_byte[t + 1 :] == 0).all(), (t, by_byte)
         assert by_byte[t] > 0
 
 
@@ -178,7 +217,7 @@ def test_a_row_does_not_depend_on_padding(name):
     longer_documents[0, :L] = documents[1]
     for tail in (False, True):  # padding joins the last patch, or makes its own
         longer_starts = np.full((1, longer + 1), tail)
-        longer_starts[0, :L + 1] = starts[1]
+        longer_starts[0, : L + 1] = starts[1]
         logits = logits_of(name, alone, longer_starts, longer_documents, num_patches=longer + 4)
         np.testing.assert_allclose(logits[0, :L], expected, **CLOSE)
 
@@ -188,7 +227,7 @@ def packed_rows(rng, rows, split):
     tokens, starts = random_bytes(rng, rows, L), random_starts(rng, rows)
     tokens[:, split - 1], tokens[:, split] = EOS_ID, BOS_ID
     tokens[:, split:], starts[:, split:] = tokens[0, split:], starts[0, split:]
-    starts[:, split:split + 2] = True  # as packing does: a document opens with a patch of its BOS
+    starts[:, split : split + 2] = True  # as packing does: a document opens with a patch of its BOS
     return tokens, starts
 
 
@@ -207,7 +246,7 @@ def test_packed_documents_do_not_see_each_other(name):
     logits = logits_of(name, tokens, starts, documents)
     for row in logits[1:]:
         np.testing.assert_allclose(row[split:], logits[0, split:], **CLOSE)
-        assert np.abs(row[:split - 1] - logits[0, :split - 1]).max() > 1e-3
+        assert np.abs(row[: split - 1] - logits[0, : split - 1]).max() > 1e-3
     joined = logits_of(name, tokens, starts, np.zeros_like(documents))
     assert np.abs(joined[1, split:] - joined[0, split:]).max() > 1e-3
 
@@ -216,20 +255,19 @@ def unlinked(name):
     """The config without what links documents by design, under a name of its own."""
     config, label = CONFIGS[name], f"{name}, unlinked"
     cross = dataclasses.replace(config.cross_attention, window_encoder=None, window_decoder=None)
-    CONFIGS.setdefault(label, dataclasses.replace(config, cross_attention=cross, hash=HashConfig(())))
+    CONFIGS.setdefault(
+        label, dataclasses.replace(config, cross_attention=cross, hash=HashConfig(()))
+    )
     return label
 
 
 def test_documents_end_with_their_eos():
-    """Without document ids the model splits at EOS: the same logits as with the ids given."""
-    config, params, _ = model("released")
-    tokens, starts = packed_rows(np.random.default_rng(6), L, 8)
-    tokens[3, 12] = EOS_ID
-    ends = tokens == EOS_ID
-    patches = buffers_from_starts(jnp.asarray(starts), L + 1)
-    found = functional.apply(config, params, tokens, patches)
-    given = logits_of("released", tokens, starts, (np.cumsum(ends, 1) - ends).astype(np.int32))
-    np.testing.assert_allclose(found, given, **CLOSE)
+    """Spec 5.9: an EOS ends its document, and a patch belongs to that of its first byte."""
+    tokens = jnp.array([[1, 9, EOS_ID, 1, 9, 9, EOS_ID], [1, 9, 9, EOS_ID, EOS_ID, 9, 9]])
+    documents = documents_from_eos(tokens)
+    assert documents.tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 2, 2]]
+    starts = jnp.array([[0, 1, 3, 7, 8], [0, 3, 4, 6, 8]])  # 7 is the byte to come, 8 is unused
+    assert patch_documents(tokens, documents, starts).tolist() == [[0, 0, 1, 2, 2], [0, 0, 1, 2, 2]]
 
 
 def test_ngrams_span_documents():
@@ -240,7 +278,7 @@ def test_ngrams_span_documents():
     embedded = np.asarray(model("released")[2](tokens, starts, documents, L + 1)[0]["embedded"])
     free = split + max(CONFIGS["released"].hash.sizes) - 1
     np.testing.assert_array_equal(embedded[1:, free:], embedded[:-1, free:])
-    assert (embedded[1:, split:free] != embedded[:-1, split:free]).any((0, 2)).all()
+    assert (embedded[1:, split] != embedded[:-1, split]).any(-1).all()
 
 
 @each("released", "no cross-attention")
@@ -262,7 +300,3 @@ def test_overflow_loses_no_byte(name):
     fits = np.asarray(patches.overflow) == 0
     assert fits.any()
     np.testing.assert_allclose(np.asarray(result["logits"])[fits], wide[fits], **CLOSE)
-
-
-def test_init_config_is_validated():
-    assert BLTConfig(init=InitConfig(std_factor="depth")).problems("blt")

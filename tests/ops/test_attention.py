@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.ops.attention import (bytes_from_patches_attention, causal_attention,
-                                  patches_from_bytes_attention, window_attention)
+from bltjax.ops.attention import (
+    bytes_from_patches_attention,
+    causal_attention,
+    patches_from_bytes_attention,
+    window_attention,
+)
 
 SEEDS = 4
 # Cross-attention: letters as in ops/attention.py.
@@ -33,45 +37,54 @@ def dense_attention(q, k, v, mask, cotangent):
     def heads_of_groups(x):
         return x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3)
 
-    return (np.einsum("bhst,bthd->bshd", weights, v),
-            np.einsum("bhst,bthd->bshd", grad_scores, k),
-            heads_of_groups(np.einsum("bhst,bshd->bthd", grad_scores, q)),
-            heads_of_groups(np.einsum("bhst,bshd->bthd", weights, cotangent)))
+    return (
+        np.einsum("bhst,bthd->bshd", weights, v),
+        np.einsum("bhst,bthd->bshd", grad_scores, k),
+        heads_of_groups(np.einsum("bhst,bshd->bthd", grad_scores, q)),
+        heads_of_groups(np.einsum("bhst,bshd->bthd", weights, cotangent)),
+    )
 
 
 def with_gradients(attention):
     """jitted (q, k, v, ids, cotangent) -> output and gradients in q, k and v."""
+
     @jax.jit
     def run(q, k, v, ids, cotangent):
         out, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, ids), q, k, v)
         return out, *pullback(cotangent)
+
     return run
 
 
 def assert_all_close(results, expected):
     """Within 2e-5 of the largest element (or of 1)."""
     for result, value in zip(results, expected, strict=True):
-        np.testing.assert_allclose(result, value.reshape(result.shape),
-                                   atol=2e-5 * max(1, np.abs(value).max()))
+        np.testing.assert_allclose(
+            result, value.reshape(result.shape), atol=2e-5 * max(1, np.abs(value).max())
+        )
 
 
 def normal(rng, *shape, scale=1.0):
     return (scale * rng.normal(size=shape)).astype(np.float32)
 
 
-@pytest.mark.parametrize("length, window, heads, kv_heads", [
-    (9, None, 4, 2),  # the global stack: everything before
-    (9, 16, 2, 2),  # window longer than the row
-    (16, 16, 2, 1),
-    (17, 16, 2, 2),
-    (23, 5, 4, 2),  # not a multiple, grouped queries
-    (12, 4, 3, 3),
-    (7, 1, 2, 2),  # each byte sees itself only
-])
+@pytest.mark.parametrize(
+    "length, window, heads, kv_heads",
+    [
+        (9, None, 4, 2),  # the global stack: everything before
+        (9, 16, 2, 2),  # window longer than the row
+        (16, 16, 2, 1),
+        (17, 16, 2, 2),
+        (23, 5, 4, 2),  # not a multiple, grouped queries
+        (12, 4, 3, 3),
+        (7, 1, 2, 2),  # each byte sees itself only
+    ],
+)
 def test_self_attention(length, window, heads, kv_heads):
     """Spec 5.9: s is seen from t iff t - window < s <= t and both are in one document."""
-    attention = causal_attention if window is None else functools.partial(window_attention,
-                                                                          window=window)
+    attention = (
+        causal_attention if window is None else functools.partial(window_attention, window=window)
+    )
     run = with_gradients(attention)
     t, s = np.arange(length)[:, None], np.arange(length)[None, :]
     for seed in range(SEEDS):
@@ -81,8 +94,9 @@ def test_self_attention(length, window, heads, kv_heads):
         segments = np.sort(rng.integers(-1, seed + 1, (B, length)), axis=1).astype(np.int32)
         near = (s <= t) & (s > t - (window or length))
         mask = near & (segments[:, :, None] == segments[:, None, :])
-        assert_all_close(run(q, k, v, segments, cotangent),
-                         dense_attention(q, k, v, mask, cotangent))
+        assert_all_close(
+            run(q, k, v, segments, cotangent), dense_attention(q, k, v, mask, cotangent)
+        )
 
 
 def random_ids(rng, first):
@@ -108,8 +122,9 @@ def test_patches_from_bytes(window):
         mask = (i <= j) & (j < i + (window or 1))
         flat = (B, P * K, H, D)
         results = run(q, k, v, ids, cotangent)
-        assert_all_close(results, dense_attention(q.reshape(flat), k, v, mask,
-                                                  cotangent.reshape(flat)))
+        assert_all_close(
+            results, dense_attention(q.reshape(flat), k, v, mask, cotangent.reshape(flat))
+        )
         blind = ~mask.any(-1)
         num_blind += blind.sum()
         assert (np.asarray(results[0]).reshape(flat)[blind] == 0).all()
@@ -130,8 +145,9 @@ def test_bytes_from_patches(window):
         mask = (j <= i) & (i < j + (window or 1))
         flat = (B, P * K, H, D)
         results = run(q, k, v, ids, cotangent)
-        assert_all_close(results, dense_attention(q, k.reshape(flat), v.reshape(flat), mask,
-                                                  cotangent))
+        assert_all_close(
+            results, dense_attention(q, k.reshape(flat), v.reshape(flat), mask, cotangent)
+        )
         assert (np.asarray(results[0])[ids < 0] == 0).all()
 
 
@@ -147,6 +163,7 @@ def sizes(jaxpr):
 
 def largest(kind, length):
     """Largest intermediate of the forward and backward pass at `length` bytes, length/4 patches."""
+
     def f32(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -155,19 +172,26 @@ def largest(kind, length):
     attention, q, kv = {
         "self": (functools.partial(window_attention, window=8), of_bytes, of_bytes),
         "encoder": (patches_from_bytes_attention, of_patches, of_bytes),
-        "encoder, windowed": (functools.partial(patches_from_bytes_attention, window=3),
-                              of_patches, of_bytes),
+        "encoder, windowed": (
+            functools.partial(patches_from_bytes_attention, window=3),
+            of_patches,
+            of_bytes,
+        ),
         "decoder": (bytes_from_patches_attention, of_bytes, of_patches),
-        "decoder, windowed": (functools.partial(bytes_from_patches_attention, window=3),
-                              of_bytes, of_patches),
+        "decoder, windowed": (
+            functools.partial(bytes_from_patches_attention, window=3),
+            of_bytes,
+            of_patches,
+        ),
         "causal": (causal_attention, of_bytes, of_bytes),
     }[kind]
     traced = jax.make_jaxpr(with_gradients(attention))(q, kv, kv, ids, q)
     return max(sizes(traced.jaxpr))
 
 
-@pytest.mark.parametrize("kind", ["self", "encoder", "encoder, windowed", "decoder",
-                                  "decoder, windowed"])
+@pytest.mark.parametrize(
+    "kind", ["self", "encoder", "encoder, windowed", "decoder", "decoder, windowed"]
+)
 def test_memory_is_linear_in_bytes(kind):
     """No [L, L] or [P*K, L] array: twice the bytes need at most twice the largest array."""
     short, long = largest(kind, 1024), largest(kind, 2048)

@@ -30,17 +30,22 @@ def test_bfloat16_is_rounded_once():
     x = jnp.asarray(x, jnp.bfloat16)
     result = norm(x, weight, EPS)
     assert result.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(result, norm(x.astype(jnp.float32), weight, EPS).astype("bfloat16"))
+    np.testing.assert_array_equal(
+        result, norm(x.astype(jnp.float32), weight, EPS).astype("bfloat16")
+    )
     x64 = np.asarray(x, np.float64)
     normalised = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + EPS)
     once = jnp.asarray(normalised * weight, jnp.bfloat16)
-    twice = jnp.asarray(jnp.asarray(normalised, jnp.bfloat16).astype(jnp.float32)
-                        * weight, jnp.bfloat16)
+    twice = jnp.asarray(
+        jnp.asarray(normalised, jnp.bfloat16).astype(jnp.float32) * weight[None, None], jnp.bfloat16
+    )
     assert np.mean(result == once) > 0.999
     assert np.mean(result == twice) < 0.9
 
 
 def test_zeros_stay_zero_and_have_a_gradient():
-    value, grad = jax.value_and_grad(lambda x: rms_norm(x, jnp.ones(8), EPS).sum())(jnp.zeros((2, 8)))
+    value, grad = jax.value_and_grad(lambda x: rms_norm(x, jnp.ones(8), EPS).sum())(
+        jnp.zeros((2, 8))
+    )
     assert value == 0
     assert np.isfinite(grad).all()

@@ -36,6 +36,7 @@ def oracle(h, ids, mode, cotangent):
 @pytest.mark.parametrize("mode", REDUCTIONS)
 def test_pool_patches(mode):
     """Spec 3.5: 0 and no gradient for empty patches; equal extremes share the gradient evenly."""
+
     @jax.jit
     def pool(h, ids, cotangent):
         pooled, pullback = jax.vjp(lambda h: pool_patches(h, ids, P, mode), h)
@@ -44,8 +45,9 @@ def test_pool_patches(mode):
     for seed in range(20):
         h, ids = random_case(seed)
         cotangent = np.random.default_rng(seed).normal(size=(B, P, E)).astype(np.float32)
-        for result, expected in zip(pool(h, ids, cotangent), oracle(h, ids, mode, cotangent),
-                                    strict=True):
+        for result, expected in zip(
+            pool(h, ids, cotangent), oracle(h, ids, mode, cotangent), strict=True
+        ):
             np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
@@ -66,7 +68,14 @@ def test_ids_outside_are_left_out():
 def test_take_patches_clips():
     x = jnp.arange(3.0).reshape(1, 3, 1)
     assert take_patches(x, jnp.array([[-5, -1, 0, 1, 2, 3, 9]])).ravel().tolist() == [
-        0, 0, 0, 1, 2, 2, 2]
+        0,
+        0,
+        0,
+        1,
+        2,
+        2,
+        2,
+    ]
 
 
 def test_take_is_the_transpose_of_sum():
@@ -75,5 +84,8 @@ def test_take_is_the_transpose_of_sum():
     _, ids = random_case(0)
     x, y = rng.normal(size=(B, P, E)), rng.normal(size=(B, L, E))
     _, pullback = jax.vjp(functools.partial(take_patches, ids=ids), jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(pullback(jnp.asarray(y, jnp.float32))[0],
-                               segment_sum(jnp.asarray(y, jnp.float32), ids, P), atol=1e-5)
+    np.testing.assert_allclose(
+        pullback(jnp.asarray(y, jnp.float32))[0],
+        segment_sum(jnp.asarray(y, jnp.float32), ids, P),
+        atol=1e-5,
+    )

@@ -38,4 +38,6 @@ def test_computed_in_float32_whatever_the_input():
     x = jnp.asarray(np.random.default_rng(2).normal(size=(B, L, H, D)), jnp.bfloat16)
     result = rotate(x, 10_000.0)
     assert result.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(result, rotate(x.astype(jnp.float32), 10_000.0).astype("bfloat16"))
+    np.testing.assert_array_equal(
+        result, rotate(x.astype(jnp.float32), 10_000.0).astype("bfloat16")
+    )

@@ -188,7 +188,7 @@ def test_static_starts():
     plain = boundaries.lengths_from_starts(boundaries.static_starts(tokens, 4, split_first=False))
     assert plain.tolist() == [4, 4, 2]
     assert boundaries.static_starts(tokens, 1).all()
-    with pytest.raises(ValueError, match="patch_size is 4.5"):
+    with pytest.raises(ValueError, match=r"patch_size is 4\.5"):
         boundaries.static_starts(tokens, 4.5)
     with pytest.raises(ValueError, match="patch_size is 0"):
         boundaries.static_starts(tokens, 0)
@@ -204,7 +204,7 @@ def test_bpe_delimiter_is_the_last_byte_of_its_patch():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.booleans(), min_size=S, max_size=S), st.integers(1, S + 2))
 def test_limit_patch_length_against_a_loop(flags, limit):
-    starts = np.array([True] + flags)
+    starts = np.array([True, *flags])
     expected = []
     for length in boundaries.lengths_from_starts(starts).tolist():
         while length > 0:
@@ -217,7 +217,7 @@ def test_limit_patch_length_against_a_loop(flags, limit):
 
 @given(st.lists(st.booleans(), min_size=0, max_size=S))
 def test_lengths_sum_to_the_positions(flags):
-    starts = np.array([True] + flags)
+    starts = np.array([True, *flags])
     lengths = boundaries.lengths_from_starts(starts)
     assert lengths.dtype == np.int32
     assert lengths.min() >= 1

@@ -13,11 +13,11 @@ from bltjax import sharding
 from bltjax.config import OptimizerConfig
 from bltjax.model import functional
 from bltjax.model.blt import documents_from_eos
+from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.training.loss import LN2
 from bltjax.training.optimizer import make_optimizer, schedule_multiplier
 from bltjax.training.state import TrainState
 from bltjax.training.step import make_train_step
-from bltjax.patching.buffers import buffers_from_lengths
 from tests import golden
 
 RUN = "meta_train_A"
@@ -25,8 +25,10 @@ RUN = "meta_train_A"
 
 def keep_gradients() -> optax.GradientTransformation:
     """Passes gradients on and leaves them in its state."""
-    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params),
-                                        lambda grads, state, params=None: (grads, grads))
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, state, params=None: (grads, grads),
+    )
 
 
 @functools.cache
@@ -35,12 +37,20 @@ def run():
     settings = json.loads((golden.GOLDEN / f"{RUN}.config.json").read_text())
     published = settings["optim"]
     optimizer = OptimizerConfig(
-        learning_rate=published["lr"], schedule=published["scheduler"],
-        warmup_steps=published["warmup"], min_ratio=published["lr_min_ratio"],
-        cycle_length=published["cycle_length"], cosine_theta=published["cosine_theta"],
-        decay_fraction=published["decay_fraction"], exp_factor=published["exp_factor"],
-        beta1=published["beta1"], beta2=published["beta2"], epsilon=published["epsilon"],
-        weight_decay=published["weight_decay"], clip_norm=published["clip"])
+        learning_rate=published["lr"],
+        schedule=published["scheduler"],
+        warmup_steps=published["warmup"],
+        min_ratio=published["lr_min_ratio"],
+        cycle_length=published["cycle_length"],
+        cosine_theta=published["cosine_theta"],
+        decay_fraction=published["decay_fraction"],
+        exp_factor=published["exp_factor"],
+        beta1=published["beta1"],
+        beta2=published["beta2"],
+        epsilon=published["epsilon"],
+        weight_decay=published["weight_decay"],
+        clip_norm=published["clip"],
+    )
     steps = settings["n_steps"]
     transformation = optax.chain(keep_gradients(), make_optimizer(optimizer, steps))
 
@@ -50,10 +60,15 @@ def run():
     name, expected = settings["init"].removesuffix(".safetensors"), golden.arrays(RUN)
     config = golden.blt_config(name)
     tokens = jnp.asarray(expected["x"])
-    batch = sharding.put_batch(dict(tokens=tokens, targets=expected["y"],
-                                    loss_mask=expected["mask"],
-                                    patch_lengths=expected["patch_lengths"],
-                                    document_ids=documents_from_eos(tokens)))
+    batch = sharding.put_batch(
+        dict(
+            tokens=tokens,
+            targets=expected["y"],
+            loss_mask=expected["mask"],
+            patch_lengths=expected["patch_lengths"],
+            document_ids=documents_from_eos(tokens),
+        )
+    )
     params = jax.tree.map(jnp.asarray, golden.params(name))
     state = TrainState(jnp.zeros((), jnp.int32), params, transformation.init(params))
     train_step = make_train_step(config, transformation, learning_rate)
@@ -69,15 +84,21 @@ def run():
 
 def named(expected, prefix):
     """The golden arrays `prefix/<published name>`, nested as our parameters are."""
-    return golden.nest({key.removeprefix(prefix + "/"): value for key, value in expected.items()
-                        if key.startswith(prefix + "/")})
+    return golden.nest(
+        {
+            key.removeprefix(prefix + "/"): value
+            for key, value in expected.items()
+            if key.startswith(prefix + "/")
+        }
+    )
 
 
 def test_first_logits():
     expected, name = golden.arrays(RUN), golden.MODELS[0]
     patches = buffers_from_lengths(jnp.asarray(expected["patch_lengths"]), expected["x"].shape[1])
     logits = jax.jit(functools.partial(functional.apply, golden.blt_config(name)))(
-        golden.params(name), expected["x"], patches)
+        golden.params(name), expected["x"], patches
+    )
     np.testing.assert_allclose(logits, expected["logits0"], rtol=0, atol=1e-5)
 
 
@@ -87,15 +108,22 @@ def test_every_first_gradient():
     assert jax.tree.structure(gradients) == jax.tree.structure(published)
 
     def close(path, ours, theirs):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max(),
-                                   err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            ours,
+            theirs,
+            rtol=1e-4,
+            atol=1e-5 * np.abs(theirs).max(),
+            err_msg=jax.tree_util.keystr(path),
+        )
         assert np.abs(theirs).max() > 0
 
     jax.tree_util.tree_map_with_path(close, gradients, published)
 
 
-@pytest.mark.parametrize("ours, theirs", [
-    ("loss", "losses"), ("learning_rate", "lrs"), ("grad_norm", "grad_norms_preclip")])
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [("loss", "losses"), ("learning_rate", "lrs"), ("grad_norm", "grad_norms_preclip")],
+)
 def test_every_step(ours, theirs):
     expected, metrics, _, _ = run()
     np.testing.assert_allclose(metrics[ours], expected[theirs], rtol=1e-4, atol=1e-9)
@@ -123,8 +151,9 @@ def test_final_weights():
     def close(path, weight, sums, layers):
         axes = tuple(range(1 if layers else 0, weight.ndim))
         squares = (weight**2).sum(axes)
-        np.testing.assert_allclose(squares, sums[..., 1], rtol=1e-4,
-                                   err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            squares, sums[..., 1], rtol=1e-4, err_msg=jax.tree_util.keystr(path)
+        )
         # A sum of n weights that cancel is only as good as n errors of the weights' size.
         size = np.sqrt(squares * weight.size)
         assert (np.abs(weight.sum(axes) - sums[..., 0]) <= 1e-4 * size).all(), path
@@ -133,8 +162,10 @@ def test_final_weights():
     assert int(state.step) == len(expected["losses"])
 
 
-@pytest.mark.parametrize("step, multiplier", [
-    (0, 0.0), (1000, 0.5), (2000, 1.0), (60_000, 0.86187913), (121_000, 0.505), (239_999, 0.01)])
+@pytest.mark.parametrize(
+    "step, multiplier",
+    [(0, 0.0), (1000, 0.5), (2000, 1.0), (60_000, 0.86187913), (121_000, 0.505), (239_999, 0.01)],
+)
 def test_published_schedule(step, multiplier):
     """Spec 8.1, the released settings."""
     config = OptimizerConfig(warmup_steps=2000, min_ratio=0.01)
@@ -160,14 +191,18 @@ def oracle(c, s, n):
     return 1 / (v / m + 1 - v)
 
 
-@pytest.mark.parametrize("config", [
-    OptimizerConfig(schedule="cosine", warmup_steps=10),
-    OptimizerConfig(schedule="cosine", warmup_steps=7, cycle_length=0.5, cosine_theta=2.0),
-    OptimizerConfig(schedule="linear", warmup_steps=10, min_ratio=0.1),
-    OptimizerConfig(schedule="inv_sqrt", warmup_steps=10, exp_factor=0.3, min_ratio=0.4),
-    OptimizerConfig(schedule="wsd", warmup_steps=10, min_ratio=0.1, decay_fraction=0.2),
-    OptimizerConfig(schedule="constant", warmup_steps=10),
-], ids=lambda config: config.schedule)
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimizerConfig(schedule="cosine", warmup_steps=10),
+        OptimizerConfig(schedule="cosine", warmup_steps=7, cycle_length=0.5, cosine_theta=2.0),
+        OptimizerConfig(schedule="linear", warmup_steps=10, min_ratio=0.1),
+        OptimizerConfig(schedule="inv_sqrt", warmup_steps=10, exp_factor=0.3, min_ratio=0.4),
+        OptimizerConfig(schedule="wsd", warmup_steps=10, min_ratio=0.1, decay_fraction=0.2),
+        OptimizerConfig(schedule="constant", warmup_steps=10),
+    ],
+    ids=lambda config: config.schedule,
+)
 def test_schedules(config):
     num_steps = 100
     steps = jnp.arange(num_steps)
@@ -179,7 +214,7 @@ def test_schedules(config):
         assert ours[0] == 0  # the first step changes nothing, as published
         assert ours[config.warmup_steps] == pytest.approx(1)
         if config.cycle_length == 1:
-            assert (np.diff(ours[config.warmup_steps:]) <= 1e-6).all()
+            assert (np.diff(ours[config.warmup_steps :]) <= 1e-6).all()
 
 
 def test_schedule_stays_down_after_the_last_step():

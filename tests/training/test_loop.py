@@ -15,10 +15,17 @@ from bltjax.training.metrics import MetricsLog, format_seconds
 from bltjax.vocabulary import encode
 
 MODEL = EntropyModelConfig(
-    transformer=TransformerConfig(dim=8, num_heads=1, window=8, ffn_multiple_of=8))
+    transformer=TransformerConfig(dim=8, num_heads=1, window=8, ffn_multiple_of=8)
+)
 TRAINING = TrainingConfig(
-    steps=8, batch_size=2, row_bytes=16, log_every=3, checkpoint_every=2, keep_checkpoints=2,
-    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2))
+    steps=8,
+    batch_size=2,
+    row_bytes=16,
+    log_every=3,
+    checkpoint_every=2,
+    keep_checkpoints=2,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,8 @@ def rows():
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(rows, tmp_path):
     # Warm-up makes the first update nothing and the second one fatal.
     config = dataclasses.replace(
-        TRAINING, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=6, weight_decay=0.0))
+        TRAINING, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=6, weight_decay=0.0)
+    )
     with pytest.raises(NonFiniteLoss, match=r"at step [23]; the last good checkpoint is .*/2;"):
         train("toy", MODEL, config, rows, tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")

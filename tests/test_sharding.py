@@ -1,0 +1,233 @@
+"""The same numbers on every mesh, and layouts that hold on a thousand chips."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bltjax import sharding
+from bltjax.config import (
+    BLTConfig,
+    CrossAttentionConfig,
+    EntropyModelConfig,
+    HashConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TransformerConfig,
+)
+from bltjax.model import functional
+from bltjax.training.optimizer import make_optimizer
+from bltjax.training.state import TrainState, create_state
+from bltjax.training.step import batch_sums, make_train_step
+
+B, L, P = 8, 16, 9
+HASH_ROWS = 1009  # a number that no other dimension has
+MESHES = [(2, 2, 2), (1, 4, 2), (8, 1, 1)]
+Explicit = jax.sharding.AxisType.Explicit
+
+
+def stack(dim, layers, heads, **settings):
+    return TransformerConfig(dim=dim, num_layers=layers, num_heads=heads, **settings)
+
+
+TINY = BLTConfig(
+    local_encoder=stack(16, 1, 2, window=6, ffn_multiple_of=16),
+    global_transformer=stack(24, 2, 2, ffn_multiple_of=16),
+    local_decoder=stack(16, 2, 2, window=6, ffn_multiple_of=16),
+    cross_attention=CrossAttentionConfig(num_heads=2),
+    hash=HashConfig((2, 3), HASH_ROWS),
+)
+ENTROPY = EntropyModelConfig(stack(16, 2, 2, window=6, ffn_multiple_of=16))
+BLT_1B = BLTConfig(
+    local_encoder=stack(1024, 1, 16, window=512),
+    global_transformer=stack(2048, 25, 16),
+    local_decoder=stack(1024, 9, 16, window=512),
+    cross_attention=CrossAttentionConfig(num_heads=16),
+    compute_dtype="bfloat16",
+)
+
+
+def keep_gradients() -> optax.GradientTransformation:
+    """Passes gradients on and leaves them in its state."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, state, params=None: (grads, grads),
+    )
+
+
+def host_batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, 260, (B, L + 1)).astype(np.int32)
+    tokens[:, 7] = 2
+    cuts = np.sort(np.stack([rng.permutation(L - 1)[: P - 2] for _ in range(B)]) + 2, axis=1)
+    edges = np.concatenate([np.tile([0, 1], (B, 1)), cuts, np.full((B, 1), L + 1)], axis=1)
+    return dict(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=rng.random((B, L)) < 0.9,
+        document_ids=np.tile(np.arange(L) > 7, (B, 1)).astype(np.int32),
+        patch_lengths=np.diff(edges).astype(np.int32),
+    )
+
+
+def compiled_train_step(config):
+    """The compiled train step on the mesh that is set, and its arguments, placed."""
+    optimizer = optax.chain(keep_gradients(), make_optimizer(OptimizerConfig(), 10))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: jax.device_put(rng.normal(0, 0.25, x.shape).astype(np.float32), x.sharding),
+        sharding.concrete(functional.abstract_params(config)),
+    )
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    batch = host_batch()
+    if isinstance(config, EntropyModelConfig):
+        del batch["patch_lengths"]
+    batch = sharding.put_batch(batch)
+    step = make_train_step(config, optimizer, lambda step: 0.0 * step)
+    return step.lower(state, batch).compile(), state, batch
+
+
+def loss_and_gradients(config):
+    compiled, state, batch = compiled_train_step(config)
+    state, metrics = compiled(state, batch)
+    return compiled.as_text(), jax.device_get((metrics["loss"], state.opt_state[0]))
+
+
+@functools.cache
+def on_one_device(config):
+    assert jax.sharding.get_mesh().size == 1
+    return loss_and_gradients(config)[1]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("config", [TINY, ENTROPY], ids=["blt", "entropy model"])
+def test_same_loss_and_gradients_on_every_mesh(config, sizes, use_mesh, capfd):
+    """And XLA found a way to each layout without gathering everything, above all no hash table."""
+    expected = on_one_device(config)
+    capfd.readouterr()
+    with use_mesh(*sizes):
+        text, result = loss_and_gradients(config)
+    assert "rematerialization" not in capfd.readouterr().err
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), result, expected
+    )
+    gathered = re.findall(r"= (.*?) all-gather", text)
+    assert gathered or sizes == (8, 1, 1)
+    tables = [
+        shape for shape in gathered if re.search(rf"\b({HASH_ROWS}|{2 * HASH_ROWS})\b", shape)
+    ]
+    assert not tables
+
+
+def test_initial_weights_are_the_same_on_every_mesh(use_mesh):
+    alone = jax.device_get(functional.init(ENTROPY, jax.random.key(0)))
+    with use_mesh(2, 2, 2):
+        params = functional.init(ENTROPY, jax.random.key(0))
+        wq = params["layers"]["attention"]["wq"]["weight"]
+        assert wq.addressable_shards[0].data.size == wq.size // 4  # born sharded: fsdp x tensor
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), alone)
+
+
+def test_optimizer_state_is_sharded_as_the_parameters(use_mesh):
+    with use_mesh(2, 2, 2):
+        optimizer = make_optimizer(OptimizerConfig(), 10)
+        state = jax.eval_shape(lambda: create_state(ENTROPY, optimizer, 0))
+        adam = next(
+            s
+            for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
+            if hasattr(s, "mu")
+        )
+        for moment in (adam.mu, adam.nu):
+            jax.tree.map(
+                lambda m, p: np.testing.assert_equal(m.sharding.spec, p.sharding.spec),
+                moment,
+                state.params,
+            )
+
+
+@pytest.mark.parametrize(
+    "given, sizes",
+    [
+        ((-1, 1, 1), (8, 1, 1)),
+        ((1, -1, 2), (1, 4, 2)),
+        ((2, 2, -1), (2, 2, 2)),
+        ((8, 1, -1), (8, 1, 1)),
+        ((2, 4, 1), (2, 4, 1)),
+    ],
+)
+def test_make_mesh(given, sizes):
+    mesh = sharding.make_mesh(MeshConfig(*given), jax.devices()[:8])
+    assert tuple(mesh.shape.values()) == sizes
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert set(mesh.axis_types) == {Explicit}
+    assert sharding.num_row_shards(mesh) == sizes[0] * sizes[1]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1), (3, 1, 1), (-1, 3, 1), (16, 1, 1), (-1, 16, 1)])
+def test_a_mesh_that_does_not_fit_is_named(sizes):
+    with pytest.raises(ValueError, match=re.escape(str(sizes)) + r".*\b8 device"):
+        sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
+
+
+def test_a_single_row_on_one_device():
+    """Generation runs one row; jax 0.12 forgets that a dimension of size 1 was sharded."""
+    lengths = np.array([[1, 3, 13]], np.int32)
+    batch = dict(tokens=np.full((1, L), 9, np.int32), patch_lengths=lengths)
+    batch |= dict(
+        targets=batch["tokens"], loss_mask=batch["tokens"] > 0, document_ids=0 * batch["tokens"]
+    )
+    sums = jax.eval_shape(
+        functools.partial(batch_sums, TINY), functional.abstract_params(TINY), batch
+    )
+    assert sums["nats"].shape == ()
+    entropy_logits = jax.eval_shape(
+        functools.partial(functional.apply, ENTROPY),
+        functional.abstract_params(ENTROPY),
+        batch["tokens"],
+    )
+    assert entropy_logits.shape == (1, L, 260)
+
+
+@pytest.mark.parametrize("sizes", [(4, 64, 4), (256, 1, 4)], ids=str)
+def test_a_thousand_chips(sizes, no_mesh):
+    """The 1B model's loss and gradients type-check on 1024 chips, every large weight divided."""
+    mesh = jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(Explicit,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        params = functional.abstract_params(BLT_1B)
+
+        def rows(dtype, *shape):
+            return jax.ShapeDtypeStruct(
+                shape, dtype, sharding=jax.NamedSharding(mesh, sharding.batch_spec(len(shape)))
+            )
+
+        batch = {
+            name: rows(dtype, 256, 4096)
+            for name, dtype in dict(
+                tokens=jnp.int32, targets=jnp.int32, loss_mask=jnp.bool, document_ids=jnp.int32
+            ).items()
+        }
+        batch["patch_lengths"] = rows(jnp.int32, 256, 1024)
+
+        def loss(params, batch):
+            sums = batch_sums(BLT_1B, params, batch)
+            return sums["nats"], sums
+
+        gradients, sums = jax.eval_shape(jax.grad(loss, has_aux=True), params, batch)
+    assert sums["nats"].shape == ()
+    fsdp = "fsdp" if sizes[1] > 1 else None
+    tables = params["encoder_hash_tok_embedding"]["weight"].sharding.spec
+    assert tables == jax.P(None, None, fsdp)
+    layers = params["global_transformer"]["layers"]
+    assert layers["attention"]["wq"]["weight"].sharding.spec == jax.P(None, "tensor", fsdp)
+    assert layers["attention"]["wo"]["weight"].sharding.spec == jax.P(None, fsdp, "tensor")
+    assert layers["feed_forward"]["w2"]["weight"].sharding.spec == jax.P(None, fsdp, "tensor")
+    for weight in jax.tree.leaves(params):
+        spec = weight.sharding.spec
+        assert weight.size < 1e6 or any(spec) or fsdp is None, (weight.shape, spec)
+    jax.tree.map(
+        lambda g, p: np.testing.assert_equal(g.sharding.spec, p.sharding.spec), gradients, params
+    )
