@@ -23,7 +23,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 
 $(VENV)/.ready: requirements.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP_INSTALL) -e .
 	touch $@
 

@@ -75,7 +75,7 @@ class PatchingConfig:
             found.append(
                 f"{name}.target_patch_bytes={self.target_patch_bytes} cannot be reached "
                 f"with {name}.rule={self.rule!r}, which has two thresholds: set "
-                "target_patch_bytes to None, and threshold and threshold_add"
+                "target_patch_bytes to None in the config file, and threshold and threshold_add"
             )
         return found
 
@@ -93,6 +93,7 @@ class DataConfig:
         "tests",
         "idle_test",
         "__pycache__",
+        ".git",
     )
     validation_fraction: float = 0.035
     max_bytes: int | None = None
@@ -126,8 +127,23 @@ class OptimizerConfig:
 
     def problems(self, name: str) -> list[str]:
         found = one_of(self, name, "schedule", SCHEDULES) + positive(
-            self, name, "learning_rate", "clip_norm"
+            self,
+            name,
+            "learning_rate",
+            "clip_norm",
+            "epsilon",
+            "cycle_length",
+            "cosine_theta",
+            "decay_fraction",
         )
+        for share in ("beta1", "beta2", "min_ratio"):
+            if not 0 <= getattr(self, share) <= 1:
+                found.append(f"{name}.{share}={getattr(self, share)} must lie between 0 and 1")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            found.append(
+                f"{name}.warmup_steps={self.warmup_steps} and {name}.weight_decay="
+                f"{self.weight_decay} must not be negative"
+            )
         if self.schedule == "wsd" and self.min_ratio <= 0:
             found.append(
                 f"{name}.min_ratio={self.min_ratio} must be positive with "
@@ -156,6 +172,11 @@ class TrainingConfig:
         )
         if self.row_bytes < 8:
             found.append(f"{name}.row_bytes={self.row_bytes} must be at least 8")
+        if self.row_patches in (1, 2):
+            found.append(
+                f"{name}.row_patches={self.row_patches} is too few: a row needs 3, two for a first "
+                "patch that continues and one for its end (0 chooses the number)"
+            )
         if self.row_patches < 0 or self.row_bytes < self.row_patches:
             found.append(
                 f"{name}.row_bytes={self.row_bytes} is below "
@@ -223,9 +244,9 @@ class RunConfig:
             raise ValueError("; ".join(found))
 
 
-# Settings that may change between the runs of one working directory: they touch how a run is
-# watched and where it runs, never what it computes.
-FREE_FIELDS = ("mesh", "log_every", "checkpoint_every", "keep_checkpoints")
+# Settings that may change between the runs of one working directory: which stages to do now, where
+# they run and how they are watched. (Another mesh adds in another order: equal up to rounding.)
+FREE_FIELDS = ("stages", "mesh", "log_every", "checkpoint_every", "keep_checkpoints")
 
 
 def default_config(cls=RunConfig) -> ml_collections.ConfigDict:

@@ -199,12 +199,11 @@ class BLTConfig:
 
 
 def positive(config, name: str, *names: str) -> list[str]:
-    """Problems of the attributes that must be above 0."""
-    """Optional settings pass where they are None."""
+    """Problems of the attributes that must be above 0; optional ones may be None."""
     return [
         f"{name}.{n}={getattr(config, n)} must be positive"
         for n in names
-        if getattr(config, n) is not None and getattr(config, n) <= 0
+        if getattr(config, n) is not None and not getattr(config, n) > 0  # NaN too
     ]
 
 

@@ -13,7 +13,6 @@ needed: rules such as `space` use no entropies.
 import dataclasses
 import functools
 import json
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 
 from bltjax import sharding
-from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, differences, to_dict
+from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, to_dict
 from bltjax.data.entropies import (
     corpus_entropies,
     make_entropy_fn,
@@ -30,7 +29,7 @@ from bltjax.data.entropies import (
     stored_entropies,
 )
 from bltjax.data.packing import Row, pack_bytes, pack_patches, stack, utilisation
-from bltjax.data.sources import Document, python_library_root, read_documents, split_by_file
+from bltjax.data.sources import Document
 from bltjax.evaluation.baselines import baselines
 from bltjax.evaluation.bits_per_byte import evaluate
 from bltjax.flops import format_report, parameter_report
@@ -38,89 +37,13 @@ from bltjax.inference.decode import generate_by_recompute, row_patch_starts
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts, patch_starts
 from bltjax.patching.calibrate import calibrate_threshold, mean_patch_bytes
-from bltjax.training.checkpoint import load_params
+from bltjax.prepare import Corpus, Prepared, write_json
+from bltjax.training.checkpoint import has_checkpoint, load_params
 from bltjax.training.loop import train
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import abstract_state
 from bltjax.training.step import make_eval_step
 from bltjax.vocabulary import encode
-
-
-class Corpus(NamedTuple):
-    train: list[Document]  # in the seeded order in which runs read them
-    validation: list[Document]
-
-
-class Prepared(NamedTuple):
-    """What must be right before anything is written."""
-
-    config: RunConfig
-    workdir: Path
-    corpus: Corpus
-    mesh: jax.sharding.Mesh
-
-
-def prepare(config: RunConfig, workdir: str | os.PathLike) -> Prepared:
-    """Check everything a run needs. Raises ValueError or OSError naming the value and remedy."""
-    mesh = sharding.make_mesh(config.mesh)
-    check_batch_sizes(config, mesh)
-    for name in ("entropy_model", "blt"):
-        if name in config.stages:
-            sharding.check_model(getattr(config, name), name, mesh)
-    corpus = read_corpus(config)
-    workdir = Path(workdir).absolute()
-    claim_workdir(config, workdir)
-    return Prepared(config, workdir, corpus, mesh)
-
-
-def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
-    """Rows are split over the mesh, so each stage's batch must divide. Raises ValueError."""
-    shards = sharding.num_row_shards(mesh)
-    used = dict(
-        entropy_model=("entropy_training", config.entropy_training.batch_size),
-        entropies=("entropy_training", config.entropy_training.batch_size),
-        blt=("blt_training", config.blt_training.batch_size),
-        evaluate=("evaluation", config.evaluation.batch_size),
-    )
-    for name, size in (used[stage] for stage in config.stages if stage in used):
-        if size % shards:
-            raise ValueError(
-                f"{name}.batch_size={size} is not divisible by the {shards} row shards of "
-                f"mesh={dict(mesh.shape)}: change one"
-            )
-
-
-def read_corpus(config: RunConfig) -> Corpus:
-    """The documents of a run, split by file, training documents in seeded order."""
-    data = config.data
-    root = Path(data.root) if data.root else python_library_root()
-    documents = read_documents(root, data.suffixes, data.exclude, data.max_bytes)
-    train_documents, validation = split_by_file(documents, data.validation_fraction, data.seed)
-    order = np.random.default_rng(data.seed).permutation(len(train_documents))
-    return Corpus([train_documents[i] for i in order], validation)
-
-
-def claim_workdir(config: RunConfig, workdir: Path):
-    """Write the config into a new working directory, or hold it against the one there."""
-    path = workdir / "config.json"
-    if path.exists():
-        changed = differences(json.loads(path.read_text()), to_dict(config))
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another config ({changed[0]}"
-                f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}): "
-                "choose another --workdir, or give the settings it was started with"
-            )
-        return
-    if workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(
-            f"{workdir} is not empty and holds no run (no config.json): choose a new --workdir"
-        )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, to_dict(config))
-    except OSError as error:
-        raise OSError(f"--workdir={workdir} cannot be written ({error}): choose another") from error
 
 
 def run(prepared: Prepared) -> dict:
@@ -249,7 +172,7 @@ def evaluate_model(
 
     Of the byte latent transformer, or of the entropy model in a run that trains nothing else.
     """
-    if config.stages == ("entropy_model", "evaluate"):
+    if "blt" not in config.stages and not has_checkpoint(workdir / "blt" / "checkpoints"):
         model, params = config.entropy_model, entropy_params(config, workdir)
         ids = (encode(d.data) for d in corpus.validation)
         rows = stack(pack_bytes(ids, config.entropy_training.row_bytes))
@@ -343,10 +266,3 @@ def blt_params(config: RunConfig, workdir: Path) -> dict:
 def trained_params(model_config, stage, directory: Path) -> dict:
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     return load_params(directory / "checkpoints", abstract_state(model_config, optimizer))
-
-
-def write_json(path: Path, value: dict):
-    """Atomically: a killed process leaves the old file or the new one, never half of one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)

@@ -4,8 +4,10 @@ Settings change on the command line, for example `--config.blt_training.steps=10
 command again and it goes on where it stopped.
 """
 
+import contextlib
 import json
 import sys
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -33,20 +35,26 @@ def main(argv):
     except ValueError as error:
         _fail(error)
 
-    from bltjax import recipe
+    from bltjax.prepare import prepare
+    from bltjax.recipe import run
     from bltjax.training.checkpoint import CheckpointError
     from bltjax.training.loop import NonFiniteLoss
 
     try:
-        prepared = recipe.prepare(config, workdir)
+        prepared = prepare(config, workdir)
     except (ValueError, OSError) as error:
         _fail(error)
     try:
-        result = recipe.run(prepared)
+        result = run(prepared)
     except CheckpointError as error:
         _fail(error)
     except NonFiniteLoss as error:
         _fail(error, DIVERGED)
+    except (ValueError, OSError) as error:
+        log = prepared.workdir / "error.log"
+        with contextlib.suppress(OSError):  # the disk may be what is full
+            log.write_text(traceback.format_exc())
+        _fail(f"{error} (traceback in {log})")
     print(json.dumps(result))
 
 
@@ -59,6 +67,8 @@ def _parse(argv):
         return remaining
     except flags.Error as error:
         _fail(error)
+    except OSError as error:
+        _fail(f"--config cannot be read: {error}")
     except (AttributeError, KeyError, ValueError, TypeError) as error:
         reason = (
             str(error.args[0] if error.args else error)
@@ -67,7 +77,7 @@ def _parse(argv):
             .replace("\\", "")
         )
         wrong = [a for a in argv if a.startswith("--config.") and _last_name(a) in reason]
-        _fail(f"{wrong[0] if wrong else 'settings'} is not a setting of this config: {reason}")
+        _fail(f"{wrong[0] if wrong else 'settings'} cannot be set: {reason}")
 
 
 def _last_name(argument: str) -> str:

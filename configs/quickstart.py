@@ -30,7 +30,7 @@ def get_config():
     blt.cross_attention.k, blt.cross_attention.num_heads = 2, 1
     blt.hash.vocab = 32_768
     training = config.blt_training
-    training.steps, training.batch_size, training.row_bytes = 1200, 2, 1024
+    training.steps, training.batch_size, training.row_bytes = 1000, 2, 1024
     training.checkpoint_every = 200
     training.optimizer.learning_rate = 1e-2
     training.optimizer.warmup_steps = 50

@@ -38,6 +38,12 @@ CASES = {
         ["entropy_model.transformer.num_heads=2", "mesh.tensor=8", "change the model or the mesh"],
     ),
     "row shards": (["--config.mesh.data=8"], ["batch_size=2", "8 row shards"]),
+    "too little text": (
+        ["--config.entropy_training.batch_size=9000000"],
+        ["fewer than one batch", "batch_size=9000000", "row_bytes=64"],
+    ),
+    "stage left out": (["--config.stages=('sample',)"], ["need a trained blt", "add the stage"]),
+    "bpe without delimiters": (["--config.patching.rule=bpe"], ["delimiters"]),
     "missing corpus": (["--config.data.root=/no/such/corpus"], ["/no/such/corpus", "directory"]),
     "empty corpus": (["--config.data.root=EMPTY"], ["EMPTY", "non-empty file"]),
     "unknown flag": (["--confg=x"], ["confg"]),
@@ -66,8 +72,66 @@ def test_wrong_input_is_one_line(case, tmp_path):
     assert not workdir.exists()
 
 
-def test_missing_config_file(tmp_path):
-    result = run("--config=configs/no_such.py", f"--workdir={tmp_path / 'run'}")
+def small_corpus(tmp_path, text="some text, "):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(9):
+        (corpus / f"{number}.txt").write_text(text * 30)
+    return f"--config.data.root={corpus}"
+
+
+def test_errors_inside_a_stage_are_one_line_too(tmp_path):
+    """An unreachable patch size shows once the entropies are known. The traceback is kept."""
+    workdir = tmp_path / "run"
+    result = run(
+        "--config=tests/configs/tiny.py",
+        f"--workdir={workdir}",
+        small_corpus(tmp_path),
+        "--config.entropy_training.steps=1",
+        "--config.patching.target_patch_bytes=5000",
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "target_patch_bytes" in result.stderr and "5000" in result.stderr
+    assert "Traceback" in (workdir / "error.log").read_text()
+
+
+def test_changed_corpus_is_refused(tmp_path):
+    """A run that was stopped before its first step still knows its text."""
+    corpus = small_corpus(tmp_path)
+    arguments = [
+        "--config=tests/configs/tiny.py",
+        f"--workdir={tmp_path / 'run'}",
+        corpus,
+        "--config.stages=('entropy_model',)",
+        "--config.entropy_training.steps=1",
+    ]
+    assert run(*arguments).returncode == 0
+    (tmp_path / "corpus" / "4.txt").write_text("other text")
+    result = run(*arguments)
+    assert result.returncode == 2 and "holds a run on other text" in result.stderr
+
+
+def test_a_workdir_whose_claim_was_interrupted_or_damaged(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.partial").write_text('{"config": {')
+    arguments = [
+        "--config=tests/configs/tiny.py",
+        f"--workdir={workdir}",
+        small_corpus(tmp_path),
+        "--config.stages=('entropy_model',)",
+        "--config.entropy_training.steps=1",
+    ]
+    assert run(*arguments).returncode == 0
+    (workdir / "config.json").write_text('{"config": {')
+    result = run(*arguments)
+    assert result.returncode == 2 and "config.json is damaged" in result.stderr
+
+
+@pytest.mark.parametrize("override", [[], ["--config.blt.pooling=mean"]])
+def test_missing_config_file(tmp_path, override):
+    result = run("--config=configs/no_such.py", f"--workdir={tmp_path / 'run'}", *override)
     assert result.returncode == 2 and "configs/no_such.py" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 

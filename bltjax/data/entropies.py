@@ -16,7 +16,7 @@ import numpy as np
 from bltjax import sharding
 from bltjax.config import EntropyModelConfig
 from bltjax.model import functional
-from bltjax.patching.boundaries import document_segments, newline_segments
+from bltjax.patching.boundaries import entropy_segments
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.vocabulary import PAD_ID
 
@@ -25,12 +25,12 @@ SHARD_BYTES = 1_000_000  # of documents in one file, the unit of resuming
 
 def make_entropy_fn(config: EntropyModelConfig, reset_at_newlines: bool = False):
     """jitted (params, tokens int32 [B, L]) -> entropies float32 [B, L] in nats (spec 2.2)."""
-    segments = newline_segments if reset_at_newlines else document_segments
 
     @jax.jit
     def entropies(params, tokens):
         tokens = sharding.shard_rows(tokens)
-        return next_byte_entropy(functional.apply(config, params, tokens, segments(tokens)))
+        segments = entropy_segments(tokens, reset_at_newlines)
+        return next_byte_entropy(functional.apply(config, params, tokens, segments))
 
     return entropies
 
@@ -48,7 +48,7 @@ def corpus_entropies(
     row_bytes: int,
     batch_size: int,
 ) -> list[np.ndarray]:
-    """float16 entropies [S] of each document's ids [S]; entry i is the uncertainty after id i.
+    """float32 entropies [S] of each document's ids [S]; entry i is the uncertainty after id i.
 
     `row_bytes` positions and `batch_size` rows are the one shape that is compiled. Raises
     ValueError for rows too short to hold the bytes that an entropy depends on.
@@ -59,7 +59,7 @@ def corpus_entropies(
             f"row_bytes={row_bytes} is too short for exact entropies: the model looks back "
             f"{receptive} bytes, use at least {2 * receptive}"
         )
-    results = [np.empty(len(ids), np.float16) for ids in documents]
+    results = [np.empty(len(ids), np.float32) for ids in documents]
     spans = [
         span
         for i, ids in enumerate(documents)

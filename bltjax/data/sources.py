@@ -10,17 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-TEXT_SUFFIXES = (".py", ".rst", ".txt", ".md")
-# Third-party packages, generated files and tests (much repetition, little prose or design).
-EXCLUDED_DIRECTORIES = (
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "__pycache__",
-    ".git",
-)
+from bltjax.config import DataConfig
 
 
 class Document(NamedTuple):
@@ -37,14 +27,14 @@ def python_library_root() -> Path:
 
 def list_text_files(
     root: str | os.PathLike,
-    suffixes: Sequence[str] = TEXT_SUFFIXES,
-    exclude: Collection[str] = EXCLUDED_DIRECTORIES,
+    suffixes: Sequence[str] = DataConfig.suffixes,
+    exclude: Collection[str] = DataConfig.exclude,
 ) -> list[Path]:
     """Returns the files below `root` that end in one of `suffixes`, sorted by path components.
 
     Directories whose name is in `exclude` are not entered, nor are linked directories; a linked
-    file counts if it leads to a place below `root`. Raises FileNotFoundError if `root` is not a
-    directory, and OSError if a directory below it cannot be listed.
+    file counts if it leads to a place below `root` whose file is not listed itself. Raises
+    FileNotFoundError if `root` is not a directory, OSError if one below it cannot be listed.
     """
     root = Path(root)
     if not root.is_dir():
@@ -56,14 +46,17 @@ def list_text_files(
         subdirectories[:] = [name for name in subdirectories if name not in exclude]
         found.extend(Path(directory, name) for name in names if name.endswith(tuple(suffixes)))
     resolved = root.resolve()
-    inside = (path for path in found if not path.is_symlink() or _leads_into(path, resolved))
-    return sorted(inside, key=lambda path: path.relative_to(root).parts)
+    inside = [path for path in found if not path.is_symlink() or _leads_into(path, resolved)]
+    # Files before the links to them, so that a text is never read twice, under two names.
+    inside.sort(key=lambda path: (path.is_symlink(), path.relative_to(root).parts))
+    once = {path.resolve(): path for path in reversed(inside)}.values()
+    return sorted(once, key=lambda path: path.relative_to(root).parts)
 
 
 def read_documents(
     root: str | os.PathLike,
-    suffixes: Sequence[str] = TEXT_SUFFIXES,
-    exclude: Collection[str] = EXCLUDED_DIRECTORIES,
+    suffixes: Sequence[str] = DataConfig.suffixes,
+    exclude: Collection[str] = DataConfig.exclude,
     max_bytes: int | None = None,
 ) -> list[Document]:
     """Reads the non-empty files that `list_text_files` finds, in its order.

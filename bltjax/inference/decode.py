@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from bltjax import sharding
-from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.inference.sampling import sample
 from bltjax.model import functional
-from bltjax.patching.boundaries import document_segments, newline_segments, patch_starts
+from bltjax.patching.boundaries import entropy_segments, patch_starts
 from bltjax.patching.buffers import buffers_from_starts
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.vocabulary import EOS_ID, PAD_ID, decode, encode
@@ -26,11 +26,11 @@ def row_patch_starts(
 
     Rules that need no entropies run no entropy model, and the entropies are then None.
     """
-    if patching.rule not in ("entropy", "monotonic", "global_monotonic"):
+    if patching.rule not in ENTROPY_RULES:
         return patch_starts(patching, tokens), None
-    segments = newline_segments if patching.reset_at_newlines else document_segments
+    segments = entropy_segments(tokens, patching.reset_at_newlines)
     entropies = next_byte_entropy(
-        functional.apply(entropy_config, entropy_params, tokens, segments(tokens))
+        functional.apply(entropy_config, entropy_params, tokens, segments)
     )
     return patch_starts(patching, tokens, entropies), entropies
 

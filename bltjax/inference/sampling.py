@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bltjax.vocabulary import BYTE_OFFSET, EOS_ID
+from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE
 
 
 def sample(logits: jax.Array, temperature: float, key: jax.Array) -> jax.Array:
@@ -12,7 +12,8 @@ def sample(logits: jax.Array, temperature: float, key: jax.Array) -> jax.Array:
     Only raw bytes and EOS can be chosen: the other special ids have no bytes to show.
     """
     ids = jnp.arange(logits.shape[-1])
-    logits = jnp.where((ids >= BYTE_OFFSET) | (ids == EOS_ID), logits, -jnp.inf)
+    allowed = ((ids >= BYTE_OFFSET) & (ids < VOCAB_SIZE)) | (ids == EOS_ID)
+    logits = jnp.where(allowed, logits, -jnp.inf)
     greedy = jnp.argmax(logits)
     drawn = jax.random.categorical(key, logits / jnp.where(temperature > 0, temperature, 1.0))
     return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)

@@ -11,6 +11,7 @@ from bltjax.model.global_transformer import GlobalTransformer
 from bltjax.model.local_decoder import LocalDecoder
 from bltjax.model.local_encoder import LocalEncoder
 from bltjax.model.parameters import HashTables
+from bltjax.patching.boundaries import document_segments
 from bltjax.vocabulary import EOS_ID
 
 
@@ -43,7 +44,7 @@ class BLT(nnx.Module):
           `global_states` [B, P, G], `decoder_states` [layers, B, L, E], `logits` float32 [B, L, V].
         """
         if document_ids is None:
-            document_ids = documents_from_eos(tokens)
+            document_ids = document_segments(tokens)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, document_ids, patches.encoder_ids, patches.decoder_ids])
         chex.assert_equal_shape([patches.starts, patches.lengths, patches.mask])
@@ -64,12 +65,6 @@ class BLT(nnx.Module):
             decoder_states=decoder_states,
             logits=logits,
         )
-
-
-def documents_from_eos(tokens):
-    """Document number of each byte [B, L]; an EOS is the last byte of its document."""
-    ends = (tokens == EOS_ID).astype(jnp.int32)
-    return jnp.cumsum(ends, axis=1) - ends
 
 
 def patch_documents(tokens, document_ids, starts):

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bltjax.config import EntropyModelConfig
-from bltjax.model.blt import documents_from_eos
 from bltjax.model.parameters import Embedding, Linear, RMSNorm
 from bltjax.model.transformer import make_blocks, run_blocks
+from bltjax.patching.boundaries import document_segments
 
 
 class EntropyModel(nnx.Module):
@@ -30,7 +30,7 @@ class EntropyModel(nnx.Module):
         Logits are float32 [B, L, V].
         """
         if segments is None:
-            segments = documents_from_eos(tokens)
+            segments = document_segments(tokens)
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, segments])
         x = self.tok_embeddings(tokens, self.config.compute_dtype)

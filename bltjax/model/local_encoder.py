@@ -9,7 +9,13 @@ from flax import nnx
 from bltjax.config import BLTConfig
 from bltjax.model.cross_attention import add_residual, make_cross_layers, merge_slots, split_slots
 from bltjax.model.parameters import Embedding, Linear
-from bltjax.model.transformer import layer_slice, make_blocks, run_blocks, scan_layers
+from bltjax.model.transformer import (
+    layer_slice,
+    make_blocks,
+    rematerialised,
+    run_blocks,
+    scan_layers,
+)
 from bltjax.ops.pooling import pool_patches
 from bltjax.ops.rotary import rotary_angles
 
@@ -62,7 +68,8 @@ class LocalEncoder(nnx.Module):
             return h, self._read(cross, patch_states, h, patches)
 
         layers = (self.layers, self.cross_attn_layers)
-        carry = both(_only(layer_slice(layers, 0, 1)), (h, None))
+        first = rematerialised(both, self.config.remat)
+        carry = first(_only(layer_slice(layers, 0, 1)), (h, None))
         if local.num_layers > 1:
             carry, _ = scan_layers(layer_slice(layers, 1, None), carry, both, self.config.remat)
         return carry

@@ -40,8 +40,11 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(truncated_normal(key, (rows, dim), std, sharding.spec(None, None)))
 
     def __call__(self, ids, dtype):
-        """ids int32 [B, L] -> [B, L, dim]."""
-        return sharding.lookup(self.weight[...].astype(dtype), ids)
+        """ids int32 [B, L] -> [B, L, dim].
+
+        Cast after the lookup: the gradient adds up a row's many uses, and must do so in float32.
+        """
+        return sharding.lookup(self.weight[...], ids).astype(dtype)
 
 
 class HashTables(nnx.Module):

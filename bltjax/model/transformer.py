@@ -100,10 +100,15 @@ def scan_layers(layers, carry, apply, remat: str):
         carry = apply(layer, carry)
         return carry, carry
 
-    if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        step = jax.checkpoint(step, policy=policy if remat == "dots" else None)
-    return jax.lax.scan(step, carry, layers)
+    return jax.lax.scan(rematerialised(step, remat), carry, layers)
+
+
+def rematerialised(function, remat: str):
+    """The function, computed again in the backward pass as `scan_layers` says."""
+    if remat == "none":
+        return function
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(function, policy=policy if remat == "dots" else None)
 
 
 def run_blocks(blocks: Block, config: TransformerConfig, x, segments, remat: str):

@@ -87,8 +87,8 @@ def patches_from_bytes_attention(
         top = jnp.maximum(jax.lax.stop_gradient(segment_max(scores, ids, num_patches)), _MASKED)
         weights = jnp.exp(scores - take_patches(top, ids))
         total = segment_sum(weights, ids, num_patches)
-        values = weights[..., None].astype(v.dtype) * v[:, :, None]
-        return top, total, segment_sum(values, ids, num_patches).astype(jnp.float32)
+        values = weights[..., None] * v[:, :, None].astype(jnp.float32)
+        return top, total, segment_sum(values, ids, num_patches)
 
     return _softmax_over_parts(part, window).astype(v.dtype)
 
@@ -112,8 +112,8 @@ def bytes_from_patches_attention(
         scores = jnp.where(visible, scores * scale, _MASKED)
         top = jax.lax.stop_gradient(scores.max(axis=2))
         weights = jnp.exp(scores - top[:, :, None]) * visible
-        mixed = jnp.einsum("blkh,blkhd->blhd", weights.astype(value.dtype), value)
-        return top, weights.sum(axis=2), mixed.astype(jnp.float32)
+        mixed = jnp.einsum("blkh,blkhd->blhd", weights, value.astype(jnp.float32))
+        return top, weights.sum(axis=2), mixed
 
     return _softmax_over_parts(part, window).astype(v.dtype)
 

@@ -34,8 +34,9 @@ def pool_patches(h: jax.Array, ids: jax.Array, num_patches: int, mode: str) -> j
     mode: "max", "min" or "mean" (spec 5.10).
     """
     if mode == "mean":
-        count = segment_sum(jnp.ones_like(h[..., :1]), ids, num_patches)
-        return segment_sum(h, ids, num_patches) / jnp.maximum(count, 1)
+        h32 = h.astype(jnp.float32)  # half precision cannot count to 257
+        count = segment_sum(jnp.ones_like(h32[..., :1]), ids, num_patches)
+        return (segment_sum(h32, ids, num_patches) / jnp.maximum(count, 1)).astype(h.dtype)
     sign = -1 if mode == "min" else 1
     extreme = segment_max(sign * h, ids, num_patches)
     return jnp.where(jnp.isneginf(extreme), 0, sign * extreme)

@@ -161,6 +161,11 @@ def newline_segments(tokens, eos_id=EOS_ID):
     return _segments((tokens == eos_id) | (tokens == NEWLINE_ID))
 
 
+def entropy_segments(tokens, reset_at_newlines):
+    """Context segments of the entropy model: documents, or lines of documents."""
+    return newline_segments(tokens) if reset_at_newlines else document_segments(tokens)
+
+
 def _segments(ends):
     ends = ends.astype(np.int32)
     return _namespace(ends).cumsum(ends, axis=-1, dtype=np.int32) - ends

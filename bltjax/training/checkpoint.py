@@ -21,7 +21,7 @@ class Checkpoints:
     """The checkpoints of one training stage, newest `keep` of those at every `every` steps."""
 
     def __init__(self, directory: Path, every: int = 1, keep: int = 1):
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax logs dozens of lines per save
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs dozens of lines a save
         self.directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -48,6 +48,9 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def all_steps(self) -> list[int]:
+        return list(self._manager.all_steps())
+
     def restore(self, abstract_state):
         """The newest (state, data position), sharded as `abstract_state` says; None without one.
 
@@ -63,7 +66,8 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=args)
         except Exception as error:  # Orbax raises bare Exceptions for damaged files
-            older = [s for s in self._manager.all_steps() if s < step]
+            older = [s for s in self.all_steps() if s < step]
+            self.close()
             remedy = f"to resume from step {max(older)}" if older else "to start this stage anew"
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
             raise CheckpointError(
@@ -85,11 +89,16 @@ def load_params(directory: Path, abstract_state) -> dict:
 
     Raises FileNotFoundError if there is none, CheckpointError if it is damaged.
     """
+    if not has_checkpoint(directory):
+        raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
     checkpoints = Checkpoints(directory)
     try:
         restored = checkpoints.restore(abstract_state)
     finally:
         checkpoints.close()
-    if restored is None:
-        raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
     return restored[0].params
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a stage has saved anything there; nothing is created."""
+    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())

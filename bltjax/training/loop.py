@@ -40,10 +40,10 @@ def train(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    data = batches(rows, config.batch_size, config.seed)
     checkpoints = Checkpoints(
         workdir / "checkpoints", config.checkpoint_every, config.keep_checkpoints
     )
-    data = batches(rows, config.batch_size, config.seed)
     restored = checkpoints.restore(abstract_state(model_config, optimizer))
     if restored is None:
         state = create_state(model_config, optimizer, config.seed)
@@ -90,14 +90,15 @@ def train(
 
 
 def _stop(stage, step, metrics, checkpoints):
+    """The checkpoint of `step` itself holds what gave this loss: the last good one is older."""
     checkpoints.wait()
-    good = checkpoints.latest_step()
+    older = [saved for saved in checkpoints.all_steps() if saved < step]
     kept = (
-        "no checkpoint was saved yet"
-        if good is None
-        else (f"the last good checkpoint is {checkpoints.directory / str(good)}")
+        f"the last good checkpoint is {checkpoints.directory / str(max(older))}"
+        if older
+        else "no checkpoint from before it was kept"
     )
     raise NonFiniteLoss(
-        f"{stage}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} "
-        f"at step {step}; {kept}; lower the learning rate or raise warmup_steps"
+        f"{stage}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}; "
+        f"{kept}; lower the learning rate or raise warmup_steps, in a new --workdir"
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -19,7 +20,9 @@ class MetricsLog:
         self.stage, self.num_steps = stage, num_steps
         self.path = Path(directory) / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] < first_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial = self.path.with_suffix(".partial")  # killed here, a run loses no line
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, self.path)
         self._tensorboard = SummaryWriter(
             str(Path(directory) / "tensorboard"), purge_step=first_step
         )

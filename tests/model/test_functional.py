@@ -20,6 +20,7 @@ from bltjax.config import (
     TransformerConfig,
 )
 from bltjax.model import functional
+from bltjax.model.parameters import Embedding
 from bltjax.patching.boundaries import space_starts
 from bltjax.patching.buffers import buffers_from_starts
 from bltjax.training.optimizer import make_optimizer
@@ -254,3 +255,15 @@ def test_text_never_recompiles():
     assert (first, train_step._cache_size()) == (1, 1)
     assert int(state.step) == 200
     assert np.isfinite(metrics["loss"])
+
+
+def test_gradient_of_a_common_byte_adds_up_in_float32():
+    """8192 uses of one row in bfloat16 compute: the sum does not stick at 256."""
+    embedding = Embedding(260, 4, std=1.0, key=jax.random.key(0))
+    ids = jnp.full((1, 8192), 7, jnp.int32)
+
+    def total(embedding):
+        return embedding(ids, jnp.bfloat16).astype(jnp.float32).sum()
+
+    (gradient,) = jax.tree.leaves(jax.grad(total)(embedding))
+    np.testing.assert_array_equal(np.asarray(gradient)[7], 8192)

@@ -10,7 +10,8 @@ import pytest
 
 from bltjax.config import BLTConfig, CrossAttentionConfig, HashConfig, TransformerConfig
 from bltjax.model import functional
-from bltjax.model.blt import documents_from_eos, patch_documents
+from bltjax.model.blt import patch_documents
+from bltjax.patching.boundaries import document_segments
 from bltjax.patching.buffers import buffers_from_starts
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 
@@ -264,7 +265,7 @@ def unlinked(name):
 def test_documents_end_with_their_eos():
     """Spec 5.9: an EOS ends its document, and a patch belongs to that of its first byte."""
     tokens = jnp.array([[1, 9, EOS_ID, 1, 9, 9, EOS_ID], [1, 9, 9, EOS_ID, EOS_ID, 9, 9]])
-    documents = documents_from_eos(tokens)
+    documents = document_segments(tokens)
     assert documents.tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 2, 2]]
     starts = jnp.array([[0, 1, 3, 7, 8], [0, 3, 4, 6, 8]])  # 7 is the byte to come, 8 is unused
     assert patch_documents(tokens, documents, starts).tolist() == [[0, 0, 1, 2, 2], [0, 0, 1, 2, 2]]

@@ -89,3 +89,10 @@ def test_take_is_the_transpose_of_sum():
         segment_sum(jnp.asarray(y, jnp.float32), ids, P),
         atol=1e-5,
     )
+
+
+def test_mean_of_a_long_patch_in_half_precision():
+    """bfloat16 cannot count past 256; sums and counts are taken in float32."""
+    h = jnp.concatenate([jnp.zeros((1, 300, 1)), jnp.ones((1, 300, 1))], axis=1)
+    mean = pool_patches(h.astype(jnp.bfloat16), jnp.zeros((1, 600), jnp.int32), 1, "mean")
+    assert mean.dtype == jnp.bfloat16 and float(mean[0, 0, 0]) == 0.5

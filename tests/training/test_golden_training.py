@@ -12,7 +12,7 @@ import pytest
 from bltjax import sharding
 from bltjax.config import OptimizerConfig
 from bltjax.model import functional
-from bltjax.model.blt import documents_from_eos
+from bltjax.patching.boundaries import document_segments
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.training.loss import LN2
 from bltjax.training.optimizer import make_optimizer, schedule_multiplier
@@ -66,7 +66,7 @@ def run():
             targets=expected["y"],
             loss_mask=expected["mask"],
             patch_lengths=expected["patch_lengths"],
-            document_ids=documents_from_eos(tokens),
+            document_ids=document_segments(tokens),
         )
     )
     params = jax.tree.map(jnp.asarray, golden.params(name))

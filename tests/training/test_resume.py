@@ -146,4 +146,4 @@ def test_another_config_is_refused(command, uninterrupted):
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 2
     assert "config.blt.pooling: 'max' there, 'mean' here" in output
-    assert json.loads((whole / "config.json").read_text())["blt"]["pooling"] == "max"
+    assert json.loads((whole / "config.json").read_text())["config"]["blt"]["pooling"] == "max"
