@@ -49,27 +49,23 @@ def prepare(config: RunConfig, workdir: str | os.PathLike) -> Prepared:
 
 def used_models(config: RunConfig) -> list[str]:
     """The models that the stages run, not only those they train."""
-    others = set(config.stages) - {"entropy_model"}
-    models = []
-    if "entropy_model" in config.stages or (others and config.patching.rule in ENTROPY_RULES):
-        models.append("entropy_model")
-    return [*models, "blt"] if others - {"entropies"} else models
+    stages = set(config.stages)
+    blt = bool(stages & {"blt", "sample"}) or stages == {"evaluate"}
+    patched = blt or "entropies" in stages
+    entropy_model = "entropy_model" in stages or (patched and config.patching.rule in ENTROPY_RULES)
+    return ["entropy_model"] * entropy_model + ["blt"] * blt
 
 
 def check_stages(config: RunConfig, workdir: Path):
-    """A stage that is left out must not be needed, or be done. Raises ValueError."""
-    if config.patching.rule == "bpe" and set(config.stages) - {"entropy_model"}:
+    """A model that the stages use must be trained by them, or before. Raises ValueError."""
+    used = used_models(config)
+    if config.patching.rule == "bpe" and "blt" in used:
         raise ValueError(
             "patching.rule='bpe' starts patches at delimiters (id 3), which files of raw bytes do "
             "not have: choose another rule"
         )
-    needed = set()
-    if config.patching.rule in ENTROPY_RULES and set(config.stages) - {"entropy_model", "evaluate"}:
-        needed.add("entropy_model")
-    if "sample" in config.stages or config.stages == ("evaluate",):
-        needed.add("blt")
-    for stage in sorted(needed - set(config.stages)):
-        if not has_checkpoint(workdir / stage / "checkpoints"):
+    for stage in used:
+        if stage not in config.stages and not has_checkpoint(workdir / stage / "checkpoints"):
             raise ValueError(
                 f"stages={config.stages} need a trained {stage} in {workdir}, and there is none: "
                 f"add the stage {stage!r}, or run it first in that --workdir"

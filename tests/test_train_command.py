@@ -42,7 +42,10 @@ CASES = {
         ["--config.entropy_training.batch_size=9000000"],
         ["fewer than one batch", "batch_size=9000000", "row_bytes=64"],
     ),
-    "stage left out": (["--config.stages=('sample',)"], ["need a trained blt", "add the stage"]),
+    "stage left out": (
+        ["--config.stages=('sample',)"],
+        ["need a trained entropy_model", "add the stage"],
+    ),
     "bpe without delimiters": (["--config.patching.rule=bpe"], ["delimiters"]),
     "missing corpus": (["--config.data.root=/no/such/corpus"], ["/no/such/corpus", "directory"]),
     "empty corpus": (["--config.data.root=EMPTY"], ["EMPTY", "non-empty file"]),
