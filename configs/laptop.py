@@ -1,7 +1,9 @@
 """The quickstart recipe with a larger model, for about an hour of two CPU cores.
 
 Command:   python -m bltjax.train --config=configs/laptop.py --workdir=runs/laptop
-Hardware:  2 CPU cores.
+Hardware:  2 CPU cores, about an hour.
+Expect:    33,343,104 parameters, 8,177,280 parameters without hash tables; about 1.58 bits per
+           byte of held-out files, where an n-gram model of order 5 has 2.06 and xz 1.72.
 """
 
 from bltjax.config import default_config
