@@ -6,6 +6,7 @@ command again and it goes on where it stopped.
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 
@@ -47,7 +48,7 @@ def main(argv):
     try:
         result = run(prepared)
     except CheckpointError as error:
-        _fail(error)
+        _leave(error)
     except NonFiniteLoss as error:
         _fail(error, DIVERGED)
     except (ValueError, OSError) as error:
@@ -85,8 +86,21 @@ def _last_name(argument: str) -> str:
 
 
 def _fail(error, code: int = USER_ERROR):
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print(_one_line(error), file=sys.stderr)
     sys.exit(code)
+
+
+def _leave(error):
+    """Fail at once and in silence: reads of a damaged checkpoint that go on print tracebacks."""
+    sys.stdout.flush()
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.write(stderr, f"{_one_line(error)}\n".encode())
+    os._exit(USER_ERROR)
+
+
+def _one_line(error) -> str:
+    return "error: " + " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,12 @@ A checkpoint appears under its step number only when it is whole: a process kill
 writes leaves a temporary directory, which the next run removes.
 """
 
+import contextlib
 import logging
+import os
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import orbax.checkpoint as ocp
@@ -64,10 +69,10 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
         )
         try:
-            restored = self._manager.restore(step, args=args)
+            with _stderr_unless_failed():
+                restored = self._manager.restore(step, args=args)
         except Exception as error:  # Orbax raises bare Exceptions for damaged files
             older = [s for s in self.all_steps() if s < step]
-            self.close()
             remedy = f"to resume from step {max(older)}" if older else "to start this stage anew"
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
             raise CheckpointError(
@@ -82,6 +87,32 @@ class Checkpoints:
 
     def close(self):
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _stderr_unless_failed():
+    """Hold stderr back and show it at the end, unless the block fails.
+
+    After a first failed read Orbax closes its event loop under the other reads, and each of them
+    prints a traceback from a thread of its own; the exception that is raised says it all.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if failed:
+                time.sleep(0.5)  # for the reads under way
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            if not failed:
+                held.seek(0)
+                os.write(2, held.read())
 
 
 def load_params(directory: Path, abstract_state) -> dict:
