@@ -31,6 +31,6 @@ def loss_sums(logits, targets, mask):
     )
 
 
-def bits_per_byte(sums) -> float:
+def bits_per_byte(sums):
     """Bits per raw byte of `loss_sums` (or of several added up)."""
     return sums["byte_nats"] / sums["bytes"] / LN2

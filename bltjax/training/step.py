@@ -11,7 +11,7 @@ import optax
 
 from bltjax.model import functional
 from bltjax.patching.buffers import buffers_from_lengths
-from bltjax.training.loss import LN2, loss_sums
+from bltjax.training.loss import bits_per_byte, loss_sums
 from bltjax.training.state import TrainState
 
 
@@ -31,7 +31,7 @@ def make_train_step(model_config, optimizer: optax.GradientTransformation, learn
         params = optax.apply_updates(state.params, updates)
         metrics = dict(
             loss=loss,
-            bits_per_byte=sums["byte_nats"] / sums["bytes"] / LN2,
+            bits_per_byte=bits_per_byte(sums),
             grad_norm=optax.tree.norm(grads),
             bytes=sums["bytes"],
             learning_rate=learning_rate(state.step),
