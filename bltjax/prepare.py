@@ -16,6 +16,7 @@ import numpy as np
 from bltjax import sharding
 from bltjax.config import ENTROPY_RULES, RunConfig, differences, to_dict
 from bltjax.data.sources import Document, python_library_root, read_documents, split_by_file
+from bltjax.files import replacing
 from bltjax.training.checkpoint import has_checkpoint
 
 
@@ -165,6 +166,5 @@ def fingerprint(corpus: Corpus) -> str:
 
 def write_json(path: Path, value: dict):
     """Atomically: a killed process leaves the old file or the new one, never half of one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Design section 3: a module imports from lower tiers and from its own package.
 TIERS = [
     {"model_config"},
-    {"ops", "vocabulary", "config"},
+    {"ops", "vocabulary", "config", "files"},
     {"patching", "sharding"},
     {"model", "data"},
     {"training", "inference", "conversion", "evaluation"},

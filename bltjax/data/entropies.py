@@ -5,7 +5,6 @@ what came before that every kept entropy is the one a pass over the whole docume
 byte's entropy depends on num_layers * (window - 1) earlier bytes and no more.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.config import EntropyModelConfig
+from bltjax.files import replacing
 from bltjax.model import functional
 from bltjax.patching.boundaries import entropy_segments
 from bltjax.patching.entropy import next_byte_entropy
@@ -95,7 +95,8 @@ def stored_entropies(
             total -= sum(map(len, shard))
             continue
         values += compute(shard)
-        _write_array(path, np.concatenate(values[-len(shard) :]))
+        with replacing(path) as file:
+            np.save(file, np.concatenate(values[-len(shard) :]))
         done += sum(map(len, shard))
         rate = done / (time.perf_counter() - started)
         print(
@@ -133,14 +134,6 @@ def _read_shard(path: Path, documents) -> list[np.ndarray]:
             "changed since, delete the working directory's entropies or use a new one"
         )
     return np.split(stored, np.cumsum(lengths)[:-1])
-
-
-def _write_array(path: Path, array: np.ndarray):
-    """Atomically: a killed process leaves no half-written shard."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, array)
-    os.replace(partial, path)
 
 
 def _spans(document: int, length: int, row_bytes: int, receptive: int):

@@ -2,11 +2,12 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
+
+from bltjax.files import replacing
 
 
 class MetricsLog:
@@ -20,9 +21,8 @@ class MetricsLog:
         self.stage, self.num_steps = stage, num_steps
         self.path = Path(directory) / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] < first_step]
-        partial = self.path.with_suffix(".partial")  # killed here, a run loses no line
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.path)
+        with replacing(self.path) as file:  # killed here, a run loses no line
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
         self._tensorboard = SummaryWriter(
             str(Path(directory) / "tensorboard"), purge_step=first_step
         )
