@@ -1,5 +1,6 @@
 # make train    train the quickstart on this machine's Python library, from nothing
 # make test     run the tests; PYTHON=python3.12 uses another interpreter, in its own .venv-3.12
+# make oracle   PyTorch and transformers into that environment, for the tests that compare with them
 # make lint     ruff
 
 PYTHON ?= python3
@@ -11,13 +12,16 @@ endif
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test lint clean
+.PHONY: train test oracle lint clean
 
 train: $(VENV)/.ready
 	$(BIN)/python -m bltjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
+
+oracle: $(VENV)/.ready-dev
+	$(PIP_INSTALL) -e '.[oracle]'
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

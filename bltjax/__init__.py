@@ -1,3 +1,23 @@
-"""The Byte Latent Transformer for JAX: raw bytes in, no tokenizer."""
+"""The Byte Latent Transformer for JAX: raw bytes in, no tokenizer.
+
+    model = bltjax.load(path)
+
+See `bltjax.api` for what a model can do.
+"""
 
 __version__ = "0.1.0"
+
+_FROM_API = ("Model", "Score", "load")
+
+
+def __getattr__(name: str):
+    """`bltjax.load` and its classes, imported when they are asked for: JAX takes seconds."""
+    if name in _FROM_API:
+        from bltjax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'bltjax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_FROM_API])

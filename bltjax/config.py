@@ -64,6 +64,7 @@ class PatchingConfig:
     max_patch_length: int | None = None
     reset_at_newlines: bool = False  # the entropy model forgets at newlines (paper 4.4)
     published_skip_at_3: bool = False  # replicate "never a start at 3" (spec 2.4)
+    bf16_compat: bool = False  # round as the published demo does (spec 2.9)
 
     def problems(self, name: str) -> list[str]:
         found = one_of(self, name, "rule", PATCHING_RULES) + positive(self, name, "patch_size")

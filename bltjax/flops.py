@@ -38,6 +38,7 @@ def flops_per_byte(
         encoder=stack_flops(encoder, mean_visible(context_bytes, encoder.window)),
         encoder_cross=_cross_attention(
             encoder.dim,
+            cross.encoder_heads,
             encoder_cross_layers,
             queries=slots,
             keys=1,
@@ -48,6 +49,7 @@ def flops_per_byte(
         decoder=stack_flops(decoder, mean_visible(context_bytes, decoder.window)),
         decoder_cross=_cross_attention(
             decoder.dim,
+            cross.decoder_heads,
             decoder_cross_layers,
             queries=1,
             keys=slots,
@@ -143,22 +145,25 @@ def _num_cross_layers(present: bool, everywhere: bool, stack: TransformerConfig)
     return present * (stack.num_layers if everywhere else 1)
 
 
-def _cross_attention(dim: int, num_layers: int, queries: float, keys: float, pairs: float) -> float:
+def _cross_attention(
+    dim: int, heads: tuple[int, int], num_layers: int, queries: float, keys: float, pairs: float
+) -> float:
     """Query and output, key and value, scores and values; the last three arguments are per byte."""
-    return num_layers * (2 * _matrix(dim, dim) * (queries + keys) + 4 * dim * pairs)
+    kv_dim = dim * heads[1] // heads[0]
+    matrices = 2 * _matrix(dim, dim) * queries + 2 * _matrix(dim, kv_dim) * keys
+    return num_layers * (matrices + 4 * dim * pairs)
 
 
 def _projections(config: BLTConfig) -> int:
     """FLOPs per patch of the matrices between stacks, which the paper leaves out (spec 5.6-5.8)."""
-    local, trunk = config.local_decoder.dim, config.global_transformer.dim
+    local, trunk = config.local_encoder.dim, config.global_transformer.dim
     cross, total = config.cross_attention, 0
     if cross.encoder:  # pooled bytes to the first queries
         total += _matrix(local, cross.k * local)
     if config.patch_width != trunk:
         total += _matrix(config.patch_width, trunk)
-    read_width = local * (cross.k if cross.decoder else 1)
-    if trunk != local or read_width != local:
-        total += _matrix(trunk, read_width)
+    if config.has_decoder_projection:
+        total += _matrix(trunk, config.read_width)
     return total
 
 

@@ -23,6 +23,7 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     ffn_dim_multiplier: float = 1.0
     ffn_multiple_of: int = 256
+    ffn_width: int | None = None  # None: from the three values above (spec 5.2)
 
     @property
     def kv_heads(self) -> int:
@@ -34,7 +35,9 @@ class TransformerConfig:
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden width of the SwiGLU feed-forward, rounded up (spec 5.2)."""
+        """Hidden width of the SwiGLU feed-forward, rounded up unless given (spec 5.2)."""
+        if self.ffn_width is not None:
+            return self.ffn_width
         hidden = int(self.ffn_dim_multiplier * int(2 * 4 * self.dim / 3))
         return -(-hidden // self.ffn_multiple_of) * self.ffn_multiple_of
 
@@ -51,6 +54,7 @@ class TransformerConfig:
             "norm_eps",
             "ffn_dim_multiplier",
             "ffn_multiple_of",
+            "ffn_width",
         )
         if found:
             return found
@@ -91,11 +95,57 @@ class CrossAttentionConfig:
     decoder: bool = True
     k: int = 2  # vectors of local width per patch
     num_heads: int = 4
+    num_kv_heads: int | None = None  # grouped queries; None: one per query head, as published
+    num_heads_decoder: int | None = None  # None: as in the encoder
+    num_kv_heads_decoder: int | None = None  # None: as in the encoder
     all_layers_encoder: bool = False  # otherwise after the last layer only
     all_layers_decoder: bool = True  # otherwise before the first layer only
     window_encoder: int | None = None  # patches; None: each patch reads only its own bytes
     window_decoder: int | None = None  # patches; None: each byte reads one patch
     doubled_residual: bool = True  # 2x + attention, as the released weights expect
+
+    @property
+    def encoder_heads(self) -> tuple[int, int]:
+        """Query heads, key/value heads."""
+        return self.num_heads, self.num_kv_heads or self.num_heads
+
+    @property
+    def decoder_heads(self) -> tuple[int, int]:
+        """Query heads, key/value heads."""
+        if self.num_heads_decoder is None:
+            return self.num_heads, self.num_kv_heads_decoder or self.encoder_heads[1]
+        return self.num_heads_decoder, self.num_kv_heads_decoder or self.num_heads_decoder
+
+    def problems(self, name: str, dim_name: str, dim: int) -> list[str]:
+        """What is impossible with local stacks of width `dim`, a setting called `dim_name`."""
+        found = positive(
+            self,
+            name,
+            "k",
+            "num_heads",
+            "num_kv_heads",
+            "num_heads_decoder",
+            "num_kv_heads_decoder",
+            "window_encoder",
+            "window_decoder",
+        )
+        if found or not (self.encoder or self.decoder):
+            return found
+        sides = {"": self.encoder_heads}
+        if self.num_heads_decoder is not None or self.num_kv_heads_decoder is not None:
+            sides["_decoder"] = self.decoder_heads
+        for side, (heads, kv_heads) in sides.items():
+            if dim % heads:
+                found.append(
+                    f"{dim_name}={dim} is not divisible by {name}.num_heads{side}={heads}: "
+                    "change one"
+                )
+            if heads % kv_heads:
+                found.append(
+                    f"{name}.num_heads{side}={heads} is not a multiple of "
+                    f"num_kv_heads{side}={kv_heads}: choose a divisor"
+                )
+        return found
 
 
 @dataclass(frozen=True)
@@ -137,6 +187,7 @@ class BLTConfig:
     cross_attention: CrossAttentionConfig = CrossAttentionConfig()
     hash: HashConfig = HashConfig()
     pooling: str = "max"  # bytes to patch, one of POOLING_MODES
+    always_project: bool = False  # patches for the decoder, between equal widths too (HF)
     vocab_size: int = VOCAB_SIZE
     init: InitConfig = InitConfig()
     compute_dtype: str = "float32"
@@ -148,6 +199,19 @@ class BLTConfig:
         return self.local_encoder.dim * (
             self.cross_attention.k if self.cross_attention.encoder else 1
         )
+
+    @property
+    def read_width(self) -> int:
+        """Width of a patch as the decoder reads it: k local vectors, or one without attention."""
+        return self.local_decoder.dim * (
+            self.cross_attention.k if self.cross_attention.decoder else 1
+        )
+
+    @property
+    def has_decoder_projection(self) -> bool:
+        """As published: unless global and local widths are equal (spec 5.8)."""
+        widths = {self.global_transformer.dim, self.local_decoder.dim, self.read_width}
+        return self.always_project or len(widths) > 1
 
     @property
     def num_hash_tables(self) -> int:
@@ -177,14 +241,7 @@ class BLTConfig:
                 f"{name}.global_transformer.window={self.global_transformer.window}: "
                 "the global stack sees all earlier patches, leave it None"
             )
-        found += positive(
-            cross, f"{name}.cross_attention", "k", "num_heads", "window_encoder", "window_decoder"
-        )
-        if (cross.encoder or cross.decoder) and cross.num_heads > 0 and local.dim % cross.num_heads:
-            found.append(
-                f"{name}.local_encoder.dim={local.dim} is not divisible by "
-                f"{name}.cross_attention.num_heads={cross.num_heads}: change one"
-            )
+        found += cross.problems(f"{name}.cross_attention", f"{name}.local_encoder.dim", local.dim)
         found += one_of(self, name, "pooling", POOLING_MODES)
         if self.hash.sizes:
             found += positive(self.hash, f"{name}.hash", "vocab", "num_functions")

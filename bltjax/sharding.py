@@ -11,11 +11,14 @@ mesh. Code elsewhere speaks of logical axes, and `spec` turns them into mesh axe
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec, reshard
 
+from bltjax import lazy
 from bltjax.config import BLTConfig, EntropyModelConfig, MeshConfig, TransformerConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -74,7 +77,10 @@ def check_model(config: BLTConfig | EntropyModelConfig, name: str, mesh: jax.sha
     if isinstance(config, BLTConfig) and (
         config.cross_attention.encoder or config.cross_attention.decoder
     ):
-        sizes["cross_attention.num_heads"] = (config.cross_attention.num_heads, "tensor")
+        cross = config.cross_attention
+        for side, heads in (("encoder", cross.encoder_heads), ("decoder", cross.decoder_heads)):
+            for kind, number in zip(("heads", "kv heads"), heads, strict=True):
+                sizes[f"cross_attention {side} {kind}"] = (number, "tensor")
     found = [
         f"{name}.{size}={value} is not divisible by mesh.{axis}={mesh.shape[axis]}"
         for size, (value, axis) in sizes.items()
@@ -129,7 +135,7 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def lookup_sum(tables: jax.Array, ids: jax.Array) -> jax.Array:
-    """Sum over T tables [T, V, E@fsdp] of their rows `ids` [B, L, T] -> [B, L, E].
+    """float32 sum over T tables [T, V, E@fsdp] of their rows `ids` [B, L, T] -> [B, L, E].
 
     Every chip of an fsdp group looks up its slice of the features for the rows of the whole
     group, sums over tables, and one all-to-all of [B, L, E] hands each chip its rows. Sharding
@@ -140,7 +146,7 @@ def lookup_sum(tables: jax.Array, ids: jax.Array) -> jax.Array:
     ids = ids + rows * jax.lax.broadcasted_iota(ids.dtype, (1, 1, num_tables), 2)
     ids = reshard(ids, _present("data", None, None))
     embedded = flat.at[ids].get(out_sharding=_present("data", None, None, "fsdp"))
-    return reshard(embedded.sum(axis=2), batch_spec(3))
+    return reshard(embedded.astype(jnp.float32).sum(axis=2), batch_spec(3))
 
 
 def shard_rows(tree):
@@ -177,3 +183,57 @@ def concrete(tree):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, axes))
 
     return jax.tree.map(place, tree)
+
+
+def put_lazy(tree: dict, abstract: dict) -> dict:
+    """A nested dict of lazy arrays on the devices of the mesh that is set, as `abstract` says.
+
+    abstract: ShapeDtypeStructs, as from `functional.abstract_params`; arrays become of its dtypes.
+    Each process reads what its devices hold, once, a device at a time. Raises ValueError that names
+    what is missing, not expected, or of another shape.
+    """
+    expected = {".".join(path): tuple(x.shape) for path, x in lazy.tree_leaves(abstract)}
+    given = {".".join(path): tuple(x.shape) for path, x in lazy.tree_leaves(tree)}
+    found = [
+        f"{name} is {given.get(name, 'missing')} instead of {expected.get(name, 'absent')}"
+        for name in expected | given
+        if given.get(name) != expected.get(name)
+    ]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"the weights are of another model: {'; '.join(found[:3])}{more}; "
+            "give the configuration that they were trained with"
+        )
+    return jax.tree.map(_put_leaf, tree, concrete(abstract))
+
+
+def _put_leaf(array: lazy.LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    devices_of = {}  # by piece; several may hold the same
+    for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+        spans = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
+        devices_of.setdefault(spans, []).append(device)
+    placed = []
+    for spans, devices in devices_of.items():
+        piece = _read_piece(array, spans, target.dtype)
+        # Waits, so that the host holds no other piece while this one is on its way.
+        placed += jax.block_until_ready([jax.device_put(piece, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(target.shape, target.sharding, placed)
+
+
+def _read_piece(array: lazy.LazyArray, spans, dtype) -> np.ndarray:
+    """array[start:stop for each of spans] in another dtype, without a second copy of it."""
+    piece = _aligned_empty([stop - start for start, stop in spans], dtype)
+    for block in lazy.blocks(piece):
+        piece[block] = array[
+            tuple(slice(b.start + s[0], b.stop + s[0]) for b, s in zip(block, spans, strict=True))
+        ]
+    return piece
+
+
+def _aligned_empty(shape, dtype) -> np.ndarray:
+    """As np.empty, where XLA wants it: as an array of a CPU device it is not copied."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)

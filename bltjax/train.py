@@ -13,28 +13,29 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
+from bltjax.command import USER_ERROR, fail, one_line
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and results go.")
 
-USER_ERROR = 2  # exit code: the command, the data or the working directory is at fault
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 
 
 def main(argv):
     if len(argv) > 1:
-        _fail(f"unexpected argument {argv[1]!r}: settings are given as --config.name=value")
+        fail(f"unexpected argument {argv[1]!r}: settings are given as --config.name=value")
     chosen, workdir = _CONFIG.value, _WORKDIR.value
     if workdir is None:
-        _fail("give both --config=configs/NAME.py and --workdir=DIR")
+        fail("give both --config=configs/NAME.py and --workdir=DIR")
     # Imported late: --help and wrong settings answer at once, without loading JAX.
     from bltjax.config import RunConfig, from_config_dict
 
     try:
         config = from_config_dict(RunConfig, chosen)
     except OSError as error:  # a missing file shows only when the config is read
-        _fail(f"--config cannot be read: {error}")
+        fail(f"--config cannot be read: {error}")
     except ValueError as error:
-        _fail(error)
+        fail(error)
 
     from bltjax.prepare import prepare
     from bltjax.recipe import run
@@ -44,18 +45,18 @@ def main(argv):
     try:
         prepared = prepare(config, workdir)
     except (ValueError, OSError) as error:
-        _fail(error)
+        fail(error)
     try:
         result = run(prepared)
     except CheckpointError as error:
         _leave(error)
     except NonFiniteLoss as error:
-        _fail(error, DIVERGED)
+        fail(error, DIVERGED)
     except (ValueError, OSError) as error:
         log = prepared.workdir / "error.log"
         with contextlib.suppress(OSError):  # the disk may be what is full
             log.write_text(traceback.format_exc())
-        _fail(f"{error} (traceback in {log})")
+        fail(f"{error} (traceback in {log})")
     print(json.dumps(result))
 
 
@@ -64,12 +65,12 @@ def _parse(argv):
     try:
         remaining = flags.FLAGS(argv)
         if _CONFIG.value is None:
-            _fail("give both --config=configs/NAME.py and --workdir=DIR")
+            fail("give both --config=configs/NAME.py and --workdir=DIR")
         return remaining
     except flags.Error as error:
-        _fail(error)
+        fail(error)
     except OSError as error:
-        _fail(f"--config cannot be read: {error}")
+        fail(f"--config cannot be read: {error}")
     except (AttributeError, KeyError, ValueError, TypeError) as error:
         reason = (
             str(error.args[0] if error.args else error)
@@ -78,16 +79,11 @@ def _parse(argv):
             .replace("\\", "")
         )
         wrong = [a for a in argv if a.startswith("--config.") and _last_name(a) in reason]
-        _fail(f"{wrong[0] if wrong else 'settings'} cannot be set: {reason}")
+        fail(f"{wrong[0] if wrong else 'settings'} cannot be set: {reason}")
 
 
 def _last_name(argument: str) -> str:
     return argument.split("=")[0].split(".")[-1]
-
-
-def _fail(error, code: int = USER_ERROR):
-    print(_one_line(error), file=sys.stderr)
-    sys.exit(code)
 
 
 def _leave(error):
@@ -95,12 +91,8 @@ def _leave(error):
     sys.stdout.flush()
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os.write(stderr, f"{_one_line(error)}\n".encode())
+    os.write(stderr, f"{one_line(error)}\n".encode())
     os._exit(USER_ERROR)
-
-
-def _one_line(error) -> str:
-    return "error: " + " ".join(str(error).split())
 
 
 if __name__ == "__main__":

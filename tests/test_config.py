@@ -133,6 +133,16 @@ PROBLEMS = [
         dict(blt__cross_attention__num_heads=3),
         "blt.local_encoder.dim=64 blt.cross_attention.num_heads=3",
     ),
+    (
+        dict(blt__cross_attention__num_heads_decoder=3),
+        "blt.local_encoder.dim=64 blt.cross_attention.num_heads_decoder=3",
+    ),
+    (
+        dict(blt__cross_attention__num_kv_heads=3),
+        "blt.cross_attention.num_heads=4 num_kv_heads=3 divisor",
+    ),
+    (dict(blt__cross_attention__num_kv_heads=0), "blt.cross_attention.num_kv_heads=0"),
+    (dict(blt__local_encoder__ffn_width=0), "blt.local_encoder.ffn_width=0"),
     (dict(blt__cross_attention__window_encoder=0), "blt.cross_attention.window_encoder=0"),
     (dict(blt__cross_attention__window_decoder=-1), "blt.cross_attention.window_decoder=-1"),
     (dict(blt__pooling="sum"), "blt.pooling='sum' max"),
@@ -194,12 +204,16 @@ def test_settings_that_look_alike_are_valid():
     changed(blt_training__optimizer__min_ratio=0.0)
     changed(blt__hash__sizes=(), blt__hash__vocab=0)
     changed(blt__global_transformer__dim=130, blt__global_transformer__head_dim=32)
+    changed(blt__cross_attention__num_kv_heads=4, blt__cross_attention__num_heads_decoder=2)
 
 
 def optional_fields(config, name=""):
     """(path, a value) of every setting that may be None."""
     examples = {
         "num_kv_heads": 2,
+        "num_heads_decoder": 2,
+        "num_kv_heads_decoder": 2,
+        "ffn_width": 40,
         "head_dim": 16,
         "window": 8,
         "base_std": 0.5,

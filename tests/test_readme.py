@@ -3,15 +3,27 @@
 import re
 from pathlib import Path
 
+from tests import directories
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_of_loading_runs(tmp_path):
+    directories.meta_with_entropy_model(tmp_path / "model")
     names = {}
-    exec(example, names)
+    exec(EXAMPLES[0].replace("path/to/blt-1b", str(tmp_path / "model")), names)
+    assert names["model"].config.pooling == "max"
+
+
+def test_the_example_of_the_model_runs():
+    names = {}
+    exec(EXAMPLES[1], names)
     assert names["logits"].shape == (*names["tokens"].shape, 260)
+    assert len(EXAMPLES) == 2
 
 
 def test_named_files_exist():

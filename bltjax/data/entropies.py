@@ -51,13 +51,15 @@ def corpus_entropies(
     """float32 entropies [S] of each document's ids [S]; entry i is the uncertainty after id i.
 
     `row_bytes` positions and `batch_size` rows are the one shape that is compiled. Raises
-    ValueError for rows too short to hold the bytes that an entropy depends on.
+    ValueError where a document is longer than a row, and rows are too short to hold the bytes that
+    an entropy depends on.
     """
-    receptive = receptive_bytes(config)
-    if row_bytes < 2 * receptive:
+    receptive, longest = receptive_bytes(config), max(map(len, documents), default=0)
+    if row_bytes < min(longest, 2 * receptive):
         raise ValueError(
-            f"row_bytes={row_bytes} is too short for exact entropies: the model looks back "
-            f"{receptive} bytes, use at least {2 * receptive}"
+            f"row_bytes={row_bytes} is too short for exact entropies of a document of {longest} "
+            f"ids: the model looks back {receptive} bytes, use at least "
+            f"{min(longest, 2 * receptive)}"
         )
     results = [np.empty(len(ids), np.float32) for ids in documents]
     spans = [

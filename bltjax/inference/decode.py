@@ -80,7 +80,8 @@ def generate_by_recompute(
     """
     ids = encode(prompt, add_eos=False)
     stop = len(ids) + max_new_bytes
-    tokens = np.full(stop, PAD_ID, np.int32)
+    # A few lengths of the buffer, so that few are compiled; what is not reached changes nothing.
+    tokens = np.full(-(-stop // 64) * 64, PAD_ID, np.int32)
     tokens[: len(ids)] = ids
     tokens, length = _generate(
         config,

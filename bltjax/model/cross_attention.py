@@ -8,19 +8,30 @@ import jax
 from flax import nnx
 
 from bltjax.model.parameters import Linear, RMSNorm
-from bltjax.model.transformer import depth_factor, merge_heads, split_heads, stack_layers
+from bltjax.model.transformer import (
+    depth_factor,
+    merge_heads,
+    repeat_heads,
+    split_heads,
+    stack_layers,
+)
 from bltjax.ops.attention import bytes_from_patches_attention, patches_from_bytes_attention
 
 
 class CrossAttention(nnx.Module):
-    def __init__(self, dim, num_heads, eps, std, key):
+    """`heads` are the numbers of query heads and of key/value heads."""
+
+    def __init__(self, dim, heads, eps, std, key):
+        num_heads, num_kv_heads = heads
         self.head_width = dim // num_heads
+        self.group_size = num_heads // num_kv_heads
+        kv_dim = num_kv_heads * self.head_width
         self.cross_attn_norm_q = RMSNorm(dim, eps)
         self.cross_attn_norm_kv = RMSNorm(dim, eps)
         kq, kk, kv, ko = jax.random.split(key, 4)
         self.wq = Linear(dim, dim, std=std, axes=("heads", "embed"), key=kq)
-        self.wk = Linear(dim, dim, std=std, axes=("heads", "embed"), key=kk)
-        self.wv = Linear(dim, dim, std=std, axes=("heads", "embed"), key=kv)
+        self.wk = Linear(kv_dim, dim, std=std, axes=("heads", "embed"), key=kk)
+        self.wv = Linear(kv_dim, dim, std=std, axes=("heads", "embed"), key=kv)
         self.wo = Linear(dim, dim, std=std, axes=("embed", "heads"), key=ko)
 
     def patches_from_bytes(self, patches, h, patch_ids, k, window):
@@ -45,15 +56,19 @@ class CrossAttention(nnx.Module):
 
     def _project(self, x, kv):
         q, kv = self.wq(self.cross_attn_norm_q(x)), self.cross_attn_norm_kv(kv)
-        return (split_heads(y, self.head_width) for y in (q, self.wk(kv), self.wv(kv)))
+        q, keys, values = (split_heads(y, self.head_width) for y in (q, self.wk(kv), self.wv(kv)))
+        return q, repeat_heads(keys, self.group_size), repeat_heads(values, self.group_size)
 
 
-def make_cross_layers(dim, cross, eps, init, num_layers, num_blocks, key) -> CrossAttention:
-    """`num_layers` stacked cross-attention layers beside `num_blocks` blocks (spec 6)."""
+def make_cross_layers(dim, heads, eps, init, num_layers, num_blocks, key) -> CrossAttention:
+    """`num_layers` stacked cross-attention layers beside `num_blocks` blocks (spec 6).
+
+    heads: the numbers of query heads and of key/value heads.
+    """
 
     def make(index, key):
         std = dim**-0.5 / depth_factor(init, dim, index, num_blocks)
-        return CrossAttention(dim, cross.num_heads, eps, std, key)
+        return CrossAttention(dim, heads, eps, std, key)
 
     return stack_layers(make, num_layers, key)
 

@@ -25,7 +25,7 @@ def init(config: BLTConfig | EntropyModelConfig, key: jax.Array) -> dict:
 
 def abstract_params(config: BLTConfig | EntropyModelConfig) -> dict:
     """Shapes, dtypes and shardings of `init`'s result, without computing anything."""
-    return jax.eval_shape(lambda key: _parameters(config, key), _abstract_key())
+    return _abstract_params(config, jax.sharding.get_abstract_mesh())
 
 
 def apply(config: BLTConfig | EntropyModelConfig, params: dict, tokens: jax.Array, *inputs):
@@ -50,6 +50,12 @@ def _build(config, key):
 
 def _parameters(config, key):
     return nnx.to_pure_dict(nnx.state(_build(config, key)))
+
+
+@functools.lru_cache
+def _abstract_params(config, mesh):
+    """`mesh` is the one that is set, and decides the shardings."""
+    return jax.eval_shape(lambda key: _parameters(config, key), _abstract_key())
 
 
 @functools.lru_cache

@@ -21,9 +21,9 @@ class LocalDecoder(nnx.Module):
         local, cross = config.local_decoder, config.cross_attention
         global_dim = config.global_transformer.dim
         key_patch, key_blocks, key_cross, key_out = jax.random.split(key, 4)
-        if self._has_projection:
+        if config.has_decoder_projection:
             self.patch_embedding_projection = Linear(
-                self._patch_dim,
+                config.read_width,
                 global_dim,
                 std=global_dim**-0.5,
                 axes=(None, "embed"),
@@ -35,25 +35,17 @@ class LocalDecoder(nnx.Module):
         if cross.decoder:
             num_cross = local.num_layers if cross.all_layers_decoder else 1
             self.cross_attn_layers = make_cross_layers(
-                local.dim, cross, local.norm_eps, init, num_cross, local.num_layers, key_cross
+                local.dim,
+                cross.decoder_heads,
+                local.norm_eps,
+                init,
+                num_cross,
+                local.num_layers,
+                key_cross,
             )
         self.norm = RMSNorm(local.dim, local.norm_eps)
         self.output = Linear(
             config.vocab_size, local.dim, std=local.dim**-0.5, axes=(None, "embed"), key=key_out
-        )
-
-    @property
-    def _patch_dim(self) -> int:
-        """Width of a patch as the decoder reads it: k local vectors, or one without attention."""
-        cross = self.config.cross_attention
-        return self.config.local_decoder.dim * (cross.k if cross.decoder else 1)
-
-    @property
-    def _has_projection(self) -> bool:
-        """As published: unless global and local widths are equal (spec 5.8)."""
-        return (
-            self.config.global_transformer.dim != self.config.local_decoder.dim
-            or self._patch_dim != self.config.local_decoder.dim
         )
 
     def __call__(self, h, patch_states, patches, segments):
@@ -64,7 +56,7 @@ class LocalDecoder(nnx.Module):
         config, local = self.config, self.config.local_decoder
         chex.assert_shape(h, (*segments.shape, local.dim))
         chex.assert_shape(patch_states, (*patches.lengths.shape, config.global_transformer.dim))
-        if self._has_projection:
+        if config.has_decoder_projection:
             patch_states = self.patch_embedding_projection(patch_states)
         angles = rotary_angles(h.shape[1], local.head_width, local.rope_theta)
 

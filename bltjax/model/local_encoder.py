@@ -33,7 +33,13 @@ class LocalEncoder(nnx.Module):
         if cross.encoder:
             num_cross = local.num_layers if cross.all_layers_encoder else 1
             self.cross_attn_layers = make_cross_layers(
-                local.dim, cross, local.norm_eps, init, num_cross, local.num_layers, key_cross
+                local.dim,
+                cross.encoder_heads,
+                local.norm_eps,
+                init,
+                num_cross,
+                local.num_layers,
+                key_cross,
             )
             self.patch_embedding_projection = Linear(
                 cross.k * local.dim, local.dim, std=std, axes=(None, "embed"), key=key_patch

@@ -126,6 +126,19 @@ def split_heads(x, head_width: int):
     )
 
 
+def repeat_heads(x, times: int):
+    """[B, L, G, D] -> [B, L, G*times, D]: a key/value head serves `times` query heads in a row."""
+    if times == 1:
+        return x
+    batch, length, heads, width = x.shape
+    spread = jnp.broadcast_to(x[:, :, :, None], (batch, length, heads, times, width))
+    return jax.lax.reshape(
+        spread,
+        (batch, length, heads * times, width),
+        out_sharding=sharding.spec("batch", None, "heads", None),
+    )
+
+
 def merge_heads(x):
     """[B, L, H, D] -> [B, L, H*D]."""
     return jax.lax.reshape(

@@ -9,6 +9,7 @@ Rows need at least one token. The arrays may be NumPy's (data pipeline; JAX is n
 JAX's (inside a jitted step); the result is of the same kind and, on a mesh, sharded alike.
 """
 
+import ml_dtypes
 import numpy as np
 
 from bltjax.vocabulary import BPE_ID, BYTE_OFFSET, EOS_ID
@@ -45,13 +46,15 @@ def _rule_starts(config, tokens, entropies):
             f"patching rule {config.rule!r} needs the entropies of the tokens: store them with the "
             "data or run the entropy model first, or choose the rule space, static, byte or bpe"
         )
+    threshold, threshold_add = config.threshold, config.threshold_add
+    if config.bf16_compat:
+        entropies = _bf16(entropies)
+        threshold, threshold_add = (float(_bf16(np.float32(t))) for t in (threshold, threshold_add))
     if config.rule == "entropy":
-        return entropy_starts(entropies, config.threshold)
+        return entropy_starts(entropies, threshold)
     if config.rule == "monotonic":
-        return monotonic_starts(entropies, config.threshold)
-    return global_monotonic_starts(
-        entropies, config.threshold, config.threshold_add, config.published_skip_at_3
-    )
+        return monotonic_starts(entropies, threshold)
+    return global_monotonic_starts(entropies, threshold, threshold_add, config.published_skip_at_3)
 
 
 def entropy_starts(entropies, threshold):
@@ -179,6 +182,11 @@ def _with_forced_starts(opens, num_forced=2):
     forced = _namespace(opens).ones_like(opens[..., : num_forced - 1])
     first = _namespace(opens).ones_like(opens[..., :1])
     return _concatenate(first, forced, opens[..., num_forced - 1 :])
+
+
+def _bf16(x):
+    """Rounded to bfloat16: the published demo compares in it, threshold included (spec 2.9)."""
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def _float32(entropies):

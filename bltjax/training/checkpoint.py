@@ -22,6 +22,12 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names it and the remedy."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages that follow it."""
+    line = str(error).strip().split("\n")[0] or repr(error)
+    return line if len(line) <= 200 else f"{line[:100]}...{line[-100:]}"  # causes come last
+
+
 class Checkpoints:
     """The checkpoints of one training stage, newest `keep` of those at every `every` steps."""
 
@@ -74,10 +80,9 @@ class Checkpoints:
         except Exception as error:  # Orbax raises bare Exceptions for damaged files
             older = [s for s in self.all_steps() if s < step]
             remedy = f"to resume from step {max(older)}" if older else "to start this stage anew"
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} cannot be read "
-                f"({reason}); delete that directory {remedy}"
+                f"({first_line(error)}); delete that directory {remedy}"
             ) from error
         return restored["state"], restored["data"]
 

@@ -1,18 +1,11 @@
 """Next-byte cross-entropy and what is counted in bits per byte."""
 
-import jax
 import jax.numpy as jnp
 
+from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.vocabulary import BYTE_OFFSET
 
 LN2 = 0.6931471805599453
-
-
-def next_byte_nats(logits, targets):
-    """Cross-entropy in nats of each target: logits [B, L, V], targets int [B, L] -> [B, L]."""
-    logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def loss_sums(logits, targets, mask):

@@ -43,8 +43,18 @@ def test_windows_give_what_a_pass_over_the_whole_document_gives(documents):
 
 
 def test_rows_shorter_than_the_receptive_field_are_refused(documents):
-    with pytest.raises(ValueError, match="looks back 8 bytes, use at least 16"):
+    with pytest.raises(ValueError, match="202 ids: the model looks back 8 bytes, use at least 16"):
         corpus_entropies(None, None, CONFIG, documents, row_bytes=15, batch_size=3)
+
+
+def test_rows_may_be_short_where_every_document_fits():
+    params, entropy_fn = functional.init(CONFIG, jax.random.key(0)), make_entropy_fn(CONFIG)
+    ids = encode(b"twelve bytes")
+    (found,) = corpus_entropies(entropy_fn, params, CONFIG, [ids], row_bytes=14, batch_size=1)
+    np.testing.assert_allclose(found, np.asarray(entropy_fn(params, ids[None]))[0], atol=1e-6)
+    with pytest.raises(ValueError, match="use at least 14"):
+        corpus_entropies(entropy_fn, params, CONFIG, [ids], row_bytes=13, batch_size=1)
+    assert corpus_entropies(entropy_fn, params, CONFIG, [], row_bytes=1, batch_size=1) == []
 
 
 def test_newline_reset_forgets_what_stood_before_the_newline():
@@ -84,9 +94,9 @@ def test_a_damaged_or_foreign_shard_is_named(documents, tmp_path):
 
     directory = tmp_path / "e"
     stored_entropies(directory, "train", documents, compute)
-    with pytest.raises(ValueError, match="train-00000.npy holds .* the corpus has changed"):
+    with pytest.raises(ValueError, match=r"train-00000\.npy holds .* the corpus has changed"):
         stored_entropies(directory, "train", documents[:-1], compute)
     path = directory / "train-00000.npy"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="train-00000.npy cannot be read"):
+    with pytest.raises(ValueError, match=r"train-00000\.npy cannot be read"):
         stored_entropies(directory, "train", documents, compute)

@@ -267,3 +267,58 @@ def test_gradient_of_a_common_byte_adds_up_in_float32():
 
     (gradient,) = jax.tree.leaves(jax.grad(total)(embedding))
     np.testing.assert_array_equal(np.asarray(gradient)[7], 8192)
+
+
+def logits_of(config, params):
+    tokens = jnp.asarray(encode(TEXT)[: B * L].reshape(B, L))
+    patches = buffers_from_starts(space_starts(tokens), L + 1)
+    return functional.apply(config, params, tokens, patches)
+
+
+def test_grouped_cross_heads_are_repeated_heads():
+    """Each key/value head serves the query heads that follow each other (as in spec 5.2)."""
+    local = dataclasses.replace(TINY.local_encoder, dim=16, num_heads=2)
+    cross = CrossAttentionConfig(num_heads=4, num_kv_heads=2, num_heads_decoder=2)
+    grouped = dataclasses.replace(
+        TINY, local_encoder=local, local_decoder=local, cross_attention=cross
+    )
+    params = functional.init(grouped, jax.random.key(0))
+    full = dataclasses.replace(cross, num_kv_heads=None)
+    repeated = jax.tree.map(lambda x: x, params)
+    layers = repeated["local_encoder"]["cross_attn_layers"]
+    for name in ("wk", "wv"):
+        weight = layers[name]["weight"]  # [layers, 2 heads of 4, 16]
+        assert weight.shape == (1, 8, 16)
+        heads = weight.reshape(1, 2, 4, 16)
+        layers[name] = {"weight": jnp.repeat(heads, 2, axis=1).reshape(1, 16, 16)}
+    assert params["local_decoder"]["cross_attn_layers"]["wk"]["weight"].shape == (1, 16, 16)
+    expected = logits_of(dataclasses.replace(grouped, cross_attention=full), repeated)
+    np.testing.assert_allclose(logits_of(grouped, params), expected, rtol=0, atol=1e-6)
+    assert np.abs(expected - logits_of(grouped, functional.init(grouped, jax.random.key(1)))).max()
+
+
+def test_a_projection_between_equal_widths_may_be_there():
+    """Published models have none (spec 5.8); with the identity it changes nothing."""
+    same = dataclasses.replace(
+        TINY,
+        global_transformer=stack(8, 1, ffn_multiple_of=8),
+        cross_attention=CrossAttentionConfig(k=1, num_heads=2),
+    )
+    params = functional.init(same, jax.random.key(0))
+    assert "patch_embedding_projection" not in params["local_decoder"]
+    always = dataclasses.replace(same, always_project=True)
+    assert functional.abstract_params(always)["local_decoder"]["patch_embedding_projection"]
+    with_identity = jax.tree.map(lambda x: x, params)
+    with_identity["local_decoder"]["patch_embedding_projection"] = {"weight": jnp.eye(8)}
+    np.testing.assert_allclose(
+        logits_of(always, with_identity), logits_of(same, params), rtol=0, atol=1e-6
+    )
+
+
+def test_feed_forward_width_can_be_given():
+    config = dataclasses.replace(
+        TINY, global_transformer=stack(16, 2, ffn_multiple_of=8, ffn_width=13)
+    )
+    layers = functional.abstract_params(config)["global_transformer"]["layers"]
+    assert layers["feed_forward"]["w1"]["weight"].shape == (2, 13, 16)
+    assert layers["feed_forward"]["w2"]["weight"].shape == (2, 16, 13)

@@ -7,12 +7,14 @@ import sys
 import types
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bltjax import vocabulary
+from bltjax.config import PatchingConfig
 from bltjax.patching import boundaries
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "golden"
@@ -52,6 +54,7 @@ def config(**changes):
         "max_patch_length": None,
         "patch_size": 4,
         "published_skip_at_3": False,
+        "bf16_compat": False,
     }
     return types.SimpleNamespace(**(defaults | changes))
 
@@ -259,3 +262,16 @@ assert "jax" not in sys.modules
 """
     root = pathlib.Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
+
+
+@given(st.lists(st.floats(0, 6, width=32), min_size=1, max_size=40))
+def test_bf16_compat_compares_as_the_published_demo_does(values):
+    """Both sides rounded: at the released threshold that is H >= 1.34375 in bfloat16 (spec 2.9)."""
+    entropies = np.array([1.3354420, 1.3359375, 1.340, 1.3437, 1.344, *values], np.float32)
+    config = PatchingConfig(target_patch_bytes=None, bf16_compat=True)
+    tokens = np.full(entropies.shape, 65, np.int32)
+    rounded = entropies.astype(ml_dtypes.bfloat16).astype(np.float32)
+    expected = np.concatenate([[True, True], rounded[1:] >= 1.34375])
+    np.testing.assert_array_equal(boundaries.patch_starts(config, tokens, entropies), expected)
+    on_device = boundaries.patch_starts(config, jnp.asarray(tokens), jnp.asarray(entropies))
+    np.testing.assert_array_equal(np.asarray(on_device), expected)

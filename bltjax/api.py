@@ -1,0 +1,284 @@
+"""Models from Python: load weights of any format, generate, score, look at patches and logits."""
+
+import dataclasses
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from bltjax import formats, sharding
+from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.conversion.weights import Advance, Lengths, Weights, ignore_progress
+from bltjax.evaluation.score import Score, score_bytes, score_documents
+from bltjax.inference.decode import generate_by_recompute
+from bltjax.model import functional
+from bltjax.patching.boundaries import entropy_segments, lengths_from_starts, patch_starts
+from bltjax.patching.buffers import buffers_from_lengths
+from bltjax.patching.entropy import next_byte_entropy
+
+__all__ = ["Model", "Score", "load"]
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    entropy_model: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    compute_dtype: str | None = None,
+    bf16_compat: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    advance: Advance = ignore_progress,
+) -> "Model":
+    """The model in a directory: bltjax's, a training run's, Hugging Face's or Meta's.
+
+    Args:
+      entropy_model: a directory with the entropy model, where the first has none or another is
+        wanted.
+      dtype: "float32" or "bfloat16" to cast the parameters; None keeps them as they are stored.
+      compute_dtype: of activations; None is float32, or what a bltjax model was trained with.
+      bf16_compat: find patches as the published demo does, with the entropy model in bfloat16 and
+        entropies and threshold rounded to it (spec 2.9). Boundaries near the threshold move.
+      mesh: devices to shard over, see `sharding.make_mesh`; None: the mesh that is set, else one
+        device.
+      advance: told the bytes that have been read and checked.
+
+    Raises FileNotFoundError, and ValueError that lists every problem of the directory.
+    """
+    mesh = mesh or _mesh_that_is_set() or sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        weights = formats.cast(formats.read(path, entropy_model, advance), dtype)
+        for note in weights.notes:
+            warnings.warn(f"{path}: {note}", stacklevel=2)
+        return Model(_computing(weights, compute_dtype, bf16_compat), mesh)
+
+
+class Model:
+    """A byte latent transformer, its entropy model, or both, on the devices of a mesh.
+
+    config, entropy_config: BLTConfig, EntropyModelConfig, or None for what is not there.
+    patching: where patches start. params: {"blt": ..., "entropy_model": ...}, nested dicts of
+    sharded arrays, as `functional.apply` takes them.
+    """
+
+    def __init__(self, weights: Weights, mesh: jax.sharding.Mesh):
+        self.config: BLTConfig | None = weights.blt
+        self.entropy_config: EntropyModelConfig | None = weights.entropy_model
+        self.patching: PatchingConfig = weights.patching
+        self.lengths: Lengths = weights.lengths
+        self.mesh = mesh
+        with jax.set_mesh(mesh):
+            self.params = {
+                name: sharding.put_lazy(tree, _abstract(getattr(weights, name), tree))
+                for name, tree in weights.params.items()
+            }
+
+    def logits(self, tokens, patch_lengths=None) -> np.ndarray:
+        """float32 [B, N, 260] next-byte logits of ids int [B, N].
+
+        patch_lengths: int [B, P], rows sum to N + 1 (spec 2.1), zeros on the right; None: those of
+        `patch_lengths(tokens)`. An entropy model alone takes none. Each shape is compiled once.
+        """
+        tokens = self._tokens(tokens)
+        if self.config is None:
+            if patch_lengths is not None:
+                raise ValueError("patch_lengths are given, but this entropy model has no patches")
+            return self._run(_lm_logits, self.entropy_config, "entropy_model", tokens)
+        if patch_lengths is None:
+            patch_lengths = self.patch_lengths(tokens)
+        patch_lengths = _checked_lengths(patch_lengths, tokens)
+        return self._run(_blt_logits, self.config, "blt", tokens, patch_lengths)
+
+    def entropies(self, tokens) -> np.ndarray:
+        """float32 [B, N], nats: how uncertain the byte after each of the ids int [B, N] is.
+
+        Rows do not see each other, nor do documents that an EOS divides (spec 2.2, 5.9).
+        """
+        if self.entropy_config is None:
+            raise ValueError(
+                "there is no entropy model: load with entropy_model=, a directory that has one"
+            )
+        settings = (self.entropy_config, self.patching.reset_at_newlines)
+        return self._run(_entropies, settings, "entropy_model", self._tokens(tokens))
+
+    def patch_lengths(self, tokens) -> np.ndarray:
+        """int32 [B, P] lengths of the patches of ids int [B, N]; rows sum to N + 1 (spec 2.1).
+
+        The last position is the byte to come. P is the largest number of patches in a row; shorter
+        rows end in zeros.
+        """
+        tokens = self._tokens(tokens)
+        if self.config is None:
+            raise ValueError("this is an entropy model alone, it has no patches")
+        entropies = self.entropies(tokens) if self.patching.rule in ENTROPY_RULES else None
+        rows = [lengths_from_starts(row) for row in patch_starts(self.patching, tokens, entropies)]
+        result = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        for i, row in enumerate(rows):
+            result[i, : len(row)] = row
+        return result
+
+    def generate(
+        self,
+        prompts: Sequence[str | bytes],
+        max_new_bytes: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[bytes]:
+        """The continuation of each prompt, without it, ended by EOS or after `max_new_bytes`.
+
+        temperature 0 is greedy. A prompt's continuation does not depend on the others.
+        """
+        if isinstance(prompts, (str, bytes)):
+            raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
+        if self.config is None:
+            raise ValueError("this is an entropy model alone: generating needs a BLT")
+        self._check_patches_can_be_found()
+        with jax.set_mesh(self.mesh):
+            return [
+                generate_by_recompute(
+                    self.config,
+                    self.params["blt"],
+                    self.entropy_config,
+                    self.params.get("entropy_model"),
+                    self.patching,
+                    prompt,
+                    max_new_bytes=max_new_bytes,
+                    temperature=temperature,
+                    seed=seed,
+                )
+                for prompt in prompts
+            ]
+
+    def score(
+        self,
+        documents: Sequence[str | bytes],
+        row_bytes: int | None = None,
+        advance: Advance = ignore_progress,
+    ) -> list[Score]:
+        """nats, bytes, patches and bits per byte of each document; see `score_documents`.
+
+        row_bytes: a longer document is scored in rows of this many positions; None: as the model
+        was trained where that is known, else 8192.
+        """
+        row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
+        options = dict(row_bytes=row_bytes, advance=advance)
+        with jax.set_mesh(self.mesh):
+            if self.config is None:
+                params = self.params["entropy_model"]
+                return score_bytes(self.entropy_config, params, documents, **options)
+            self._check_patches_can_be_found()
+            return score_documents(
+                self.config,
+                self.params["blt"],
+                self.entropy_config,
+                self.params.get("entropy_model"),
+                self.patching,
+                documents,
+                **options,
+            )
+
+    def _check_patches_can_be_found(self):
+        if self.patching.rule in ENTROPY_RULES and self.entropy_config is None:
+            raise ValueError(
+                "patches need an entropy model: load with entropy_model=, a directory that has one"
+            )
+
+    def _tokens(self, tokens) -> np.ndarray:
+        """int32 [B, N]; ValueError for another rank, no ids, or ids that no model knows."""
+        tokens = np.asarray(tokens)
+        config = self.config or self.entropy_config
+        if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"tokens are {tokens.dtype} {tokens.shape}: give integers [rows, ids], for example "
+                "bltjax.vocabulary.encode(text)[None]"
+            )
+        if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+            raise ValueError(
+                f"tokens lie in {tokens.min()}..{tokens.max()}: ids are 0..{config.vocab_size - 1}"
+            )
+        return tokens.astype(np.int32)
+
+    def _run(self, function, settings, params: str, *rows) -> np.ndarray:
+        """function(settings, params, *rows), its batch filled up to what the mesh can split."""
+        num_rows = len(rows[0])
+        with jax.set_mesh(self.mesh):
+            shards = sharding.num_row_shards(self.mesh)
+            padded = [
+                np.concatenate([x, np.repeat(x[-1:], -num_rows % shards, axis=0)]) for x in rows
+            ]
+            result = function(settings, self.params[params], *map(sharding.put_batch, padded))
+        return np.array(result)[:num_rows]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _blt_logits(config, params, tokens, patch_lengths):
+    patches = buffers_from_lengths(patch_lengths, tokens.shape[1])
+    return functional.apply(config, params, tokens, patches)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _lm_logits(config, params, tokens):
+    return functional.apply(config, params, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _entropies(settings, params, tokens):
+    config, reset_at_newlines = settings
+    segments = entropy_segments(tokens, reset_at_newlines)
+    return next_byte_entropy(functional.apply(config, params, tokens, segments))
+
+
+def _checked_lengths(patch_lengths, tokens: np.ndarray) -> np.ndarray:
+    lengths = np.asarray(patch_lengths)
+    rows, num_ids = tokens.shape
+    if lengths.ndim != 2 or len(lengths) != rows or lengths.dtype.kind not in "iu":
+        raise ValueError(
+            f"patch_lengths are {lengths.dtype} {lengths.shape}: give integers [{rows}, patches]"
+        )
+    if (lengths < 0).any() or ((lengths[:, :-1] == 0) & (lengths[:, 1:] > 0)).any():
+        raise ValueError("patch_lengths must be positive, with zeros only on the right")
+    if (wrong := lengths.sum(axis=1) != num_ids + 1).any():
+        raise ValueError(
+            f"patch_lengths of row {wrong.argmax()} sum to {lengths.sum(axis=1)[wrong.argmax()]}: "
+            f"rows of {num_ids} ids sum to {num_ids + 1}, with the byte to come"
+        )
+    return lengths.astype(np.int32)
+
+
+def _abstract(config, tree: dict) -> dict:
+    """Shapes and shardings of a model's parameters, in the dtypes that they have."""
+    return jax.tree.map(
+        lambda abstract, leaf: jax.ShapeDtypeStruct(
+            abstract.shape, leaf.dtype, sharding=abstract.sharding
+        ),
+        functional.abstract_params(config),
+        tree,
+    )
+
+
+def _computing(weights: Weights, compute_dtype: str | None, bf16_compat: bool) -> Weights:
+    blt, entropy_model = weights.blt, weights.entropy_model
+    if compute_dtype is not None and blt is not None:
+        blt = dataclasses.replace(blt, compute_dtype=compute_dtype)
+        if problems := blt.problems("blt"):
+            raise ValueError("; ".join(problems))
+    weights = weights._replace(blt=blt)
+    if not bf16_compat:
+        return weights
+    if entropy_model is None:
+        raise ValueError("bf16_compat=True needs an entropy model: give entropy_model=")
+    rounded = formats.cast(
+        weights._replace(params={"entropy_model": weights.params["entropy_model"]}), "bfloat16"
+    )
+    return weights._replace(
+        entropy_model=dataclasses.replace(entropy_model, compute_dtype="bfloat16"),
+        patching=dataclasses.replace(weights.patching, bf16_compat=True),
+        params=weights.params | rounded.params,
+    )
+
+
+def _mesh_that_is_set() -> jax.sharding.Mesh | None:
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh

@@ -1,0 +1,67 @@
+"""What commands share: errors in one line, a model from a directory, text for a terminal."""
+
+import math
+import sys
+
+from absl import flags, logging
+
+from bltjax.model_config import DTYPES
+
+USER_ERROR = 2  # exit code: the command or what it names is at fault
+
+
+def define_model_flags():
+    """--checkpoint, --entropy_model and --dtype, what `open_model` takes.
+
+    Called by a command that is run, so that two of them can be imported side by side.
+    """
+    flags.DEFINE_string("checkpoint", None, "A directory of weights, or of a training run.")
+    flags.DEFINE_string(
+        "entropy_model", None, "A directory with the entropy model, where the checkpoint has none."
+    )
+    flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; default: as they are stored.")
+
+
+def parse(argv):
+    """absl's parser, with one line for a flag that is unknown or has a wrong value."""
+    logging.set_verbosity(logging.WARNING)  # JAX tells of devices that are not there
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(error)
+
+
+def open_model():
+    """The model that the flags name."""
+    from bltjax import api  # late: JAX takes seconds
+
+    chosen = flags.FLAGS
+    return api.load(chosen.checkpoint, entropy_model=chosen.entropy_model, dtype=chosen.dtype)
+
+
+def fail(error, code: int = USER_ERROR):
+    """Ends the command with an error of one line on stderr, or a line for each of its problems."""
+    print(f"error: {error}" if hasattr(error, "problems") else one_line(error), file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(error) -> str:
+    """What a command says of an error."""
+    reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return "error: " + " ".join(str(reason).split())
+
+
+def json_number(x: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(x) else x
+
+
+def printable(text: bytes | str) -> str:
+    r"""UTF-8 with everything else as \xNN, control characters (which steer terminals) included."""
+    if isinstance(text, str):
+        text = text.encode("utf-8", "surrogateescape")  # the bytes of a file name
+    decoded = text.decode("utf-8", "backslashreplace")
+    return "".join(
+        c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}"
+        for c in decoded
+    )

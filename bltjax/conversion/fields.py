@@ -1,0 +1,174 @@
+"""Settings of a published format and ours: one table of pairs, used in both directions.
+
+A format's settings are a JSON object, taken field by field, so that nothing in it goes unnoticed.
+"""
+
+import difflib
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REQUIRED = object()
+
+
+class Pair(NamedTuple):
+    """One of our settings and the field of the format that holds it, as dotted paths.
+
+    Several of ours may share a field: then they must agree to be written. `default` stands in for
+    a field that is absent or null.
+    """
+
+    ours: str
+    theirs: str
+    kind: type
+    default: Any = REQUIRED
+
+
+def read_json(path: Path, problems: list[str]) -> dict:
+    """The JSON object in a file; {} and a problem where there is none."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} cannot be read as JSON ({error})")
+        return {}
+    if not isinstance(values, dict):
+        problems.append(f"{path.name} holds a {type(values).__name__}, must be an object")
+        return {}
+    return values
+
+
+class Fields:
+    """Takes fields of a JSON object by dotted path; what is wrong with them goes to `problems`."""
+
+    def __init__(self, name: str, values: dict):
+        self.name, self.values, self.problems = name, values, []
+        self._taken: set[str] = set()
+
+    def take(self, path: str, kind: type, default=REQUIRED):
+        """The value of a field, or its default where it is absent or null.
+
+        Whole numbers pass as floats and the other way round. Without a default, or with another
+        type, a problem is noted and the result is None.
+        """
+        self._taken.add(path)
+        value = self._get(path)
+        if value is None:
+            if default is not REQUIRED:
+                return default
+            self._problem(f"{self.name}.{path} is missing")
+            return None
+        if kind is int and type(value) is float and value.is_integer():
+            return int(value)
+        if kind is float and type(value) is int:
+            return float(value)
+        if kind is tuple and type(value) is list and all(type(v) is int for v in value):
+            return tuple(value)
+        if type(value) is not kind:
+            wanted = "a list of whole numbers" if kind is tuple else kind.__name__
+            self._problem(
+                f"{self.name}.{path}={_short(value)} is {type(value).__name__}, must be {wanted}"
+            )
+            return None
+        return value
+
+    def must_be(self, path: str, allowed: Collection, why: str):
+        """A field that may be absent or null, and otherwise has one of the allowed values."""
+        self._taken.add(path)
+        value = self._get(path)
+        if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
+            self._problem(f"{self.name}.{path}={_short(value)} is not supported: {why}")
+
+    def must_not_be_null(self, path: str, why: str):
+        """A field that may be absent, but null would not mean its default."""
+        *groups, last = path.split(".")
+        group = self._get(".".join(groups)) if groups else self.values
+        if isinstance(group, dict) and last in group and group[last] is None:
+            self._problem(f"{self.name}.{path}=null is not supported: {why}")
+
+    def ignore(self, paths: Iterable[str]):
+        """Fields that are known and change nothing here."""
+        self._taken.update(paths)
+
+    def check_all_known(self):
+        """Notes every field that was neither taken nor ignored."""
+        for path in _paths(self.values):
+            if not any(path == known or path.startswith(f"{known}.") for known in self._taken):
+                near = difflib.get_close_matches(path, self._taken, n=1)
+                hint = f"did you mean {near[0]}?" if near else "remove it if it changes nothing"
+                self._problem(
+                    f"{self.name}.{path}={_short(self._get(path))} is a field that nobody knows: "
+                    f"{hint}"
+                )
+
+    def _get(self, path: str):
+        value = self.values
+        for key in path.split("."):
+            if not isinstance(value, dict):
+                return None
+            value = value.get(key)
+        return value
+
+    def _problem(self, text: str):
+        if text not in self.problems:  # several of our settings may share a field
+            self.problems.append(text)
+
+
+def read_pairs(fields: Fields, pairs: Iterable[Pair]) -> dict:
+    """Our settings as a nested dict."""
+    ours: dict = {}
+    for pair in pairs:
+        *groups, last = pair.ours.split(".")
+        node = ours
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = fields.take(pair.theirs, pair.kind, pair.default)
+    return ours
+
+
+def write_pairs(config, pairs: Iterable[Pair], problems: list[str]) -> dict:
+    """The format's settings as a nested dict; settings that do not agree are noted."""
+    theirs: dict = {}
+    source: dict[str, tuple[str, Any]] = {}
+    for pair in pairs:
+        value = config
+        for name in pair.ours.split("."):
+            value = getattr(value, name)
+        first, there = source.setdefault(pair.theirs, (pair.ours, value))
+        if there != value:
+            problems.append(
+                f"{first}={there!r} and {pair.ours}={value!r} differ: the format has one field for "
+                f"both, {pair.theirs}"
+            )
+        *groups, last = pair.theirs.split(".")
+        node = theirs
+        for group in groups:
+            node = node.setdefault(group, {})
+        node.setdefault(last, list(value) if isinstance(value, tuple) else value)
+    return theirs
+
+
+def merged(*trees: dict) -> dict:
+    """Nested dicts laid over each other; later ones win."""
+    result: dict = {}
+    for tree in trees:
+        for key, value in tree.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def _paths(values: dict, prefix: str = "") -> Iterable[str]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _paths(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

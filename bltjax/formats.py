@@ -1,0 +1,232 @@
+"""Directories of weights: which format one is in, and bltjax's own.
+
+bltjax's own holds `model.json` (configs, patching rule) and `weights/`, an Orbax checkpoint. The
+working directory of a training run opens too, with the newest checkpoint of each stage.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+import bltjax
+from bltjax.config import (
+    ENTROPY_RULES,
+    BLTConfig,
+    EntropyModelConfig,
+    PatchingConfig,
+    RunConfig,
+    from_config_dict,
+    to_dict,
+)
+from bltjax.conversion import from_torch
+from bltjax.conversion.fields import read_json
+from bltjax.conversion.weights import (
+    Advance,
+    Lengths,
+    Weights,
+    WeightsError,
+    flat,
+    ignore_progress,
+    value_problems,
+)
+from bltjax.files import PARTIAL
+from bltjax.lazy import Cast
+from bltjax.model import functional
+from bltjax.training.checkpoint import CheckpointError, has_checkpoint
+from bltjax.training.weights_on_disk import open_params, open_weights, save_weights
+
+VERSION = 1  # of model.json
+MODEL, WEIGHTS = "model.json", "weights"
+BLTJAX, RUN, HF, META = "bltjax", "run", "hf", "meta"
+
+
+def detect(directory: Path) -> str:
+    """ "bltjax", "run" (a training run's working directory), "hf" or "meta".
+
+    Raises FileNotFoundError without a directory, WeightsError where it is none of these.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"no directory {directory}: give one with weights (config.json, params.json or "
+            f"{MODEL} inside), or the working directory of a run"
+        )
+    if directory.name.endswith(PARTIAL):
+        raise WeightsError(directory, ["it is what an interrupted conversion left: convert again"])
+    if (directory / MODEL).exists():
+        return BLTJAX
+    problems: list[str] = []
+    config = read_json(directory / "config.json", problems)
+    if "config" in config and "corpus" in config:
+        return RUN
+    if from_torch.is_hf(config):
+        return HF
+    if from_torch.is_meta(config) or (directory / "params.json").exists():
+        return META
+    if not problems:
+        problems = [
+            "config.json is neither Hugging Face's (model_type 'blt'), nor Meta's (args), nor that "
+            "of a training run"
+        ]
+    if problems == ["config.json is missing"]:
+        problems = [f"it holds none of config.json, params.json and {MODEL}"]
+    raise WeightsError(directory, problems)
+
+
+def read(
+    directory: Path, entropy_model: Path | None = None, advance: Advance = ignore_progress
+) -> Weights:
+    """The model in a directory of any format, its parameters lazy; needs a mesh to be set.
+
+    entropy_model: a directory whose entropy model is taken. Raises WeightsError, which lists every
+    problem found, FileNotFoundError, or CheckpointError for a damaged checkpoint.
+    """
+    directory = Path(directory)
+    readers = {
+        BLTJAX: _read_bltjax,
+        RUN: _read_run,
+        HF: from_torch.read_hf,
+        META: from_torch.read_meta,
+    }
+    weights = readers[detect(directory)](directory, advance)
+    if entropy_model is None:
+        return weights
+    other = read(entropy_model, advance=advance)
+    if other.entropy_model is None:
+        raise WeightsError(entropy_model, ["there is no entropy model in it"])
+    return weights.with_entropy_model(other)
+
+
+def stored_bytes(directory: Path) -> int:
+    """About what reading a directory goes through, for progress."""
+    if detect(directory) in (HF, META):
+        return from_torch.stored_bytes(directory)
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+def write_bltjax(weights: Weights, directory: Path, advance: Advance = ignore_progress):
+    """bltjax's own format."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_weights(directory / WEIGHTS, weights.params, advance)
+    described = dict(
+        format=VERSION,
+        bltjax=bltjax.__version__,
+        blt=to_dict(weights.blt) if weights.blt else None,
+        entropy_model=to_dict(weights.entropy_model) if weights.entropy_model else None,
+        patching=to_dict(weights.patching),
+        lengths=weights.lengths._asdict(),
+    )
+    (directory / MODEL).write_text(json.dumps(described, indent=1) + "\n")
+
+
+def cast(weights: Weights, dtype: str | None) -> Weights:
+    """The same weights in "float32" or "bfloat16" (rounded to nearest); None keeps them."""
+    if dtype is None:
+        return weights
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"dtype={dtype!r} must be float32, bfloat16, or None to keep what is there"
+        )
+    wanted = np.dtype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype])
+
+    def convert(tree):
+        if isinstance(tree, dict):
+            return {key: convert(value) for key, value in tree.items()}
+        return tree if np.dtype(tree.dtype) == wanted else Cast(tree, wanted)
+
+    return weights._replace(params=convert(weights.params))
+
+
+def _read_bltjax(directory: Path, advance: Advance) -> Weights:
+    problems: list[str] = []
+    described = read_json(directory / MODEL, problems)
+    version = described.pop("format", None)
+    described.pop("bltjax", None)
+    if not problems and version != VERSION:
+        problems.append(
+            f"{MODEL} has format {version!r}, this bltjax reads {VERSION}: use the bltjax that "
+            "wrote it, or a newer one"
+        )
+    classes = dict(blt=BLTConfig, entropy_model=EntropyModelConfig, patching=PatchingConfig)
+    configs = dict.fromkeys(classes)
+    for name, cls in classes.items():
+        values = described.pop(name, None)
+        if values is None:
+            continue
+        try:
+            configs[name] = from_config_dict(cls, values, name)
+            problems += configs[name].problems(name)
+        except (ValueError, TypeError) as error:
+            problems.append(f"{MODEL}: {error}")
+    try:
+        lengths = Lengths(**described.pop("lengths", {}))
+    except TypeError as error:
+        problems.append(f"{MODEL}: lengths: {error}")
+    problems += [f"{MODEL}: {key} is a field that nobody knows: remove it" for key in described]
+    if not problems and not (configs["blt"] or configs["entropy_model"]):
+        problems.append(f"{MODEL} has neither blt nor entropy_model")
+    if problems:
+        raise WeightsError(directory, problems)
+    patching = configs.pop("patching") or PatchingConfig(target_patch_bytes=None)
+    params = open_weights(directory / WEIGHTS)
+    _check(directory, configs, params, advance)
+    return Weights(configs["blt"], configs["entropy_model"], patching, params, lengths)
+
+
+def _read_run(directory: Path, advance: Advance) -> Weights:
+    problems: list[str] = []
+    claim = read_json(directory / "config.json", problems)
+    config = from_config_dict(RunConfig, claim["config"])
+    stages = {
+        stage: directory / stage / "checkpoints"
+        for stage in ("blt", "entropy_model")
+        if has_checkpoint(directory / stage / "checkpoints")
+    }
+    if not stages:
+        raise WeightsError(directory, ["it is a run without a checkpoint yet: train it first"])
+    patching = dataclasses.replace(config.patching, target_patch_bytes=None)
+    if patching.rule in ENTROPY_RULES and (directory / "patching.json").exists():
+        stored = read_json(directory / "patching.json", problems)
+        patching = dataclasses.replace(patching, threshold=stored["threshold"])
+    elif config.patching.rule in ENTROPY_RULES and config.patching.target_patch_bytes is not None:
+        notes = "the threshold is not calibrated yet, the released one is used"
+        return _run_weights(directory, config, stages, patching, (notes,), advance)
+    return _run_weights(directory, config, stages, patching, (), advance)
+
+
+def _run_weights(directory, config, stages, patching, notes, advance) -> Weights:
+    params = {stage: open_params(path) for stage, path in stages.items()}
+    configs = {stage: getattr(config, stage) for stage in stages}
+    _check(directory, configs, params, advance)
+    training = config.blt_training if "blt" in stages else config.entropy_training
+    return Weights(
+        configs.get("blt"),
+        configs.get("entropy_model"),
+        patching,
+        params,
+        lengths=Lengths(row_bytes=training.row_bytes),
+        notes=notes if "blt" in stages else (),
+    )
+
+
+def _check(directory: Path, configs: dict, params: dict, advance: Advance):
+    """That parameters are what their configs say, and finite. Raises WeightsError."""
+    expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
+    wanted = {path: tuple(leaf.shape) for path, leaf in flat(expected).items()}
+    found = {path: tuple(leaf.shape) for path, leaf in flat(params).items()}
+    problems = [f"{path} is missing" for path in wanted if path not in found]
+    problems += [f"{path} is unexpected" for path in found if path not in wanted]
+    problems += [
+        f"{path} has shape {list(found[path])}, the config says {list(shape)}"
+        for path, shape in wanted.items()
+        if path in found and found[path] != shape
+    ]
+    try:
+        problems += value_problems(flat(params), advance)
+    except CheckpointError as error:
+        problems.append(str(error))
+    if problems:
+        raise WeightsError(directory, problems)

@@ -1,0 +1,152 @@
+"""Arrays that are read piece by piece: what weights larger than memory are made of.
+
+A lazy array has `shape`, `dtype` and `array[index]`, which reads that piece alone and returns it
+as a NumPy array. An index is a tuple of slices of step 1, one per axis, inside the shape. NumPy
+arrays and memory maps are lazy arrays; the classes below make others out of them.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+BLOCK_BYTES = 64 * 2**20  # what is in memory of one array at a time
+
+Index = tuple[slice, ...]
+
+
+class LazyArray(Protocol):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Index) -> np.ndarray: ...
+
+
+class Stacked:
+    """Arrays of one shape [...] and dtype as one array [len(parts), ...]."""
+
+    def __init__(self, parts: Sequence[LazyArray]):
+        kinds = {(tuple(part.shape), np.dtype(part.dtype)) for part in parts}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"arrays to be stacked differ in shape or dtype: {sorted(map(str, kinds))}"
+            )
+        self.parts = parts
+        self.shape = (len(parts), *parts[0].shape)
+        self.dtype = parts[0].dtype
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        return np.stack([part[index[1:]] for part in self.parts[index[0]]])
+
+
+class Member:
+    """Entry `i` of an array [N, ...]: an array [...]."""
+
+    def __init__(self, whole: LazyArray, i: int):
+        self.whole, self.i = whole, i
+        self.shape, self.dtype = tuple(whole.shape[1:]), whole.dtype
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        return self.whole[(slice(self.i, self.i + 1), *index)][0]
+
+
+class Split:
+    """An array [N * R, ...] as [N, R, ...], without copying anything."""
+
+    def __init__(self, whole: LazyArray, num: int):
+        if whole.shape[0] % num:
+            raise ValueError(f"{whole.shape[0]} rows cannot be split into {num} equal parts")
+        self.whole = whole
+        self.rows = whole.shape[0] // num
+        self.shape, self.dtype = (num, self.rows, *whole.shape[1:]), whole.dtype
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        first, last, _ = index[1].indices(self.rows)
+        return np.stack(
+            [
+                self.whole[(slice(i * self.rows + first, i * self.rows + last), *index[2:])]
+                for i in range(*index[0].indices(self.shape[0]))
+            ]
+        )
+
+
+class Joined:
+    """An array [N, R, ...] as [N * R, ...]."""
+
+    def __init__(self, whole: LazyArray):
+        self.whole = whole
+        self.shape = (whole.shape[0] * whole.shape[1], *whole.shape[2:])
+        self.dtype = whole.dtype
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        rows = self.whole.shape[1]
+        first, last, _ = index[0].indices(self.shape[0])
+        pieces = []
+        while first < last:
+            i, row = divmod(first, rows)
+            stop = min(rows, row + last - first)
+            pieces.append(self.whole[(slice(i, i + 1), slice(row, stop), *index[1:])][0])
+            first += stop - row
+        return np.concatenate(pieces)
+
+
+class Cast:
+    """An array in another dtype, rounded to nearest, piece by piece."""
+
+    def __init__(self, whole: LazyArray, dtype):
+        self.whole, self.shape, self.dtype = whole, tuple(whole.shape), np.dtype(dtype)
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        return self.whole[index].astype(self.dtype)
+
+
+def everything(shape: Sequence[int]) -> Index:
+    """The index of a whole array."""
+    return tuple(slice(0, n) for n in shape)
+
+
+def num_bytes(array: LazyArray) -> int:
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+
+
+def blocks(array: LazyArray, max_bytes: int = BLOCK_BYTES) -> Iterator[Index]:
+    """Indices that together cover the array once, in C order, each at most `max_bytes` large.
+
+    Pieces are runs of the leading axes: joined in order, their bytes are the array's.
+    """
+    shape, itemsize = array.shape, np.dtype(array.dtype).itemsize
+    if 0 in shape:
+        return
+    # The outermost axis whose single entries fit in a block is cut; axes before it go one by one.
+    cut = 0
+    while cut < len(shape) and math.prod(shape[cut + 1 :]) * itemsize > max_bytes:
+        cut += 1
+    if cut >= len(shape):  # single elements, or a scalar
+        yield from (
+            tuple(slice(i, i + 1) for i in at) for at in itertools.product(*map(range, shape))
+        )
+        return
+    run = max(1, max_bytes // (math.prod(shape[cut + 1 :]) * itemsize))
+    for at in itertools.product(*map(range, shape[:cut])):
+        for first in range(0, shape[cut], run):
+            yield (
+                *(slice(i, i + 1) for i in at),
+                slice(first, min(first + run, shape[cut])),
+                *everything(shape[cut + 1 :]),
+            )
+
+
+def read_all(array: LazyArray) -> np.ndarray:
+    """The whole array in memory."""
+    return np.asarray(array[everything(array.shape)])
+
+
+def tree_leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, leaf) of a nested dict, in order."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from tree_leaves(value, (*path, key))
+    else:
+        yield path, tree

@@ -1,0 +1,107 @@
+"""The table of names, against every tensor of the released models."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from bltjax.config import RunConfig, from_config_dict
+from bltjax.conversion.names import (
+    BLT_NAMES,
+    ENTROPY_MODEL_NAMES,
+    HF,
+    META,
+    from_published,
+    published_shapes,
+    to_published,
+)
+from bltjax.conversion.weights import flat
+from bltjax.lazy import read_all
+from bltjax.model import functional
+from tests import golden
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def released(name):
+    """The RunConfig of a file in configs/."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(RunConfig, module.get_config())
+
+
+def expected_shapes(style, size):
+    shapes = json.loads((golden.GOLDEN / f"{style}_param_shapes.json").read_text())
+    return {name: tuple(shape) for name, shape in shapes[size].items()}
+
+
+@pytest.mark.parametrize("size, count", [("1b", 386), ("7b", 405)])
+def test_every_tensor_of_metas_files_has_its_place(size, count):
+    shapes = published_shapes(released(f"blt_{size}").blt, META)
+    assert shapes == expected_shapes("meta", size)
+    assert len(shapes) == count
+
+
+def test_every_tensor_of_metas_entropy_model_has_its_place():
+    shapes = published_shapes(released("entropy_100m").entropy_model, META)
+    assert shapes == expected_shapes("meta", "entropy")
+    assert len(shapes) == 129
+
+
+@pytest.mark.parametrize("size, count", [("1b", 510), ("7b", 529)])
+def test_every_tensor_of_hugging_faces_files_has_its_place(size, count):
+    blt = published_shapes(released(f"blt_{size}").blt, HF)
+    patcher = published_shapes(released("entropy_100m").entropy_model, HF)
+    assert not set(blt) & set(patcher)
+    assert blt | patcher == expected_shapes("hf", size)
+    assert len(blt | patcher) == count
+
+
+@pytest.mark.parametrize("names", [BLT_NAMES, ENTROPY_MODEL_NAMES])
+def test_no_name_stands_for_two_tensors(names):
+    for field in ("meta", "hf", "path"):
+        values = [getattr(name, field) for name in names]
+        assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("style", [META, HF])
+@pytest.mark.parametrize("model", golden.MODELS)
+def test_published_names_and_back_change_no_bit(style, model):
+    config, params = golden.blt_config(model), golden.params(model)
+    tensors = {n: read_all(t) for n, t in to_published(config, params, style).items()}
+    again, problems = from_published(config, tensors, style)
+    assert not problems
+    assert flat(again).keys() == flat(params).keys()
+    for path, leaf in flat(params).items():
+        np.testing.assert_array_equal(read_all(flat(again)[path]), leaf, err_msg=path)
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=15)
+def test_each_tensor_that_is_missing_unexpected_or_misshapen_is_named(data):
+    config = golden.blt_config("meta_B_7b_like")
+    style = data.draw(st.sampled_from([META, HF]))
+    tensors = dict(to_published(config, functional.abstract_params(config), style))
+    missing = data.draw(st.sets(st.sampled_from(sorted(tensors)), max_size=3))
+    kept = sorted(set(tensors) - missing)
+    misshapen = data.draw(st.sets(st.sampled_from(kept), max_size=3))
+    for name in missing:
+        del tensors[name]
+    for name in misshapen:
+        tensors[name] = np.zeros((*tensors[name].shape[:-1], tensors[name].shape[-1] + 1))
+    unexpected = data.draw(st.sets(st.sampled_from(["a.weight", "local_encoder.bias"])))
+    tensors |= {name: np.zeros(3) for name in unexpected}
+    _, problems = from_published(config, tensors, style)
+    for name in missing:
+        assert f"{name} is missing" in problems
+    for name in unexpected:
+        assert f"{name} is unexpected" in problems
+    for name in misshapen:
+        assert any(p.startswith(f"{name} has shape") for p in problems)
+    dtypes = [p for p in problems if " come in " in p]  # float64 among float32
+    assert len(problems) == len(missing) + len(unexpected) + len(misshapen) + len(dtypes)
