@@ -1,8 +1,8 @@
 """Peak memory of converting a released-size checkpoint: `python benchmarks/convert_memory.py`.
 
-Writes a synthetic bf16 checkpoint in Meta's hub layout with the shapes of blt_1b (9.1 GB) or blt_7b
-(21.1 GB; `--size=blt_7b`), converts it in a process of its own, and compares random pieces of the
-result. Needs twice that on disk below `--scratch`, and removes it.
+Writes a synthetic bf16 checkpoint (`--source`: Meta's layout) with the shapes of blt_1b (9.3 GB) or
+blt_7b (21.3 GB; `--size=blt_7b`), converts it in a process of its own to `--format`, and compares
+random pieces of the result. Needs twice that on disk below `--scratch`, and removes it.
 """
 
 import importlib.util
@@ -22,7 +22,6 @@ from absl import app, flags
 
 from bltjax import command, formats, sharding
 from bltjax.config import PatchingConfig, RunConfig, from_config_dict
-from bltjax.conversion.to_torch import write_hf, write_meta
 from bltjax.conversion.weights import Weights, flat
 from bltjax.model import functional
 
@@ -91,8 +90,7 @@ def main(_):
                     f"needs {needed / 1e9:.1f} GB below {scratch}, {free / 1e9:.1f} free"
                 )
             print(f"writing {weights.num_bytes() / 1e9:.2f} GB of synthetic weights", flush=True)
-            writer = write_meta if chosen.source == "meta" else write_hf
-            writer(weights, scratch / "source")
+            formats.plan(weights, chosen.source).write(scratch / "source")
             started = time.perf_counter()
             command = [sys.executable, "-m", "bltjax.convert", f"--source={scratch / 'source'}"]
             command += [f"--target={scratch / 'target'}", f"--format={chosen.format}"]
@@ -118,8 +116,9 @@ def main(_):
 def _define_flags():
     sizes = ["quickstart", "blt_1b", "blt_7b"]
     flags.DEFINE_enum("size", "blt_1b", sizes, "A file of configs/.")
-    flags.DEFINE_enum("source", "meta", ["meta", "hf"], "Format of the checkpoint.")
-    flags.DEFINE_enum("format", "bltjax", ["bltjax", "meta", "hf"], "Format to convert to.")
+    layouts = ["bltjax", "meta", "hf"]
+    flags.DEFINE_enum("source", "meta", layouts, "Format of the checkpoint.")
+    flags.DEFINE_enum("format", "bltjax", layouts, "Format to convert to.")
     flags.DEFINE_string("scratch", None, "Where to write; default: the system's temporary.")
 
 

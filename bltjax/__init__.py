@@ -5,6 +5,8 @@
 See `bltjax.api` for what a model can do.
 """
 
+import importlib
+
 __version__ = "0.1.0"
 
 _FROM_API = ("Model", "Score", "load")
@@ -16,6 +18,8 @@ def __getattr__(name: str):
         from bltjax import api
 
         return getattr(api, name)
+    if name == "convert":  # the module: bltjax.convert.convert(source, target, format)
+        return importlib.import_module("bltjax.convert")
     raise AttributeError(f"module 'bltjax' has no attribute {name!r}")
 
 

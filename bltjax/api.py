@@ -38,7 +38,8 @@ def load(
       entropy_model: a directory with the entropy model, where the first has none or another is
         wanted.
       dtype: "float32" or "bfloat16" to cast the parameters; None keeps them as they are stored.
-      compute_dtype: of activations; None is float32, or what a bltjax model was trained with.
+      compute_dtype: of activations; None is float32, or what a bltjax model was trained with. The
+        entropy model of a BLT is not touched.
       bf16_compat: find patches as the published demo does, with the entropy model in bfloat16 and
         entropies and threshold rounded to it (spec 2.9). Boundaries near the threshold move.
       mesh: devices to shard over, see `sharding.make_mesh`; None: the mesh that is set, else one
@@ -47,9 +48,17 @@ def load(
 
     Raises FileNotFoundError, and ValueError that lists every problem of the directory.
     """
+    formats.check_dtype(dtype)
     mesh = mesh or _mesh_that_is_set() or sharding.make_mesh(devices=jax.devices()[:1])
+    if mesh.axis_names != sharding.MESH_AXES:
+        raise ValueError(
+            f"the mesh has axes {mesh.axis_names}, must have {sharding.MESH_AXES}: make it with "
+            "bltjax.sharding.make_mesh, and give it as mesh="
+        )
     with jax.set_mesh(mesh):
         weights = formats.cast(formats.read(path, entropy_model, advance), dtype)
+        for name in weights.params:
+            sharding.check_model(getattr(weights, name), name, mesh)
         for note in weights.notes:
             warnings.warn(f"{path}: {note}", stacklevel=2)
         return Model(_computing(weights, compute_dtype, bf16_compat), mesh)
@@ -134,6 +143,10 @@ class Model:
             raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
         if self.config is None:
             raise ValueError("this is an entropy model alone: generating needs a BLT")
+        if not (isinstance(max_new_bytes, int) and max_new_bytes >= 0):
+            raise ValueError(f"max_new_bytes={max_new_bytes!r} must be a whole number from 0")
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature={temperature!r} must be 0 (greedy) or a positive number")
         self._check_patches_can_be_found()
         with jax.set_mesh(self.mesh):
             return [
@@ -259,12 +272,14 @@ def _abstract(config, tree: dict) -> dict:
 
 
 def _computing(weights: Weights, compute_dtype: str | None, bf16_compat: bool) -> Weights:
-    blt, entropy_model = weights.blt, weights.entropy_model
-    if compute_dtype is not None and blt is not None:
-        blt = dataclasses.replace(blt, compute_dtype=compute_dtype)
-        if problems := blt.problems("blt"):
+    """The same weights, to be computed with as `load` was told."""
+    main = "entropy_model" if weights.blt is None else "blt"
+    if compute_dtype is not None:
+        config = dataclasses.replace(getattr(weights, main), compute_dtype=compute_dtype)
+        if problems := config.problems(main):
             raise ValueError("; ".join(problems))
-    weights = weights._replace(blt=blt)
+        weights = weights._replace(**{main: config})
+    entropy_model = weights.entropy_model
     if not bf16_compat:
         return weights
     if entropy_model is None:

@@ -2,10 +2,12 @@
 
 import math
 import sys
+from pathlib import Path
 
 from absl import flags, logging
 
 from bltjax.model_config import DTYPES
+from bltjax.progress import Progress
 
 USER_ERROR = 2  # exit code: the command or what it names is at fault
 
@@ -20,6 +22,7 @@ def define_model_flags():
         "entropy_model", None, "A directory with the entropy model, where the checkpoint has none."
     )
     flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; default: as they are stored.")
+    flags.DEFINE_bool("bf16_compat", False, "Find patches as the published demo does.")
 
 
 def parse(argv):
@@ -33,10 +36,20 @@ def parse(argv):
 
 def open_model():
     """The model that the flags name."""
-    from bltjax import api  # late: JAX takes seconds
+    from bltjax import api, formats  # late: JAX takes seconds
 
     chosen = flags.FLAGS
-    return api.load(chosen.checkpoint, entropy_model=chosen.entropy_model, dtype=chosen.dtype)
+    given = [d for d in (chosen.checkpoint, chosen.entropy_model) if d is not None]
+    progress = Progress("loading", sum(formats.stored_bytes(Path(d)) for d in given))
+    model = api.load(
+        chosen.checkpoint,
+        entropy_model=chosen.entropy_model,
+        dtype=chosen.dtype,
+        bf16_compat=chosen.bf16_compat,
+        advance=progress,
+    )
+    progress.close()
+    return model
 
 
 def fail(error, code: int = USER_ERROR):

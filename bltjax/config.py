@@ -21,6 +21,7 @@ from bltjax.model_config import (
     HashConfig,
     InitConfig,
     TransformerConfig,
+    finite,
     one_of,
     positive,
 )
@@ -68,6 +69,7 @@ class PatchingConfig:
 
     def problems(self, name: str) -> list[str]:
         found = one_of(self, name, "rule", PATCHING_RULES) + positive(self, name, "patch_size")
+        found += finite(self, name, "threshold", "threshold_add")
         if self.max_patch_length is not None and self.max_patch_length < 1:
             found.append(f"{name}.max_patch_length={self.max_patch_length} must be at least 1")
         if self.target_patch_bytes is not None and self.target_patch_bytes < 1:
@@ -302,6 +304,8 @@ def _coerce(hint, value, name: str):
         return tuple(
             _coerce(typing.get_args(hint)[0], v, f"{name}[{i}]") for i, v in enumerate(value)
         )
+    if type(value) is int and abs(value) >= 2**63:
+        raise ValueError(f"{name}={str(value)[:20]}... is no number of a model: correct it")
     if plain is float and type(value) is int:
         return float(value)
     if type(value) is not plain:

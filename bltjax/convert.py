@@ -7,6 +7,7 @@ is killed, leaves none.
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -43,21 +44,30 @@ def convert(
     import jax
 
     from bltjax import formats, sharding
-    from bltjax.conversion import to_torch
+    from bltjax.conversion.weights import flat
 
     started = time.perf_counter()
-    writers = dict(bltjax=formats.write_bltjax, hf=to_torch.write_hf, meta=to_torch.write_meta)
     source, target = Path(source), Path(target).absolute()
-    with jax.set_mesh(sharding.make_mesh(devices=jax.devices("cpu")[:1])):
+    formats.check_dtype(dtype)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         weights = read_and_check(source, target, entropy_model, progress)
         weights = formats.cast(weights, dtype)
-        report = describe(weights, format)
-        if dry_run:
-            list_tensors(weights, format)
-        else:
-            write_new(weights, target, writers[format], progress)
-    seconds = round(time.perf_counter() - started, 1)
-    return dict(source=str(source), target=str(target), **report, seconds=seconds)
+        plan = formats.plan(weights, format)
+        if not dry_run:
+            write_new(plan, target, weights.num_bytes(), progress)
+    leaves = flat(weights.params).values()
+    return dict(
+        source=str(source),
+        target=str(target),
+        format=format,
+        models=[name for name in ("blt", "entropy_model") if name in weights.params],
+        parameters=sum(math.prod(leaf.shape) for leaf in leaves),
+        bytes=weights.num_bytes(),
+        dtypes=sorted({leaf.dtype.name for leaf in leaves}),
+        notes=list(dict.fromkeys([*weights.notes, *plan.notes])),
+        seconds=round(time.perf_counter() - started, 1),
+        **(dict(tensors=tensors_of(plan)) if dry_run else {}),
+    )
 
 
 def read_and_check(source: Path, target: Path, entropy_model, progress: bool):
@@ -76,26 +86,24 @@ def read_and_check(source: Path, target: Path, entropy_model, progress: bool):
     except WeightsError as error:
         if not problems:
             raise
-        problems += error.problems
-    if len(problems) == 1:
-        raise FileExistsError(problems[0])
+        raise WeightsError(source, [*problems, *error.problems]) from error
     if problems:
-        raise WeightsError(source, problems)
+        raise FileExistsError(problems[0])
     return weights
 
 
-def write_new(weights, target: Path, write, progress: bool):
+def write_new(plan, target: Path, num_bytes: int, progress: bool):
     """Write into a directory that becomes `target` in the end."""
     from bltjax.files import new_directory
 
-    with new_directory(target) as partial, watch("writing", weights.num_bytes(), progress) as seen:
+    with new_directory(target) as partial, watch("writing", num_bytes, progress) as advance:
         free = shutil.disk_usage(partial).free
-        if free < weights.num_bytes():
+        if free < num_bytes:
             raise OSError(
-                f"{target} needs {weights.num_bytes() / 1e9:.2f} GB and the disk has "
-                f"{free / 1e9:.2f} GB free: make room, or choose another target"
+                f"{target} needs {num_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
+                "free: make room, or choose another target"
             )
-        write(weights, partial, seen)
+        plan.write(partial, advance)
 
 
 @contextlib.contextmanager
@@ -113,34 +121,15 @@ def watch(label: str, total: int, progress: bool):
         bar.close()
 
 
-def describe(weights, format: str) -> dict:
-    from bltjax.conversion import hf_config
-    from bltjax.conversion.weights import flat
-
-    leaves = flat(weights.params).values()
-    notes = list(weights.notes)
-    if format == "hf" and weights.blt is not None:
-        notes += hf_config.notes(weights.blt)
-    return dict(
-        format=format,
-        models=[name for name in ("blt", "entropy_model") if name in weights.params],
-        parameters=sum(math.prod(leaf.shape) for leaf in leaves),
-        bytes=weights.num_bytes(),
-        dtypes=sorted({leaf.dtype.name for leaf in leaves}),
-        notes=list(dict.fromkeys(notes)),
-    )
-
-
-def list_tensors(weights, format: str):
-    """What would be written, one tensor a line."""
-    from bltjax.conversion.names import to_published
-    from bltjax.conversion.weights import flat
-
-    for name, params in weights.params.items():
-        config = weights.blt if name == "blt" else weights.entropy_model
-        tensors = to_published(config, params, format) if format != "bltjax" else flat(params)
-        for path, leaf in tensors.items():
-            print(f"{name:13} {path:64} {leaf.dtype.name:9} {list(leaf.shape)}")
+def tensors_of(plan, directory: str = "") -> dict[str, str]:
+    """What a plan would write: dtype and shape by file path and name."""
+    found = {
+        directory + name: f"{tensor.dtype.name} {list(tensor.shape)}"
+        for name, tensor in plan.tensors.items()
+    }
+    for name, inside in plan.inside.items():
+        found |= tensors_of(inside, f"{directory}{name}/")
+    return found
 
 
 def main(argv):
@@ -149,6 +138,7 @@ def main(argv):
         command.fail(f"unexpected argument {argv[1]!r}: give --source, --target and --format")
     if None in (chosen.source, chosen.target, chosen.format):
         command.fail("give --source=DIR, --target=DIR and --format=bltjax, hf or meta")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: leave accelerators to others
     try:
         result = convert(
             chosen.source,
@@ -163,6 +153,8 @@ def main(argv):
         command.fail(error)
     for note in result["notes"]:
         print(f"note: {note}", file=sys.stderr)
+    for name, kind in result.pop("tensors", {}).items():
+        print(f"{name:72} {kind}")
     done = "would write" if chosen.dry_run else "wrote"
     print(
         f"{done} {result['target']} in {result['format']} format: "

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial"  # the suffix of what is being written
+UNFINISHED = "UNFINISHED"  # a file in a directory that is not whole
 
 
 @contextlib.contextmanager
@@ -26,12 +27,16 @@ def replacing(path: Path):
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `target` when the block ends without an error.
 
-    An error removes it. A process killed meanwhile leaves it under the suffix `.partial`, which
-    the next attempt empties. Raises FileExistsError where there is a target already, and
+    Until then it stands beside the target under a hidden name and holds a file UNFINISHED. An error
+    removes it; a process killed meanwhile leaves it, and the next attempt empties it. Raises
+    FileExistsError where a target, or something else under the hidden name, is there already, and
     BlockingIOError while another process is filling it.
     """
-    partial = target.with_name(target.name + PARTIAL)
     _refuse_existing(target)
+    partial = target.with_name(f".{target.name}{PARTIAL}")
+    if partial.is_symlink() or (partial.exists() and not _was_ours(partial)):
+        raise FileExistsError(f"{partial} is in the way: move it, or choose another target")
+    missing = [parent for parent in partial.parents if not parent.exists()]
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)  # a killed process lets go of it
     try:
@@ -41,17 +46,26 @@ def new_directory(target: Path) -> Iterator[Path]:
             raise BlockingIOError(
                 f"another process is writing {target}: wait for it, or choose another target"
             ) from error
+        (partial / UNFINISHED).touch()
         for left in partial.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            if left.name != UNFINISHED:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
             yield partial
             _refuse_existing(target)
+            (partial / UNFINISHED).unlink()
             os.rename(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            for parent in missing:
+                parent.rmdir()
             raise
     finally:
         os.close(lock)
+
+
+def _was_ours(partial: Path) -> bool:
+    return partial.is_dir() and ((partial / UNFINISHED).exists() or not any(partial.iterdir()))
 
 
 def _refuse_existing(target: Path):

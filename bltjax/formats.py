@@ -7,6 +7,7 @@ working directory of a training run opens too, with the newest checkpoint of eac
 import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,8 +22,9 @@ from bltjax.config import (
     from_config_dict,
     to_dict,
 )
-from bltjax.conversion import from_torch
-from bltjax.conversion.fields import read_json
+from bltjax.conversion import from_torch, to_torch
+from bltjax.conversion.fields import Fields, read_json
+from bltjax.conversion.to_torch import Plan
 from bltjax.conversion.weights import (
     Advance,
     Lengths,
@@ -32,9 +34,10 @@ from bltjax.conversion.weights import (
     ignore_progress,
     value_problems,
 )
-from bltjax.files import PARTIAL
-from bltjax.lazy import Cast
+from bltjax.files import UNFINISHED
+from bltjax.lazy import Cast, LazyArray
 from bltjax.model import functional
+from bltjax.model_config import DTYPES
 from bltjax.training.checkpoint import CheckpointError, has_checkpoint
 from bltjax.training.weights_on_disk import open_params, open_weights, save_weights
 
@@ -54,7 +57,7 @@ def detect(directory: Path) -> str:
             f"no directory {directory}: give one with weights (config.json, params.json or "
             f"{MODEL} inside), or the working directory of a run"
         )
-    if directory.name.endswith(PARTIAL):
+    if (directory / UNFINISHED).exists():
         raise WeightsError(directory, ["it is what an interrupted conversion left: convert again"])
     if (directory / MODEL).exists():
         return BLTJAX
@@ -84,6 +87,20 @@ def read(
     entropy_model: a directory whose entropy model is taken. Raises WeightsError, which lists every
     problem found, FileNotFoundError, or CheckpointError for a damaged checkpoint.
     """
+    problems: list[str] = []
+    weights = _read_one(directory, problems, advance)
+    if entropy_model is not None:
+        other = _read_one(entropy_model, problems, advance)
+        if other is not None and other.entropy_model is None:
+            problems.append(f"{entropy_model} has no entropy model: give a directory that has one")
+        elif other is not None and weights is not None:
+            weights = weights.with_entropy_model(other)
+    if problems:
+        raise WeightsError(directory, problems)
+    return weights
+
+
+def _read_one(directory: Path, problems: list[str], advance: Advance) -> Weights | None:
     directory = Path(directory)
     readers = {
         BLTJAX: _read_bltjax,
@@ -91,13 +108,11 @@ def read(
         HF: from_torch.read_hf,
         META: from_torch.read_meta,
     }
-    weights = readers[detect(directory)](directory, advance)
-    if entropy_model is None:
-        return weights
-    other = read(entropy_model, advance=advance)
-    if other.entropy_model is None:
-        raise WeightsError(entropy_model, ["there is no entropy model in it"])
-    return weights.with_entropy_model(other)
+    try:
+        return readers[detect(directory)](directory, advance)
+    except WeightsError as error:
+        problems += error.problems
+        return None
 
 
 def stored_bytes(directory: Path) -> int:
@@ -107,10 +122,28 @@ def stored_bytes(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
-def write_bltjax(weights: Weights, directory: Path, advance: Advance = ignore_progress):
-    """bltjax's own format."""
-    directory.mkdir(parents=True, exist_ok=True)
-    save_weights(directory / WEIGHTS, weights.params, advance)
+def plan(weights: Weights, format: str) -> "Plan | _OwnPlan":
+    """What a directory of a format will hold; WeightsError for what the format cannot express."""
+    return {BLTJAX: _plan_bltjax, HF: to_torch.plan_hf, META: to_torch.plan_meta}[format](weights)
+
+
+class _OwnPlan(NamedTuple):
+    """As `Plan`, for the parameters in one Orbax checkpoint."""
+
+    params: dict
+    files: dict[str, dict]
+    tensors: dict[str, LazyArray]
+    inside: dict
+    notes: tuple[str, ...] = ()
+
+    def write(self, directory: Path, advance: Advance = ignore_progress):
+        directory.mkdir(parents=True, exist_ok=True)
+        save_weights(directory / WEIGHTS, self.params, advance)
+        for name, value in self.files.items():
+            (directory / name).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _plan_bltjax(weights: Weights) -> _OwnPlan:
     described = dict(
         format=VERSION,
         bltjax=bltjax.__version__,
@@ -119,7 +152,13 @@ def write_bltjax(weights: Weights, directory: Path, advance: Advance = ignore_pr
         patching=to_dict(weights.patching),
         lengths=weights.lengths._asdict(),
     )
-    (directory / MODEL).write_text(json.dumps(described, indent=1) + "\n")
+    return _OwnPlan(weights.params, {MODEL: described}, flat(weights.params), {})
+
+
+def check_dtype(dtype: str | None):
+    """Raises ValueError for what parameters cannot be cast to."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}, or None to keep what is there")
 
 
 def cast(weights: Weights, dtype: str | None) -> Weights:
@@ -150,36 +189,42 @@ def _read_bltjax(directory: Path, advance: Advance) -> Weights:
             f"{MODEL} has format {version!r}, this bltjax reads {VERSION}: use the bltjax that "
             "wrote it, or a newer one"
         )
-    classes = dict(blt=BLTConfig, entropy_model=EntropyModelConfig, patching=PatchingConfig)
-    configs = dict.fromkeys(classes)
-    for name, cls in classes.items():
-        values = described.pop(name, None)
-        if values is None:
-            continue
-        try:
-            configs[name] = from_config_dict(cls, values, name)
-            problems += configs[name].problems(name)
-        except (ValueError, TypeError) as error:
-            problems.append(f"{MODEL}: {error}")
-    try:
-        lengths = Lengths(**described.pop("lengths", {}))
-    except TypeError as error:
-        problems.append(f"{MODEL}: lengths: {error}")
+    names = dict(blt=BLTConfig, entropy_model=EntropyModelConfig, patching=PatchingConfig)
+    blt, entropy_model, patching = (
+        _config(cls, described.pop(name, None), name, problems) for name, cls in names.items()
+    )
+    fields = Fields("lengths", {"lengths": described.pop("lengths", {})})
+    lengths = Lengths(*(fields.take(f"lengths.{f}", int) for f in Lengths._fields))
+    problems += fields.problems
     problems += [f"{MODEL}: {key} is a field that nobody knows: remove it" for key in described]
-    if not problems and not (configs["blt"] or configs["entropy_model"]):
+    if not problems and blt is None and entropy_model is None:
         problems.append(f"{MODEL} has neither blt nor entropy_model")
     if problems:
         raise WeightsError(directory, problems)
-    patching = configs.pop("patching") or PatchingConfig(target_patch_bytes=None)
     params = open_weights(directory / WEIGHTS)
-    _check(directory, configs, params, advance)
-    return Weights(configs["blt"], configs["entropy_model"], patching, params, lengths)
+    _check(directory, dict(blt=blt, entropy_model=entropy_model), params, advance)
+    patching = patching or PatchingConfig(target_patch_bytes=None)
+    return Weights(blt, entropy_model, patching, params, lengths)
+
+
+def _config(cls, values, name: str, problems: list[str]):
+    """The dataclass that a part of model.json describes; None where it is not there, or wrong."""
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        problems.append(f"{MODEL}: {name}={str(values)[:60]!r} must be an object of settings")
+        return None
+    try:
+        config = from_config_dict(cls, values, name)
+        found = config.problems(name)
+    except (ValueError, TypeError, OverflowError) as error:
+        found = [str(error)]
+    problems += [f"{MODEL}: {problem}" for problem in found]
+    return None if found else config
 
 
 def _read_run(directory: Path, advance: Advance) -> Weights:
-    problems: list[str] = []
-    claim = read_json(directory / "config.json", problems)
-    config = from_config_dict(RunConfig, claim["config"])
+    config, patching, notes = _run_settings(directory)
     stages = {
         stage: directory / stage / "checkpoints"
         for stage in ("blt", "entropy_model")
@@ -187,17 +232,6 @@ def _read_run(directory: Path, advance: Advance) -> Weights:
     }
     if not stages:
         raise WeightsError(directory, ["it is a run without a checkpoint yet: train it first"])
-    patching = dataclasses.replace(config.patching, target_patch_bytes=None)
-    if patching.rule in ENTROPY_RULES and (directory / "patching.json").exists():
-        stored = read_json(directory / "patching.json", problems)
-        patching = dataclasses.replace(patching, threshold=stored["threshold"])
-    elif config.patching.rule in ENTROPY_RULES and config.patching.target_patch_bytes is not None:
-        notes = "the threshold is not calibrated yet, the released one is used"
-        return _run_weights(directory, config, stages, patching, (notes,), advance)
-    return _run_weights(directory, config, stages, patching, (), advance)
-
-
-def _run_weights(directory, config, stages, patching, notes, advance) -> Weights:
     params = {stage: open_params(path) for stage, path in stages.items()}
     configs = {stage: getattr(config, stage) for stage in stages}
     _check(directory, configs, params, advance)
@@ -207,9 +241,34 @@ def _run_weights(directory, config, stages, patching, notes, advance) -> Weights
         configs.get("entropy_model"),
         patching,
         params,
-        lengths=Lengths(row_bytes=training.row_bytes),
-        notes=notes if "blt" in stages else (),
+        Lengths(row_bytes=training.row_bytes),
+        notes if "blt" in stages else (),
     )
+
+
+def _run_settings(directory: Path) -> tuple[RunConfig, PatchingConfig, tuple[str, ...]]:
+    """A run's settings, where its patches start, and notes on that."""
+    problems: list[str] = []
+    claim = read_json(directory / "config.json", problems)
+    try:
+        config = from_config_dict(RunConfig, claim["config"])
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise WeightsError(directory, [f"config.json: {error}"]) from error
+    patching = dataclasses.replace(config.patching, target_patch_bytes=None)
+    calibrated = config.patching.rule in ENTROPY_RULES and (
+        config.patching.target_patch_bytes is not None
+    )
+    if not calibrated:
+        return config, patching, ()
+    if not (directory / "patching.json").exists():
+        note = f"no threshold is calibrated yet, {patching.threshold:.4f} nats is used"
+        return config, patching, (note,)
+    stored = Fields("patching.json", read_json(directory / "patching.json", problems))
+    threshold = stored.take("threshold", float)
+    problems += stored.problems
+    if problems:
+        raise WeightsError(directory, problems)
+    return config, dataclasses.replace(patching, threshold=threshold), ()
 
 
 def _check(directory: Path, configs: dict, params: dict, advance: Advance):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 BLOCK_BYTES = 64 * 2**20  # what is in memory of one array at a time
@@ -93,13 +94,24 @@ class Joined:
 
 
 class Cast:
-    """An array in another dtype, rounded to nearest, piece by piece."""
+    """An array in another dtype, rounded to nearest, piece by piece.
+
+    Reading raises ValueError where the dtype cannot hold a value.
+    """
 
     def __init__(self, whole: LazyArray, dtype):
         self.whole, self.shape, self.dtype = whole, tuple(whole.shape), np.dtype(dtype)
 
     def __getitem__(self, index: Index) -> np.ndarray:
-        return self.whole[index].astype(self.dtype)
+        piece = self.whole[index]
+        with np.errstate(over="ignore"):
+            cast = piece.astype(self.dtype)
+        if num_nonfinite(cast) > num_nonfinite(piece):
+            raise ValueError(
+                f"values up to {np.abs(piece).max()} are beyond {self.dtype.name}: keep the dtype, "
+                "or choose float32"
+            )
+        return cast
 
 
 def everything(shape: Sequence[int]) -> Index:
@@ -136,6 +148,13 @@ def blocks(array: LazyArray, max_bytes: int = BLOCK_BYTES) -> Iterator[Index]:
                 slice(first, min(first + run, shape[cut])),
                 *everything(shape[cut + 1 :]),
             )
+
+
+def num_nonfinite(values: np.ndarray) -> int:
+    """How many values of a floating-point array are NaN or infinite."""
+    if values.dtype == ml_dtypes.bfloat16:  # isfinite of bfloat16 is slow: all exponent bits set
+        return int(np.count_nonzero(values.view(np.uint16) & np.uint16(0x7F80) == 0x7F80))
+    return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
 def read_all(array: LazyArray) -> np.ndarray:

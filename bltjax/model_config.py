@@ -1,5 +1,6 @@
 """The shape of the two models, as frozen dataclasses, and what makes a shape impossible."""
 
+import math
 from dataclasses import dataclass
 
 VOCAB_SIZE = 260  # 4 special ids and 256 bytes, see vocabulary.py
@@ -55,7 +56,7 @@ class TransformerConfig:
             "ffn_dim_multiplier",
             "ffn_multiple_of",
             "ffn_width",
-        )
+        ) + finite(self, name, "rope_theta", "norm_eps", "ffn_dim_multiplier")
         if found:
             return found
         if self.head_dim is None and self.dim % self.num_heads:
@@ -264,6 +265,15 @@ def positive(config, name: str, *names: str) -> list[str]:
     ]
 
 
+def finite(config, name: str, *names: str) -> list[str]:
+    """Problems of the attributes that must be finite; optional ones may be None."""
+    return [
+        f"{name}.{n}={getattr(config, n)} must be finite"
+        for n in names
+        if getattr(config, n) is not None and not math.isfinite(getattr(config, n))
+    ]
+
+
 def one_of(config, name: str, attribute: str, allowed: tuple[str, ...]) -> list[str]:
     """The problem of an attribute outside its allowed values."""
     value = getattr(config, attribute)
@@ -275,6 +285,10 @@ def _common_model_problems(config, name: str) -> list[str]:
         one_of(config, name, "compute_dtype", DTYPES)
         + one_of(config, name, "remat", REMAT_MODES)
         + one_of(config.init, f"{name}.init", "std_factor", INIT_FACTORS)
+        + (
+            positive(config.init, f"{name}.init", "base_std")
+            or finite(config.init, f"{name}.init", "base_std")
+        )
         + (
             []
             if config.vocab_size >= VOCAB_SIZE

@@ -83,7 +83,7 @@ def test_a_model_of_meta_takes_the_entropy_model_beside_it_or_another(tmp_path):
     ):
         with pytest.raises(ValueError, match="entropy_model="):
             call()
-    with pytest.raises(WeightsError, match="there is no entropy model"):
+    with pytest.raises(WeightsError, match="has no entropy model"):
         bltjax.load(alone, entropy_model=alone)
 
 
@@ -136,6 +136,15 @@ def test_the_same_on_a_mesh(hf, model):
     assert [round(s.nats, 3) for s in sharded.score(["some text", b""])] == [
         round(s.nats, 3) for s in model.score(["some text", b""])
     ]
+
+
+def test_meshes_that_do_not_fit_are_told(hf):
+    devices = np.array(jax.devices()[:8])
+    foreign = jax.sharding.Mesh(devices, ("x",))
+    with pytest.raises(ValueError, match=r"axes \('x',\), must have \('data', 'fsdp', 'tensor'\)"):
+        bltjax.load(hf, mesh=foreign)
+    with pytest.raises(ValueError, match=r"num_heads=2 is not divisible by mesh\.tensor=8"):
+        bltjax.load(hf, mesh=sharding.make_mesh(MeshConfig(1, 1, 8), devices))
 
 
 def test_dtypes_are_kept_or_cast(tmp_path, hf, model):
@@ -202,8 +211,18 @@ def test_scores_are_the_nats_of_the_bytes(model):
     assert (score.num_bytes, score.num_patches > 2) == (len(text), True)
 
 
+@pytest.mark.parametrize(
+    "wrong", [dict(temperature=-1.0), dict(temperature=float("nan")), dict(max_new_bytes=-1)]
+)
+def test_wrong_generation_settings_are_told(model, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        model.generate(["a"], **wrong)
+
+
 def test_an_entropy_model_alone_scores_too(tmp_path):
-    ours = bltjax.load(directories.hub(tmp_path / "meta", "meta_entropy"))
+    path = directories.hub(tmp_path / "meta", "meta_entropy")
+    ours = bltjax.load(path)
+    assert bltjax.load(path, compute_dtype="bfloat16").entropy_config.compute_dtype == "bfloat16"
     (score,) = ours.score([b"abc"])
     assert score.num_bytes == 3 and score.num_patches == 0 and score.nats > 0
     for call in (
@@ -240,6 +259,12 @@ def test_wrong_inputs_are_told(model, tokens, lengths, says):
 def test_a_single_text_is_not_a_list_of_its_characters(model, call):
     with pytest.raises(ValueError, match="give a list"):
         getattr(model, call)("text")
+
+
+def test_the_package_has_what_its_page_says():
+    code = "import bltjax; print(bltjax.convert.convert, bltjax.load, bltjax.Score)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("bltjax") == 3 or "function" in done.stdout
 
 
 def test_directories_that_hold_nothing_are_told(tmp_path):

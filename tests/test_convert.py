@@ -20,9 +20,11 @@ from safetensors.numpy import load_file
 import bltjax
 from bltjax import formats
 from bltjax.config import TransformerConfig
+from bltjax.conversion.fields import merged
+from bltjax.conversion.to_torch import plan_hf
 from bltjax.conversion.weights import WeightsError, flat
 from bltjax.convert import convert
-from bltjax.files import PARTIAL, new_directory
+from bltjax.files import UNFINISHED, new_directory
 from bltjax.lazy import read_all
 from tests import directories, golden
 
@@ -171,10 +173,8 @@ def test_casting_rounds_once(tmp_path, format):
 
 
 def test_large_files_are_sharded_as_transformers_does(tmp_path):
-    from bltjax.conversion.to_torch import write_hf
-
     source = directories.hub(tmp_path / "source", "hf_A_1b_like")
-    write_hf(formats.read(source), tmp_path / "target", max_shard_bytes=200_000)
+    plan_hf(formats.read(source), max_shard_bytes=200_000).write(tmp_path / "target")
     files = sorted(p.name for p in (tmp_path / "target").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert_same_bits(tensors_of(source), tensors_of(tmp_path / "target"))
@@ -259,6 +259,95 @@ def test_settings_that_are_wrong_are_named(tmp_path, name, key, case):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_config": {"rope_parameters": None, "rope_theta": 500000.0}},
+        {"encoder_config": {"rope_parameters": {}}},
+        {"encoder_config": {"rope_scaling": {"rope_type": "default"}}},
+        {"encoder_config": {"partial_rotary_factor": 0.5}},
+        {"patcher_config": {"norm_eps": 1e-5, "rms_norm_eps": None}},
+        {"patcher_config": {"head_dim": None}},
+        {"global_config": {"encoder_cross_output_size": 7, "torch_dtype": "bfloat16"}},
+        {"rope_scaling": None, "return_dict": True, "pruned_heads": {}, "torch_dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_older_names_and_settings_without_effect_are_read(tmp_path, changes):
+    """What transformers takes and computes the same with."""
+    config = merged(directories.settings("hf_A_1b_like"), changes)
+    source = directories.hub(tmp_path / "source", "hf_A_1b_like", **config)
+    expected = directories.hub(tmp_path / "expected", "hf_A_1b_like")
+    assert meaning(source) == meaning(expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_config": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}},
+        {"encoder_config": {"rope_parameters": {"rope_type": "yarn"}}},
+        {"global_config": {"hidden_act": "gelu"}},
+        {"global_config": {"head_dim": 8}},
+        {"decoder_config": {"hidden_size_global": 48}},
+        {"patching_threshold": float("nan")},
+        {"patching_threshold": 10**400},
+        {"encoder_config": {"rms_norm_eps": float("inf")}},
+        {"encoder_config": None},  # transformers would build its default of 1024
+    ],
+    ids=str,
+)
+def test_settings_under_which_transformers_computes_something_else_are_refused(tmp_path, changes):
+    config = merged(directories.settings("hf_A_1b_like"), changes)
+    source = directories.hub(tmp_path / "source", "hf_A_1b_like", **config)
+    with pytest.raises(WeightsError):
+        bltjax.load(source)
+
+
+def test_both_directories_problems_are_told(tmp_path):
+    one = directories.hub(tmp_path / "one", "meta_A_1b_like", treshold=1)
+    other = directories.hub(tmp_path / "other", "meta_entropy", widow=2)
+    with pytest.raises(WeightsError, match="treshold") as error:
+        bltjax.load(one, entropy_model=other)
+    assert "widow" in str(error.value)
+
+
+def test_an_entropy_model_directory_must_hold_one(tmp_path):
+    source = directories.hub(tmp_path / "source", "meta_A_1b_like")
+    directories.hub(source / "entropy_model", "meta_B_7b_like")
+    with pytest.raises(WeightsError, match="entropy_model/ holds a BLT"):
+        bltjax.load(source)
+    shutil.rmtree(source / "entropy_model")
+    (source / "entropy_model").symlink_to(".")
+    assert bltjax.load(source).entropy_config is None
+
+
+@pytest.mark.parametrize(
+    "training, says",
+    [
+        ({"data": [1]}, "data='[1]' must be an object"),
+        ({"data": {"patcher_args": "x"}}, "patcher_args='x' must be an object"),
+        ({"data": {"patcher_args": {"treshold": 2.0}}}, "did you mean threshold"),
+        ({"data": {"patcher_args": {"threshold": "2"}}}, "threshold='2' is str"),
+        ({"data": {"patcher_args": {"patch_size": float("inf")}}}, "patch_size=inf"),
+    ],
+)
+def test_a_threshold_is_never_lost_in_silence(tmp_path, training, says):
+    source = directories.meta_with_entropy_model(tmp_path / "source")
+    (source / "train_args.json").write_text(json.dumps(training))
+    with pytest.raises(WeightsError) as error:
+        bltjax.load(source)
+    assert says in str(error.value)
+
+
+def test_values_that_the_dtype_cannot_hold_are_told(tmp_path):
+    source = directories.hub(tmp_path / "source", "meta_entropy")
+    large = np.finfo(np.float32).max
+    directories.rewrite(source, lambda found: found["norm.weight"].fill(large))
+    with pytest.raises(ValueError, match="beyond bfloat16"):
+        convert(source, tmp_path / "target", "meta", dtype="bfloat16")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 @pytest.mark.parametrize("key, value", [("n_layers_global", 3), ("dim_local_decoder", 48)])
 def test_settings_that_contradict_the_tensors_are_named(tmp_path, key, value):
     changes = {key: value}
@@ -272,7 +361,7 @@ def test_settings_that_contradict_the_tensors_are_named(tmp_path, key, value):
 CANNOT_SAY = {
     "meta_C_windows_alllayers": ["window_encoder=2", "window_decoder=3"],
     "meta_D_no_cross_attn_maxpool": ["encoder=False", "decoder=False"],
-    "meta_entropy": ["no byte latent transformer"],
+    "meta_entropy": ["there is only an entropy model"],
 }
 
 
@@ -336,6 +425,35 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_others_left_beside_the_target_stays(tmp_path):
+    """A directory under the hidden name that is not of ours, and what a link leads to."""
+    partial = tmp_path / ".target.partial"
+    partial.mkdir()
+    (partial / "precious").write_text("work")
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / UNFINISHED).write_text("work")
+    (tmp_path / ".linked.partial").symlink_to(victim)
+    for name in ("target", "linked"):
+        with pytest.raises(FileExistsError, match="in the way"):
+            new_directory(tmp_path / name).__enter__()
+        assert not (tmp_path / name).exists()
+    assert (partial / "precious").exists() and (victim / UNFINISHED).exists()
+
+
+def test_directories_made_for_a_target_go_with_it(tmp_path):
+    with pytest.raises(OSError, match="full"), new_directory(tmp_path / "a" / "b" / "target"):
+        raise OSError("disk full")
+    assert not list(tmp_path.iterdir())
+    source = directories.hub(tmp_path / "source", "meta_D_no_cross_attn_maxpool")
+    for dry_run in (True, False):
+        with pytest.raises(WeightsError, match="Hugging Face's format: "):
+            convert(source, tmp_path / "a" / "target", "hf", dry_run=dry_run)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    convert(source, tmp_path / "a" / "odd.partial", "meta")  # any name will do
+    assert formats.read(tmp_path / "a" / "odd.partial").blt is not None
+
+
 def test_one_target_has_one_writer(tmp_path):
     with new_directory(tmp_path / "target") as partial:
         (partial / "some").write_text("bytes")
@@ -352,8 +470,11 @@ def test_killed_conversions_leave_no_target_that_loads(tmp_path, format):
     large_model(source)
     target = tmp_path / "target"
     arguments = [f"--source={source}", f"--target={target}", f"--format={format}"]
-    rng, killed_writing = random.Random(format), False
-    for _ in range(4):
+    rng, killed_writing = random.Random(format), 0
+    partial = tmp_path / ".target.partial"
+    for _ in range(20):
+        if killed_writing == 3:
+            break
         process = subprocess.Popen(
             [sys.executable, "-m", "bltjax.convert", *arguments],
             cwd=ROOT,
@@ -361,19 +482,18 @@ def test_killed_conversions_leave_no_target_that_loads(tmp_path, format):
             stderr=subprocess.DEVNULL,
             env=dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu"),
         )
-        partial = target.with_name(target.name + PARTIAL)
         while process.poll() is None and not partial.exists():
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.15))
+        time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait()
         if target.exists():  # it was quicker
             shutil.rmtree(target)
             continue
-        killed_writing |= partial.exists()
+        killed_writing += (partial / UNFINISHED).exists()
         with pytest.raises(FileNotFoundError):
             bltjax.load(target)
-        if partial.exists():
+        if (partial / UNFINISHED).exists():
             with pytest.raises(WeightsError, match="interrupted"):
                 bltjax.load(partial)
     assert killed_writing
@@ -390,9 +510,9 @@ def large_model(directory):
     )
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    from bltjax.conversion.to_torch import write_meta
-
-    write_meta(formats.cast(benchmark.synthetic("quickstart"), "float32"), directory)
+    formats.plan(formats.cast(benchmark.synthetic("quickstart"), "float32"), "meta").write(
+        directory
+    )
 
 
 def test_command_prints_a_line_of_json(tmp_path):
@@ -403,7 +523,7 @@ def test_command_prints_a_line_of_json(tmp_path):
     assert result["parameters"] == 292_688 and result["models"] == ["blt", "entropy_model"]
     listed = run(f"--source={source}", f"--target={tmp_path / 'other'}", "--format=hf", "--dry_run")
     assert listed.returncode == 0 and not (tmp_path / "other").exists()
-    shown = [line.split()[1] for line in listed.stdout.splitlines()[:-2]]
+    shown = [line.split()[0] for line in listed.stdout.splitlines()[:-2]]
     assert sorted(shown) == sorted(load_file(source / "model.safetensors"))
 
 

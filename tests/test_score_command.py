@@ -13,19 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bltjax
 from bltjax import command
 from bltjax import evaluate as evaluate_command
 from bltjax import score as score_command
 from bltjax.evaluation.score import Score
 from bltjax.patching.boundaries import lengths_from_starts, space_starts
 from bltjax.vocabulary import encode
+from tests import directories
 
 ROOT = Path(__file__).parents[1]
 
 # In the place of bltjax.api, in a process of its own: the commands are about what is around it.
 STAND_IN = """
 import atexit, runpy, sys, types
-def load(path, *, entropy_model=None, dtype=None):
+def load(path, *, entropy_model, dtype, bf16_compat, advance):
     if path == "missing":
         raise ValueError("no weights in missing:\\n* config.json")
     print("loaded", path, entropy_model, dtype, file=sys.stderr)
@@ -34,8 +36,9 @@ def load(path, *, entropy_model=None, dtype=None):
     atexit.register(lambda: print([options for _, options in model.calls], file=sys.stderr))
     return model
 sys.modules["bltjax.api"] = types.SimpleNamespace(load=load)
+sys.modules["bltjax.formats"] = types.SimpleNamespace(stored_bytes=lambda directory: 0)
 import bltjax
-bltjax.api = sys.modules["bltjax.api"]
+bltjax.api, bltjax.formats = sys.modules["bltjax.api"], sys.modules["bltjax.formats"]
 sys.argv = sys.argv[1:]
 runpy.run_module("bltjax." + sys.argv[0], run_name="__main__", alter_sys=True)
 """
@@ -281,3 +284,28 @@ def test_help_answers_without_loading_jax(name):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert result.stdout.strip().endswith("False"), result.stdout + result.stderr
     assert "--checkpoint" in result.stdout and "--entropy_model" in result.stdout
+
+
+def test_on_a_model_in_a_directory(tmp_path):
+    """The commands as they are, on the golden model."""
+    model = directories.hub(tmp_path / "model", "hf_A_1b_like")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a").write_bytes(b"some text\xff")
+
+    def command_of(name, *arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", f"bltjax.{name}", f"--checkpoint={model}", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=""),
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    (expected,) = bltjax.load(model).score([b"some text\xff"])
+    scored = command_of("score", f"--input={tmp_path / 'text' / 'a'}")
+    assert scored["documents"][0]["nats"] == pytest.approx(expected.nats, rel=1e-5)
+    evaluated = command_of("evaluate", f"--data={tmp_path / 'text'}", "--bf16_compat")
+    assert evaluated["num_bytes"] == 10
+    assert evaluated["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=0.1)

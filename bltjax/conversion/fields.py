@@ -5,11 +5,13 @@ A format's settings are a JSON object, taken field by field, so that nothing in 
 
 import difflib
 import json
+import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 REQUIRED = object()
+LARGEST = 2**28  # of whole numbers; no size of a model is near it
 
 
 class Pair(NamedTuple):
@@ -28,7 +30,8 @@ class Pair(NamedTuple):
 def read_json(path: Path, problems: list[str]) -> dict:
     """The JSON object in a file; {} and a problem where there is none."""
     try:
-        values = json.loads(path.read_text())
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text, object_pairs_hook=_object_without_twins)
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
         return {}
@@ -39,6 +42,15 @@ def read_json(path: Path, problems: list[str]) -> dict:
         problems.append(f"{path.name} holds a {type(values).__name__}, must be an object")
         return {}
     return values
+
+
+def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twins = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{', '.join(twins)} is there twice")
+    return found
 
 
 class Fields:
@@ -60,6 +72,11 @@ class Fields:
             if default is not REQUIRED:
                 return default
             self._problem(f"{self.name}.{path} is missing")
+            return None
+        if type(value) in (int, float) and not abs(value) < (
+            LARGEST if kind in (int, tuple) or type(value) is int else math.inf
+        ):
+            self._problem(f"{self.name}.{path}={_short(value)} is no number of a model: correct it")
             return None
         if kind is int and type(value) is float and value.is_integer():
             return int(value)
@@ -96,6 +113,9 @@ class Fields:
     def check_all_known(self):
         """Notes every field that was neither taken nor ignored."""
         for path in _paths(self.values):
+            groups = {known for known in self._taken if known.startswith(f"{path}.")}
+            if groups and not self._get(path):  # a group that says nothing
+                continue
             if not any(path == known or path.startswith(f"{known}.") for known in self._taken):
                 near = difflib.get_close_matches(path, self._taken, n=1)
                 hint = f"did you mean {near[0]}?" if near else "remove it if it changes nothing"

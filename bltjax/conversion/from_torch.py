@@ -10,7 +10,7 @@ beyond a check of every value: the parameters come back as lazy arrays.
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bltjax.config import PatchingConfig
 from bltjax.conversion import hf_config, meta_config, pickled_files, safetensors_files
@@ -93,36 +93,50 @@ def read_meta(directory: Path, advance: Advance = ignore_progress) -> Weights:
     problems: list[str] = []
     tensors = _meta_tensors(directory, problems, advance)
     unreadable = list(problems)
-    args, training = _meta_settings(directory, problems)
-    is_blt = "dim_global" in args  # unless the tensors say more: files repeat each other's settings
-    if tensors:
-        is_blt = any(name.startswith(("local_", "global_", "encoder_")) for name in tensors)
-    if is_blt:
-        weights = _meta_blt(args, training, tensors, problems)
-    else:
-        weights = _meta_entropy_model(training.get("entropy_model") or args, tensors, problems)
+    settings = _meta_settings(directory, problems)
+    weights = None
+    if settings is not None and settings.is_blt(tensors):
+        weights = _meta_blt(settings, tensors, problems)
+    elif settings is not None:
+        weights = _meta_entropy_model(settings, tensors, problems)
     problems = _not_explained(problems, directory, unreadable)
     problems += value_problems(tensors, advance)
-    if is_blt and (directory / ENTROPY_MODEL_DIRECTORY).is_dir():
-        try:
-            entropy_model = read_meta(directory / ENTROPY_MODEL_DIRECTORY, advance)
-            weights = weights and weights.with_entropy_model(entropy_model)
-        except WeightsError as error:
-            problems += [f"{ENTROPY_MODEL_DIRECTORY}/: {problem}" for problem in error.problems]
+    inside = directory / ENTROPY_MODEL_DIRECTORY
+    if inside.is_dir() and inside.resolve() != directory.resolve():
+        weights = _with_entropy_model(weights, inside, problems, advance)
     if problems:
         raise WeightsError(directory, problems)
     return weights
 
 
-def _meta_blt(args, training, tensors, problems) -> Weights | None:
-    data = training.get("data")
-    patcher = data.get("patcher_args") if isinstance(data, dict) else None
-    patcher = {
-        key: value
-        for key, value in (patcher if isinstance(patcher, dict) else {}).items()
-        if key in meta_config.PATCHER_FIELDS
-    }
-    config, patching, lengths = meta_config.read_blt(args, patcher, problems)
+class _Settings(NamedTuple):
+    """What the JSON files of one of Meta's directories say."""
+
+    args: dict
+    entropy_model: dict
+    patcher_args: dict
+
+    def is_blt(self, tensors: dict) -> bool:
+        """By its tensors where there are any: settings repeat those of other models."""
+        if not tensors:
+            return "dim_global" in self.args
+        return any(name.startswith(("local_", "global_", "encoder_")) for name in tensors)
+
+
+def _with_entropy_model(weights, directory: Path, problems: list[str], advance) -> Weights | None:
+    try:
+        other = read_meta(directory, advance)
+    except WeightsError as error:
+        problems += [f"{directory.name}/: {problem}" for problem in error.problems]
+        return weights
+    if other.entropy_model is None:
+        problems.append(f"{directory.name}/ holds a BLT, must hold an entropy model: remove it")
+        return weights
+    return weights and weights.with_entropy_model(other)
+
+
+def _meta_blt(settings: _Settings, tensors, problems) -> Weights | None:
+    config, patching, lengths = meta_config.read_blt(settings.args, settings.patcher_args, problems)
     if config is None:
         return None
     params, found = from_published(config, tensors, META)
@@ -130,7 +144,8 @@ def _meta_blt(args, training, tensors, problems) -> Weights | None:
     return Weights(config, None, patching, {"blt": params}, lengths)
 
 
-def _meta_entropy_model(args, tensors, problems) -> Weights | None:
+def _meta_entropy_model(settings: _Settings, tensors, problems) -> Weights | None:
+    args = settings.entropy_model or settings.args
     config, lengths = meta_config.read_entropy_model(args, problems)
     if config is None:
         return None
@@ -140,18 +155,25 @@ def _meta_entropy_model(args, tensors, problems) -> Weights | None:
     return Weights(None, config, patching, {"entropy_model": params}, lengths)
 
 
-def _meta_settings(directory: Path, problems: list[str]) -> tuple[dict, dict]:
-    """(settings of the model, all settings of the training run that made it)."""
+def _meta_settings(directory: Path, problems: list[str]) -> _Settings | None:
+    """None where a file cannot be read, or holds other things than settings."""
+    before = len(problems)
     if (directory / "config.json").exists():
         config = read_json(directory / "config.json", problems)
         training = {}
         if (directory / "train_args.json").exists():
             training = read_json(directory / "train_args.json", problems)
-            training.pop("entropy_model", None)  # config.json is about the tensors beside it
-        return _object(config, "args", config, problems), training
-    training = read_json(directory / "params.json", problems)
-    bare = {} if "entropy_model" in training else training  # the model's settings alone
-    return _object(training, "model", bare, problems), training
+        args, entropy_model = _object(config, "args", config, problems), {}
+    else:
+        training = read_json(directory / "params.json", problems)
+        bare = {} if "entropy_model" in training else training  # the model's settings alone
+        args = _object(training, "model", bare, problems)
+        entropy_model = _object(training, "entropy_model", {}, problems)
+    data = _object(training, "data", {}, problems)
+    patcher_args = _object(data, "patcher_args", {}, problems)
+    if len(problems) > before:
+        return None
+    return _Settings(args, entropy_model, patcher_args)
 
 
 def _object(values: dict, key: str, default: dict, problems: list[str]) -> dict:
@@ -159,7 +181,7 @@ def _object(values: dict, key: str, default: dict, problems: list[str]) -> dict:
     if found is None:
         return default
     if not isinstance(found, dict):
-        problems.append(f"{key}={found!r} must be an object")
+        problems.append(f"{key}={str(found)[:60]!r} must be an object of settings")
         return {}
     return found
 
@@ -167,7 +189,8 @@ def _object(values: dict, key: str, default: dict, problems: list[str]) -> dict:
 def _meta_tensors(directory: Path, problems: list[str], advance: Advance) -> dict[str, LazyArray]:
     """Tensors of either kind of directory, under their bare names."""
     pickled = sorted(directory.glob("*.pth"))
-    if pickled and not list(directory.glob("*.safetensors*")):
+    in_safetensors = (safetensors_files.SINGLE, safetensors_files.INDEX)
+    if pickled and not any((directory / name).exists() for name in in_safetensors):
         if len(pickled) > 1:
             names = [path.name for path in pickled]
             problems.append(f"{names}: several weight files, leave the one to be read")
@@ -180,19 +203,20 @@ def _meta_tensors(directory: Path, problems: list[str], advance: Advance) -> dic
             return {}
         if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
             contents = contents["model"]
-        tensors = dict(_leaves(contents))
+        tensors = list(_leaves(contents))
     else:
-        tensors, unreadable = safetensors_files.open_sharded(directory)
+        found, unreadable = safetensors_files.open_sharded(directory)
+        tensors = list(found.items())
         problems += unreadable
     bare: dict[str, LazyArray] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         short = _WRAPPERS.sub("", name)
         if _TABLES.fullmatch(short):
             continue
         if not hasattr(tensor, "shape"):
             problems.append(f"{name} is a {type(tensor).__name__}, must be a tensor")
         elif short in bare:
-            problems.append(f"{short} is there twice, with and without a wrapper's prefix")
+            problems.append(f"{short} is there twice, as {name} too")
         else:
             bare[short] = tensor
     return bare

@@ -206,7 +206,9 @@ def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
 
 def _ignore_what_changes_nothing(fields: Fields):
     generic = _GENERIC.split()
-    fields.ignore([*generic, "max_position_embeddings", "rope_parameters", "rope_theta"])
+    fields.ignore(
+        [*generic, "max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"]
+    )
     for stack in _STACKS:
         fields.ignore(f"{stack.group}.{name}" for name in generic)
     fields.ignore(  # derived from other fields, or read nowhere
@@ -235,7 +237,9 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
         f"transformers drops it and takes rms_norm_eps ({values['norm_eps']}): rename or remove it",
     )
     fields.must_be(f"{group}.rope_parameters.rope_type", ("default",), "only plain rotary is known")
-    fields.must_be(f"{group}.rope_scaling", (), "only plain rotary embedding is known")
+    plain = ({"rope_type": "default"}, {"type": "default"}, {})
+    fields.must_be(f"{group}.rope_scaling", plain, "only plain rotary embedding is known")
+    fields.ignore([f"{group}.partial_rotary_factor"])
     fields.must_be(f"{group}.hidden_act", ("silu",), "feed-forward layers are SwiGLU")
     fields.must_be(f"{group}.tie_word_embeddings", (False,), "the output layer is its own")
     for name in ("attention_bias", "mlp_bias"):

@@ -70,7 +70,10 @@ _PATCHING = [
     ("max_patch_length", "max_patch_length", int, None),
     ("patch_size", "patch_size", float, 4.5),
 ]
-PATCHER_FIELDS = {name for name, *_ in _PATCHING}  # of more that do not place patches
+_PATCHER_IGNORED = """
+    data_parallel device entropy_model_checkpoint_dir log_time patching_batch_size patching_device
+    realtime_patching
+"""
 _POOLING = {"avg": "mean", "mean": "mean", "max": "max", "min": "min"}
 _MODES = {"entropy": "entropy", "space": "space", "static": "static", "byte": "byte", "bpe": "bpe"}
 
@@ -173,6 +176,8 @@ def read_blt(args: dict, patcher_args: dict, problems: list[str]):
     )
     patching = _read_patching(fields, patcher)
     fields.check_all_known()
+    patcher.ignore(_PATCHER_IGNORED.split())
+    patcher.check_all_known()
     found = fields.problems + patcher.problems
     problems += found
     if found:
@@ -201,6 +206,7 @@ def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
         threshold_add=values["threshold_add"] if rule == "global_monotonic" else 0.0,
         patch_size=int(values["patch_size"] or 0),
         max_patch_length=values["max_patch_length"],
+        published_skip_at_3=rule == "global_monotonic",
     )
 
 
@@ -245,7 +251,7 @@ def write_blt(
     without_cross = {"cross_attn_k": None, "cross_attn_nheads": None}
     pooling = next(t for t, ours in _POOLING.items() if ours == config.pooling)
     fixed = {key: allowed[0] for key, (allowed, _) in _LIMITED.items() if allowed}
-    patcher = write_patcher(patching, problems)
+    patcher = write_patcher(patching, [])
     repeated = ("patching_mode", "monotonicity", "max_patch_length", "patch_size")
     return {
         **_BLT_IGNORED,
@@ -266,18 +272,27 @@ def write_blt(
 
 def write_patcher(patching: PatchingConfig, problems: list[str]) -> dict:
     """PatcherArgs."""
-    if patching.reset_at_newlines and "patching.reset_at_newlines" not in str(problems):
+    if patching.reset_at_newlines:
         problems.append("patching.reset_at_newlines=True: Meta's code never resets at newlines")
     rules = {"monotonic": "entropy", "global_monotonic": "entropy"}
     return {
         "max_patch_length": patching.max_patch_length,
         "monotonicity": patching.rule == "monotonic",
-        "patch_size": patching.patch_size if patching.rule == "static" else 4.5,
+        "patch_size": 4.5
+        if (patching.rule, patching.patch_size) == ("entropy", 4)
+        else patching.patch_size,
         "patching_batch_size": 1,
         "patching_mode": rules.get(patching.rule, patching.rule),
         "threshold": patching.threshold,
         "threshold_add": patching.threshold_add if patching.rule == "global_monotonic" else None,
     }
+
+
+def notes(patching: PatchingConfig) -> tuple[str, ...]:
+    """Where Meta's code finds other patches with the same settings (spec 2.4)."""
+    if patching.rule == "global_monotonic" and not patching.published_skip_at_3:
+        return ("Meta's code never starts a patch at position 3 under threshold_add, bltjax may",)
+    return ()
 
 
 def write_entropy_model(config: EntropyModelConfig, lengths: Lengths, problems: list[str]) -> dict:

@@ -5,13 +5,14 @@ everywhere, so nothing is ever transposed or permuted: tensors are only stacked 
 tables in Meta's files) or cut out of one another (n-gram tables in Hugging Face's).
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.config import BLTConfig
+from bltjax.config import BLTConfig, TransformerConfig
 from bltjax.lazy import Joined, LazyArray, Member, Split, Stacked, tree_leaves
 from bltjax.model import functional
 
@@ -122,6 +123,8 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
     than the config says, or that are stacked with others of another dtype. With problems the nested
     parameters are incomplete.
     """
+    if too_many := _more_than(config, len(tensors)):
+        return {}, too_many
     abstract = functional.abstract_params(config)
     expected = {n: tuple(t.shape) for n, t in to_published(config, abstract, style).items()}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
@@ -147,6 +150,15 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
             continue
         _insert(params, path, _joined(name, parts, style, leaf.shape))
     return params, problems
+
+
+def _more_than(config, num_tensors: int) -> list[str]:
+    """The problem of a config with absurdly many layers, whose names would fill the memory."""
+    stacks = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    layers = sum(s.num_layers for s in stacks if isinstance(s, TransformerConfig))
+    if layers <= max(1000, num_tensors):
+        return []
+    return [f"the config says {layers} layers, and there are {num_tensors} tensors: correct it"]
 
 
 def _joined(name: Name, parts: list[LazyArray], style: str, shape) -> LazyArray:

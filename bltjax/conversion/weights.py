@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.lazy import LazyArray, blocks, tree_leaves
+from bltjax.lazy import LazyArray, blocks, num_nonfinite, tree_leaves
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 Advance = Callable[[int], None]  # told the bytes that have been worked on
@@ -91,14 +90,6 @@ def value_problems(tensors: dict[str, LazyArray], advance: Advance = ignore_prog
         if bad:
             found.append(f"{name} has {bad} values that are NaN or infinite")
     return found
-
-
-def num_nonfinite(values: np.ndarray) -> int:
-    """How many values are NaN or infinite."""
-    if values.dtype == ml_dtypes.bfloat16:  # isfinite of bfloat16 is slow: all exponent bits set
-        exponent = values.view(np.uint16) & np.uint16(0x7F80)
-        return int(np.count_nonzero(exponent == 0x7F80))
-    return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:

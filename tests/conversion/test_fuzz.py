@@ -155,3 +155,46 @@ def test_damage_is_told_or_harmless(pristine, tmp_path, kind):
             assert found == expected, f"seed {seed}: {done}: other weights, without a word"
         shutil.rmtree(directory)
     assert told > KINDS[kind] / 4
+
+
+SETTINGS = {"hf": "config.json", "meta": "config.json", "meta, pickled": "params.json"}
+SETTINGS |= {"meta ": "train_args.json", "bltjax": "model.json"}
+ODD = [None, True, 0, -1, 3, 10**9, 10**400, 1.5, float("nan"), float("inf"), "", "x", [], [1], {}]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_odd_settings_are_told_or_harmless(pristine, tmp_path, kind):
+    """Any field replaced by anything: an error of ours, or settings that make sense; no hang."""
+    original, (_, values) = pristine(kind.strip())
+    told, rng = 0, random.Random(kind)
+    for i in range(150):
+        directory = tmp_path / str(i)
+        shutil.copytree(original, directory)
+        path = directory / SETTINGS[kind]
+        settings = json.loads(path.read_text())
+        groups = [settings, *all_groups(settings)]
+        group = rng.choice([g for g in groups if g])
+        key = rng.choice(sorted(group))
+        if rng.random() < 0.2:
+            group[key + "x"] = group.pop(key)
+        else:
+            group[key] = rng.choice(ODD)
+        text = json.dumps(settings)
+        path.write_bytes(damaged(text.encode(), i) if rng.random() < 0.1 else text.encode())
+        try:
+            found, again = loaded(directory)
+        except (ValueError, OSError) as error:
+            told += 1
+            assert str(directory) in str(error), f"{key}={group.get(key)!r}: {error}"
+        else:
+            assert again.keys() <= values.keys() and again, f"{key}={group.get(key)!r}"
+            assert not [p for c in found[:2] if c is not None for p in c.problems("")]
+        shutil.rmtree(directory)
+    assert told > 20
+
+
+def all_groups(settings):
+    for value in settings.values():
+        if isinstance(value, dict):
+            yield value
+            yield from all_groups(value)
