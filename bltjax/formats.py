@@ -47,7 +47,7 @@ BLTJAX, RUN, HF, META = "bltjax", "run", "hf", "meta"
 
 
 def detect(directory: Path) -> str:
-    """ "bltjax", "run" (a training run's working directory), "hf" or "meta".
+    """Which format a directory is in: one of BLTJAX, RUN (of training), HF and META.
 
     Raises FileNotFoundError without a directory, WeightsError where it is none of these.
     """
@@ -90,7 +90,9 @@ def read(
     problems: list[str] = []
     weights = _read_one(directory, problems, advance)
     if entropy_model is not None:
-        other = _read_one(entropy_model, problems, advance)
+        in_other: list[str] = []
+        other = _read_one(entropy_model, in_other, advance)
+        problems += [f"{entropy_model}: {problem}" for problem in in_other]
         if other is not None and other.entropy_model is None:
             problems.append(f"{entropy_model} has no entropy model: give a directory that has one")
         elif other is not None and weights is not None:
@@ -163,13 +165,10 @@ def check_dtype(dtype: str | None):
 
 def cast(weights: Weights, dtype: str | None) -> Weights:
     """The same weights in "float32" or "bfloat16" (rounded to nearest); None keeps them."""
+    check_dtype(dtype)
     if dtype is None:
         return weights
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(
-            f"dtype={dtype!r} must be float32, bfloat16, or None to keep what is there"
-        )
-    wanted = np.dtype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype])
+    wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
     def convert(tree):
         if isinstance(tree, dict):

@@ -140,12 +140,13 @@ def read(config: dict, problems: list[str]) -> Settings | None:
     model = from_config_dict(BLTConfig, blt)
     if not model.has_decoder_projection:  # transformers always has one
         model = dataclasses.replace(model, always_project=True)
+    patching = PatchingConfig(rule="entropy", target_patch_bytes=None, **patching)
     settings = Settings(
         model,
         from_config_dict(EntropyModelConfig, patcher) if with_patcher else None,
-        PatchingConfig(rule="entropy", target_patch_bytes=None, **patching),
+        patching,
         lengths,
-        notes(model),
+        notes(model, patching),
     )
     impossible = settings.blt.problems("config") + settings.patching.problems("config")
     if settings.entropy_model is not None:
@@ -270,14 +271,20 @@ def _check_supported(fields: Fields, blt: dict):
     )
 
 
-def notes(blt: BLTConfig) -> tuple[str, ...]:
+def notes(blt: BLTConfig, patching: PatchingConfig) -> tuple[str, ...]:
     """Where transformers computes something else with the same weights (spec 11.3)."""
+    found = []
     if blt.cross_attention.all_layers_encoder and blt.local_encoder.num_layers > 1:
-        return (
+        found.append(
             "cross-attention after all of several encoder layers: transformers uses only the last "
-            "one, the published model and bltjax all of them, so logits differ",
+            "one, the published model and bltjax all of them, so logits differ"
         )
-    return ()
+    if patching.max_patch_length is not None:
+        found.append(
+            f"max_patch_length={patching.max_patch_length}: transformers may read the wrong patch "
+            "at the last byte of a row, so its logits may differ there"
+        )
+    return tuple(found)
 
 
 def _plain_heads(settings: Settings) -> Settings:

@@ -55,7 +55,7 @@ def plan_hf(weights: Weights, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
     if problems:
         raise WeightsError("Hugging Face's format", problems)
     files = {"generation_config.json": hf_config.GENERATION, "config.json": config}
-    return Plan(tensors, files, {}, hf_config.notes(weights.blt), max_shard_bytes)
+    return Plan(tensors, files, {}, hf_config.notes(weights.blt, weights.patching), max_shard_bytes)
 
 
 def plan_meta(weights: Weights) -> Plan:

@@ -1,15 +1,10 @@
 """The table of names, against every tensor of the released models."""
 
-import importlib.util
-import json
-from pathlib import Path
-
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from bltjax.config import RunConfig, from_config_dict
 from bltjax.conversion.names import (
     BLT_NAMES,
     ENTROPY_MODEL_NAMES,
@@ -23,21 +18,7 @@ from bltjax.conversion.weights import flat
 from bltjax.lazy import read_all
 from bltjax.model import functional
 from tests import golden
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def released(name):
-    """The RunConfig of a file in configs/."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(RunConfig, module.get_config())
-
-
-def expected_shapes(style, size):
-    shapes = json.loads((golden.GOLDEN / f"{style}_param_shapes.json").read_text())
-    return {name: tuple(shape) for name, shape in shapes[size].items()}
+from tests.released import expected_shapes, released
 
 
 @pytest.mark.parametrize("size, count", [("1b", 386), ("7b", 405)])

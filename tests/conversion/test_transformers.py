@@ -4,6 +4,7 @@ Where it departs from the published model (spec 11.3), the draw leaves it out, a
 below says what it does instead.
 """
 
+import dataclasses
 import json
 
 import hypothesis
@@ -12,7 +13,11 @@ import pytest
 from hypothesis import strategies as st
 
 import bltjax
+from bltjax.config import InitConfig, PatchingConfig
+from bltjax.conversion import hf_config
+from bltjax.conversion.weights import Weights
 from bltjax.convert import convert
+from tests.released import expected_shapes, released
 
 torch = pytest.importorskip("torch", reason="the oracle needs torch==2.13.0 (CPU)")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers>=5.23")
@@ -293,7 +298,8 @@ def test_departure_a_length_limit_misplaces_the_last_byte(tmp_path):
         model = calibrated(SMALL, tokens)
         model.config.patching_threshold = 100.0
         model.config.max_patch_length = 4
-        ours = opened(model, tmp_path / str(length))
+        with pytest.warns(UserWarning, match="max_patch_length=4"):
+            ours = opened(model, tmp_path / str(length))
         given = tokens[:, :length]
         difference = np.abs(ours.logits(given) - oracle(model, given)).max(axis=(0, 2))
         assert difference[:-1].max(initial=0) < 1e-4
@@ -351,3 +357,29 @@ def test_departure_old_names_of_settings_are_dropped(tmp_path):
     )
     with pytest.raises(ValueError, match="transformers drops it"):
         bltjax.load(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("size", ["1b", "7b"])
+def test_our_settings_of_the_released_models_build_their_tensors(size):
+    """On torch's meta device, so that nothing is allocated."""
+    run, entropy = released(f"blt_{size}"), released("entropy_100m")
+    patching = PatchingConfig(target_patch_bytes=None)
+    weights = Weights(run.blt, entropy.entropy_model, patching, {})
+    problems = []
+    config = hf_config.write(weights, "bfloat16", problems)
+    assert not problems
+    with torch.device("meta"):
+        model = transformers.BltForCausalLM(transformers.BltConfig(**config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == expected_shapes("hf", size)
+    again = hf_config.read(json.loads(json.dumps(model.config.to_dict())), problems)
+    assert not problems
+    assert (again.blt, again.entropy_model) == (
+        run_shapes(run.blt),
+        run_shapes(again.entropy_model),
+    )
+
+
+def run_shapes(config):
+    """Without what only training knows."""
+    return dataclasses.replace(config, compute_dtype="float32", remat="none", init=InitConfig())
