@@ -227,7 +227,7 @@ HF_SETTINGS = {
     "tie_word_embeddings": (True, "tie_word_embeddings=True is not supported"),
     "patching_mode": ("space", "patching_mode='space' is not supported"),
     "cross_attn_k": (3, "encoder_config.cross_attn_k=2 is not supported: cross_attn_k is 3"),
-    "encoder_hash_byte_group_vocab": (0, "hash.vocab=0 must be positive"),
+    "encoder_hash_byte_group_vocab": (0, "config.encoder_hash_byte_group_vocab=0 must be positive"),
     "vocab_size": ("many", "vocab_size='many' is str, must be int"),
     "local_attention_window_len": (None, "local_attention_window_len=null"),
     "encoder_hash_byte_group_size": ([3, "4"], "must be a list of whole numbers"),
@@ -242,8 +242,8 @@ META_SETTINGS = {
     "cross_attn_nheads": (None, "cross_attn_nheads is missing"),
     "eos_id": (7, "eos_id=7 is not supported"),
     "patching_mode": ("bpe_patcher", "patching_mode='bpe_patcher' is not supported"),
-    "n_heads_global": (7, "args.global_transformer.dim"),
-    "n_kv_heads": (-1, "num_kv_heads=-1 must be positive"),
+    "n_heads_global": (7, "args.dim_global=96 is not divisible by args.n_heads_global=7"),
+    "n_kv_heads": (-1, "args.n_kv_heads=-1 must be positive"),
     "cross_attn_windw_encoder": (2, "did you mean cross_attn_window_encoder"),
 }
 CASES = [("hf_A_1b_like", *case) for case in HF_SETTINGS.items()]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 REQUIRED = object()
 LARGEST = 2**28  # of whole numbers; no size of a model is near it
+DEEPEST = 20  # objects inside each other
 
 
 class Pair(NamedTuple):
@@ -40,6 +41,12 @@ def read_json(path: Path, problems: list[str]) -> dict:
         return {}
     if not isinstance(values, dict):
         problems.append(f"{path.name} holds a {type(values).__name__}, must be an object")
+        return {}
+    level = [values]
+    for _ in range(DEEPEST):
+        level = [v for group in level for v in group.values() if isinstance(v, dict)]
+    if level:
+        problems.append(f"{path.name} holds objects more than {DEEPEST} deep: correct it")
         return {}
     return values
 
@@ -169,6 +176,17 @@ def write_pairs(config, pairs: Iterable[Pair], problems: list[str]) -> dict:
             node = node.setdefault(group, {})
         node.setdefault(last, list(value) if isinstance(value, tuple) else value)
     return theirs
+
+
+def in_their_words(problems: Iterable[str], name: str, pairs: Iterable[Pair]) -> list[str]:
+    """Problems of our settings `name.*`, with the names of the fields that hold them."""
+    longest_first = sorted(pairs, key=lambda pair: -len(pair.ours))
+    told = []
+    for problem in problems:
+        for pair in longest_first:
+            problem = problem.replace(f"{name}.{pair.ours}", f"{name}.{pair.theirs}")
+        told.append(problem)
+    return list(dict.fromkeys(told))  # two of our settings may share a field
 
 
 def merged(*trees: dict) -> dict:

@@ -13,7 +13,7 @@ from bltjax.config import (
     TransformerConfig,
     from_config_dict,
 )
-from bltjax.conversion.fields import Fields, Pair, merged, read_pairs, write_pairs
+from bltjax.conversion.fields import Fields, Pair, in_their_words, merged, read_pairs, write_pairs
 from bltjax.conversion.weights import Lengths, Weights
 from bltjax.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE
 
@@ -148,9 +148,11 @@ def read(config: dict, problems: list[str]) -> Settings | None:
         lengths,
         notes(model, patching),
     )
-    impossible = settings.blt.problems("config") + settings.patching.problems("config")
+    impossible = in_their_words(settings.blt.problems("config"), "config", _BLT)
+    impossible += in_their_words(settings.patching.problems("config"), "config", _PATCHING)
     if settings.entropy_model is not None:
-        impossible += settings.entropy_model.problems("config.patcher_config")
+        found = settings.entropy_model.problems("config")
+        impossible += in_their_words(found, "config", _ENTROPY_MODEL)
     problems += impossible
     return None if impossible else _plain_heads(settings)
 

@@ -14,7 +14,7 @@ from bltjax.config import (
     from_config_dict,
 )
 from bltjax.conversion.feed_forward import common_widths
-from bltjax.conversion.fields import Fields, Pair, read_pairs, write_pairs
+from bltjax.conversion.fields import Fields, Pair, in_their_words, read_pairs, write_pairs
 from bltjax.conversion.weights import Lengths
 from bltjax.vocabulary import EOS_ID
 
@@ -183,7 +183,8 @@ def read_blt(args: dict, patcher_args: dict, problems: list[str]):
     if found:
         return None, None, lengths
     config = from_config_dict(BLTConfig, ours)
-    impossible = config.problems("args") + patching.problems("patcher_args")
+    impossible = in_their_words(config.problems("args"), "args", _BLT)
+    impossible += patching.problems("patcher_args")
     problems += impossible
     return (None, None, lengths) if impossible else (config, patching, lengths)
 
@@ -223,7 +224,7 @@ def read_entropy_model(args: dict, problems: list[str]):
     if fields.problems:
         return None, lengths
     config = from_config_dict(EntropyModelConfig, ours)
-    impossible = config.problems("entropy_model")
+    impossible = in_their_words(config.problems("entropy_model"), "entropy_model", _ENTROPY_MODEL)
     problems += impossible
     return (None if impossible else config), lengths
 

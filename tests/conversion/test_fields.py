@@ -83,7 +83,15 @@ def test_merging_lets_later_ones_win():
 
 @pytest.mark.parametrize(
     "content, says",
-    [(None, "is missing"), (b"{", "as JSON"), (b"\xff", "as JSON"), (b"[]", "list")],
+    [
+        (None, "is missing"),
+        (b"{", "as JSON"),
+        (b"\xff", "as JSON"),
+        (b"[]", "list"),
+        (b'{"a": 1, "b": 2, "a": 3}', "a is there twice"),
+        (b'{"a":' * 300 + b"1" + b"}" * 300, "deep"),
+        (b"[" * 10**5, "as JSON"),
+    ],
 )
 def test_files_without_an_object_are_told(tmp_path, content, says):
     if content is not None:

@@ -167,7 +167,7 @@ def test_odd_settings_are_told_or_harmless(pristine, tmp_path, kind):
     """Any field replaced by anything: an error of ours, or settings that make sense; no hang."""
     original, (_, values) = pristine(kind.strip())
     told, rng = 0, random.Random(kind)
-    for i in range(150):
+    for i in range(80):
         directory = tmp_path / str(i)
         shutil.copytree(original, directory)
         path = directory / SETTINGS[kind]
@@ -190,7 +190,7 @@ def test_odd_settings_are_told_or_harmless(pristine, tmp_path, kind):
             assert again.keys() <= values.keys() and again, f"{key}={group.get(key)!r}"
             assert not [p for c in found[:2] if c is not None for p in c.problems("")]
         shutil.rmtree(directory)
-    assert told > 20
+    assert told > 15
 
 
 def all_groups(settings):

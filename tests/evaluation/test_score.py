@@ -209,7 +209,7 @@ def test_few_shapes_are_compiled_whatever_the_text():
     module._entropy_fn.cache_clear()
     alphabets = [rng.choice(list(b"ab c.d\n"), 300).astype(np.uint8).tobytes(), TEXT, bytes(300)]
     for rule in ("space", "byte", "entropy"):
-        lengths = rng.integers(0, 300, 200)
+        lengths = rng.integers(0, 300, 70)
         score([alphabets[n % 3][:n] for n in lengths], rule, row_bytes=128)
     assert 3 <= row_step._cache_size() <= 10
     before = row_step._cache_size()

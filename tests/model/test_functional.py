@@ -272,7 +272,7 @@ def test_gradient_of_a_common_byte_adds_up_in_float32():
 def logits_of(config, params):
     tokens = jnp.asarray(encode(TEXT)[: B * L].reshape(B, L))
     patches = buffers_from_starts(space_starts(tokens), L + 1)
-    return functional.apply(config, params, tokens, patches)
+    return jax.jit(functional.apply, static_argnums=0)(config, params, tokens, patches)
 
 
 def test_grouped_cross_heads_are_repeated_heads():
