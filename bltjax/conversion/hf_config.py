@@ -90,7 +90,8 @@ _PATCHING = [
 # what a BLT computes.
 _GENERIC = """
     _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
-    _name_or_path add_cross_attention architectures attn_implementation auto_map bad_words_ids
+    _name_or_path add_cross_attention architectures attention_dropout attn_implementation auto_map
+    bad_words_ids
     begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
@@ -99,7 +100,8 @@ _GENERIC = """
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
     output_hidden_states output_scores pad_token_id patching_batch_size patching_device prefix
     problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    return_dict_in_generate sep_token_id share_encoder_decoder_emb suppress_tokens
+    task_specific_params temperature
     tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version
     typical_p use_bfloat16 use_cache
 """
