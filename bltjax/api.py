@@ -11,13 +11,14 @@ import numpy as np
 
 from bltjax import formats, sharding
 from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.conversion.weights import Advance, Lengths, Weights, ignore_progress
+from bltjax.conversion.weights import Lengths, Weights
 from bltjax.evaluation.score import Score, score_bytes, score_documents
 from bltjax.inference.decode import generate_by_recompute
 from bltjax.model import functional
 from bltjax.patching.boundaries import entropy_segments, lengths_from_starts, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.patching.entropy import next_byte_entropy
+from bltjax.progress import Advance, unwatched
 
 __all__ = ["Model", "Score", "load"]
 
@@ -30,7 +31,7 @@ def load(
     compute_dtype: str | None = None,
     bf16_compat: bool = False,
     mesh: jax.sharding.Mesh | None = None,
-    advance: Advance = ignore_progress,
+    advance: Advance = unwatched,
 ) -> "Model":
     """The model in a directory: bltjax's, a training run's, Hugging Face's or Meta's.
 
@@ -168,7 +169,7 @@ class Model:
         self,
         documents: Sequence[str | bytes],
         row_bytes: int | None = None,
-        advance: Advance = ignore_progress,
+        advance: Advance = unwatched,
     ) -> list[Score]:
         """nats, bytes, patches and bits per byte of each document; see `score_documents`.
 

@@ -26,18 +26,17 @@ from bltjax.conversion import from_torch, to_torch
 from bltjax.conversion.fields import Fields, read_json
 from bltjax.conversion.to_torch import Plan
 from bltjax.conversion.weights import (
-    Advance,
     Lengths,
     Weights,
     WeightsError,
     flat,
-    ignore_progress,
     value_problems,
 )
 from bltjax.files import UNFINISHED
 from bltjax.lazy import Cast, LazyArray
 from bltjax.model import functional
 from bltjax.model_config import DTYPES
+from bltjax.progress import Advance, unwatched
 from bltjax.training.checkpoint import CheckpointError, has_checkpoint
 from bltjax.training.weights_on_disk import open_params, open_weights, save_weights
 
@@ -80,7 +79,7 @@ def detect(directory: Path) -> str:
 
 
 def read(
-    directory: Path, entropy_model: Path | None = None, advance: Advance = ignore_progress
+    directory: Path, entropy_model: Path | None = None, advance: Advance = unwatched
 ) -> Weights:
     """The model in a directory of any format, its parameters lazy; needs a mesh to be set.
 
@@ -138,7 +137,7 @@ class _OwnPlan(NamedTuple):
     inside: dict
     notes: tuple[str, ...] = ()
 
-    def write(self, directory: Path, advance: Advance = ignore_progress):
+    def write(self, directory: Path, advance: Advance = unwatched):
         directory.mkdir(parents=True, exist_ok=True)
         save_weights(directory / WEIGHTS, self.params, advance)
         for name, value in self.files.items():

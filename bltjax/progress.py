@@ -2,6 +2,13 @@
 
 import sys
 import time
+from collections.abc import Callable
+
+Advance = Callable[[int], None]  # told how much more has been done
+
+
+def unwatched(amount: int):
+    """An `Advance` for those who do not watch."""
 
 
 class Progress:

@@ -266,6 +266,7 @@ def test_settings_that_are_wrong_are_named(tmp_path, name, key, case):
         {"encoder_config": {"rope_parameters": {}}},
         {"encoder_config": {"rope_scaling": {"rope_type": "default"}}},
         {"encoder_config": {"partial_rotary_factor": 0.5}},
+        {"encoder_config": {"sliding_window": 99}, "decoder_config": {"sliding_window": 99}},
         {"patcher_config": {"norm_eps": 1e-5, "rms_norm_eps": None}},
         {"patcher_config": {"head_dim": None}},
         {"global_config": {"encoder_cross_output_size": 7, "torch_dtype": "bfloat16"}},
@@ -439,6 +440,16 @@ def test_what_others_left_beside_the_target_stays(tmp_path):
             new_directory(tmp_path / name).__enter__()
         assert not (tmp_path / name).exists()
     assert (partial / "precious").exists() and (victim / UNFINISHED).exists()
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    partial = tmp_path / ".target.partial"
+    (partial / "weights").mkdir(parents=True)
+    (partial / "weights" / "half").write_text("of a tensor")
+    (partial / UNFINISHED).touch()
+    with new_directory(tmp_path / "target") as again:
+        (again / "whole").write_text("bytes")
+    assert directories.contents(tmp_path) == {"target/whole": b"bytes"}
 
 
 def test_directories_made_for_a_target_go_with_it(tmp_path):

@@ -30,11 +30,6 @@ def common_widths(stacks: dict[str, TransformerConfig], problems: list[str]) -> 
     return 1.0, 256
 
 
-def formula_width(dim: int) -> int:
-    """The width of a stack of this width with the released settings."""
-    return _width(TransformerConfig(dim=dim), 1.0, 256)
-
-
 def _width(stack: TransformerConfig, multiplier: float, multiple_of: int) -> int:
     return dataclasses.replace(
         stack, ffn_dim_multiplier=multiplier, ffn_multiple_of=multiple_of, ffn_width=None

@@ -17,13 +17,12 @@ from bltjax.conversion import hf_config, meta_config, pickled_files, safetensors
 from bltjax.conversion.fields import read_json
 from bltjax.conversion.names import HF, META, from_published
 from bltjax.conversion.weights import (
-    Advance,
     Weights,
     WeightsError,
-    ignore_progress,
     value_problems,
 )
 from bltjax.lazy import LazyArray
+from bltjax.progress import Advance, unwatched
 
 ENTROPY_MODEL_DIRECTORY = "entropy_model"
 PATCHER = "model.patcher."  # of the entropy model's tensors in Hugging Face's files
@@ -42,7 +41,7 @@ def is_meta(config: dict) -> bool:
     return "args" in config or "dim_global" in config or "n_layers" in config
 
 
-def read_hf(directory: Path, advance: Advance = ignore_progress) -> Weights:
+def read_hf(directory: Path, advance: Advance = unwatched) -> Weights:
     """A `BltForCausalLM` directory. Raises WeightsError that lists every problem found.
 
     A directory whose `patch_in_forward` is false has no entropy model.
@@ -85,7 +84,7 @@ def _not_explained(found: list[str], directory: Path, unreadable: list[str]) -> 
     return [problem for problem in found if problem.removesuffix(" is missing") not in index]
 
 
-def read_meta(directory: Path, advance: Advance = ignore_progress) -> Weights:
+def read_meta(directory: Path, advance: Advance = unwatched) -> Weights:
     """A directory of Meta's: a BLT (with `entropy_model/` where that is there) or an entropy model.
 
     Raises WeightsError that lists every problem found.

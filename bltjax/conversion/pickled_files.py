@@ -9,13 +9,14 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bltjax.conversion.pickle_program import Entry, Refused, read_program
 from bltjax.conversion.stored_array import one_line
 from bltjax.lazy import BLOCK_BYTES
+from bltjax.progress import Advance, unwatched
 
 MAX_PICKLE_BYTES = 8 * 2**20  # fifty thousand tensors
 
@@ -41,7 +42,7 @@ def open_pth(path: Path) -> Any:
         return read_program(archive.pickle, path, archive.storages)
 
 
-def verify(path: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> list[str]:
+def verify(path: Path, advance: Advance = unwatched) -> list[str]:
     """Read all storages, `advance(number of bytes)` block by block; a line for each damaged one.
 
     Raises as `open_pth` for a file without readable storages.
@@ -70,7 +71,7 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _crc(file, entry: Entry, advance: Callable[[int], None]) -> int:
+def _crc(file, entry: Entry, advance: Advance) -> int:
     file.seek(entry.start)
     crc, left = 0, entry.size
     while left and (block := file.read(min(left, BLOCK_BYTES))):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from bltjax.conversion.stored_array import StoredArray, one_line
 from bltjax.files import replacing
 from bltjax.lazy import LazyArray, blocks, num_bytes
+from bltjax.progress import Advance, unwatched
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,8 +41,6 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
-
-Advance = Callable[[int], None]
 
 
 def open_safetensors(path: Path) -> dict[str, LazyArray]:
@@ -156,7 +155,7 @@ def _unexpected(shards: dict[str, dict], weight_map: dict[str, str]) -> Iterator
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, LazyArray],
-    advance: Advance = lambda num_bytes: None,
+    advance: Advance = unwatched,
     metadata: Mapping[str, str] = METADATA,
 ) -> None:
     """Write a file block by block, `advance(number of bytes)` after each.
@@ -208,7 +207,7 @@ def _write_array(file, name: str, array: LazyArray, advance: Advance) -> None:
 def write_sharded(
     directory: Path,
     tensors: Mapping[str, LazyArray],
-    advance: Advance = lambda num_bytes: None,
+    advance: Advance = unwatched,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` of data and an index.

@@ -15,8 +15,9 @@ from bltjax.conversion import hf_config, meta_config
 from bltjax.conversion.from_torch import ENTROPY_MODEL_DIRECTORY
 from bltjax.conversion.names import HF, META, to_published
 from bltjax.conversion.safetensors_files import MAX_SHARD_BYTES, write_sharded
-from bltjax.conversion.weights import Advance, Weights, WeightsError, ignore_progress
+from bltjax.conversion.weights import Weights, WeightsError
 from bltjax.lazy import LazyArray
+from bltjax.progress import Advance, unwatched
 
 
 class Plan(NamedTuple):
@@ -28,7 +29,7 @@ class Plan(NamedTuple):
     notes: tuple[str, ...] = ()
     max_shard_bytes: float = math.inf
 
-    def write(self, directory: Path, advance: Advance = ignore_progress):
+    def write(self, directory: Path, advance: Advance = unwatched):
         """Raises OSError where the disk takes no more."""
         directory.mkdir(parents=True, exist_ok=True)
         write_sharded(directory, self.tensors, advance, max_shard_bytes=self.max_shard_bytes)

@@ -1,16 +1,16 @@
 """A model as any directory of weights gives it: configs, and parameters not yet in memory."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.lazy import LazyArray, blocks, num_nonfinite, tree_leaves
+from bltjax.progress import Advance, unwatched
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
-Advance = Callable[[int], None]  # told the bytes that have been worked on
 
 
 class Lengths(NamedTuple):
@@ -67,11 +67,7 @@ class WeightsError(ValueError):
         super().__init__(f"{path}: {count} problem{'s' if count > 1 else ''}{lines}")
 
 
-def ignore_progress(num_bytes: int):
-    """An `Advance` for those who do not watch."""
-
-
-def value_problems(tensors: dict[str, LazyArray], advance: Advance = ignore_progress) -> list[str]:
+def value_problems(tensors: dict[str, LazyArray], advance: Advance = unwatched) -> list[str]:
     """Names the tensors that are not floating point, or hold NaN or infinite values.
 
     Reads everything once, piece by piece.

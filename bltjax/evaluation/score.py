@@ -13,7 +13,7 @@ the released one).
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from bltjax.model import functional
 from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
+from bltjax.progress import Advance, unwatched
 from bltjax.vocabulary import BYTE_OFFSET, PAD_ID, encode
 
 ROW_BYTES = 8192  # positions of a row, BOS and EOS among them
@@ -65,7 +66,7 @@ def score_documents(
     documents: Sequence[bytes | str],
     *,
     row_bytes: int = ROW_BYTES,
-    advance: Callable[[int], None] = lambda num_bytes: None,
+    advance: Advance = unwatched,
 ) -> list[Score]:
     """The Score of each document under a byte latent transformer, on the mesh that is set.
 
@@ -95,7 +96,7 @@ def score_bytes(
     documents: Sequence[bytes | str],
     *,
     row_bytes: int = ROW_BYTES,
-    advance: Callable[[int], None] = lambda num_bytes: None,
+    advance: Advance = unwatched,
 ) -> list[Score]:
     """The Score of each document under a byte model without patches; see `score_documents`."""
     documents = _checked(documents, row_bytes)

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from bltjax.lazy import Index, LazyArray
+from bltjax.progress import Advance, unwatched
 from bltjax.training.checkpoint import CheckpointError, first_line
 
 CHUNK_BYTES = 4 * 2**20  # what is read at least
@@ -32,9 +33,7 @@ IN_FLIGHT_BYTES = 96 * 2**20  # slabs that wait for the disk
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
-def save_weights(
-    directory: Path, tree: dict, advance: Callable[[int], None] = lambda num_bytes: None
-) -> None:
+def save_weights(directory: Path, tree: dict, advance: Advance = unwatched) -> None:
     """Write a nested dict of lazy arrays as an Orbax checkpoint; `advance` hears of bytes written.
 
     The directory appears only when it is whole: a save that fails or is killed leaves a temporary
@@ -113,7 +112,7 @@ class _LazyHandler(ocp.type_handlers.TypeHandler):
     that are still awaited would each print a traceback when the loop closes.
     """
 
-    def __init__(self, typestr: str, checkpoint: Path, advance: Callable[[int], None]):
+    def __init__(self, typestr: str, checkpoint: Path, advance: Advance):
         self._typestr, self._checkpoint, self._advance = typestr, checkpoint, advance
 
     def typestr(self) -> str:
@@ -210,9 +209,7 @@ def _damaged(checkpoint: Path, reason: str) -> CheckpointError:
     )
 
 
-def _handler(
-    checkpoint: Path, advance: Callable[[int], None] = lambda num_bytes: None
-) -> ocp.CheckpointHandler:
+def _handler(checkpoint: Path, advance: Advance = unwatched) -> ocp.CheckpointHandler:
     """Orbax's handler of nested dicts, with the class above for every leaf."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs dozens of lines a save
     registry = ocp.type_handlers.create_type_handler_registry(
