@@ -30,6 +30,8 @@ from bltjax.conversion.weights import (
     Weights,
     WeightsError,
     flat,
+    shape_problems,
+    shapes,
     value_problems,
 )
 from bltjax.files import UNFINISHED
@@ -272,15 +274,7 @@ def _run_settings(directory: Path) -> tuple[RunConfig, PatchingConfig, tuple[str
 def _check(directory: Path, configs: dict, params: dict, advance: Advance):
     """That parameters are what their configs say, and finite. Raises WeightsError."""
     expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
-    wanted = {path: tuple(leaf.shape) for path, leaf in flat(expected).items()}
-    found = {path: tuple(leaf.shape) for path, leaf in flat(params).items()}
-    problems = [f"{path} is missing" for path in wanted if path not in found]
-    problems += [f"{path} is unexpected" for path in found if path not in wanted]
-    problems += [
-        f"{path} has shape {list(found[path])}, the config says {list(shape)}"
-        for path, shape in wanted.items()
-        if path in found and found[path] != shape
-    ]
+    problems = shape_problems(shapes(flat(params)), shapes(flat(expected)))
     try:
         problems += value_problems(flat(params), advance)
     except CheckpointError as error:

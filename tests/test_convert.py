@@ -405,6 +405,16 @@ def test_damaged_files_are_told(tmp_path):
         assert wanted in str(error.value)
 
 
+def test_a_broken_file_does_not_hide_what_settings_lack(tmp_path):
+    source = directories.hub(tmp_path / "source", "meta_A_1b_like", dim_global=None)
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="dim_global is missing") as error:
+        bltjax.load(source)
+    assert "download it again" in str(error.value)
+    assert not any(p.endswith("weight is missing") for p in error.value.problems)
+
+
 def test_a_target_that_exists_stays_as_it_is(tmp_path):
     source = directories.hub(tmp_path / "source", "meta_entropy")
     target = tmp_path / "target"

@@ -16,11 +16,7 @@ from bltjax.config import PatchingConfig
 from bltjax.conversion import hf_config, meta_config, pickled_files, safetensors_files
 from bltjax.conversion.fields import read_json
 from bltjax.conversion.names import HF, META, from_published
-from bltjax.conversion.weights import (
-    Weights,
-    WeightsError,
-    value_problems,
-)
+from bltjax.conversion.weights import Weights, WeightsError, value_problems
 from bltjax.lazy import LazyArray
 from bltjax.progress import Advance, unwatched
 
@@ -95,10 +91,11 @@ def read_meta(directory: Path, advance: Advance = unwatched) -> Weights:
     settings = _meta_settings(directory, problems)
     weights = None
     if settings is not None and settings.is_blt(tensors):
-        weights = _meta_blt(settings, tensors, problems)
+        weights, found = _meta_blt(settings, tensors, problems)
+        problems += _not_explained(found, directory, unreadable)
     elif settings is not None:
-        weights = _meta_entropy_model(settings, tensors, problems)
-    problems = _not_explained(problems, directory, unreadable)
+        weights, found = _meta_entropy_model(settings, tensors, problems)
+        problems += _not_explained(found, directory, unreadable)
     problems += value_problems(tensors, advance)
     inside = directory / ENTROPY_MODEL_DIRECTORY
     if inside.is_dir() and inside.resolve() != directory.resolve():
@@ -134,24 +131,24 @@ def _with_entropy_model(weights, directory: Path, problems: list[str], advance) 
     return weights and weights.with_entropy_model(other)
 
 
-def _meta_blt(settings: _Settings, tensors, problems) -> Weights | None:
+def _meta_blt(settings: _Settings, tensors, problems) -> tuple[Weights | None, list[str]]:
+    """The model, and what is wrong with its tensors; `problems` takes what is with its settings."""
     config, patching, lengths = meta_config.read_blt(settings.args, settings.patcher_args, problems)
     if config is None:
-        return None
+        return None, []
     params, found = from_published(config, tensors, META)
-    problems += found
-    return Weights(config, None, patching, {"blt": params}, lengths)
+    return Weights(config, None, patching, {"blt": params}, lengths), found
 
 
-def _meta_entropy_model(settings: _Settings, tensors, problems) -> Weights | None:
+def _meta_entropy_model(settings: _Settings, tensors, problems) -> tuple[Weights | None, list[str]]:
+    """See `_meta_blt`."""
     args = settings.entropy_model or settings.args
     config, lengths = meta_config.read_entropy_model(args, problems)
     if config is None:
-        return None
+        return None, []
     params, found = from_published(config, tensors, META)
-    problems += found
     patching = PatchingConfig(target_patch_bytes=None)
-    return Weights(None, config, patching, {"entropy_model": params}, lengths)
+    return Weights(None, config, patching, {"entropy_model": params}, lengths), found
 
 
 def _meta_settings(directory: Path, problems: list[str]) -> _Settings | None:

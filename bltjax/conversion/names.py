@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bltjax.config import BLTConfig, TransformerConfig
+from bltjax.conversion.weights import shape_problems, shapes
 from bltjax.lazy import Joined, LazyArray, Member, Split, Stacked, tree_leaves
 from bltjax.model import functional
 
@@ -98,7 +99,7 @@ def published_shapes(config, style: str) -> dict[str, tuple[int, ...]]:
     Needs a mesh to be set (any), computes nothing.
     """
     abstract = functional.abstract_params(config)
-    return {name: tuple(t.shape) for name, t in to_published(config, abstract, style).items()}
+    return shapes(to_published(config, abstract, style))
 
 
 def to_published(config, params: dict, style: str) -> dict[str, LazyArray]:
@@ -126,20 +127,14 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
     if too_many := _more_than(config, len(tensors)):
         return {}, too_many
     abstract = functional.abstract_params(config)
-    expected = {n: tuple(t.shape) for n, t in to_published(config, abstract, style).items()}
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unexpected" for name in tensors if name not in expected]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, the config says {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
+    found, expected = shapes(tensors), shapes(to_published(config, abstract, style))
+    problems = shape_problems(found, expected)
     params = {}
     for path, leaf in tree_leaves(abstract):
         name = _by_path(isinstance(config, BLTConfig))[path]
         wanted = [name.tensor(style, i) for i in range(leaf.shape[0] if name.stacked else 1)]
         wanted = list(dict.fromkeys(wanted))
-        if any(w not in tensors or tuple(tensors[w].shape) != expected[w] for w in wanted):
+        if any(found.get(w) != expected[w] for w in wanted):
             continue
         parts = [tensors[w] for w in wanted]
         dtypes = sorted({np.dtype(part.dtype).name for part in parts})

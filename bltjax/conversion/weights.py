@@ -1,7 +1,7 @@
 """A model as any directory of weights gives it: configs, and parameters not yet in memory."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +86,24 @@ def value_problems(tensors: dict[str, LazyArray], advance: Advance = unwatched) 
         if bad:
             found.append(f"{name} has {bad} values that are NaN or infinite")
     return found
+
+
+def shape_problems(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Names the arrays that are missing, that nobody expects, or of another shape."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
+    return problems + [
+        f"{name} has shape {list(found[name])}, the config says {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+
+
+def shapes(arrays: Mapping[str, LazyArray]) -> dict[str, tuple[int, ...]]:
+    """The shape of each array by name."""
+    return {name: tuple(array.shape) for name, array in arrays.items()}
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:
