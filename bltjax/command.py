@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from absl import flags, logging
+from ml_collections import config_flags
 
 from bltjax.model_config import DTYPES
 from bltjax.progress import Progress
@@ -31,6 +32,53 @@ def parse(argv):
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
+        fail(error)
+
+
+def define_run_flags():
+    """--config and --workdir, what `read_config` takes."""
+    config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where records, checkpoints, metrics and results go.")
+
+
+def parse_run(argv):
+    """absl's parser, with the tracebacks of mistyped settings turned into one line."""
+    try:
+        remaining = flags.FLAGS(argv)
+        if flags.FLAGS.config is None:
+            fail("give both --config=configs/NAME.py and --workdir=DIR")
+        return remaining
+    except flags.Error as error:
+        fail(error)
+    except OSError as error:
+        fail(f"--config cannot be read: {error}")
+    except (AttributeError, KeyError, ValueError, TypeError) as error:
+        reason = (
+            str(error.args[0] if error.args else error)
+            .strip("'\"")
+            .replace("\\n", " ")
+            .replace("\\", "")
+        )
+        wrong = [a for a in argv if a.startswith("--config.") and _last_name(a) in reason]
+        fail(f"{wrong[0] if wrong else 'settings'} cannot be set: {reason}")
+
+
+def _last_name(argument: str) -> str:
+    return argument.split("=")[0].split(".")[-1]
+
+
+def read_config():
+    """(RunConfig, workdir) of the flags; ends the command with one line where they are wrong."""
+    chosen, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    if workdir is None:
+        fail("give both --config=configs/NAME.py and --workdir=DIR")
+    from bltjax.config import RunConfig, from_config_dict
+
+    try:
+        return from_config_dict(RunConfig, chosen), workdir
+    except OSError as error:  # a missing file shows only when the config is read
+        fail(f"--config cannot be read: {error}")
+    except ValueError as error:
         fail(error)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import ml_collections
 from ml_collections import config_dict
 
+from bltjax.data_config import DataConfig, SourceConfig
 from bltjax.model_config import (
     BLTConfig,
     CrossAttentionConfig,
@@ -38,6 +39,7 @@ __all__ = [  # the models' settings are reached through this module too
     "OptimizerConfig",
     "PatchingConfig",
     "RunConfig",
+    "SourceConfig",
     "TrainingConfig",
     "TransformerConfig",
     "default_config",
@@ -66,6 +68,7 @@ class PatchingConfig:
     reset_at_newlines: bool = False  # the entropy model forgets at newlines (paper 4.4)
     published_skip_at_3: bool = False  # replicate "never a start at 3" (spec 2.4)
     bf16_compat: bool = False  # round as the published demo does (spec 2.9)
+    in_step: bool = False  # the training step finds patches, with a frozen entropy model
 
     def problems(self, name: str) -> list[str]:
         found = one_of(self, name, "rule", PATCHING_RULES) + positive(self, name, "patch_size")
@@ -81,33 +84,6 @@ class PatchingConfig:
                 "target_patch_bytes to None in the config file, and threshold and threshold_add"
             )
         return found
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which text; files are split into training and validation by name."""
-
-    root: str = ""  # a directory; empty: the running Python's standard library
-    suffixes: tuple[str, ...] = (".py", ".rst", ".txt", ".md")
-    exclude: tuple[str, ...] = (
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idle_test",
-        "__pycache__",
-        ".git",
-    )
-    validation_fraction: float = 0.035
-    max_bytes: int | None = None
-    seed: int = 0
-
-    def problems(self, name: str) -> list[str]:
-        if not 0 < self.validation_fraction < 1:
-            return [
-                f"{name}.validation_fraction={self.validation_fraction} must lie between 0 and 1"
-            ]
-        return []
 
 
 @dataclass(frozen=True)
@@ -161,7 +137,7 @@ class TrainingConfig:
 
     steps: int = 1000
     batch_size: int = 8  # rows over all devices
-    row_bytes: int = 1024  # L, byte positions of a row
+    row_bytes: int = 1024  # L, byte positions of a row; 0: from row_patches and the mean patch
     row_patches: int = 0  # P, patch slots of a row; 0: from row_bytes and the mean patch
     optimizer: OptimizerConfig = OptimizerConfig()
     log_every: int = 20
@@ -173,14 +149,17 @@ class TrainingConfig:
         found = positive(
             self, name, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"
         )
-        if self.row_bytes < 8:
-            found.append(f"{name}.row_bytes={self.row_bytes} must be at least 8")
+        if self.row_bytes < 8 and not (self.row_bytes == 0 and self.row_patches):
+            found.append(
+                f"{name}.row_bytes={self.row_bytes} must be at least 8, or 0 where row_patches is "
+                "given and chooses it"
+            )
         if self.row_patches in (1, 2):
             found.append(
                 f"{name}.row_patches={self.row_patches} is too few: a row needs 3, two for a first "
                 "patch that continues and one for its end (0 chooses the number)"
             )
-        if self.row_patches < 0 or self.row_bytes < self.row_patches:
+        if self.row_patches < 0 or 0 < self.row_bytes < self.row_patches:
             found.append(
                 f"{name}.row_bytes={self.row_bytes} is below "
                 f"{name}.row_patches={self.row_patches}: a row holds at most one patch "
@@ -209,6 +188,7 @@ class EvaluationConfig:
     """What is measured and shown at the end of a run."""
 
     batch_size: int = 8
+    max_bytes: int = 100_000_000  # of held-out documents, about
     baselines: bool = True  # fit n-gram models on the training bytes
     prompt: str = "def "
     sample_bytes: int = 200
@@ -216,7 +196,7 @@ class EvaluationConfig:
     sentence: str = "Patches are short where text is hard and long where it is easy."
 
     def problems(self, name: str) -> list[str]:
-        return positive(self, name, "batch_size", "sample_bytes")
+        return positive(self, name, "batch_size", "max_bytes", "sample_bytes")
 
 
 @dataclass(frozen=True)
@@ -243,13 +223,24 @@ class RunConfig:
         unknown = [s for s in self.stages if s not in STAGES]
         if unknown or not self.stages:
             found.append(f"stages={self.stages} must be one or more of {STAGES}")
+        if self.entropy_training.row_bytes == 0 < self.entropy_training.row_patches:
+            found.append(
+                "entropy_training.row_bytes=0 must be at least 8: its rows have no patches"
+            )
         if found:
             raise ValueError("; ".join(found))
 
 
 # Settings that may change between the runs of one working directory: which stages to do now, where
 # they run and how they are watched. (Another mesh adds in another order: equal up to rounding.)
-FREE_FIELDS = ("stages", "mesh", "log_every", "checkpoint_every", "keep_checkpoints")
+FREE_FIELDS = (
+    "stages",
+    "mesh",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
 
 
 def default_config(cls=RunConfig) -> ml_collections.ConfigDict:

@@ -4,10 +4,15 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+Task = TypeVar("Task")
 
 PARTIAL = ".partial"  # the suffix of what is being written
+LOCK = ".lock"
 UNFINISHED = "UNFINISHED"  # a file in a directory that is not whole
 
 
@@ -62,6 +67,62 @@ def new_directory(target: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def alone(directory: Path):
+    """Keeps other processes that ask for the same directory waiting until the block ends."""
+    # A file, since on NFS the lock of a directory does not reach other machines.
+    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT)  # a killed process lets go of it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def share(
+    tasks: Iterable[Task],
+    is_done: Callable[[Task], bool],
+    do: Callable[[Task], None],
+    lock: Callable[[Task], Path],
+    poll_seconds: float = 0.5,
+):
+    """Returns when all tasks are done, by this process or by others that share the same tasks.
+
+    Every process goes through the tasks in order and takes those that are not done and whose lock
+    file nobody holds; then it waits for the others. A process that dies lets go of its lock, and
+    one of the others takes the task over, so `do` must cope with what was left. What `do` raises
+    comes through. Lock files stay. Processes on several machines need a file system whose `flock`
+    reaches all of them: NFS does, a bucket mounted with gcsfuse does not.
+    """
+    left = list(tasks)
+    while left:
+        held = [task for task in left if not _do_alone(task, is_done, do, lock(task))]
+        if len(held) == len(left):
+            time.sleep(poll_seconds)
+        left = held
+
+
+def _do_alone(task: Task, is_done, do, lock: Path) -> bool:
+    """Returns whether the task is done; False while another process holds its lock."""
+    if is_done(task):
+        return True
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(lock, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        try:
+            if not is_done(task):  # It may have been done since we asked.
+                do(task)
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # Forked children hold the file open, too.
+        return True
+    finally:
+        os.close(file)
 
 
 def _was_ours(partial: Path) -> bool:

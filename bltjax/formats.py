@@ -19,6 +19,7 @@ from bltjax.config import (
     EntropyModelConfig,
     PatchingConfig,
     RunConfig,
+    TrainingConfig,
     from_config_dict,
     to_dict,
 )
@@ -39,7 +40,8 @@ from bltjax.lazy import Cast, LazyArray
 from bltjax.model import functional
 from bltjax.model_config import DTYPES
 from bltjax.progress import Advance, unwatched
-from bltjax.training.checkpoint import CheckpointError, has_checkpoint
+from bltjax.training.checkpoint import CheckpointError
+from bltjax.training.trained import is_trained
 from bltjax.training.weights_on_disk import open_params, open_weights, save_weights
 
 VERSION = 1  # of model.json
@@ -64,7 +66,7 @@ def detect(directory: Path) -> str:
         return BLTJAX
     problems: list[str] = []
     config = read_json(directory / "config.json", problems)
-    if "config" in config and "corpus" in config:
+    if "stages" in (config.get("config") or ()):
         return RUN
     if from_torch.is_hf(config):
         return HF
@@ -225,14 +227,15 @@ def _config(cls, values, name: str, problems: list[str]):
 
 def _read_run(directory: Path, advance: Advance) -> Weights:
     config, patching, notes = _run_settings(directory)
-    stages = {
-        stage: directory / stage / "checkpoints"
-        for stage in ("blt", "entropy_model")
-        if has_checkpoint(directory / stage / "checkpoints")
-    }
+    stages = [s for s in ("blt", "entropy_model") if is_trained(directory / s)]
     if not stages:
         raise WeightsError(directory, ["it is a run without a checkpoint yet: train it first"])
-    params = {stage: open_params(path) for stage, path in stages.items()}
+    params = {
+        stage: open_weights(directory / stage / WEIGHTS)
+        if (directory / stage / WEIGHTS).is_dir()
+        else open_params(directory / stage / "checkpoints")
+        for stage in stages
+    }
     configs = {stage: getattr(config, stage) for stage in stages}
     _check(directory, configs, params, advance)
     training = config.blt_training if "blt" in stages else config.entropy_training
@@ -241,9 +244,21 @@ def _read_run(directory: Path, advance: Advance) -> Weights:
         configs.get("entropy_model"),
         patching,
         params,
-        Lengths(row_bytes=training.row_bytes),
+        Lengths(row_bytes=_trained_row_bytes(directory, training)),
         notes if "blt" in stages else (),
     )
+
+
+def _trained_row_bytes(directory: Path, training: TrainingConfig) -> int:
+    """The rows that a run chose by itself are in its rows.json."""
+    if training.row_bytes:
+        return training.row_bytes
+    problems: list[str] = []
+    stored = Fields("rows.json", read_json(directory / "rows.json", problems))
+    row_bytes = stored.take("row_bytes", int)
+    if problems := problems + stored.problems:
+        raise WeightsError(directory, problems)
+    return row_bytes
 
 
 def _run_settings(directory: Path) -> tuple[RunConfig, PatchingConfig, tuple[str, ...]]:

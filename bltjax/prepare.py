@@ -1,28 +1,22 @@
 """What must be right before a run writes anything: stages, sizes, mesh, text, working directory.
 
-A working directory belongs to one config and one text. `config.json` holds both, written when a
-run first claims the directory and compared whenever it is resumed.
+A working directory belongs to one config. `config.json` holds it, written when a run first claims
+the directory and compared whenever it is resumed; the text is in its records.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from bltjax import sharding
 from bltjax.config import ENTROPY_RULES, RunConfig, differences, to_dict
-from bltjax.data.sources import Document, python_library_root, read_documents, split_by_file
-from bltjax.files import replacing
-from bltjax.training.checkpoint import has_checkpoint
-
-
-class Corpus(NamedTuple):
-    train: list[Document]  # in the seeded order in which runs read them
-    validation: list[Document]
+from bltjax.data.records import ENTROPIES, has_entropies, open_store
+from bltjax.data.sources import list_units
+from bltjax.files import LOCK, alone, replacing
+from bltjax.training.trained import is_trained
 
 
 class Prepared(NamedTuple):
@@ -30,22 +24,24 @@ class Prepared(NamedTuple):
 
     config: RunConfig
     workdir: Path
-    corpus: Corpus
     mesh: jax.sharding.Mesh
 
 
-def prepare(config: RunConfig, workdir: str | os.PathLike) -> Prepared:
-    """Check everything a run needs. Raises ValueError or OSError naming the value and remedy."""
+def prepare(config: RunConfig, workdir: str | os.PathLike, needs_models: bool = True) -> Prepared:
+    """Check everything a run needs. Raises ValueError or OSError naming the value and remedy.
+
+    Without `needs_models` those that the stages do not train may come later.
+    """
     workdir = Path(workdir).absolute()
     mesh = sharding.make_mesh(config.mesh)
-    check_stages(config, workdir)
+    if needs_models:
+        check_stages(config, workdir)
     check_batch_sizes(config, mesh)
     for name in used_models(config):
         sharding.check_model(getattr(config, name), name, mesh)
-    corpus = read_corpus(config)
-    check_corpus_size(config, corpus)
-    claim_workdir(config, corpus, workdir)
-    return Prepared(config, workdir, corpus, mesh)
+    check_sources(config, workdir)
+    claim_workdir(config, workdir)
+    return Prepared(config, workdir, mesh)
 
 
 def used_models(config: RunConfig) -> list[str]:
@@ -66,25 +62,24 @@ def check_stages(config: RunConfig, workdir: Path):
             "not have: choose another rule"
         )
     for stage in used:
-        if stage not in config.stages and not has_checkpoint(workdir / stage / "checkpoints"):
+        if stage == "entropy_model" and has_all_entropies(config, workdir):
+            continue
+        if stage not in config.stages and not is_trained(workdir / stage):
             raise ValueError(
                 f"stages={config.stages} need a trained {stage} in {workdir}, and there is none: "
                 f"add the stage {stage!r}, or run it first in that --workdir"
             )
 
 
-def check_corpus_size(config: RunConfig, corpus: Corpus):
-    """Each training stage needs text for one batch. Raises ValueError."""
-    size = sum(len(document.data) for document in corpus.train)
-    for stage, name in (("entropy_model", "entropy_training"), ("blt", "blt_training")):
-        training = getattr(config, name)
-        batch = training.batch_size * training.row_bytes
-        if stage in config.stages and size < batch:
-            raise ValueError(
-                f"the corpus has {size} bytes for training, fewer than one batch of {name}."
-                f"batch_size={training.batch_size} rows of row_bytes={training.row_bytes}: give "
-                "more text, or lower them"
-            )
+def has_all_entropies(config: RunConfig, workdir: Path) -> bool:
+    """Whether the stages can do without an entropy model, since the records have its results."""
+    if config.patching.in_step or {"entropy_model", "sample"} & set(config.stages):
+        return False
+    try:
+        store = open_store(config.data.records or workdir / "records")
+    except (FileNotFoundError, ValueError):  # none yet, or not whole yet
+        return False
+    return all(has_entropies(shard) for shard in store.all_shards)
 
 
 def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
@@ -101,40 +96,44 @@ def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
             )
 
 
-def read_corpus(config: RunConfig) -> Corpus:
-    """The documents of a run, split by file, training documents in seeded order."""
-    data = config.data
-    root = Path(data.root) if data.root else python_library_root()
-    try:
-        documents = read_documents(root, data.suffixes, data.exclude, data.max_bytes)
-    except PermissionError as error:
-        raise PermissionError(f"data.root={root}: {error}: make it readable, or move it") from error
-    train_documents, validation = split_by_file(documents, data.validation_fraction, data.seed)
-    order = np.random.default_rng(data.seed).permutation(len(train_documents))
-    return Corpus([train_documents[i] for i in order], validation)
+def check_sources(config: RunConfig, workdir: Path):
+    """There are records, or sources to make them of. Raises ValueError or OSError."""
+    if config.data.records:
+        store = open_store(config.data.records)
+        if "entropy_model" in config.stages and (store.directory / ENTROPIES).exists():
+            raise ValueError(
+                f"the records in {store.directory} have the entropies of a model already: leave "
+                "the stage 'entropy_model' out, or bring that model with bltjax.preprocess "
+                "--entropy_model=DIR"
+            )
+    elif not (workdir / "records").exists():
+        for source in config.data.named_sources():
+            units = list_units(source, config.data)
+            if source.kind != "huggingface" and not any(unit.size for unit in units):
+                raise ValueError(
+                    f"the files at {source.path!r} (source {source.name!r}) hold no bytes: choose "
+                    "another path"
+                )
 
 
-def claim_workdir(config: RunConfig, corpus: Corpus, workdir: Path):
-    """Write config and fingerprint into a new working directory, or compare with those there.
+def claim_workdir(config: RunConfig, workdir: Path):
+    """Write the config into a new working directory, or compare with those there.
 
     Raises ValueError where they differ, OSError where nothing can be written.
     """
-    claim = dict(config=to_dict(config), corpus=fingerprint(corpus))
+    claim = dict(config=to_dict(config))
     path = workdir / "config.json"
-    if not path.exists():
-        # A process killed while it wrote the claim leaves its partial file.
-        if workdir.is_dir() and {p.name for p in workdir.iterdir()} - {"config.partial"}:
-            raise ValueError(
-                f"{workdir} is not empty and holds no run (no config.json): choose a new --workdir"
-            )
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, claim)
-        except OSError as error:
-            raise OSError(
-                f"--workdir={workdir} cannot be written ({error}): choose another"
-            ) from error
-        return
+    try:
+        if workdir.exists() and not path.exists():
+            _refuse_other_files(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        with alone(workdir):  # several processes may begin at once
+            if not path.exists():
+                _refuse_other_files(workdir)
+                _write(path, claim)
+                return
+    except OSError as error:
+        raise OSError(f"--workdir={workdir} cannot be written ({error}): choose another") from error
     try:
         there = json.loads(path.read_text())
         changed = differences(there["config"], claim["config"])
@@ -148,23 +147,22 @@ def claim_workdir(config: RunConfig, corpus: Corpus, workdir: Path):
             f"{workdir} holds a run of another config ({changed[0]}{more}): choose another "
             "--workdir, or give the settings it was started with"
         )
-    if there["corpus"] != claim["corpus"]:
+
+
+def _refuse_other_files(workdir: Path):
+    # Another process may be about to write the claim, or was killed while it wrote it.
+    if {p.name for p in workdir.iterdir()} - {"config.partial", "config.json", LOCK}:
         raise ValueError(
-            f"{workdir} holds a run on other text ({there['corpus']} there, {claim['corpus']} "
-            "here): choose another --workdir, or give the corpus it was started with"
+            f"{workdir} is not empty and holds no run (no config.json): choose a new --workdir"
         )
-
-
-def fingerprint(corpus: Corpus) -> str:
-    """Sizes and a digest of every document's name and bytes."""
-    digest = hashlib.blake2b(digest_size=8)
-    for document in (*corpus.train, *corpus.validation):
-        for part in (document.name.encode("utf-8", "surrogateescape"), document.data):
-            digest.update(len(part).to_bytes(8, "big") + part)
-    return f"{len(corpus.train)}+{len(corpus.validation)} files, {digest.hexdigest()}"
 
 
 def write_json(path: Path, value: dict):
     """Atomically: a killed process leaves the old file or the new one, never half of one."""
+    with alone(path.parent):
+        _write(path, value)
+
+
+def _write(path: Path, value: dict):
     with replacing(path) as file:
         file.write(json.dumps(value, indent=1).encode())

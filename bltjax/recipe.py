@@ -1,9 +1,10 @@
 """A run from text to a measured model: the stages of a RunConfig, each resuming by itself.
 
+    (always)        read the corpus into records                     workdir/records/
     entropy_model   train the small byte model                       workdir/entropy_model/
-    entropies       run it over the corpus, calibrate the threshold  workdir/entropies/
+    entropies       run it over the corpus, calibrate the threshold  workdir/records/, patching.json
     blt             train the byte latent transformer                workdir/blt/
-    evaluate        bits per byte of held-out files, and baselines
+    evaluate        bits per byte of held-out documents, and baselines
     sample          a continuation, and the patches of a sentence
 
 A stage that a run leaves out must have been done in the same working directory before, or not be
@@ -11,187 +12,175 @@ needed: rules such as `space` use no entropies.
 """
 
 import dataclasses
-import functools
+import itertools
 import json
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from bltjax import sharding
+from bltjax import corpus, sharding
 from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, to_dict
-from bltjax.data.entropies import (
-    corpus_entropies,
-    make_entropy_fn,
-    receptive_bytes,
-    stored_entropies,
-)
-from bltjax.data.packing import Row, pack_bytes, pack_patches, stack, utilisation
-from bltjax.data.sources import Document
+from bltjax.corpus import Patched
+from bltjax.data.lanes import Lane, Layout
+from bltjax.data.pipeline import whole_batches
+from bltjax.data.records import Documents, Store
+from bltjax.data.rows import utilisation
 from bltjax.evaluation.baselines import baselines
 from bltjax.evaluation.bits_per_byte import evaluate
 from bltjax.flops import format_report, parameter_report
 from bltjax.inference.decode import generate_by_recompute, row_patch_starts
 from bltjax.model import functional
-from bltjax.patching.boundaries import lengths_from_starts, patch_starts
-from bltjax.patching.calibrate import calibrate_threshold, mean_patch_bytes
-from bltjax.prepare import Corpus, Prepared, write_json
-from bltjax.training.checkpoint import has_checkpoint, load_params
-from bltjax.training.loop import train
-from bltjax.training.optimizer import make_optimizer
-from bltjax.training.state import abstract_state
+from bltjax.patching.boundaries import lengths_from_starts
+from bltjax.prepare import Prepared, write_json
+from bltjax.training.in_step import make_patch_finder
+from bltjax.training.loop import InStep, TrainingData, train
 from bltjax.training.step import make_eval_step
+from bltjax.training.trained import WEIGHTS, blt_params, entropy_params, is_trained
 from bltjax.vocabulary import encode
+
+MEASURED_ROWS = 256  # whose budgets are reported
 
 
 def run(prepared: Prepared) -> dict:
     """All stages in order -> the result, also in workdir/result.json."""
-    config, workdir, corpus, mesh = prepared
+    config, workdir, mesh = prepared
     started = time.perf_counter()
     result = dict(workdir=str(workdir), compilations={}, parameters={})
-    describe(prepared)
+    print(
+        f"mesh: {dict(mesh.shape)} on {jax.devices()[0].device_kind}; workdir: {workdir}",
+        flush=True,
+    )
     with jax.set_mesh(mesh):
+        store = corpus.open_corpus(config, workdir)
         if "entropy_model" in config.stages:
-            train_entropy_model(config, workdir, corpus, result)
-        patching, documents = config.patching, None
+            train_entropy_model(config, workdir, store, result)
+        patched = None
         if "entropies" in config.stages or "blt" in config.stages:
-            patching, documents = find_patches(config, workdir, corpus, result)
+            patched = find_patches(config, workdir, store, result)
         if "blt" in config.stages:
-            train_blt(config, workdir, documents, result)
+            train_blt(config, workdir, store, patched, result)
         if "evaluate" in config.stages:
-            evaluate_model(config, workdir, corpus, documents, result)
+            evaluate_model(config, workdir, store, patched, result)
         if "sample" in config.stages:
-            show_sample(config, workdir, patching, result)
+            show_sample(config, workdir, config.patching, result)
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_json(workdir / "result.json", result)
     return result
 
 
-def describe(prepared: Prepared):
-    _, workdir, corpus, mesh = prepared
-    sizes = [sum(len(d.data) for d in part) for part in corpus]
-    print(
-        f"corpus: {len(corpus.train)} files, {sizes[0] / 1e6:.2f} MB for training; "
-        f"{len(corpus.validation)} files, {sizes[1] / 1e6:.2f} MB held out\n"
-        f"mesh: {dict(mesh.shape)} on {jax.devices()[0].device_kind}; workdir: {workdir}",
-        flush=True,
-    )
-
-
-def train_entropy_model(config: RunConfig, workdir: Path, corpus: Corpus, result: dict):
-    """Stage 1."""
+def train_entropy_model(config: RunConfig, workdir: Path, store: Store, result: dict):
+    """Stage 1; nothing is left to do where a model was brought."""
+    if (workdir / "entropy_model" / WEIGHTS).is_dir():
+        return
     report("entropy_model", config.entropy_model, result)
     stage = config.entropy_training
-    documents = take_bytes(corpus.train, stage.steps * stage.batch_size * stage.row_bytes)
-    rows = stack(pack_bytes((encode(d.data) for d in documents), stage.row_bytes))
-    trained = train("entropy_model", config.entropy_model, stage, rows, workdir / "entropy_model")
+    shards = corpus.select(config, store, corpus.needed_bytes(config, stage))
+    data = corpus.training_data(config, store, shards, Layout(stage.row_bytes), entropies=False)
+    trained = train("entropy_model", config.entropy_model, stage, data, workdir / "entropy_model")
     result["compilations"]["entropy_model"] = trained.compilations
 
 
-class Patched(NamedTuple):
-    """Documents as ids, and where their patches start."""
-
-    train: list[tuple[np.ndarray, np.ndarray]]
-    validation: list[tuple[np.ndarray, np.ndarray]]
-    mean_patch_bytes: float
-
-
-def find_patches(config: RunConfig, workdir: Path, corpus: Corpus, result: dict):
-    """Stage 2 -> the PatchingConfig with the calibrated threshold, and Patched documents.
-
-    Only as many training documents as the next stage reads go through the entropy model.
-    """
-    patching, stage = config.patching, config.blt_training
-    documents = take_bytes(corpus.train, stage.steps * stage.batch_size * stage.row_bytes)
-    ids = [[encode(d.data) for d in part] for part in (documents, corpus.validation)]
-    entropies = [[None] * len(part) for part in ids]
-    if patching.rule in ENTROPY_RULES:
-        entropies = entropies_of(config, workdir, ids, result)
-        if patching.target_patch_bytes is not None:
-            threshold = calibrate_threshold(
-                entropies[0], patching.target_patch_bytes, patching.rule
-            )
-            patching = dataclasses.replace(patching, threshold=threshold)
-        write_json(workdir / "patching.json", to_dict(patching))
-        result["threshold"] = patching.threshold
-    train_part, validation = (
-        [(i, patch_starts(patching, i, h)[: len(i)]) for i, h in zip(*part, strict=True)]
-        for part in zip(ids, entropies, strict=True)
-    )
-    mean = mean_patch_bytes([starts for _, starts in train_part])
-    result["mean_patch_bytes"] = mean
-    print(
-        f"patches: {mean:.2f} bytes on average"
-        + (f" at threshold {patching.threshold:.4f} nats" if entropies[0][0] is not None else ""),
-        flush=True,
-    )
-    return patching, Patched(train_part, validation, mean)
+def find_patches(
+    config: RunConfig, workdir: Path, store: Store, result: dict, everything: bool = False
+) -> Patched:
+    """Stage 2: the threshold, and the documents of the next stages with their entropies."""
+    patched = corpus.find_patches(config, workdir, store, everything)
+    result["mean_patch_bytes"] = patched.mean_patch_bytes
+    if config.patching.rule in ENTROPY_RULES:
+        result["compilations"]["entropies"] = patched.compilations
+    threshold = ""
+    if config.patching.rule in ENTROPY_RULES:
+        write_json(workdir / "patching.json", to_dict(patched.patching))
+        result["threshold"] = patched.patching.threshold
+        threshold = f" at threshold {patched.patching.threshold:.4f} nats"
+    print(f"patches: {patched.mean_patch_bytes:.2f} bytes on average{threshold}", flush=True)
+    return patched
 
 
-def entropies_of(config: RunConfig, workdir: Path, ids, result: dict) -> list[list[np.ndarray]]:
-    """Entropies of the (training, validation) documents; shards that are stored are only read."""
-    entropy_fn = make_entropy_fn(config.entropy_model, config.patching.reset_at_newlines)
-    stage = config.entropy_training
-    row_bytes = max(stage.row_bytes, 2 * receptive_bytes(config.entropy_model))
-    params = functools.cache(lambda: entropy_params(config, workdir))
-
-    def compute(documents):
-        return corpus_entropies(
-            entropy_fn, params(), config.entropy_model, documents, row_bytes, stage.batch_size
-        )
-
-    found = [
-        stored_entropies(workdir / "entropies", name, part, compute)
-        for name, part in zip(("train", "validation"), ids, strict=True)
-    ]
-    result["compilations"]["entropies"] = entropy_fn._cache_size()
-    return found
-
-
-def train_blt(config: RunConfig, workdir: Path, documents: Patched, result: dict):
+def train_blt(config: RunConfig, workdir: Path, store: Store, patched: Patched, result: dict):
     """Stage 3."""
     report("blt", config.blt, result)
-    rows = pack(config, documents, documents.train)
-    result.update(utilisation(rows))
-    print(
-        f"rows: {len(rows.tokens)} of {rows.tokens.shape[1]} bytes and "
-        f"{rows.patch_lengths.shape[1]} patches; {result['byte_utilisation']:.1%} of byte "
-        f"positions and {result['patch_utilisation']:.1%} of patch slots are real",
-        flush=True,
-    )
-    trained = train("blt", config.blt, config.blt_training, rows, workdir / "blt")
+    layout = corpus.blt_layout(config, patched)
+    write_json(workdir / "rows.json", layout._replace(patching=None)._asdict())
+    stored = config.patching.rule in ENTROPY_RULES and not config.patching.in_step
+    data = corpus.training_data(config, store, patched.train, layout, entropies=stored)
+    measure_rows(data, result)
+    in_step = in_step_patching(config, workdir, patched, layout)
+    trained = train("blt", config.blt, config.blt_training, data, workdir / "blt", in_step)
     result["compilations"]["blt"] = trained.compilations
 
 
+def in_step_patching(
+    config: RunConfig, workdir: Path, patched: Patched, layout: Layout
+) -> InStep | None:
+    """What finds the patches of rows without; None where rows have them."""
+    if layout.row_patches:
+        return None
+    entropy = config.patching.rule in ENTROPY_RULES
+    finder = make_patch_finder(
+        patched.patching,
+        config.entropy_model if entropy else None,
+        corpus.in_step_patches(config, patched, layout.row_bytes),
+    )
+    return InStep(finder, entropy_params(config, workdir) if entropy else None)
+
+
+def measure_rows(data: TrainingData, result: dict):
+    """How full rows are, on the first of them."""
+    lane = Lane(data.documents, data.layout, 0, 1)
+    found = utilisation(itertools.islice(lane, MEASURED_ROWS))
+    result.update(found)
+    shares = ", ".join(
+        f"{share:.1%} of {kind.split('_')[0]} {'positions' if kind.startswith('byte') else 'slots'}"
+        for kind, share in found.items()
+    )
+    layout = data.layout
+    patches = f" and {layout.row_patches} patches" if layout.row_patches else ""
+    print(f"rows: {layout.row_bytes} bytes{patches}; {shares} are real", flush=True)
+
+
 def evaluate_model(
-    config: RunConfig, workdir: Path, corpus: Corpus, documents: Patched | None, result: dict
+    config: RunConfig, workdir: Path, store: Store, patched: Patched | None, result: dict
 ):
-    """Stage 4: bits per byte of the held-out files, beside n-gram models and xz.
+    """Stage 4: bits per byte of the held-out documents, beside n-gram models and xz.
 
     Of the byte latent transformer, or of the entropy model in a run that trains nothing else.
     """
-    if "blt" not in config.stages and not has_checkpoint(workdir / "blt" / "checkpoints"):
+    in_step = None
+    if "blt" not in config.stages and not is_trained(workdir / "blt"):
         model, params = config.entropy_model, entropy_params(config, workdir)
-        ids = (encode(d.data) for d in corpus.validation)
-        rows = stack(pack_bytes(ids, config.entropy_training.row_bytes))
+        layout, entropies = Layout(config.entropy_training.row_bytes), False
+        shards = corpus.select(config, store, config.evaluation.max_bytes, "validation")
     else:
-        if documents is None:
-            _, documents = find_patches(config, workdir, corpus, result)
+        patched = patched or find_patches(config, workdir, store, result)
         model, params = config.blt, blt_params(config, workdir)
-        rows = pack(config, documents, documents.validation)
-    eval_step = make_eval_step(model)
-    sums = evaluate(eval_step, params, rows, config.evaluation.batch_size)
+        layout, shards = corpus.blt_layout(config, patched), patched.validation
+        in_step = in_step_patching(config, workdir, patched, layout)
+        entropies = config.patching.rule in ENTROPY_RULES and in_step is None
+    # One document after the other, so that each has as much context as its rows can give.
+    documents = corpus.in_order(store, shards, entropies)
+    rows = Lane(documents, layout._replace(pool=1), 0, 1)
+    eval_step = make_eval_step(model, in_step and in_step.find_patches, len(store.sources))
+    batches = whole_batches(rows, config.evaluation.batch_size)
+    frozen = [in_step.entropy_params] if in_step else []
+    sums = evaluate(eval_step, params, batches, store.sources, *frozen)
     result["bits_per_byte"] = sums["bits_per_byte"]
     result["validation_bytes"] = int(sums["bytes"])
+    result["sources"] = sums["sources"]
     result["compilations"]["evaluate"] = eval_step._cache_size()
     print(
         f"held out: {sums['bits_per_byte']:.4f} bits per byte over {sums['bytes']:.0f} bytes",
         flush=True,
     )
+    if len(sums["sources"]) > 1:
+        for name, of in sums["sources"].items():
+            print(f"  {name}: {of['bits_per_byte']:.4f} over {of['bytes']} bytes", flush=True)
     if config.evaluation.baselines:
-        result["baselines"] = baselines(*([d.data for d in part] for part in corpus))
+        parts = (store.shards(), shards)
+        texts = ([d.data for d in corpus.stream(Documents(part))] for part in parts)
+        result["baselines"] = baselines(*texts)
         found = ", ".join(f"{name} {bits:.3f}" for name, bits in result["baselines"].items())
         print(f"baselines: {found}", flush=True)
 
@@ -230,39 +219,7 @@ def show_sample(config: RunConfig, workdir: Path, patching: PatchingConfig, resu
     result["sample"] = text
 
 
-def pack(config: RunConfig, documents: Patched, part) -> Row:
-    """Rows of both budgets; the default patch budget follows from the measured mean patch."""
-    stage = config.blt_training
-    wanted = -(-stage.row_bytes / documents.mean_patch_bytes // 8) * 8
-    patches = stage.row_patches or int(min(stage.row_bytes, max(wanted, 8)))
-    return stack(pack_patches(part, stage.row_bytes, patches))
-
-
-def take_bytes(documents: list[Document], num_bytes: int) -> list[Document]:
-    """The first documents that together hold at least `num_bytes`, or all."""
-    taken, total = [], 0
-    for document in documents:
-        if total >= num_bytes:
-            break
-        taken.append(document)
-        total += len(document.data)
-    return taken
-
-
 def report(stage: str, model_config, result: dict):
     counts = parameter_report(functional.abstract_params(model_config))
     result["parameters"][stage] = counts
     print(f"{stage}: {format_report(counts)}", flush=True)
-
-
-def entropy_params(config: RunConfig, workdir: Path) -> dict:
-    return trained_params(config.entropy_model, config.entropy_training, workdir / "entropy_model")
-
-
-def blt_params(config: RunConfig, workdir: Path) -> dict:
-    return trained_params(config.blt, config.blt_training, workdir / "blt")
-
-
-def trained_params(model_config, stage, directory: Path) -> dict:
-    optimizer = make_optimizer(stage.optimizer, stage.steps)
-    return load_params(directory / "checkpoints", abstract_state(model_config, optimizer))

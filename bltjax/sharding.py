@@ -165,12 +165,32 @@ def first_row(batch: jax.Array) -> jax.Array:
     return reshard(batch, PartitionSpec())[0]
 
 
+def rows_of_process(num_rows: int) -> np.ndarray:
+    """Which rows of a batch the devices of this process hold, in order."""
+    mesh = jax.sharding.get_mesh()
+    placed = jax.NamedSharding(mesh, batch_spec(1)).addressable_devices_indices_map((num_rows,))
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in placed.values()]))
+
+
 def put_batch(batch):
-    """A pytree of host arrays [B, ...], placed with rows sharded over the mesh."""
+    """A pytree of host arrays, placed with rows sharded over the mesh.
+
+    Each process gives its `rows_of_process` of arrays [B, ...].
+    """
     mesh = jax.sharding.get_mesh()
     return jax.tree.map(
-        lambda x: jax.device_put(x, jax.NamedSharding(mesh, batch_spec(x.ndim))), batch
+        lambda x: jax.make_array_from_process_local_data(
+            jax.NamedSharding(mesh, batch_spec(x.ndim)), x
+        ),
+        batch,
     )
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """The int64 rows [B, K] of all processes, on each, from the `rows_of_process` of this one."""
+    halves = put_batch(np.ascontiguousarray(rows).view(np.int32))  # devices have no int64
+    whole = jax.jit(lambda x: reshard(x, PartitionSpec()))(halves)
+    return np.ascontiguousarray(whole).view(np.int64)
 
 
 def concrete(tree):

@@ -12,7 +12,7 @@ from bltjax.config import default_config
 
 def get_config():
     config = default_config()
-    config.data.seed = 42
+    config.data.seed, config.data.shard_bytes = 42, 100_000
 
     entropy = config.entropy_model.transformer
     entropy.dim, entropy.num_layers, entropy.num_heads = 64, 1, 1

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from bltjax import config as config_lib
 from bltjax.config import (
     RunConfig,
+    SourceConfig,
     default_config,
     differences,
     from_config_dict,
@@ -102,6 +103,8 @@ def test_whole_numbers_are_floats_and_lists_are_tuples():
     assert run.stages == ("blt",)
 
 
+SOURCES = (dict(name="a"), dict(name="b", path="b.jsonl"))
+
 # Each: settings, and what the message must say.
 PROBLEMS = [
     (dict(blt__global_transformer__num_layers=0), "blt.global_transformer.num_layers=0"),
@@ -165,6 +168,22 @@ PROBLEMS = [
         "patching.target_patch_bytes=4.5 patching.rule='global_monotonic' threshold_add",
     ),
     (dict(data__validation_fraction=1.0), "data.validation_fraction=1.0"),
+    (dict(data__bad_records="ignore"), "data.bad_records='ignore' skip"),
+    (dict(data__workers=-1), "data.workers=-1"),
+    (dict(data__max_bytes=0), "data.max_bytes=0"),
+    (dict(data__shard_bytes=0), "data.shard_bytes=0"),
+    (dict(data__root="hf://"), "data.root='hf://' dataset"),
+    (dict(data__sources=SOURCES, data__root="x"), "data.root='x' data.sources one"),
+    (dict(data__sources=(*SOURCES, dict(name="a"))), "data.sources: 'a'"),
+    (dict(data__sources=({**SOURCES[0], "weight": 1.0}, SOURCES[1])), "data.sources: 1 2 weight"),
+    (dict(data__sources=(dict(name="a/b"),)), "data.sources[0].name='a/b' letters"),
+    (dict(data__sources=(dict(kind="csv"),)), "data.sources[0].kind='csv' parquet"),
+    (dict(data__sources=(dict(weight=-1.0),)), "data.sources[0].weight=-1.0"),
+    (dict(data__sources=(dict(kind="huggingface"),)), "data.sources[0].path='' dataset"),
+    (
+        dict(entropy_training__row_bytes=0, entropy_training__row_patches=9),
+        "entropy_training.row_bytes=0 8",
+    ),
     (dict(blt_training__steps=0), "blt_training.steps=0"),
     (dict(blt_training__row_bytes=4), "blt_training.row_bytes=4 8"),
     (
@@ -199,7 +218,16 @@ def test_all_problems_are_told_at_once():
         changed(blt__remat="all", mesh__tensor=0)
 
 
+def test_a_root_is_a_single_source():
+    assert changed().data.named_sources() == (SourceConfig(name="text", path=""),)
+    (of_hub,) = changed(data__root="hf://org/corpus:20231101.en").data.named_sources()
+    assert (of_hub.kind, of_hub.path, of_hub.subset) == ("huggingface", "org/corpus", "20231101.en")
+    named = changed(data__sources=SOURCES).data
+    assert [source.name for source in named.named_sources()] == ["a", "b"]
+
+
 def test_settings_that_look_alike_are_valid():
+    changed(blt_training__row_bytes=0, blt_training__row_patches=512)
     changed(patching__rule="global_monotonic", patching__target_patch_bytes=None)
     changed(blt_training__optimizer__min_ratio=0.0)
     changed(blt__hash__sizes=(), blt__hash__vocab=0)

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from bltjax.config import PatchingConfig, RunConfig
-from bltjax.data.sources import Document
-from bltjax.prepare import Corpus, check_stages, fingerprint, used_models
+from bltjax.prepare import check_stages, used_models
 
 SPACE = PatchingConfig(rule="space")
 
@@ -39,15 +38,3 @@ def test_a_stage_left_out_must_have_been_done(tmp_path):
     check_stages(config("blt"), tmp_path)
     with pytest.raises(ValueError, match="need a trained blt"):
         check_stages(config("evaluate"), tmp_path)
-
-
-def test_fingerprint_knows_names_bytes_and_sides():
-    one, two = Document("a", b"xy"), Document("b", b"z")
-    found = {
-        fingerprint(Corpus([one], [two])),
-        fingerprint(Corpus([two], [one])),
-        fingerprint(Corpus([Document("ax", b"y")], [two])),
-        fingerprint(Corpus([one], [Document("b", b"Z")])),
-    }
-    assert len(found) == 4
-    assert fingerprint(Corpus([one], [two])).startswith("1+1 files, ")

@@ -231,3 +231,18 @@ def test_a_thousand_chips(sizes, no_mesh):
     jax.tree.map(
         lambda g, p: np.testing.assert_equal(g.sharding.spec, p.sharding.spec), gradients, params
     )
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (8, 1, 1)])
+def test_rows_of_a_process_are_placed_and_gathered(use_mesh, sizes):
+    use_mesh(*sizes)
+    assert sharding.rows_of_process(16).tolist() == list(range(16))  # one process has them all
+    batch = np.arange(16 * 3, dtype=np.int32).reshape(16, 3)
+    placed = sharding.put_batch(dict(x=batch))["x"]
+    np.testing.assert_array_equal(placed, batch)
+    shards = {s.index[0].indices(16)[:2] for s in placed.addressable_shards}
+    assert len(shards) == sizes[0] * sizes[1]
+    states = np.array([[2**40 + i, -1, i] for i in range(16)], np.int64)
+    found = sharding.gather_rows(states)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, states)

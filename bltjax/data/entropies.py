@@ -1,26 +1,43 @@
-"""Entropies of a corpus under a trained entropy model, computed once and stored.
+"""Entropies of a corpus under a trained entropy model, computed once and stored with its
+documents.
 
-Documents go through the model in windows of one static shape. A window starts with enough of
-what came before that every kept entropy is the one a pass over the whole document would give: a
-byte's entropy depends on num_layers * (window - 1) earlier bytes and no more.
+Documents go through the model in spans, packed into rows of one static shape. Spans of a row do
+not see each other, for every EOS starts a new context. A span that goes on in a document starts
+with enough of what came before that every kept entropy is the one a pass over the whole document
+would give: an entropy depends on num_layers * (window - 1) earlier bytes and no more.
 """
 
+import bisect
+import collections
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from bltjax import sharding
 from bltjax.config import EntropyModelConfig
-from bltjax.files import replacing
+from bltjax.data.shards import Documents, Shard, has_entropies, write_entropies
+from bltjax.files import share
 from bltjax.model import functional
 from bltjax.patching.boundaries import entropy_segments
 from bltjax.patching.entropy import next_byte_entropy
-from bltjax.vocabulary import PAD_ID
+from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
-SHARD_BYTES = 1_000_000  # of documents in one file, the unit of resuming
+GROUP_IDS = 4_000_000  # of documents that are in memory at a time: 16 MB, and as much of entropies
+
+
+class _Span(NamedTuple):
+    """Ids start..stop-1 of a document, for the entropies of keep..stop-1."""
+
+    document: int
+    start: int
+    keep: int
+    stop: int
+
+
+_Row = list[tuple[int, _Span]]  # spans, each with its first position in the row
 
 
 def make_entropy_fn(config: EntropyModelConfig, reset_at_newlines: bool = False):
@@ -40,6 +57,44 @@ def receptive_bytes(config: EntropyModelConfig) -> int:
     return config.transformer.num_layers * (config.transformer.window - 1)
 
 
+def add_entropies(
+    store,
+    shards: Sequence[Shard],
+    entropy_fn,
+    params,
+    config: EntropyModelConfig,
+    row_bytes: int,
+    batch_size: int,
+) -> None:
+    """Computes and writes the entropies of those shards of a records.Store that have none.
+
+    Any number of processes may do so at once, and one that is killed loses no more than the shard
+    it was at (see `files.share`). What is written depends on the shard, the model and the shape of
+    batches alone. Raises ValueError as `corpus_entropies` does.
+    """
+    done, started = [], time.perf_counter()
+    left = list(shards)
+
+    def values(shard):
+        for group in _groups(Documents([shard])):
+            yield from corpus_entropies(
+                entropy_fn, params, config, group, row_bytes, batch_size, share_rows=True
+            )
+
+    def compute(shard):
+        write_entropies(shard, values(shard))
+        done.append(shard.num_bytes)
+        rate = max(sum(done), 1) / (time.perf_counter() - started)
+        left[:] = [other for other in left if not has_entropies(other)]
+        print(
+            f"entropies: shard {len(shards) - len(left)}/{len(shards)} | {rate / 1e3:.0f} KB/s | "
+            f"eta {sum(other.num_bytes for other in left) / rate:.0f}s",
+            flush=True,
+        )
+
+    share(shards, has_entropies, compute, store.lock)
+
+
 def corpus_entropies(
     entropy_fn,
     params,
@@ -47,102 +102,98 @@ def corpus_entropies(
     documents: Sequence[np.ndarray],
     row_bytes: int,
     batch_size: int,
+    share_rows: bool = False,
 ) -> list[np.ndarray]:
     """float32 entropies [S] of each document's ids [S]; entry i is the uncertainty after id i.
 
-    `row_bytes` positions and `batch_size` rows are the one shape that is compiled. Raises
-    ValueError where a document is longer than a row, and rows are too short to hold the bytes that
-    an entropy depends on.
+    `row_bytes` positions and `batch_size` rows are the one shape that is compiled. With
+    `share_rows` spans of several documents go into one row, which short documents need to fill it;
+    a document's entropies then depend in their last bits on what comes with it, for positions in
+    the row are others. The same list gives the same bits in any case.
+
+    Raises ValueError where a document is longer than a row, and rows are too short to hold the
+    bytes that an entropy depends on.
     """
-    receptive, longest = receptive_bytes(config), max(map(len, documents), default=0)
+    spans = _spans([len(ids) for ids in documents], row_bytes, receptive_bytes(config))
+    rows = _packed(documents, spans, row_bytes) if share_rows else [[(0, span)] for span in spans]
+    results = [np.empty(len(ids), np.float32) for ids in documents]
+    running = collections.deque()
+    for first in range(0, len(rows), batch_size):
+        group = rows[first : first + batch_size]
+        tokens = sharding.put_batch(_tokens(documents, group, row_bytes, batch_size))
+        running.append((group, entropy_fn(params, tokens)))
+        if len(running) > 1:  # The device is busy with one while the host makes the next.
+            _keep(results, *running.popleft())
+    for group, values in running:
+        _keep(results, group, values)
+    return results
+
+
+def _spans(lengths: Iterable[int], row_bytes: int, receptive: int) -> list[_Span]:
+    """What covers documents of these lengths, in their order."""
+    longest = max(lengths, default=0)
     if row_bytes < min(longest, 2 * receptive):
         raise ValueError(
             f"row_bytes={row_bytes} is too short for exact entropies of a document of {longest} "
             f"ids: the model looks back {receptive} bytes, use at least "
             f"{min(longest, 2 * receptive)}"
         )
-    results = [np.empty(len(ids), np.float32) for ids in documents]
-    spans = [
-        span
-        for i, ids in enumerate(documents)
-        for span in _spans(i, len(ids), row_bytes, receptive)
-    ]
-    for first in range(0, len(spans), batch_size):
-        group = spans[first : first + batch_size]
-        tokens = np.full((batch_size, row_bytes), PAD_ID, np.int32)
-        for row, (i, start, _, stop) in enumerate(group):
-            tokens[row, : stop - start] = documents[i][start:stop]
-        values = np.asarray(entropy_fn(params, sharding.put_batch(tokens)))
-        for row, (i, start, keep, stop) in enumerate(group):
-            results[i][keep:stop] = values[row, keep - start : stop - start]
-    return results
+    spans = []
+    for i, length in enumerate(lengths):
+        start = keep = 0
+        while keep < length:
+            spans.append(_Span(i, start, keep, min(start + row_bytes, length)))
+            keep = spans[-1].stop
+            start = keep - receptive
+    return spans
 
 
-def stored_entropies(
-    directory: Path, name: str, documents: Sequence[np.ndarray], compute
-) -> list[np.ndarray]:
-    """Entropies of documents, kept in files `directory/name-NNNNN.npy` of about SHARD_BYTES.
-
-    `compute` gives the entropies of a list of documents; a shard that is there is only read, so an
-    interrupted run goes on at the first missing one. Raises ValueError for a file that does not
-    fit the documents.
-    """
-    directory.mkdir(exist_ok=True)
-    shards = list(_shards(documents))
-    total, done, started, values = sum(map(len, documents)), 0, time.perf_counter(), []
-    for number, shard in enumerate(shards):
-        path = directory / f"{name}-{number:05d}.npy"
-        if path.exists():
-            values += _read_shard(path, shard)
-            total -= sum(map(len, shard))
-            continue
-        values += compute(shard)
-        with replacing(path) as file:
-            np.save(file, np.concatenate(values[-len(shard) :]))
-        done += sum(map(len, shard))
-        rate = done / (time.perf_counter() - started)
-        print(
-            f"entropies of {name}: shard {number + 1}/{len(shards)} | {rate / 1e3:.0f} KB/s | "
-            f"eta {max(total - done, 0) / rate:.0f}s",
-            flush=True,
-        )
-    return values
+def _packed(documents: Sequence[np.ndarray], spans: list[_Span], row_bytes: int) -> list[_Row]:
+    """Rows of spans: each span, the longest first, goes where it leaves the least room."""
+    rows: list[_Row] = []
+    room: list[tuple[int, int]] = []  # sorted (free positions, row)
+    for span in sorted(spans, key=lambda span: span.start - span.stop):
+        size = span.stop - span.start
+        fitting = bisect.bisect_left(room, (size,))
+        if fitting == len(room):
+            rows.append([])
+            room.append((row_bytes, len(rows) - 1))
+        free, row = room.pop(fitting)
+        rows[row].append((row_bytes - free, span))
+        # The next span starts after an EOS: the document's own, or one in between.
+        free -= size + (documents[span.document][span.stop - 1] != EOS_ID)
+        if free > 0:
+            bisect.insort(room, (free, row))
+    return rows
 
 
-def _shards(documents):
-    """Consecutive documents in groups of about SHARD_BYTES."""
+def _tokens(
+    documents: Sequence[np.ndarray], rows: list[_Row], row_bytes: int, batch_size: int
+) -> np.ndarray:
+    tokens = np.full((batch_size, row_bytes), PAD_ID, np.int32)
+    for row, spans in enumerate(rows):
+        for at, (document, start, _, stop) in spans:
+            if at:
+                tokens[row, at - 1] = EOS_ID
+            tokens[row, at : at + stop - start] = documents[document][start:stop]
+    return tokens
+
+
+def _keep(results: list[np.ndarray], rows: list[_Row], values: jax.Array) -> None:
+    values = np.asarray(values)
+    for row, spans in enumerate(rows):
+        for at, (document, start, keep, stop) in spans:
+            results[document][keep:stop] = values[row, at + keep - start : at + stop - start]
+
+
+def _groups(documents: Documents) -> Iterator[list[np.ndarray]]:
+    """Ids of consecutive documents, about GROUP_IDS at a time."""
     group, size = [], 0
-    for ids in documents:
-        group.append(ids)
-        size += len(ids)
-        if size >= SHARD_BYTES:
+    for i in range(len(documents)):
+        group.append(encode(documents[i].data))
+        size += len(group[-1])
+        if size >= GROUP_IDS:
             yield group
             group, size = [], 0
     if group:
         yield group
-
-
-def _read_shard(path: Path, documents) -> list[np.ndarray]:
-    lengths = [len(ids) for ids in documents]
-    try:
-        stored = np.load(path)
-    except (ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): delete it to compute it again"
-        ) from None
-    if len(stored) != sum(lengths):
-        raise ValueError(
-            f"{path} holds {len(stored)} entropies for {sum(lengths)} bytes: the corpus has "
-            "changed since, delete the working directory's entropies or use a new one"
-        )
-    return np.split(stored, np.cumsum(lengths)[:-1])
-
-
-def _spans(document: int, length: int, row_bytes: int, receptive: int):
-    """(document, start, first kept, stop) of the windows that cover a document."""
-    yield document, 0, 0, min(length, row_bytes)
-    keep = row_bytes
-    while keep < length:
-        start = keep - receptive
-        yield document, start, keep, min(length, start + row_bytes)
-        keep = start + row_bytes

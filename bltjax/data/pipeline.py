@@ -1,28 +1,56 @@
-"""Packed rows to an endless, resumable stream of batches."""
+"""Documents to an endless, resumable stream of batches."""
+
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset, ZipIterDataset
 
-from bltjax.data.packing import Row
+from bltjax.data.lanes import LaneBatches, Layout, initial_state
+from bltjax.data.rows import Row
 
-
-class RowSource:
-    """Random access to a stack of rows, as Grain wants it."""
-
-    def __init__(self, rows: Row):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows.tokens)
-
-    def __getitem__(self, index: int) -> dict:
-        return as_batch(Row(*(field[index] for field in self.rows)))
+READ_AHEAD = 8  # batches
 
 
-def as_batch(rows: Row) -> dict:
-    """Rows as the dict of arrays that a training step takes; int32, masks bool.
+def batches(
+    documents,
+    layout: Layout,
+    batch_size: int,
+    states: np.ndarray | None = None,
+    rows: Sequence[int] | None = None,
+    workers: int = 0,
+) -> Iterator[tuple[Row, np.ndarray]]:
+    """Batches, each with the state from which the next one follows.
 
-    patch_lengths are left out where rows carry no patches.
+    documents: places -> (source number, document), as `mixture` gives them. A batch is a Row whose
+    arrays have a leading axis; a state is int64 [rows, ...], one line for each row's lane, and
+    given back as `states` it resumes there. rows: the rows of the batch that this process makes
+    (default: all). workers: processes that share them; 0 uses a thread. Neither changes a batch.
+    """
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if states is None:
+        states = np.tile(initial_state(layout), (len(rows), 1))
+    groups = np.array_split(np.arange(len(rows)), min(max(workers, 1), len(rows)))
+    parts = [
+        LaneBatches(documents, layout, rows[group].tolist(), batch_size, states[group])
+        for group in groups
+    ]
+    if workers:
+        options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=READ_AHEAD)
+        parts = [part.mp_prefetch(options) for part in parts]
+    joined = ZipIterDataset(parts).map(_join)
+    return iter(ThreadPrefetchIterDataset(joined, prefetch_buffer_size=READ_AHEAD))
+
+
+def _join(parts) -> tuple[Row, np.ndarray]:
+    rows, states = zip(*parts, strict=True)
+    return Row(*map(np.concatenate, zip(*rows, strict=True))), np.concatenate(states)
+
+
+def as_batch(rows: Row, sources: bool = False) -> dict:
+    """Rows as the dict of arrays that a step takes; int32, masks bool.
+
+    patch_lengths are left out where rows carry no patches, source_ids unless they are asked for.
     """
     batch = {
         name: np.asarray(value, value.dtype if value.dtype == bool else np.int32)
@@ -30,36 +58,20 @@ def as_batch(rows: Row) -> dict:
     }
     if not batch["patch_lengths"].shape[-1]:
         del batch["patch_lengths"]
+    if not sources:
+        del batch["source_ids"]
     return batch
 
 
-def batches(rows: Row, batch_size: int, seed: int):
-    """Endless iterator of batches: rows in a new seeded order every epoch.
-
-    `get_state` and `set_state` hold its position: a resumed iterator goes on with the very next
-    batch. Raises ValueError when there are fewer rows than one batch needs.
-    """
-    if len(rows.tokens) < batch_size:
-        raise ValueError(
-            f"the corpus fills {len(rows.tokens)} rows, fewer than batch_size="
-            f"{batch_size}: lower batch_size or row_bytes, or give more text"
-        )
-    dataset = grain.MapDataset.source(RowSource(rows)).shuffle(seed=seed).repeat()
-    return iter(
-        dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        )
-    )
-
-
-def whole_batches(rows: Row, batch_size: int):
+def whole_batches(rows: Iterator[Row], batch_size: int) -> Iterator[Row]:
     """Every row once, in order; the last batch is filled with rows that count nothing."""
-    for start in range(0, len(rows.tokens), batch_size):
-        batch = as_batch(Row(*(field[start : start + batch_size] for field in rows)))
-        missing = batch_size - len(batch["tokens"])
-        if missing:
-            batch = {
-                k: np.concatenate([v, np.repeat(v[-1:], missing, axis=0)]) for k, v in batch.items()
-            }
-            batch["loss_mask"][-missing:] = False
-        yield batch
+    group = []
+    for row in rows:
+        group.append(row)
+        if len(group) == batch_size:
+            yield Row(*map(np.stack, zip(*group, strict=True)))
+            group = []
+    if group:
+        nothing = group[-1]._replace(loss_mask=np.zeros_like(group[-1].loss_mask))
+        group += [nothing] * (batch_size - len(group))
+        yield Row(*map(np.stack, zip(*group, strict=True)))

@@ -1,23 +1,33 @@
 """Bits per byte of a model on held-out rows."""
 
+from collections.abc import Iterator, Sequence
+
 import jax
 import numpy as np
 
 from bltjax import sharding
-from bltjax.data.packing import Row
-from bltjax.data.pipeline import whole_batches
+from bltjax.data.pipeline import as_batch
+from bltjax.data.rows import Row
 
 
-def evaluate(eval_step, params, rows: Row, batch_size: int) -> dict:
-    """Sums of an eval step over all rows, in float64, with `bits_per_byte` over raw bytes.
+def evaluate(eval_step, params, batches: Iterator[Row], sources: Sequence[str], *frozen) -> dict:
+    """Sums of an eval step over batches of rows, in float64, with `bits_per_byte` over raw bytes.
 
-    eval_step: jitted (params, batch) -> dict of `nats`, `targets`, `byte_nats`, `bytes`.
+    eval_step: jitted (params, batch, *frozen) -> dict of `nats`, `targets`, `byte_nats`, `bytes`,
+    `source_nats`, `source_bytes`. The result's `sources` has bits_per_byte and bytes of each.
     """
     totals = {}
-    for batch in whole_batches(rows, batch_size):
-        sums = jax.device_get(eval_step(params, sharding.put_batch(batch)))
+    for rows in batches:
+        batch = sharding.put_batch(as_batch(rows, sources=True))
+        sums = jax.device_get(eval_step(params, batch, *frozen))
         totals = {k: totals.get(k, 0.0) + np.float64(v) for k, v in sums.items()}
+    by_source = zip(sources, totals.pop("source_nats"), totals.pop("source_bytes"), strict=True)
     return {
         **{k: float(v) for k, v in totals.items()},
         "bits_per_byte": float(totals["byte_nats"] / totals["bytes"] / np.log(2)),
+        "sources": {
+            name: dict(bits_per_byte=float(nats / size / np.log(2)), bytes=int(size))
+            for name, nats, size in by_source
+            if size
+        },
     }

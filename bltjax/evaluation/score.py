@@ -23,8 +23,9 @@ import numpy as np
 from bltjax import sharding
 from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.data.entropies import corpus_entropies, make_entropy_fn, receptive_bytes
-from bltjax.data.packing import Row, pack_bytes, pack_patches, stack
-from bltjax.data.pipeline import whole_batches
+from bltjax.data.packing import pack_bytes, pack_patches
+from bltjax.data.pipeline import as_batch, whole_batches
+from bltjax.data.rows import Row
 from bltjax.model import functional
 from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.patching.boundaries import patch_starts
@@ -204,7 +205,8 @@ def _run(config, params, rows: Iterator[tuple[int, Row]]):
     running = collections.deque()
     for group in _groups(rows):
         owners, members = zip(*group, strict=True)
-        (batch,) = whole_batches(stack(members), _batch_size(len(members[0].tokens)))
+        (rows_of_batch,) = whole_batches(iter(members), _batch_size(len(members[0].tokens)))
+        batch = as_batch(rows_of_batch)
         result = _row_nats(config, params, sharding.put_batch(batch))
         running.append((owners, int(_raw(batch).sum()), result))
         if len(running) > 1:  # the device is busy with one while the host makes the next
@@ -238,7 +240,7 @@ def _trim(row: Row) -> Row:
         num_patches = np.count_nonzero(lengths)
         lengths = lengths[: _num_columns(num_patches, length)].copy()
         lengths[num_patches - 1] = length + 1 - used
-    return Row(*(field[:length] for field in row[:4]), lengths)
+    return Row(*(field[:length] for field in row[:-1]), lengths)
 
 
 def _row_length(num_ids: int, row_bytes: int | None = None) -> int:

@@ -1,53 +1,170 @@
-"""The entropy threshold that gives patches of a wanted mean size on a corpus."""
+"""The entropy threshold that gives patches of a wanted mean size, and the rows that hold them.
 
-from collections.abc import Iterable, Sequence
+What a rule compares with its threshold is counted in a histogram, once per corpus: histograms of
+parts add up, and a threshold for any mean is read off the sum. Bins are right-closed on a uniform
+grid, so the number of scores above a grid value is exact, and so is the mean patch size at a
+threshold taken from the grid (all its values are float32 numbers).
+"""
+
+import math
+from collections.abc import Iterable
 
 import numpy as np
 
 # Positions 0 and 1 always start a patch; under the monotonic rule 2 does too. Spec 2.3, 2.4.
-_FORCED_STARTS = {"entropy": 2, "monotonic": 3}
+RULES = ("entropy", "monotonic")
+STEPS_PER_NAT = 4096
+# Shares of an 8B model's compute that go with bytes and with patches (paper eq. 13-17).
+BYTE_COMPUTE, PATCH_COMPUTE = 0.26, 0.74
+MAX_NATS = 8.0  # of 260 ids they are at most ln 260 = 5.56; files may come of other vocabularies
+_OFFSET = int(MAX_NATS * STEPS_PER_NAT) + 2  # the bin of score 0; the lowest rise leaves one free
+_BINS = 2 * _OFFSET + 1
+_CHUNK = 1 << 18  # scores that are counted together
+_LAST_LENGTH = 256  # of a length histogram: this and longer
 
 
-def calibrate_threshold(
-    entropies: Sequence[np.ndarray],
-    target_patch_bytes: float,
-    rule: str = "entropy",
-    tolerance: float = 0.1,
-) -> float:
-    """Returns the threshold in nats whose mean patch size is nearest to the target. Spec 2.3, 2.4.
+class ScoreHistogram:
+    """Counts of what the rules "entropy" and "monotonic" compare with their thresholds.
 
-    entropies: one array [S] per document, nats, where entry i is the uncertainty after token i of
-    BOS + bytes + EOS. Patches are those of whole documents, before any limit on their length, and
-    the mean is over patches: all positions / all patches. rule: "entropy" or "monotonic".
-
-    The result is exact: the patch count changes only at the values found in the corpus, and all of
-    them are tried. Raises ValueError for another rule, for entropies that are not finite, for a
-    target that no threshold attains, and if equal entropies (a constant entropy model, say) keep
-    the nearest mean farther from the target than the fraction `tolerance`.
+    Bin k of a rule counts scores in ((k - 1) / 4096, k / 4096] nats. Patches are those of whole
+    documents, before any limit on their length.
     """
-    if rule not in _FORCED_STARTS:
-        raise ValueError(f"rule is {rule!r}; a threshold is calibrated for {list(_FORCED_STARTS)}")
-    num_forced = _FORCED_STARTS[rule]
-    num_positions = sum(len(row) for row in entropies)
-    forced = sum(min(len(row), num_forced) for row in entropies)
-    scores = np.concatenate(
-        [np.zeros(0, np.float32)] + [_scores(row, rule)[num_forced - 1 :] for row in entropies]
-    )
-    _check(scores, num_positions, forced, target_patch_bytes)
 
-    values, counts = np.unique(scores, return_counts=True)
-    # A start needs a score above the threshold. Just below the lowest value all scores are above.
-    thresholds = np.append(values, values[:1] - 1) if values.size else np.zeros(1, np.float32)
-    above = np.append(scores.size - np.cumsum(counts), scores.size)
-    means = num_positions / (forced + above)
-    nearest = np.argmin(np.abs(means - target_patch_bytes))
-    if abs(means[nearest] - target_patch_bytes) > tolerance * target_patch_bytes:
-        raise ValueError(
-            f"target_patch_bytes is {target_patch_bytes}, but so many entropies are equal that the "
-            f"nearest mean is {means[nearest]:.4g}: use more documents or a better entropy model, "
-            f"or raise tolerance above {tolerance}"
-        )
-    return float(thresholds[nearest])
+    def __init__(self):
+        self.num_documents = 0
+        self.num_positions = 0
+        self._counts = {rule: np.zeros(_BINS, np.int64) for rule in RULES}
+        self._waiting = {rule: [] for rule in RULES}  # scores: few are as dear to count as many
+        self._num_waiting = 0
+
+    def add(self, entropies: np.ndarray) -> None:
+        """Counts one document's entropies [S], nats, float16 or float32.
+
+        Entry i is the uncertainty after token i of BOS + bytes + EOS. Raises ValueError for an
+        array of another form, and for values that no byte distribution has.
+        """
+        _check_entropies(entropies)
+        self.num_documents += 1
+        self.num_positions += len(entropies)
+        # A start at s depends on entry s - 1, and entry 0 is of a start that is forced anyway.
+        compared = entropies[1:-1]
+        for first in range(0, len(compared), _CHUNK):
+            # With the entry before, from which the first one rises.
+            piece = compared[max(first - 1, 0) : first + _CHUNK].astype(np.float32)
+            self._waiting["entropy"].append(piece[1:] if first else piece)
+            self._waiting["monotonic"].append(piece[1:] - piece[:-1])
+            self._num_waiting += len(piece)
+            if self._num_waiting >= _CHUNK:
+                self._count()
+
+    def merge(self, other: "ScoreHistogram", times: int = 1) -> None:
+        """Adds what another histogram has counted, so many times."""
+        self.num_documents += times * other.num_documents
+        self.num_positions += times * other.num_positions
+        for rule in RULES:
+            self._counts[rule] += times * other._counted(rule)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The histogram as arrays for `np.savez_compressed`; empty ends are left out."""
+        arrays = {
+            "steps_per_nat": np.int64(STEPS_PER_NAT),
+            "num_documents": np.int64(self.num_documents),
+            "num_positions": np.int64(self.num_positions),
+        }
+        for rule in RULES:
+            counts = self._counted(rule)
+            used = np.flatnonzero(counts)
+            first, stop = (used[0], used[-1] + 1) if used.size else (_OFFSET, _OFFSET)
+            arrays[f"{rule}_first"] = np.int64(first - _OFFSET)
+            arrays[f"{rule}_counts"] = counts[first:stop].copy()
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays) -> "ScoreHistogram":
+        """The histogram that `arrays` was called on; any mapping will do, as of `np.load`.
+
+        Raises ValueError for arrays of another grid or that do not fit each other, and KeyError
+        where one is missing.
+        """
+        histogram = cls()
+        histogram.num_documents = int(arrays["num_documents"])
+        histogram.num_positions = int(arrays["num_positions"])
+        steps = int(arrays["steps_per_nat"])
+        for rule in RULES:
+            counts, first = arrays[f"{rule}_counts"], int(arrays[f"{rule}_first"]) + _OFFSET
+            fits = first >= 0 and first + len(counts) <= _BINS
+            if steps != STEPS_PER_NAT or not fits or counts.sum() > histogram.num_positions:
+                raise ValueError(
+                    f"histogram of {len(counts)} bins from {first - _OFFSET} on, {steps} a nat, "
+                    f"over {histogram.num_positions} positions is damaged or of another version: "
+                    "make it again from the entropies"
+                )
+            histogram._counts[rule][first : first + len(counts)] = counts
+        return histogram
+
+    def threshold(
+        self, target_patch_bytes: float, rule: str = "entropy", tolerance: float = 0.1
+    ) -> float:
+        """Returns the threshold in nats whose mean patch size is nearest to the target.
+
+        It is a multiple of 1 / 4096, and `mean_patch_bytes` there is exact. Among equally near ones
+        it is the middle one: midway between neighbouring float16 numbers, entropies that were
+        stored in float16 and those fresh from the model fall on the same side. Spec 2.3, 2.4.
+
+        Raises ValueError for another rule, without documents, for a target that no threshold
+        attains, and if equal entropies (a constant entropy model, say) keep the nearest mean
+        farther from the target than the fraction `tolerance`.
+        """
+        means, counts = self._means(rule), self._counted(rule)
+        if not means[0] <= target_patch_bytes <= means[-1]:
+            raise ValueError(
+                f"target_patch_bytes is {target_patch_bytes}; on these documents a threshold "
+                f"attains 1 to {means[-1]:.4g} bytes"
+            )
+        used = np.flatnonzero(counts)
+        # Below the lowest score all are above.
+        first, last = (used[0] - 1, used[-1]) if used.size else (_OFFSET, _OFFSET)
+        distances = np.abs(means[first : last + 1] - target_patch_bytes)
+        low = first + int(np.argmin(distances))
+        high = min(int(np.searchsorted(means, means[low], side="right")) - 1, last)
+        if distances[low - first] > tolerance * target_patch_bytes:
+            raise ValueError(
+                f"target_patch_bytes is {target_patch_bytes}, but so many entropies are equal that "
+                f"the nearest mean is {means[low]:.4g}: use more documents or a better entropy "
+                f"model, or raise tolerance above {tolerance}"
+            )
+        return ((low + high + 1) // 2 - _OFFSET) / STEPS_PER_NAT
+
+    def mean_patch_bytes(self, threshold: float, rule: str = "entropy") -> float:
+        """Returns positions / patches at the multiple of 1 / 4096 nearest to a threshold in nats.
+
+        Raises ValueError for another rule and without documents.
+        """
+        means = self._means(rule)
+        k = round(threshold * STEPS_PER_NAT) if math.isfinite(threshold) else threshold
+        return float(means[int(np.clip(k + _OFFSET, 0, _BINS - 1))])
+
+    def _means(self, rule: str) -> np.ndarray:
+        """Positions / patches float64 [bins] at each threshold of the grid."""
+        if rule not in RULES:
+            raise ValueError(f"rule is {rule!r}; a threshold is calibrated for {list(RULES)}")
+        if not self.num_documents:
+            raise ValueError("there are no entropies to calibrate on: give at least one document")
+        # Patches are all positions but those whose score is not above: forced starts have no score.
+        return self.num_positions / (self.num_positions - np.cumsum(self._counted(rule)))
+
+    def _counted(self, rule: str) -> np.ndarray:
+        self._count()
+        return self._counts[rule]
+
+    def _count(self) -> None:
+        for rule, waiting in self._waiting.items():
+            if waiting:
+                # Exact: the factor is a power of two.
+                bins = np.ceil(np.concatenate(waiting) * np.float32(STEPS_PER_NAT))
+                self._counts[rule] += np.bincount(bins.astype(np.int64) + _OFFSET, minlength=_BINS)
+                waiting.clear()
+        self._num_waiting = 0
 
 
 def mean_patch_bytes(starts: Iterable[np.ndarray]) -> float:
@@ -64,20 +181,85 @@ def mean_patch_bytes(starts: Iterable[np.ndarray]) -> float:
     return num_positions / num_patches
 
 
-def _scores(entropies: np.ndarray, rule: str) -> np.ndarray:
-    """Returns float32 [S-1], what the rule compares with the threshold for a start at 1..S-1."""
-    scores = np.asarray(entropies, np.float32)[:-1]
-    return np.diff(scores, prepend=scores[:1]) if rule == "monotonic" else scores
+def length_histogram(lengths: np.ndarray) -> np.ndarray:
+    """Returns int64 [257], the number of patches of each length in bytes; entry 0 is unused.
+
+    lengths: integers [P]. The last entry counts lengths of 256 and more. Raises ValueError for a
+    length below 1.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if lengths.size and lengths.min() < 1:
+        raise ValueError(f"a patch length is {lengths.min()}; leave unused patch columns out")
+    return np.bincount(np.minimum(lengths, _LAST_LENGTH), minlength=_LAST_LENGTH + 1)
 
 
-def _check(scores: np.ndarray, num_positions: int, forced: int, target: float) -> None:
-    if not num_positions:
-        raise ValueError("there are no entropies to calibrate on: give at least one document")
-    if not np.isfinite(scores).all():
-        raise ValueError("some entropies are not finite: check the entropy model's logits")
-    largest = num_positions / forced
-    if not 1 <= target <= largest:
+def describe_lengths(histogram: np.ndarray) -> dict[str, int]:
+    """Percentiles p50, p90, p99 and the maximum of a `length_histogram`, in bytes.
+
+    256 stands for 256 and more. Raises ValueError for a histogram without patches.
+    """
+    cumulative = np.cumsum(histogram)
+    if not cumulative[-1]:
+        raise ValueError("there are no patches to describe: give at least one document")
+    return {
+        name: int(np.searchsorted(cumulative, share * cumulative[-1]))
+        for name, share in dict(p50=0.50, p90=0.90, p99=0.99, max=1.0).items()
+    }
+
+
+def row_patches_for(row_bytes: int, mean_patch_bytes: float) -> int:
+    """Returns the patch columns P of rows of L bytes, so that both fill up together.
+
+    One column is for the tail patch of the row. A multiple of 8 (128 from 1024 on), but never more
+    than L: of the two next to the exact number the one whose padding costs less compute. Raises
+    ValueError for fewer than 3 bytes or a mean below 1.
+    """
+    _check_row("row_bytes", row_bytes, mean_patch_bytes)
+    exact = row_bytes / mean_patch_bytes
+
+    def padding(columns: int) -> float:
+        used = min(columns - 1, exact)
+        return BYTE_COMPUTE * (1 - used / exact) + PATCH_COMPUTE * (1 - used / columns)
+
+    above = _rounded_up(math.ceil(exact) + 1)
+    choices = [above, above - _multiple(above)] if above - _multiple(above) >= 3 else [above]
+    return min(min(choices, key=padding), row_bytes)
+
+
+def row_bytes_for(row_patches: int, mean_patch_bytes: float) -> int:
+    """Returns the bytes L of rows of P patch columns; the inverse of `row_patches_for`.
+
+    Rounded up to a multiple of 8 (128 from 1024 on), at least P. Raises ValueError for fewer than
+    3 columns or a mean below 1.
+    """
+    _check_row("row_patches", row_patches, mean_patch_bytes)
+    return _rounded_up(max(math.ceil((row_patches - 1) * mean_patch_bytes), row_patches))
+
+
+def _rounded_up(size: int) -> int:
+    return -(-size // _multiple(size)) * _multiple(size)
+
+
+def _multiple(size: int) -> int:
+    return 128 if size >= 1024 else 8
+
+
+def _check_row(name: str, size: int, mean: float) -> None:
+    if size < 3:
+        raise ValueError(f"{name}={size} must be at least 3: a split first patch and the tail")
+    if not 1 <= mean < math.inf:
+        raise ValueError(f"mean_patch_bytes={mean} must be a number of 1 or more")
+
+
+def _check_entropies(entropies: np.ndarray) -> None:
+    if np.ndim(entropies) != 1 or not len(entropies) or entropies.dtype.kind != "f":
         raise ValueError(
-            f"target_patch_bytes is {target}; on these documents a threshold attains 1 to "
-            f"{largest:.4g} bytes"
+            f"entropies of shape {np.shape(entropies)} and type {np.asarray(entropies).dtype} must "
+            "be a vector of floats: give those of one document at a time"
+        )
+    low, high = np.minimum.reduce(entropies), np.maximum.reduce(entropies)
+    if not (low > -1 / STEPS_PER_NAT and high <= MAX_NATS):  # not so for NaN either
+        raise ValueError(
+            f"entropies range from {low} to {high} nats, possible are 0 to {MAX_NATS} (others "
+            "are not finite or not nats): check the entropy model's logits"
         )

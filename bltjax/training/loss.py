@@ -1,5 +1,8 @@
 """Next-byte cross-entropy and what is counted in bits per byte."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from bltjax.ops.cross_entropy import next_byte_nats
@@ -8,20 +11,27 @@ from bltjax.vocabulary import BYTE_OFFSET
 LN2 = 0.6931471805599453
 
 
-def loss_sums(logits, targets, mask):
+def loss_sums(logits, targets, mask, source_ids=None, num_sources: int = 1):
     """Float32 sums over a batch: nats and number of trained targets, the same for raw bytes.
 
     Bits per byte count raw bytes only: neither the nats nor the number hold BOS or EOS, so the
-    figure compares with any compressor's.
+    figure compares with any compressor's. source_ids: int32 [B, L], the source of each position;
+    with them come the raw bytes of each source and their nats, float32 [num_sources].
     """
     nats = next_byte_nats(logits, targets)
     raw = mask & (targets >= BYTE_OFFSET)
-    return dict(
+    sums = dict(
         nats=jnp.sum(nats * mask),
         targets=jnp.sum(mask, dtype=jnp.float32),
         byte_nats=jnp.sum(nats * raw),
         bytes=jnp.sum(raw, dtype=jnp.float32),
     )
+    if source_ids is not None:
+        # A vmap over rows: a sharded batch needs no out_sharding, and rows never exchange data.
+        by_source = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=num_sources))
+        sums["source_nats"] = jnp.sum(by_source(nats * raw, source_ids), axis=0)
+        sums["source_bytes"] = jnp.sum(by_source(raw.astype(jnp.float32), source_ids), axis=0)
+    return sums
 
 
 def bits_per_byte(sums):

@@ -3,11 +3,41 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from bltjax.files import replacing
+
+
+class SourceMeter:
+    """Bits per byte of each source since the last line, and the bytes seen of it in all.
+
+    A resumed run goes on from `state`, so that its lines are those of one never interrupted.
+    """
+
+    def __init__(self, names: Sequence[str], state: dict | None = None):
+        self.names = names
+        zeros = dict.fromkeys(names, 0.0)
+        self.state = state or dict(seen=dict(zeros), nats=dict(zeros), bytes=dict(zeros))
+
+    def count(self, nats, num_bytes):
+        for name, n, b in zip(self.names, np.float64(nats), np.float64(num_bytes), strict=True):
+            self.state["seen"][name] += b
+            self.state["nats"][name] += n
+            self.state["bytes"][name] += b
+
+    def values(self) -> dict[str, float]:
+        """For the next line; a source that gave nothing since the last one has no bits per byte."""
+        found = {f"bytes_seen/{name}": seen for name, seen in self.state["seen"].items()}
+        for name, num_bytes in self.state["bytes"].items():
+            if num_bytes:
+                bits = self.state["nats"][name] / num_bytes / math.log(2)
+                found[f"bits_per_byte/{name}"] = bits
+            self.state["nats"][name] = self.state["bytes"][name] = 0.0
+        return found
 
 
 class MetricsLog:
@@ -27,10 +57,15 @@ class MetricsLog:
             str(Path(directory) / "tensorboard"), purge_step=first_step
         )
         self._last_step, self._last_time, self._bytes = first_step, time.perf_counter(), 0.0
+        self._waited = 0.0
 
     def count(self, num_bytes: float):
         """Real bytes of a step, for the bytes per second of the next line."""
         self._bytes += float(num_bytes)
+
+    def waited(self, seconds: float):
+        """Time in which the host had no batch to give to the devices."""
+        self._waited += seconds
 
     def write(self, step: int, values: dict):
         """Log the metrics of `step` (completed steps before it)."""
@@ -42,6 +77,7 @@ class MetricsLog:
             **{k: float(v) for k, v in values.items()},
             bytes_per_second=self._bytes / seconds,
             seconds_per_step=seconds / steps,
+            data_wait_fraction=self._waited / seconds,
         )
         with self.path.open("a") as file:
             file.write(
@@ -59,7 +95,7 @@ class MetricsLog:
             f"eta {format_seconds(eta)}",
             flush=True,
         )
-        self._last_step, self._last_time, self._bytes = step + 1, now, 0.0
+        self._last_step, self._last_time, self._bytes, self._waited = step + 1, now, 0.0, 0.0
 
     def close(self):
         self._tensorboard.close()

@@ -5,7 +5,7 @@ from bltjax.config import default_config
 
 def get_config():
     config = default_config()
-    config.data.validation_fraction = 0.3
+    config.data.validation_fraction, config.data.shard_bytes = 0.3, 2000
 
     transformer = config.entropy_model.transformer
     transformer.dim, transformer.num_heads = 16, 2

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bltjax.data import packing
+from bltjax.data import rows as rows_module
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
 
@@ -118,8 +119,8 @@ def test_bytes_keep_the_stream_and_fill_rows(docs, row_bytes):
 def test_patches_obey_the_budgets(docs, budget):
     row_bytes, row_patches = budget
     for row in packing.pack_patches(docs, *budget):
-        assert [len(field) for field in row] == [row_bytes] * 4 + [row_patches]
-        assert [field.dtype for field in row] == [np.int32, np.int32, bool, np.int32, np.int32]
+        assert [len(field) for field in row] == [row_bytes] * 5 + [row_patches]
+        assert [field.dtype for field in row] == [np.int32, np.int32, bool, *[np.int32] * 3]
         used = np.count_nonzero(row.patch_lengths)
         assert (row.patch_lengths[:used] > 0).all() and not row.patch_lengths[used:].any()
         assert row.patch_lengths.sum() == row_bytes + 1
@@ -161,7 +162,7 @@ def test_patches_equal_a_packer_that_goes_patch_by_patch(docs, budget):
 @given(documents(), budgets())
 def test_packing_is_deterministic_and_leaves_documents_alone(docs, budget):
     before = [(ids.copy(), starts.copy()) for ids, starts in docs]
-    first, second = (packing.stack(packing.pack_patches(docs, *budget)) for _ in range(2))
+    first, second = (rows_module.stack(packing.pack_patches(docs, *budget)) for _ in range(2))
     for left, right in zip(first, second, strict=True):
         np.testing.assert_array_equal(left, right)
     for left, right in zip(itertools.chain(*before), itertools.chain(*docs), strict=True):
@@ -232,8 +233,9 @@ def test_the_smallest_budgets_make_progress(starts_everywhere):
 def test_stack_adds_a_row_axis_in_compact_types():
     docs = [with_starts(encode(bytes(range(256))), *range(2, 258, 5))]
     rows = list(packing.pack_patches(docs, row_bytes=32, row_patches=16))
-    stacked = packing.stack(iter(rows))
-    assert [field.dtype for field in stacked] == [np.uint16, np.uint16, bool, np.int32, np.int32]
+    stacked = rows_module.stack(iter(rows))
+    dtypes = [np.uint16, np.uint16, bool, np.int32, np.uint16, np.int32]
+    assert [field.dtype for field in stacked] == dtypes
     assert stacked.tokens.shape == (len(rows), 32)
     assert stacked.patch_lengths.shape == (len(rows), 16)
     for index, row in enumerate(rows):
@@ -245,23 +247,23 @@ def test_utilisation_counts_inputs_and_their_patches():
     docs = [with_starts(encode(b"abcdef"), 4)]
     rows = list(packing.pack_patches(docs, row_bytes=6, row_patches=4))
     expected = {"byte_utilisation": 8 / 12, "patch_utilisation": 4 / 8}
-    assert packing.utilisation(rows) == pytest.approx(expected)
-    assert packing.utilisation(packing.stack(rows)) == pytest.approx(expected)
+    assert rows_module.utilisation(rows) == pytest.approx(expected)
+    assert rows_module.utilisation(rows_module.stack(rows)) == pytest.approx(expected)
     byte_rows = packing.pack_bytes([docs[0][0]], row_bytes=5)
-    assert packing.utilisation(byte_rows) == {"byte_utilisation": pytest.approx(8 / 10)}
+    assert rows_module.utilisation(byte_rows) == {"byte_utilisation": pytest.approx(8 / 10)}
 
 
 def test_no_documents_give_no_rows():
     assert list(packing.pack_patches([], 8, 4)) == []
     assert list(packing.pack_bytes([], 8)) == []
     with pytest.raises(ValueError, match="no rows"):
-        packing.stack([])
+        rows_module.stack([])
 
 
 @pytest.mark.parametrize(
     "row_bytes, row_patches, message",
     [
-        (1, 1, "row_bytes=1 must"),
+        (1, 3, "row_bytes=1 must"),
         (8, 2, "row_patches=2 must"),
         (7, 8, "row_bytes=7.*row_patches=8"),
     ],

@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from bltjax.config import EntropyModelConfig, OptimizerConfig, TrainingConfig, TransformerConfig
-from bltjax.data.packing import pack_bytes, stack
-from bltjax.data.pipeline import batches, whole_batches
+from bltjax.data.lanes import Layout
+from bltjax.data.mixture import Shuffled
+from bltjax.data.sources import Document
 from bltjax.training.checkpoint import Checkpoints
-from bltjax.training.loop import NonFiniteLoss, train
+from bltjax.training.loop import NonFiniteLoss, TrainingData, train
 from bltjax.training.metrics import MetricsLog, format_seconds
-from bltjax.vocabulary import encode
 
 MODEL = EntropyModelConfig(
     transformer=TransformerConfig(dim=8, num_heads=1, window=8, ffn_multiple_of=8)
@@ -28,62 +29,53 @@ TRAINING = TrainingConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def rows():
+def data(num_sources=1, workers=0):
     random = np.random.default_rng(0)
-    return stack(pack_bytes((encode(random.bytes(40)) for _ in range(20)), TRAINING.row_bytes))
+    documents = [Document("", random.bytes(40)) for _ in range(20)]
+    sources = [documents[i::num_sources] for i in range(num_sources)]
+    names = tuple(f"source{i}" for i in range(num_sources))
+    return TrainingData(Shuffled(sources, 0), Layout(TRAINING.row_bytes), names, workers)
 
 
-def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(rows, tmp_path):
+def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
     # Warm-up makes the first update nothing and the second one fatal.
     config = dataclasses.replace(
         TRAINING, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=6, weight_decay=0.0)
     )
     config = dataclasses.replace(config, checkpoint_every=1)
     with pytest.raises(NonFiniteLoss, match=r"at step 2; the last good checkpoint is .*/1;"):
-        train("toy", MODEL, config, rows, tmp_path)
+        train("toy", MODEL, config, data(), tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert 1 in checkpoints.all_steps() and checkpoints.latest_step() == 2
     checkpoints.close()
 
 
-def test_newest_checkpoints_are_kept_and_the_last_step_saved(rows, tmp_path):
+def test_newest_checkpoints_are_kept_and_the_last_step_saved(tmp_path):
     config = dataclasses.replace(TRAINING, steps=7)
-    result = train("toy", MODEL, config, rows, tmp_path)
+    result = train("toy", MODEL, config, data(), tmp_path)
     assert result.compilations == 1
     kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {6, 7}
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
     assert steps == [2, 5, 6]
     assert any(p.name.startswith("events") for p in (tmp_path / "tensorboard").iterdir())
-    again = train("toy", MODEL, config, rows, tmp_path)
+    again = train("toy", MODEL, config, data(), tmp_path)
     assert again.compilations == 0  # nothing was left to do
 
 
-def test_batches_cover_every_row_once_an_epoch_and_resume_anywhere(rows):
-    count = len(rows.tokens)
-    stream = batches(rows, 2, seed=1)
-    seen = np.concatenate([next(stream)["tokens"] for _ in range(count)])  # two epochs
-    position = stream.get_state()
-    following = next(stream)["tokens"]
-    sorted_rows = sorted(map(tuple, rows.tokens.tolist()))
-    for epoch in np.split(seen, 2):
-        assert sorted(map(tuple, epoch.tolist())) == sorted_rows
-    assert not np.array_equal(*np.split(seen, 2))  # another order
-    other = batches(rows, 2, seed=1)
-    other.set_state(position)
-    np.testing.assert_array_equal(next(other)["tokens"], following)
-
-
-def test_too_little_text_for_a_batch(rows):
-    with pytest.raises(ValueError, match=r"fewer than batch_size=1000"):
-        batches(rows, 1000, seed=0)
-
-
-def test_whole_batches_count_no_row_twice(rows):
-    found = list(whole_batches(rows, 7))
-    assert all(len(b["tokens"]) == 7 for b in found)
-    assert sum(b["loss_mask"].sum() for b in found) == rows.loss_mask.sum()
+def test_sources_are_told_apart_and_counts_resumed(tmp_path):
+    config = dataclasses.replace(TRAINING, checkpoint_every=4)
+    train("toy", MODEL, config, data(2), tmp_path)
+    whole = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    shutil.rmtree(tmp_path / "checkpoints" / "8")  # as if killed after 4, between two lines
+    train("toy", MODEL, config, data(2), tmp_path)
+    resumed = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    names = [k for k in whole[-1] if "/" in k or k == "bytes"]
+    assert len(names) == 5
+    assert [[x[k] for k in names] for x in whole] == [[x[k] for k in names] for x in resumed]
+    seen = [whole[-1][f"bytes_seen/source{i}"] for i in range(2)]
+    assert min(seen) > 50 and 0.85 * 8 * 2 * 16 < sum(seen) <= 8 * 2 * 16
+    assert all(0 <= line["data_wait_fraction"] < 1 for line in whole)
 
 
 def test_metrics_of_an_interrupted_run_are_replaced(tmp_path):

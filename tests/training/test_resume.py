@@ -18,7 +18,7 @@ from bltjax.config import RunConfig, from_config_dict
 from bltjax.recipe import blt_params, entropy_params
 
 ROOT = Path(__file__).parents[2]
-TIMING = ("bytes_per_second", "seconds_per_step")
+TIMING = ("bytes_per_second", "seconds_per_step", "data_wait_fraction")
 
 
 @pytest.fixture(scope="module")

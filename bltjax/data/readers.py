@@ -1,0 +1,257 @@
+"""Documents of a part of a file: text, JSON lines, ArrayRecord, shards of Hugging Face datasets.
+
+A reader yields what the file holds in its order, a `Bad` in the place of a record that cannot be a
+document, and one Bad at the end of what it can read of a damaged file. A document without an id is
+named by its place in the whole file, so that no name depends on how a file was cut into parts.
+"""
+
+import functools
+import gzip
+import importlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from etils import epath
+
+COMPRESSED = (".gz", ".zst")  # JSON lines in a compressed file cannot be read from its middle
+_CHUNK = 1 << 16
+
+
+class Document(NamedTuple):
+    """A text: `name` is its stable id, `language` is "" where unknown.
+
+    entropies: float16 [len(data) + 2] in nats, where the source has them (spec 8.4).
+    """
+
+    name: str
+    data: bytes
+    language: str = ""
+    entropies: np.ndarray | None = None
+
+
+class Bad(NamedTuple):
+    """A record that cannot be a document: `name` says where ("web/1.jsonl.gz:line 17")."""
+
+    name: str
+    reason: str
+
+
+class Fields(NamedTuple):
+    """Fields of a record, each the first there is: its text, its id and its language."""
+
+    text: tuple[str, ...]
+    id: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+
+
+def need(module: str, extra: str):
+    """Imports an optional library; raises ValueError with the remedy where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"reading this source takes {module.partition('.')[0]} ({error}): "
+            f"pip install 'bltjax[{extra}]'"
+        ) from error
+
+
+def open_file(path: str) -> BinaryIO:
+    """A local or remote file (gs://, s3://), open for reading bytes."""
+    return epath.Path(path).open("rb") if "://" in path else open(path, "rb")
+
+
+def read_text(path: str, file: str) -> Document:
+    """The whole file as one document; nothing is decoded, so any bytes are one."""
+    with open_file(path) as opened:
+        return Document(file, opened.read())
+
+
+def read_jsonl(
+    path: str, file: str, start: int, stop: int, fields: Fields
+) -> Iterator[Document | Bad]:
+    """Records of the lines whose first byte lies in [start, stop) of the file; -1: to its end.
+
+    A compressed file (.gz, .zst) is always read whole, and its lines are counted instead.
+    """
+    compressed = path.endswith(COMPRESSED)
+    place = f"{file}:line" if compressed else f"{file}:byte"
+    number = 0
+    with open_file(path) as raw:
+        lines = _decompressed(raw, path) if compressed else _lines(raw, start, stop)
+        try:
+            for number, line in lines:
+                if not line.isspace():
+                    yield _parsed(line, fields, place, number)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            reason = f"the compressed file is cut off or damaged from here on: {error}"
+            yield Bad(f"{place} {number + 1}", reason)
+
+
+def _lines(raw: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """(first byte, line) of the lines that begin in [start, stop)."""
+    position = start
+    if start:
+        # The byte before tells whether a line begins at `start`. In chunks: the line that is
+        # skipped may be longer than memory.
+        position -= 1
+        raw.seek(position)
+        skipped = b" "
+        while skipped and not skipped.endswith(b"\n") and not 0 <= stop <= position:
+            skipped = raw.readline(_CHUNK)
+            position += len(skipped)
+    while stop < 0 or position < stop:
+        line = raw.readline()
+        if not line:
+            return
+        yield position, line
+        position += len(line)
+
+
+def _decompressed(raw: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
+    """(number, line), counted from 1, of all members or frames of a compressed file."""
+    if not raw.read(1):
+        raise EOFError("it is empty")
+    raw.seek(0)
+    if path.endswith(".gz"):
+        opened = gzip.GzipFile(fileobj=raw)
+    else:
+        opened = io.BufferedReader(_ZstdFrames(raw), _CHUNK)
+    yield from enumerate(opened, 1)
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The content of consecutive frames; unlike zstandard's own reader it notices a cut."""
+
+    def __init__(self, raw: BinaryIO):
+        self.zstandard = need("zstandard", "data")
+        # Frames made with --long ask for windows of up to 2 GB.
+        self.decompressor = self.zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self.raw, self.frame, self.compressed, self.content = raw, None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.content:
+            self.compressed = self.compressed or self.raw.read(_CHUNK)
+            if not self.compressed:
+                if self.frame:
+                    raise EOFError("it ends inside a zstd frame")
+                return 0
+            self._decompress()
+        count = min(len(buffer), len(self.content))
+        buffer[:count] = self.content[:count]
+        self.content = self.content[count:]
+        return count
+
+    def _decompress(self) -> None:
+        self.frame = self.frame or self.decompressor.decompressobj()
+        try:
+            self.content = memoryview(self.frame.decompress(self.compressed))
+        except self.zstandard.ZstdError as error:
+            raise EOFError(str(error)) from error
+        self.compressed = b""
+        if self.frame.eof:
+            self.compressed, self.frame = self.frame.unused_data, None
+
+
+def _parsed(line: bytes, fields: Fields, place: str, number: int) -> Document | Bad:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Bad(f"{place} {number}", "not UTF-8")
+    except (ValueError, RecursionError) as error:
+        # Without the position of the error, so that reasons can be counted.
+        return Bad(f"{place} {number}", f"not JSON: {getattr(error, 'msg', error)}")
+    return document(record, fields, place, number)
+
+
+def document(record, fields: Fields, place: str, number) -> Document | Bad:
+    """The document of a record (a dict of fields) at a place such as "web/1.jsonl:line", 17."""
+    where = f"{place} {number}"
+    if not isinstance(record, dict):
+        return Bad(where, f"a {type(record).__name__} in the place of an object with fields")
+    field = next((name for name in fields.text if name in record), None)
+    if field is None:
+        return Bad(where, f"no field {' or '.join(map(repr, fields.text))}")
+    text = record[field]
+    if isinstance(text, str):
+        text = text.encode("utf-8", "surrogatepass")
+    if not isinstance(text, bytes):
+        return Bad(where, f"field {field!r} holds a {type(text).__name__} instead of a string")
+    ids = (record.get(name) for name in fields.id)
+    name = next((str(i) for i in ids if isinstance(i, (str, int)) and i != ""), None)
+    if name is None:
+        name = f"{place.rpartition(':')[0]}:{number}"
+    language = next((record[name] for name in fields.language if name in record), "")
+    return Document(name, text, language if isinstance(language, str) else "")
+
+
+def end_of(stop: int) -> int | None:
+    """The end of a slice for a `stop`, in which -1 is the end of the file."""
+    return None if stop < 0 else stop
+
+
+def array_records(path: str) -> int | None:
+    """The number of records; None for a damaged file. Raises ValueError for a remote one."""
+    if "://" in path:
+        raise ValueError(
+            f"{path}: array_record files are read from local disks only; copy it, or mount the "
+            "bucket (gcsfuse)"
+        )
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no file {path!r}")
+    reader = _array_record_reader(path)
+    return reader.num_records() if reader.ok() else None
+
+
+def read_array_record(
+    path: str, file: str, start: int, stop: int, fields: Fields | None
+) -> Iterator[Document | Bad]:
+    """Records [start, stop); -1: to the last. JSON objects, or plain bytes without `fields`."""
+    count = array_records(path)
+    if count is None:
+        yield Bad(file, "the file is cut off or damaged: it has no sound index")
+        return
+    reader = _array_record_reader(path)
+    reader.seek(start)
+    for number in range(count)[start : end_of(stop)]:
+        try:
+            record = reader.read()
+        except RuntimeError as error:
+            yield Bad(f"{file}:record {number}", f"the file is damaged from here on: {error}")
+            return
+        if fields is None:
+            yield Document(f"{file}:{number}", record)
+        else:
+            yield _parsed(record, fields, f"{file}:record", number)
+
+
+def _array_record_reader(path: str):
+    module = need("array_record.python.array_record_module", "data")
+    return module.ArrayRecordReader(path)
+
+
+@functools.lru_cache(maxsize=4)
+def open_dataset(path: str, subset: str, split: str):
+    """A Hugging Face dataset that is read as it comes; it has `num_shards` and `shard()`."""
+    datasets = need("datasets", "hf")
+    try:
+        return datasets.load_dataset(path, subset or None, split=split, streaming=True)
+    except RuntimeError as error:  # of a dataset that is a script
+        raise ValueError(f"the dataset {path!r} cannot be read: {error}; choose another") from error
+
+
+def read_dataset(dataset, name: str, shard: int, fields: Fields) -> Iterator[Document | Bad]:
+    """Records of one of the dataset's shards, named `name:shard.record` where they have no id."""
+    broken = need("datasets", "hf").exceptions.DatasetGenerationError
+    try:
+        for i, record in enumerate(dataset.shard(dataset.num_shards, shard)):
+            yield document(record, fields, f"{name}:record", f"{shard}.{i}")
+    except (ValueError, broken) as error:  # nothing behind a record that cannot be parsed is known
+        yield Bad(f"{name}:shard {shard}", f"it cannot be read to its end: {error}")

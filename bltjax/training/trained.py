@@ -1,0 +1,36 @@
+"""The parameters that a stage of a run left, or that were put in its place."""
+
+from pathlib import Path
+
+from bltjax import sharding
+from bltjax.config import RunConfig
+from bltjax.model import functional
+from bltjax.training.checkpoint import has_checkpoint, load_params
+from bltjax.training.optimizer import make_optimizer
+from bltjax.training.state import abstract_state
+from bltjax.training.weights_on_disk import open_weights
+
+WEIGHTS = "weights"  # in a stage's directory: parameters that were brought, not trained
+
+
+def entropy_params(config: RunConfig, workdir: Path) -> dict:
+    return trained_params(config.entropy_model, config.entropy_training, workdir / "entropy_model")
+
+
+def blt_params(config: RunConfig, workdir: Path) -> dict:
+    return trained_params(config.blt, config.blt_training, workdir / "blt")
+
+
+def trained_params(model_config, stage, directory: Path) -> dict:
+    """On the mesh that is set. Raises FileNotFoundError without any, CheckpointError if damaged."""
+    if (directory / WEIGHTS).is_dir():
+        return sharding.put_lazy(
+            open_weights(directory / WEIGHTS), functional.abstract_params(model_config)
+        )
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    return load_params(directory / "checkpoints", abstract_state(model_config, optimizer))
+
+
+def is_trained(directory: Path) -> bool:
+    """Whether a stage's directory holds parameters."""
+    return (directory / WEIGHTS).is_dir() or has_checkpoint(directory / "checkpoints")
