@@ -123,7 +123,9 @@ def test_killed_at_random_steps_and_run_again(command, uninterrupted, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(whole))
 
 
-def test_damaged_checkpoint_is_named_and_nothing_is_lost(command, uninterrupted):
+def test_a_damaged_checkpoint_and_another_config_are_named_and_nothing_is_lost(
+    command, uninterrupted
+):
     whole, _ = uninterrupted
     newest = whole / "blt" / "checkpoints" / "24"
     damaged = newest / "state" / "manifest.ocdbt"
@@ -139,9 +141,7 @@ def test_damaged_checkpoint_is_named_and_nothing_is_lost(command, uninterrupted)
     assert "Traceback" not in output
     assert before == {p: p.read_bytes() for p in (whole / "blt").rglob("*") if p.is_file()}
 
-
-def test_another_config_is_refused(command, uninterrupted):
-    whole, _ = uninterrupted
+    # The directory of another run is refused as it is.
     process = command(whole, "--config.blt.pooling=mean")
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 2
