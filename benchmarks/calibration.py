@@ -25,17 +25,15 @@ BLOCK = 16_384
 def by_documents(store: records.Store) -> list[ScoreHistogram]:
     sides = []
     for part in records.PARTS:
-        shards = [shard for shard in store.shards(part=part) if records.has_entropies(shard)]
         sides.append(ScoreHistogram())
-        for counts in records.score_histogram(shards).values():
+        for counts in records.score_histogram(store.shards(part=part)).values():
             sides[-1].merge(counts)
     return sides
 
 
 def by_blocks(store: records.Store) -> list[ScoreHistogram]:
     sides, number = [ScoreHistogram(), ScoreHistogram()], 0
-    shards = [shard for shard in store.all_shards if records.has_entropies(shard)]
-    documents = records.Documents(shards, entropies=True)
+    documents = records.Documents(store.all_shards, entropies=True)
     for entropies in (documents[i].entropies for i in range(len(documents))):
         for first in range(0, len(entropies), BLOCK):
             sides[number % 2].add(entropies[first : first + BLOCK])
@@ -48,6 +46,8 @@ def main(argv):
     if len(argv) > 1 or chosen.records is None:
         command.fail("give --records=DIR, and nothing else but flags")
     store, result = records.open_store(Path(chosen.records)), {}
+    if not all(records.has_entropies(shard) for shard in store.all_shards):
+        command.fail(f"{chosen.records} lacks entropies: run bltjax.preprocess first")
     for name, split in (("blocks", by_blocks), ("documents", by_documents)):
         seen, held_out = split(store)
         print(

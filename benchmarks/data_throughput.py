@@ -124,7 +124,8 @@ def packed(documents, layout: Layout, num_bytes: int):
 def main(argv):
     if len(argv) > 1:
         command.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core
+    if hasattr(os, "sched_setaffinity"):  # not on macOS
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core
     documents, repeats = library(flags.FLAGS.megabytes), flags.FLAGS.repeats
     size = sum(len(text) for _, text in documents)
     print(f"{len(documents)} documents, {size / 1e6:.1f} MB")

@@ -119,7 +119,9 @@ def main(argv):
     if len(argv) > 1 or chosen.records is None:
         command.fail("give --records=DIR, and nothing else but flags")
     store = records.open_store(Path(chosen.records))
-    shards = [s for s in store.shards() if records.has_entropies(s)]
+    shards = store.shards()
+    if not all(records.has_entropies(shard) for shard in shards):
+        command.fail(f"{chosen.records} lacks entropies: run bltjax.preprocess first")
     counts = ScoreHistogram()
     for part in records.score_histogram(shards).values():
         counts.merge(part)

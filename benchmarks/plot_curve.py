@@ -17,9 +17,8 @@ def main(workdir: str, target: str):
     workdir = Path(workdir)
     lines = [json.loads(line) for line in (workdir / "blt" / "metrics.jsonl").open()]
     result = json.loads((workdir / "result.json").read_text())
-    config = json.loads((workdir / "config.json").read_text())["config"]["blt_training"]
-    step_bytes = config["batch_size"] * config["row_bytes"] * result["byte_utilisation"]
-    xs = [(line["step"] + 1) * step_bytes / 1e6 for line in lines]
+    seen = [sum(v for k, v in line.items() if k.startswith("bytes_seen/")) for line in lines]
+    xs = [num_bytes / 1e6 for num_bytes in seen]
     ys = [line["bits_per_byte"] for line in lines]
     levels = {"held out": result["bits_per_byte"]}
     levels |= {k.replace("_", " "): v for k, v in result.get("baselines", {}).items()}

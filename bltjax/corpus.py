@@ -7,6 +7,7 @@ A stage reads no more of a large corpus than its steps need: shards in a seeded 
 source its share.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -27,10 +28,10 @@ from bltjax.lazy import tree_leaves
 from bltjax.patching.boundaries import lengths_from_starts, patch_starts
 from bltjax.patching.calibrate import RULES, ScoreHistogram, row_bytes_for, row_patches_for
 from bltjax.training.loop import TrainingData
-from bltjax.training.trained import entropy_params, is_trained
+from bltjax.training.trained import entropy_params, is_finished, is_trained
 from bltjax.vocabulary import encode
 
-CALIBRATION_BYTES = 2_000_000  # where patches are found in the step, and no more is needed
+CALIBRATION_BYTES = 2_000_000  # or a shard of each source, where patches are found in the step
 SAMPLE_BYTES, SAMPLE_SHARDS = 8_000_000, 256  # of documents whose patches are measured
 WEIGHT_STEPS = 1000  # to which the weights of sources are rounded in calibration
 IN_STEP_ROOM = 1.15  # patch columns over the mean of a row: no packer keeps rows within a budget
@@ -69,6 +70,7 @@ def open_corpus(config: RunConfig, workdir: Path) -> Store:
                 "data.validation_fraction or data.seed in a new --workdir, or leave the stage "
                 "'evaluate' out"
             )
+    check_brought_entropies(config, workdir, store)
     return store
 
 
@@ -77,10 +79,10 @@ def shares(config: RunConfig, store: Store) -> dict[str, float]:
     weights = {s.name: s.weight for s in config.data.named_sources()}
     if not any(weights.values()):
         weights = {s: sum(x.num_bytes for x in store.shards(s)) for s in store.sources}
-    if missing := set(store.sources) - set(weights):
+    if set(store.sources) != set(weights):
         raise ValueError(
-            f"the records in {store.directory} have sources {sorted(missing)} that data.sources "
-            "does not name: name them with a weight, or leave all weights 0"
+            f"the records in {store.directory} have the sources {store.sources}, and data.sources "
+            f"gives weights to {list(weights)}: name the same, or leave all weights 0"
         )
     total = sum(weights[name] for name in store.sources)
     return {name: weights[name] / (total or 1) for name in store.sources}
@@ -166,8 +168,11 @@ def find_patches(config: RunConfig, workdir: Path, store: Store, everything: boo
     if counts is not None and patching.rule in RULES and patching.max_patch_length is None:
         mean = counts.mean_patch_bytes(patching.threshold, patching.rule)
     else:
-        mean = float(lengths.mean())
-    return Patched(patching, mean, lengths, train, validation, compilations)
+        by_source = shares(config, store).items()
+        patches_a_byte = [share / lengths[name].mean() for name, share in by_source if share]
+        mean = 1 / sum(patches_a_byte)
+    every = np.concatenate(list(lengths.values()))
+    return Patched(patching, mean, every, train, validation, compilations)
 
 
 def stored_threshold(workdir: Path) -> float | None:
@@ -192,20 +197,23 @@ def histogram(config: RunConfig, store: Store, shards: list[Shard]) -> ScoreHist
     return total
 
 
-def sample_lengths(patching: PatchingConfig, shards: list[Shard]) -> np.ndarray:
-    """Patch lengths of the first documents of some shards, about SAMPLE_BYTES in all."""
-    shards = shards[:: -(-len(shards) // SAMPLE_SHARDS)]
-    found, share = [], SAMPLE_BYTES // len(shards)
-    for shard in shards:
-        size = 0
-        for document in stream(Documents([shard], entropies=patching.rule in ENTROPY_RULES)):
-            ids = encode(document.data)
-            starts = patch_starts(patching, ids, document.entropies)[: len(ids)]
-            found.append(lengths_from_starts(starts))
-            size += len(ids)
-            if size >= share:
-                break
-    return np.concatenate(found)
+def sample_lengths(patching: PatchingConfig, shards: list[Shard]) -> dict[str, np.ndarray]:
+    """Patch lengths of each source: of the first documents of some shards, SAMPLE_BYTES in all."""
+    found = collections.defaultdict(list)
+    sources = [[s for s in shards if s.source == name] for name in {s.source: 0 for s in shards}]
+    for own in sources:
+        own = own[:: -(-len(own) // SAMPLE_SHARDS)]
+        share = SAMPLE_BYTES // len(own) // len(sources)
+        for shard in own:
+            size = 0
+            for document in stream(Documents([shard], entropies=patching.rule in ENTROPY_RULES)):
+                ids = encode(document.data)
+                starts = patch_starts(patching, ids, document.entropies)[: len(ids)]
+                found[shard.source].append(lengths_from_starts(starts))
+                size += len(ids)
+                if size >= share:
+                    break
+    return {source: np.concatenate(lengths) for source, lengths in found.items()}
 
 
 def stream(documents: Documents):
@@ -215,21 +223,17 @@ def stream(documents: Documents):
 def ensure_entropies(config: RunConfig, workdir: Path, store: Store, shards: list[Shard]) -> int:
     """Computes the entropies that shards lack; returns how often the entropy model was compiled.
 
-    Raises ValueError where entropies are there already and of another model. Those that a source
-    brought with it, which no model of this run claims, are taken as they are.
+    Without a model in the working directory those that are there are taken as they are. Raises
+    ValueError where they are of another model, or missing without one.
     """
-    missing = [shard for shard in shards if not records.has_entropies(shard)]
-    claimed = (store.directory / records.ENTROPIES).exists()
-    trained = is_trained(workdir / "entropy_model")
-    if not claimed and len(missing) < len(shards):
-        _take_brought(config, store, shards, missing)
+    has_model = is_trained(workdir / "entropy_model")
+    if not has_model and all(records.has_entropies(shard) for shard in shards):
         return 0
-    if not missing and not trained:
-        return 0
-    if not trained:
+    if not is_finished(config.entropy_training, workdir / "entropy_model"):
+        unfinished = "only a part of its training" if has_model else "no entropy model"
         raise ValueError(
-            f"the records in {store.directory} need entropies, and there is no entropy model in "
-            f"{workdir}: run the stage 'entropy_model' first, or bring one with "
+            f"the records in {store.directory} need entropies, and there is {unfinished} in "
+            f"{workdir}: run the stage 'entropy_model' to its end first, or bring a model with "
             "bltjax.preprocess --entropy_model=DIR"
         )
     params = entropy_params(config, workdir)
@@ -247,19 +251,26 @@ def ensure_entropies(config: RunConfig, workdir: Path, store: Store, shards: lis
     return entropy_fn._cache_size()
 
 
-def _take_brought(config: RunConfig, store: Store, shards: list[Shard], missing: list[Shard]):
-    """Entropies that a source brought are of a model that we do not have: all of them, or none."""
-    if missing:
-        sources = sorted({shard.source for shard in missing})
+def check_brought_entropies(config: RunConfig, workdir: Path, store: Store):
+    """Entropies that sources brought are of a model that we do not have: all of them, or none.
+
+    Raises ValueError where they would be mixed with those of a model of this run.
+    """
+    brought = [shard for shard in store.all_shards if records.has_entropies(shard)]
+    if not brought or (store.directory / records.ENTROPIES).exists():
+        return
+    if len(brought) < len(store.all_shards):
+        without = {shard.source for shard in store.all_shards} - {s.source for s in brought}
         raise ValueError(
-            f"some records in {store.directory} came with entropies and those of {sources} did "
-            "not: one model must give all of them; leave a source out, or its entropies"
+            f"some records in {store.directory} came with entropies and those of {sorted(without)} "
+            "did not: one model must give all of them, so train on such sources apart"
         )
     ours = [s for s in ("entropy_model", "sample") if s in config.stages]
-    if config.patching.in_step or ours:
+    if ours or config.patching.in_step or is_trained(workdir / "entropy_model"):
         raise ValueError(
             f"the records in {store.directory} came with the entropies of a model that this run "
-            f"does not have: leave the stages {ours} out, and patching.in_step"
+            f"does not have: leave the stages {ours} and patching.in_step out, and use a --workdir "
+            "without an entropy model"
         )
 
 

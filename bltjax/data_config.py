@@ -72,8 +72,9 @@ class DataConfig:
             found.append(
                 f"{name}.validation_fraction={self.validation_fraction} must lie between 0 and 1"
             )
-        if self.workers < 0:
-            found.append(f"{name}.workers={self.workers} must not be negative")
+        for number in ("workers", "seed"):
+            if getattr(self, number) < 0:
+                found.append(f"{name}.{number}={getattr(self, number)} must not be negative")
         if self.max_bytes is not None and self.max_bytes < 1:
             found.append(f"{name}.max_bytes={self.max_bytes} must be at least 1")
         if self.root == HUB:

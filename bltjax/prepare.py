@@ -13,6 +13,7 @@ import jax
 
 from bltjax import sharding
 from bltjax.config import ENTROPY_RULES, RunConfig, differences, to_dict
+from bltjax.corpus import records_directory
 from bltjax.data.records import ENTROPIES, has_entropies, open_store
 from bltjax.data.sources import list_units
 from bltjax.files import LOCK, alone, replacing
@@ -34,12 +35,12 @@ def prepare(config: RunConfig, workdir: str | os.PathLike, needs_models: bool = 
     """
     workdir = Path(workdir).absolute()
     mesh = sharding.make_mesh(config.mesh)
+    check_sources(config, workdir)
     if needs_models:
         check_stages(config, workdir)
     check_batch_sizes(config, mesh)
     for name in used_models(config):
         sharding.check_model(getattr(config, name), name, mesh)
-    check_sources(config, workdir)
     claim_workdir(config, workdir)
     return Prepared(config, workdir, mesh)
 
@@ -76,7 +77,7 @@ def has_all_entropies(config: RunConfig, workdir: Path) -> bool:
     if config.patching.in_step or {"entropy_model", "sample"} & set(config.stages):
         return False
     try:
-        store = open_store(config.data.records or workdir / "records")
+        store = open_store(records_directory(config, workdir))
     except (FileNotFoundError, ValueError):  # none yet, or not whole yet
         return False
     return all(has_entropies(shard) for shard in store.all_shards)
@@ -106,7 +107,7 @@ def check_sources(config: RunConfig, workdir: Path):
                 "the stage 'entropy_model' out, or bring that model with bltjax.preprocess "
                 "--entropy_model=DIR"
             )
-    elif not (workdir / "records").exists():
+    elif not records_directory(config, workdir).exists():
         for source in config.data.named_sources():
             units = list_units(source, config.data)
             if source.kind != "huggingface" and not any(unit.size for unit in units):
@@ -151,16 +152,21 @@ def claim_workdir(config: RunConfig, workdir: Path):
 
 def _refuse_other_files(workdir: Path):
     # Another process may be about to write the claim, or was killed while it wrote it.
-    if {p.name for p in workdir.iterdir()} - {"config.partial", "config.json", LOCK}:
+    names = {p.name for p in workdir.iterdir()}
+    if "config.json" not in names and names - {"config.partial", LOCK}:
         raise ValueError(
             f"{workdir} is not empty and holds no run (no config.json): choose a new --workdir"
         )
 
 
-def write_json(path: Path, value: dict):
-    """Atomically: a killed process leaves the old file or the new one, never half of one."""
+def write_json(path: Path, value: dict, once: bool = False):
+    """Atomically: a killed process leaves the old file or the new one, never half of one.
+
+    With `once` a file that is there stays as it is.
+    """
     with alone(path.parent):
-        _write(path, value)
+        if not (once and path.exists()):
+            _write(path, value)
 
 
 def _write(path: Path, value: dict):

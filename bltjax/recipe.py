@@ -2,13 +2,13 @@
 
     (always)        read the corpus into records                     workdir/records/
     entropy_model   train the small byte model                       workdir/entropy_model/
-    entropies       run it over the corpus, calibrate the threshold  workdir/records/, patching.json
+    entropies       run it over what is read, calibrate a threshold  workdir/records/, patching.json
     blt             train the byte latent transformer                workdir/blt/
     evaluate        bits per byte of held-out documents, and baselines
     sample          a continuation, and the patches of a sentence
 
 A stage that a run leaves out must have been done in the same working directory before, or not be
-needed: rules such as `space` use no entropies.
+needed: rules such as `space` use no entropies, and records may have them already.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ from bltjax.training.step import make_eval_step
 from bltjax.training.trained import WEIGHTS, blt_params, entropy_params, is_trained
 from bltjax.vocabulary import encode
 
+BASELINE_BYTES = 100_000_000  # that n-gram models are fitted on, about: they count in memory
 MEASURED_ROWS = 256  # whose budgets are reported
 
 
@@ -87,12 +88,15 @@ def find_patches(
 ) -> Patched:
     """Stage 2: the threshold, and the documents of the next stages with their entropies."""
     patched = corpus.find_patches(config, workdir, store, everything)
+    if config.patching.rule in ENTROPY_RULES:
+        write_json(workdir / "patching.json", to_dict(patched.patching), once=True)
+        if corpus.stored_threshold(workdir) != patched.patching.threshold:  # another was first
+            patched = corpus.find_patches(config, workdir, store, everything)
     result["mean_patch_bytes"] = patched.mean_patch_bytes
     if config.patching.rule in ENTROPY_RULES:
         result["compilations"]["entropies"] = patched.compilations
     threshold = ""
     if config.patching.rule in ENTROPY_RULES:
-        write_json(workdir / "patching.json", to_dict(patched.patching))
         result["threshold"] = patched.patching.threshold
         threshold = f" at threshold {patched.patching.threshold:.4f} nats"
     print(f"patches: {patched.mean_patch_bytes:.2f} bytes on average{threshold}", flush=True)
@@ -110,6 +114,7 @@ def train_blt(config: RunConfig, workdir: Path, store: Store, patched: Patched, 
     in_step = in_step_patching(config, workdir, patched, layout)
     trained = train("blt", config.blt, config.blt_training, data, workdir / "blt", in_step)
     result["compilations"]["blt"] = trained.compilations
+    result["data_wait_fraction"] = trained.data_wait_fraction
 
 
 def in_step_patching(
@@ -178,7 +183,7 @@ def evaluate_model(
         for name, of in sums["sources"].items():
             print(f"  {name}: {of['bits_per_byte']:.4f} over {of['bytes']} bytes", flush=True)
     if config.evaluation.baselines:
-        parts = (store.shards(), shards)
+        parts = corpus.select(config, store, BASELINE_BYTES), shards
         texts = ([d.data for d in corpus.stream(Documents(part))] for part in parts)
         result["baselines"] = baselines(*texts)
         found = ", ".join(f"{name} {bits:.3f}" for name, bits in result["baselines"].items())

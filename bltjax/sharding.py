@@ -189,8 +189,12 @@ def put_batch(batch):
 def gather_rows(rows: np.ndarray) -> np.ndarray:
     """The int64 rows [B, K] of all processes, on each, from the `rows_of_process` of this one."""
     halves = put_batch(np.ascontiguousarray(rows).view(np.int32))  # devices have no int64
-    whole = jax.jit(lambda x: reshard(x, PartitionSpec()))(halves)
-    return np.ascontiguousarray(whole).view(np.int64)
+    return np.ascontiguousarray(_whole(halves)).view(np.int64)
+
+
+@jax.jit
+def _whole(x: jax.Array) -> jax.Array:
+    return reshard(x, PartitionSpec())
 
 
 def concrete(tree):

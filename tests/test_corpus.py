@@ -126,18 +126,33 @@ def test_records_with_entropies_need_no_model(fresh, tmp_path):
 
 def test_entropies_of_two_models_are_not_mixed(fresh, tmp_path):
     with_entropies(fresh, of=("large",))
-    run = reading(fresh, tmp_path, "blt")
     with pytest.raises(ValueError, match=r"came with entropies and those of \['small'\] did not"):
-        corpus.find_patches(run, tmp_path, fresh, everything=False)
+        corpus.open_corpus(reading(fresh, tmp_path, "blt"), tmp_path)
     with_entropies(fresh, of=("small",))
+    corpus.open_corpus(reading(fresh, tmp_path, "blt"), tmp_path)
+    refused = "of a model that this run does not have"
     for stages, changes in ((("blt",), dict(in_step=True)), (("blt", "sample"), {})):
-        with pytest.raises(ValueError, match="of a model that this run does not have"):
-            corpus.find_patches(
-                reading(fresh, tmp_path, *stages, **changes), tmp_path, fresh, everything=False
-            )
+        with pytest.raises(ValueError, match=refused):
+            corpus.open_corpus(reading(fresh, tmp_path, *stages, **changes), tmp_path)
+    (tmp_path / "entropy_model" / "weights").mkdir(parents=True)
+    with pytest.raises(ValueError, match=refused):
+        corpus.open_corpus(reading(fresh, tmp_path, "blt"), tmp_path)
     records.claim_entropies(fresh, dict(some="model"))
     with pytest.raises(ValueError, match="have the entropies of a model already"):
         check_sources(reading(fresh, tmp_path, "entropy_model", "blt"), tmp_path)
+
+
+def test_a_model_in_training_gives_no_entropies(fresh, tmp_path):
+    (tmp_path / "entropy_model" / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(ValueError, match="only a part of its training"):
+        corpus.find_patches(reading(fresh, tmp_path, "blt"), tmp_path, fresh, everything=False)
+
+
+def test_means_of_other_rules_are_those_of_the_mixture(store, tmp_path):
+    changes = dict(rule="static", patch_size=6)
+    run = reading(store, tmp_path, "blt", weights=(1.0, 2.0), **changes)
+    patched = corpus.find_patches(run, tmp_path, store, everything=False)
+    assert patched.mean_patch_bytes == pytest.approx(302 / 52, rel=0.01)  # 1, 5, 6, ..., 6, 2
 
 
 def test_a_part_without_text_is_told_where_it_is_needed(tmp_path):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.run(
         [sys.executable, "-m", "bltjax.train", *arguments],
         cwd=ROOT,

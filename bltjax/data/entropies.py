@@ -25,6 +25,7 @@ from bltjax.patching.boundaries import entropy_segments
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
+LOOK_SECONDS = 30  # between looks at the shards of other processes
 GROUP_IDS = 4_000_000  # of documents that are in memory at a time: 16 MB, and as much of entropies
 
 
@@ -72,8 +73,9 @@ def add_entropies(
     it was at (see `files.share`). What is written depends on the shard, the model and the shape of
     batches alone. Raises ValueError as `corpus_entropies` does.
     """
+    left = {shard.stem: shard.num_bytes for shard in shards if not has_entropies(shard)}
     done, started = [], time.perf_counter()
-    left = list(shards)
+    looked = started
 
     def values(shard):
         for group in _groups(Documents([shard])):
@@ -82,13 +84,20 @@ def add_entropies(
             )
 
     def compute(shard):
+        nonlocal looked
         write_entropies(shard, values(shard))
         done.append(shard.num_bytes)
-        rate = max(sum(done), 1) / (time.perf_counter() - started)
-        left[:] = [other for other in left if not has_entropies(other)]
+        left.pop(shard.stem, None)
+        now = time.perf_counter()
+        if now - looked > LOOK_SECONDS:  # what other processes did
+            looked = now
+            for other in shards:
+                if other.stem in left and has_entropies(other):
+                    del left[other.stem]
+        rate = max(sum(done), 1) / (now - started)
         print(
             f"entropies: shard {len(shards) - len(left)}/{len(shards)} | {rate / 1e3:.0f} KB/s | "
-            f"eta {sum(other.num_bytes for other in left) / rate:.0f}s",
+            f"eta {sum(left.values()) / rate:.0f}s",
             flush=True,
         )
 

@@ -11,7 +11,9 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 SMALL = 2**18  # documents that are shuffled as an array; Grain's cipher is slow for few
-BLOCK = 4096  # documents; a mixture has its proportions in each block of so many
+# A mixture has its proportions in each block of so many documents, or more if it takes more for
+# so many of the rarest source.
+BLOCK, RAREST, LONGEST_BLOCK = 4096, 32, 2**22
 
 
 def shuffled_place(place: int, size: int, seed: int) -> int:
@@ -60,30 +62,29 @@ class Mixture:
     """Places -> (source number, document), each source giving its share of the bytes.
 
     A source is read again, in a new order, when it has been read whole. weights: shares of the
-    bytes, in any unit. mean_bytes: of a document of each source. Shares are exact to one document
-    in BLOCK.
+    bytes, in any unit. mean_bytes: of a document of each source.
     """
 
     def __init__(
         self, sources: Sequence, weights: Sequence[float], mean_bytes: Sequence[float], seed: int
     ):
         self.sources, self.seed, self.num_places = sources, seed, None
-        shares = np.array(weights) / np.maximum(mean_bytes, 1)  # of the documents
-        exact = BLOCK * shares / shares.sum()
-        self.counts = np.maximum(np.floor(exact), 1).astype(int)
-        # What is left goes to those who lost most by rounding; what is too much comes off the most.
-        for _ in range(BLOCK - self.counts.sum()):
-            self.counts[(exact - self.counts).argmax()] += 1
-        for _ in range(self.counts.sum() - BLOCK):
-            self.counts[self.counts.argmax()] -= 1
+        self.counts = _counts(np.array(weights) / np.maximum(mean_bytes, 1))
+        self.block = int(self.counts.sum())
         self.which = np.repeat(np.arange(len(self.counts)), self.counts)
         self.ranks = np.concatenate([np.arange(n) for n in self.counts])
 
     def __getitem__(self, place: int):
-        block, slot = divmod(place, BLOCK)
         # Shuffled: lanes read every n-th place, and each should meet all sources.
-        slot = int(_permutation(BLOCK, self.seed, block)[slot])
+        slot = shuffled_place(place, self.block, self.seed)
         source = int(self.which[slot])
         documents = self.sources[source]
-        turn = int(block * self.counts[source] + self.ranks[slot])
+        turn = int(place // self.block * self.counts[source] + self.ranks[slot])
         return source, documents[shuffled_place(turn, len(documents), self.seed + source)]
+
+
+def _counts(shares: np.ndarray) -> np.ndarray:
+    """Documents of each source in a block, which is as long as the rarest source needs."""
+    shares = shares / shares.sum()
+    block = int(min(max(BLOCK, RAREST / shares.min()), LONGEST_BLOCK))
+    return np.maximum(np.round(block * shares), 1).astype(int)

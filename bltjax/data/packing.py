@@ -33,7 +33,8 @@ from bltjax.vocabulary import PAD_ID
 # A row must be able to hold [1, length - 1] of a split first patch, and the tail.
 MIN_ROW_PATCHES = 3
 MIN_ROW_BYTES = 2
-POOL_BYTES = 4_000_000  # in open documents, after which no more are opened: memory of a lane
+# Memory of a lane: with so many bytes in open documents no more are opened, but for a few of them.
+POOL_BYTES, MIN_OPEN = 4_000_000, 4
 
 
 class OpenDocument:
@@ -254,7 +255,8 @@ class Packer:
     def _refill(self, documents) -> bool:
         """Open documents up to the size of the pool; whether there are any."""
         while len(self.open) < self.pool:
-            if sum(document.num_bytes for document in self.open) >= POOL_BYTES:
+            enough = sum(document.num_bytes for document in self.open) >= POOL_BYTES
+            if enough and len(self.open) >= MIN_OPEN:
                 break
             document = next(documents, None)
             if document is None:

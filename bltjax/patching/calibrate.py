@@ -7,7 +7,6 @@ threshold taken from the grid (all its values are float32 numbers).
 """
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -165,20 +164,6 @@ class ScoreHistogram:
                 self._counts[rule] += np.bincount(bins.astype(np.int64) + _OFFSET, minlength=_BINS)
                 waiting.clear()
         self._num_waiting = 0
-
-
-def mean_patch_bytes(starts: Iterable[np.ndarray]) -> float:
-    """Returns positions / patches over the documents, from bool starts [S'] of each.
-
-    Raises ValueError where there is no patch at all.
-    """
-    num_positions = num_patches = 0
-    for row in starts:
-        num_positions += row.size
-        num_patches += int(row.sum())
-    if not num_patches:
-        raise ValueError("there are no patches to take the mean of: no documents, or no starts")
-    return num_positions / num_patches
 
 
 def length_histogram(lengths: np.ndarray) -> np.ndarray:

@@ -42,6 +42,7 @@ class NonFiniteLoss(FloatingPointError):
 class TrainResult(NamedTuple):
     params: dict
     compilations: int  # of the training step in this process; 0 if there was nothing left to do
+    data_wait_fraction: float | None = None  # of the time of the steps, in which no batch was ready
 
 
 def train(
@@ -120,7 +121,7 @@ def train(
         stream.close()
         log.close()
         checkpoints.close()
-    return TrainResult(state.params, step_fn._cache_size())
+    return TrainResult(state.params, step_fn._cache_size(), log.data_wait_fraction)
 
 
 def _stop(stage, step, metrics, checkpoints):

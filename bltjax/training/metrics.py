@@ -57,7 +57,7 @@ class MetricsLog:
             str(Path(directory) / "tensorboard"), purge_step=first_step
         )
         self._last_step, self._last_time, self._bytes = first_step, time.perf_counter(), 0.0
-        self._waited = 0.0
+        self._waited, self._all_waited, self._started = 0.0, 0.0, self._last_time
 
     def count(self, num_bytes: float):
         """Real bytes of a step, for the bytes per second of the next line."""
@@ -66,6 +66,12 @@ class MetricsLog:
     def waited(self, seconds: float):
         """Time in which the host had no batch to give to the devices."""
         self._waited += seconds
+        self._all_waited += seconds
+
+    @property
+    def data_wait_fraction(self) -> float:
+        """Of the time since the log was opened."""
+        return self._all_waited / (time.perf_counter() - self._started)
 
     def write(self, step: int, values: dict):
         """Log the metrics of `step` (completed steps before it)."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bltjax import sharding
-from bltjax.config import RunConfig
+from bltjax.config import RunConfig, TrainingConfig
 from bltjax.model import functional
 from bltjax.training.checkpoint import has_checkpoint, load_params
 from bltjax.training.optimizer import make_optimizer
@@ -32,5 +32,11 @@ def trained_params(model_config, stage, directory: Path) -> dict:
 
 
 def is_trained(directory: Path) -> bool:
-    """Whether a stage's directory holds parameters."""
+    """Whether a stage's directory holds parameters, of however many steps."""
     return (directory / WEIGHTS).is_dir() or has_checkpoint(directory / "checkpoints")
+
+
+def is_finished(stage: TrainingConfig, directory: Path) -> bool:
+    """Whether a stage's directory holds parameters that further training will not change."""
+    last = directory / "checkpoints" / str(stage.steps)
+    return (directory / WEIGHTS).is_dir() or last.is_dir()

@@ -38,7 +38,7 @@ def histogram(documents):
 def brute_force_mean(documents, threshold, rule):
     config = PatchingConfig(rule=rule, threshold=threshold, target_patch_bytes=None)
     starts = [patch_starts(config, np.zeros(len(h), np.int32), h)[: len(h)] for h in documents]
-    return calibrate.mean_patch_bytes(starts)
+    return sum(row.size for row in starts) / sum(int(row.sum()) for row in starts)
 
 
 def assert_equal(one, other):
@@ -193,13 +193,6 @@ def test_foreign_histograms_are_refused():
     for name, value in dict(steps_per_nat=1024, entropy_first=10**6, num_positions=3).items():
         with pytest.raises(ValueError, match=r"histogram of .* make it again from the entropies"):
             ScoreHistogram.from_arrays(arrays | {name: value})
-
-
-def test_mean_patch_bytes():
-    starts = [np.array([True, True, False, False]), np.array([True, True])]
-    assert calibrate.mean_patch_bytes(starts) == 1.5
-    with pytest.raises(ValueError, match="no patches"):
-        calibrate.mean_patch_bytes([])
 
 
 def test_lengths_are_counted_and_described():

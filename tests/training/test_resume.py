@@ -35,7 +35,7 @@ def command(tmp_path_factory):
     environment = dict(
         os.environ,
         JAX_COMPILATION_CACHE_DIR=str(cache),
-        XLA_FLAGS="",
+        XLA_FLAGS="--xla_backend_optimization_level=0",
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
 
