@@ -43,6 +43,7 @@ def define_run_flags():
 
 def parse_run(argv):
     """absl's parser, with the tracebacks of mistyped settings turned into one line."""
+    logging.set_verbosity(logging.WARNING)  # JAX tells of devices that are not there
     try:
         remaining = flags.FLAGS(argv)
         if flags.FLAGS.config is None:
