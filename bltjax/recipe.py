@@ -87,18 +87,15 @@ def find_patches(
     config: RunConfig, workdir: Path, store: Store, result: dict, everything: bool = False
 ) -> Patched:
     """Stage 2: the threshold, and the documents of the next stages with their entropies."""
-    patched = corpus.find_patches(config, workdir, store, everything)
+    patched, threshold = corpus.find_patches(config, workdir, store, everything), ""
     if config.patching.rule in ENTROPY_RULES:
+        result["compilations"]["entropies"] = patched.compilations
         write_json(workdir / "patching.json", to_dict(patched.patching), once=True)
         if corpus.stored_threshold(workdir) != patched.patching.threshold:  # another was first
             patched = corpus.find_patches(config, workdir, store, everything)
-    result["mean_patch_bytes"] = patched.mean_patch_bytes
-    if config.patching.rule in ENTROPY_RULES:
-        result["compilations"]["entropies"] = patched.compilations
-    threshold = ""
-    if config.patching.rule in ENTROPY_RULES:
         result["threshold"] = patched.patching.threshold
         threshold = f" at threshold {patched.patching.threshold:.4f} nats"
+    result["mean_patch_bytes"] = patched.mean_patch_bytes
     print(f"patches: {patched.mean_patch_bytes:.2f} bytes on average{threshold}", flush=True)
     return patched
 
