@@ -33,10 +33,9 @@ def by_documents(store: records.Store) -> list[ScoreHistogram]:
 
 def by_blocks(store: records.Store) -> list[ScoreHistogram]:
     sides, number = [ScoreHistogram(), ScoreHistogram()], 0
-    documents = records.Documents(store.all_shards, entropies=True)
-    for entropies in (documents[i].entropies for i in range(len(documents))):
-        for first in range(0, len(entropies), BLOCK):
-            sides[number % 2].add(entropies[first : first + BLOCK])
+    for document in records.Documents(store.all_shards, entropies=True):
+        for first in range(0, len(document.entropies), BLOCK):
+            sides[number % 2].add(document.entropies[first : first + BLOCK])
             number += 1
     return sides
 

@@ -156,8 +156,7 @@ def measure(kind: str, write, documents, size: int, scratch: Path, repeats: int)
     store = records.open_store(scratch / "records0")
     random = np.random.default_rng(0)
     for shard in store.shards():  # no model: values as spread as entropies are
-        own = records.Documents([shard])
-        lengths = [len(own[i].data) + 2 for i in range(len(own))]
+        lengths = [len(document.data) + 2 for document in records.Documents([shard])]
         records.write_entropies(
             shard, (random.gamma(1.0, 1.2, n).clip(0, 5.5).astype(np.float16) for n in lengths)
         )

@@ -206,7 +206,7 @@ def sample_lengths(patching: PatchingConfig, shards: list[Shard]) -> dict[str, n
         share = SAMPLE_BYTES // len(own) // len(sources)
         for shard in own:
             size = 0
-            for document in stream(Documents([shard], entropies=patching.rule in ENTROPY_RULES)):
+            for document in Documents([shard], entropies=patching.rule in ENTROPY_RULES):
                 ids = encode(document.data)
                 starts = patch_starts(patching, ids, document.entropies)[: len(ids)]
                 found[shard.source].append(lengths_from_starts(starts))
@@ -214,10 +214,6 @@ def sample_lengths(patching: PatchingConfig, shards: list[Shard]) -> dict[str, n
                 if size >= share:
                     break
     return {source: np.concatenate(lengths) for source, lengths in found.items()}
-
-
-def stream(documents: Documents):
-    return (documents[i] for i in range(len(documents)))
 
 
 def ensure_entropies(config: RunConfig, workdir: Path, store: Store, shards: list[Shard]) -> int:

@@ -41,8 +41,8 @@ from bltjax.model import functional
 from bltjax.model_config import DTYPES
 from bltjax.progress import Advance, unwatched
 from bltjax.training.checkpoint import CheckpointError
-from bltjax.training.trained import is_trained
-from bltjax.training.weights_on_disk import open_params, open_weights, save_weights
+from bltjax.training.trained import is_trained, open_trained
+from bltjax.training.weights_on_disk import open_weights, save_weights
 
 VERSION = 1  # of model.json
 MODEL, WEIGHTS = "model.json", "weights"
@@ -230,12 +230,7 @@ def _read_run(directory: Path, advance: Advance) -> Weights:
     stages = [s for s in ("blt", "entropy_model") if is_trained(directory / s)]
     if not stages:
         raise WeightsError(directory, ["it is a run without a checkpoint yet: train it first"])
-    params = {
-        stage: open_weights(directory / stage / WEIGHTS)
-        if (directory / stage / WEIGHTS).is_dir()
-        else open_params(directory / stage / "checkpoints")
-        for stage in stages
-    }
+    params = {stage: open_trained(directory / stage) for stage in stages}
     configs = {stage: getattr(config, stage) for stage in stages}
     _check(directory, configs, params, advance)
     training = config.blt_training if "blt" in stages else config.entropy_training

@@ -63,13 +63,14 @@ def check_stages(config: RunConfig, workdir: Path):
             "not have: choose another rule"
         )
     for stage in used:
+        if stage in config.stages or is_trained(workdir / stage):
+            continue
         if stage == "entropy_model" and has_all_entropies(config, workdir):
             continue
-        if stage not in config.stages and not is_trained(workdir / stage):
-            raise ValueError(
-                f"stages={config.stages} need a trained {stage} in {workdir}, and there is none: "
-                f"add the stage {stage!r}, or run it first in that --workdir"
-            )
+        raise ValueError(
+            f"stages={config.stages} need a trained {stage} in {workdir}, and there is none: "
+            f"add the stage {stage!r}, or run it first in that --workdir"
+        )
 
 
 def has_all_entropies(config: RunConfig, workdir: Path) -> bool:

@@ -181,7 +181,7 @@ def evaluate_model(
             print(f"  {name}: {of['bits_per_byte']:.4f} over {of['bytes']} bytes", flush=True)
     if config.evaluation.baselines:
         parts = corpus.select(config, store, BASELINE_BYTES), shards
-        texts = ([d.data for d in corpus.stream(Documents(part))] for part in parts)
+        texts = ([d.data for d in Documents(part)] for part in parts)
         result["baselines"] = baselines(*texts)
         found = ", ".join(f"{name} {bits:.3f}" for name, bits in result["baselines"].items())
         print(f"baselines: {found}", flush=True)

@@ -4,10 +4,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,20 +13,10 @@ from bltjax.config import PatchingConfig
 from bltjax.data import records
 from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
+from tests import processes
+from tests.processes import ROOT, compiling_once
 
-ROOT = Path(__file__).parents[1]
 LANGUAGES = {"en": ["patch", "byte", "latent", "x=1;\n"], "ja": ["日本", "語", "の文。\n"]}
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Compilations are shared between processes."""
-    return dict(
-        os.environ,
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")),
-        XLA_FLAGS="--xla_backend_optimization_level=0",
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +50,12 @@ def sources(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(environment, sources):
+def start(sources, tmp_path_factory):
+    environment = compiling_once(tmp_path_factory.mktemp("compiled"))
+
     def start(command, workdir, *settings):
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                f"bltjax.{command}",
-                f"--config={sources}",
-                f"--workdir={workdir}",
-                *settings,
-            ],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        given = f"--config={sources}", f"--workdir={workdir}", *settings
+        return processes.start(f"bltjax.{command}", *given, env=environment)
 
     return start
 

@@ -198,8 +198,8 @@ def _keep(results: list[np.ndarray], rows: list[_Row], values: jax.Array) -> Non
 def _groups(documents: Documents) -> Iterator[list[np.ndarray]]:
     """Ids of consecutive documents, about GROUP_IDS at a time."""
     group, size = [], 0
-    for i in range(len(documents)):
-        group.append(encode(documents[i].data))
+    for document in documents:
+        group.append(encode(document.data))
         size += len(group[-1])
         if size >= GROUP_IDS:
             yield group

@@ -313,11 +313,7 @@ def pack_patches(
     tail. With a `pool` of 1 documents stay in their order. Raises ValueError at once for budgets
     with which packing could not go on, and on reaching a malformed document.
     """
-    if row_patches < MIN_ROW_PATCHES:
-        raise ValueError(
-            f"row_patches={row_patches} must be at least {MIN_ROW_PATCHES}: a first patch split in"
-            " two, and the tail"
-        )
+    _check_row_patches(row_patches)  # 0 would mean rows without patches
     packer = Packer(row_bytes, row_patches, pool, slack)
     opened = (OpenDocument(checked(ids), patch_ends(ids, starts)) for ids, starts in documents)
     return _rows(packer, opened)
@@ -363,13 +359,18 @@ def _check_budgets(row_bytes: int, row_patches: int) -> None:
             f"row_bytes={row_bytes} must be at least {MIN_ROW_BYTES}: give rows room for an input"
             " and its successor"
         )
-    if 0 < row_patches < MIN_ROW_PATCHES:
-        raise ValueError(
-            f"row_patches={row_patches} must be at least {MIN_ROW_PATCHES}: a first patch split in"
-            " two, and the tail"
-        )
+    if row_patches:
+        _check_row_patches(row_patches)
     if row_bytes < row_patches:
         raise ValueError(
             f"row_bytes={row_bytes} is less than row_patches={row_patches}: a row cannot hold more"
             " patches than bytes; raise row_bytes or lower row_patches"
+        )
+
+
+def _check_row_patches(row_patches: int) -> None:
+    if row_patches < MIN_ROW_PATCHES:
+        raise ValueError(
+            f"row_patches={row_patches} must be at least {MIN_ROW_PATCHES}: a first patch split in"
+            " two, and the tail"
         )

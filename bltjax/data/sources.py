@@ -14,7 +14,7 @@ from typing import NamedTuple
 from etils import epath
 
 from bltjax.data import readers, tables
-from bltjax.data.finding import COMPLETE, File, find_files, python_library_root, relative_names
+from bltjax.data.finding import COMPLETE, File, find_files, relative_names
 from bltjax.data.readers import Bad, Document, Fields
 from bltjax.data_config import DataConfig, SourceConfig
 
@@ -24,7 +24,6 @@ __all__ = [
     "Unit",
     "is_held_out",
     "list_units",
-    "python_library_root",
     "read_unit",
 ]
 

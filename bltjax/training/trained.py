@@ -8,7 +8,7 @@ from bltjax.model import functional
 from bltjax.training.checkpoint import has_checkpoint, load_params
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import abstract_state
-from bltjax.training.weights_on_disk import open_weights
+from bltjax.training.weights_on_disk import open_params, open_weights
 
 WEIGHTS = "weights"  # in a stage's directory: parameters that were brought, not trained
 
@@ -29,6 +29,13 @@ def trained_params(model_config, stage, directory: Path) -> dict:
         )
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     return load_params(directory / "checkpoints", abstract_state(model_config, optimizer))
+
+
+def open_trained(directory: Path) -> dict:
+    """The parameters in a stage's directory as lazy arrays; needs no devices."""
+    if (directory / WEIGHTS).is_dir():
+        return open_weights(directory / WEIGHTS)
+    return open_params(directory / "checkpoints")
 
 
 def is_trained(directory: Path) -> bool:

@@ -6,9 +6,7 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,8 +14,9 @@ import pytest
 
 from bltjax.config import RunConfig, from_config_dict
 from bltjax.recipe import blt_params, entropy_params
+from tests import processes
+from tests.processes import compiling_once
 
-ROOT = Path(__file__).parents[2]
 TIMING = ("bytes_per_second", "seconds_per_step", "data_wait_fraction")
 
 
@@ -31,29 +30,16 @@ def command(tmp_path_factory):
             words.choices(["patch", "byte", "latent", "naïve", "日本", "x=1;\n"], k=250)
         )
         (corpus / f"{number}.txt").write_text(text)
-    cache = tmp_path_factory.mktemp("compiled")
-    environment = dict(
-        os.environ,
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        XLA_FLAGS="--xla_backend_optimization_level=0",
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
+    environment = compiling_once(tmp_path_factory.mktemp("compiled"))
 
     def start(workdir, *settings):
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "bltjax.train",
-                "--config=tests/configs/tiny.py",
-                f"--workdir={workdir}",
-                f"--config.data.root={corpus}",
-                *settings,
-            ],
-            cwd=ROOT,
+        return processes.start(
+            "bltjax.train",
+            "--config=tests/configs/tiny.py",
+            f"--workdir={workdir}",
+            f"--config.data.root={corpus}",
+            *settings,
             env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
 
