@@ -26,8 +26,9 @@ from bltjax.model_config import (
     one_of,
     positive,
 )
+from bltjax.training_config import OF_BLT_PARTS, OptimizerConfig, ProfileConfig, TrainingConfig
 
-__all__ = [  # the models' settings are reached through this module too
+__all__ = [  # the settings of models, data and training are reached through this module too
     "BLTConfig",
     "CrossAttentionConfig",
     "DataConfig",
@@ -38,6 +39,7 @@ __all__ = [  # the models' settings are reached through this module too
     "MeshConfig",
     "OptimizerConfig",
     "PatchingConfig",
+    "ProfileConfig",
     "RunConfig",
     "SourceConfig",
     "TrainingConfig",
@@ -51,7 +53,6 @@ __all__ = [  # the models' settings are reached through this module too
 
 PATCHING_RULES = ("entropy", "monotonic", "global_monotonic", "space", "static", "byte", "bpe")
 ENTROPY_RULES = ("entropy", "monotonic", "global_monotonic")
-SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
 STAGES = ("entropy_model", "entropies", "blt", "evaluate", "sample")
 
 
@@ -84,88 +85,6 @@ class PatchingConfig:
                 "target_patch_bytes to None in the config file, and threshold and threshold_add"
             )
         return found
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with a schedule, in the published family (spec 8.1)."""
-
-    learning_rate: float = 4e-4
-    schedule: str = "cosine"  # one of SCHEDULES
-    warmup_steps: int = 2000
-    min_ratio: float = 0.01  # the last learning rate, as a share of the peak
-    cycle_length: float = 1.0  # cosine: full cycles as a share of all steps
-    cosine_theta: float = 1.0
-    decay_fraction: float = 0.1  # wsd
-    exp_factor: float = 0.5  # inv_sqrt
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-
-    def problems(self, name: str) -> list[str]:
-        found = one_of(self, name, "schedule", SCHEDULES) + positive(
-            self,
-            name,
-            "learning_rate",
-            "clip_norm",
-            "epsilon",
-            "cycle_length",
-            "cosine_theta",
-            "decay_fraction",
-        )
-        for share in ("beta1", "beta2", "min_ratio"):
-            if not 0 <= getattr(self, share) <= 1:
-                found.append(f"{name}.{share}={getattr(self, share)} must lie between 0 and 1")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            found.append(
-                f"{name}.warmup_steps={self.warmup_steps} and {name}.weight_decay="
-                f"{self.weight_decay} must not be negative"
-            )
-        if self.schedule == "wsd" and self.min_ratio <= 0:
-            found.append(
-                f"{name}.min_ratio={self.min_ratio} must be positive with "
-                f"{name}.schedule={self.schedule!r}, which divides by it"
-            )
-        return found
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """One training stage: rows, steps, optimizer, and how often to log and save."""
-
-    steps: int = 1000
-    batch_size: int = 8  # rows over all devices
-    row_bytes: int = 1024  # L, byte positions of a row; 0: from row_patches and the mean patch
-    row_patches: int = 0  # P, patch slots of a row; 0: from row_bytes and the mean patch
-    optimizer: OptimizerConfig = OptimizerConfig()
-    log_every: int = 20
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    seed: int = 42
-
-    def problems(self, name: str) -> list[str]:
-        found = positive(
-            self, name, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"
-        )
-        if self.row_bytes < 8 and not (self.row_bytes == 0 and self.row_patches):
-            found.append(
-                f"{name}.row_bytes={self.row_bytes} must be at least 8, or 0 where row_patches is "
-                "given and chooses it"
-            )
-        if self.row_patches in (1, 2):
-            found.append(
-                f"{name}.row_patches={self.row_patches} is too few: a row needs 3, two for a first "
-                "patch that continues and one for its end (0 chooses the number)"
-            )
-        if self.row_patches < 0 or 0 < self.row_bytes < self.row_patches:
-            found.append(
-                f"{name}.row_bytes={self.row_bytes} is below "
-                f"{name}.row_patches={self.row_patches}: a row holds at most one patch "
-                "per byte, lower row_patches (0 chooses it)"
-            )
-        return found + self.optimizer.problems(f"{name}.optimizer")
 
 
 @dataclass(frozen=True)
@@ -212,6 +131,7 @@ class RunConfig:
     blt_training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self):
         found = [
@@ -223,6 +143,15 @@ class RunConfig:
         unknown = [s for s in self.stages if s not in STAGES]
         if unknown or not self.stages:
             found.append(f"stages={self.stages} must be one or more of {STAGES}")
+        found += self._profile_problems()
+        given = self.entropy_training.optimizer
+        for setting in OF_BLT_PARTS:
+            value, default = (getattr(o, setting) for o in (given, OptimizerConfig()))
+            if value != default:
+                found.append(
+                    f"entropy_training.optimizer.{setting}={value!r} changes nothing: the entropy "
+                    f"model has no such part, leave it {default!r}"
+                )
         if self.entropy_training.row_bytes == 0 < self.entropy_training.row_patches:
             found.append(
                 "entropy_training.row_bytes=0 must be at least 8: its rows have no patches"
@@ -230,16 +159,31 @@ class RunConfig:
         if found:
             raise ValueError("; ".join(found))
 
+    def _profile_problems(self) -> list[str]:
+        first, stage = self.profile.first_step, self.profile.stage
+        if first is None:
+            return []
+        if stage not in self.stages:
+            return [f"profile.stage={stage!r} is none of stages={self.stages}: choose one of them"]
+        training = self.blt_training if stage == "blt" else self.entropy_training
+        if first >= training.steps:
+            return [f"profile.first_step={first} is not below the {training.steps} of {stage}"]
+        return []
+
 
 # Settings that may change between the runs of one working directory: which stages to do now, where
 # they run and how they are watched. (Another mesh adds in another order: equal up to rounding.)
 FREE_FIELDS = (
     "stages",
     "mesh",
+    "accumulation_steps",
+    "remat",
     "workers",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
+    "profile",
 )
 
 

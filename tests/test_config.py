@@ -250,6 +250,7 @@ def optional_fields(config, name=""):
         "target_patch_bytes": 3.5,
         "max_patch_length": 4,
         "max_bytes": 10,
+        "first_step": 7,
     }
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
