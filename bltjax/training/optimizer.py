@@ -1,9 +1,25 @@
-"""AdamW, the published learning-rate schedules, and global-norm clipping (spec 8.1)."""
+"""AdamW with the published schedules and clipping (spec 8.1); a rate for each part of a model.
 
+A parameter is known by its published name, such as `local_encoder.layers.ffn_norm.weight`.
+"""
+
+import jax
 import jax.numpy as jnp
 import optax
 
 from bltjax.config import OptimizerConfig
+
+PARTS = {  # by the first word of a parameter's name
+    "global_transformer": "global",
+    "local_encoder": "local",
+    "local_decoder": "local",
+    "encoder_hash_tok_embedding": "hash",
+    # The entropy model is one part, which always learns at the plain learning rate.
+    "tok_embeddings": "entropy",
+    "layers": "entropy",
+    "norm": "entropy",
+    "output": "entropy",
+}
 
 
 def schedule_multiplier(config: OptimizerConfig, step, num_steps: int):
@@ -40,14 +56,134 @@ def learning_rate(config: OptimizerConfig, step, num_steps: int):
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decay on every parameter, as published."""
+    """Clip by global norm, then AdamW, with rates and decay by part; the defaults are as published.
+
+    All gradients count in the norm, those of frozen parts too. What is held of a parameter is laid
+    out over the mesh as the parameter is.
+    """
+    rates = _rates(config)
+
+    def decay_and_rate(name, update, param):
+        decayed = update + config.weight_decay * param if decays(config, name) else update
+        return rates[part_of(name)] * decayed
+
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            lambda step: learning_rate(config, step, num_steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
+        # A chain of its own, so that the state is the one that optax.adamw has.
+        optax.chain(
+            _scale_by_moments(config),
+            optax.stateless(lambda updates, params: _map_named(decay_and_rate, updates, params)),
+            optax.scale_by_learning_rate(lambda step: learning_rate(config, step, num_steps)),
         ),
     )
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a parameter belongs to, one of the values of PARTS.
+
+    Raises ValueError for a parameter of none.
+    """
+    if "token_embedding_projection" in name:  # from local vectors, and new where a model is copied
+        return "local"
+    part = PARTS.get(name.split(".")[0])
+    if part is None:
+        raise ValueError(f"parameter {name} is of no known part of a model: add it to PARTS")
+    return part
+
+
+def decays(config: OptimizerConfig, name: str) -> bool:
+    """Whether weight decay acts on a parameter."""
+    if part_of(name) == "hash":
+        return config.decay_hash_tables
+    module = name.split(".")[-2]
+    if "norm" in module.split("_"):  # norm, ffn_norm, cross_attn_norm_q
+        return config.decay_norms
+    return config.decay_embeddings or module != "tok_embeddings"
+
+
+def _rates(config: OptimizerConfig) -> dict[str, float]:
+    return {
+        "global": config.global_rate,
+        "local": config.local_rate,
+        "hash": config.hash_rate,
+        "entropy": 1.0,
+    }
+
+
+def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam without its rate, leaner for hash tables where asked; nothing for frozen parts."""
+    rates = _rates(config)
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+    if config.hash_moments == "float32" and all(rates.values()):
+        return adam
+    hash_rule = {
+        "float32": adam,
+        "bfloat16": _held_in_bfloat16(adam),
+        "factored": _factored(config),
+    }[config.hash_moments]
+
+    def rule(name, _):
+        part = part_of(name)
+        return "frozen" if rates[part] == 0 else "hash" if part == "hash" else "adam"
+
+    return optax.partition(
+        {"adam": adam, "hash": hash_rule, "frozen": optax.set_to_zero()},
+        lambda params: _map_named(rule, params),
+    )
+
+
+def _held_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, computing in float32, with the floats of its state in bfloat16 between steps."""
+
+    def cast(state, dtype):
+        def cast_floats(x):
+            return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        return jax.tree.map(cast_floats, state)
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, jnp.bfloat16)
+
+    return optax.GradientTransformation(
+        lambda params: cast(inner.init(params), jnp.bfloat16), update
+    )
+
+
+def _factored(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adafactor's second moments, of each table's rows and of its features, and no first moment.
+
+    Moments are averaged with Adam's beta2 and its correction: Adafactor's own average forgets ever
+    more slowly, and most rows are idle in most steps, so that one which comes up late would find a
+    moment near 0 and leap. A row now moves at most by 1 / sqrt(1 - beta2) rates, about what Adam's
+    first moment adds up to over the steps that follow. Where rows times features miss the whole
+    moment it could be more, and is clipped: by row, since the mean over a table is of idle rows.
+    """
+
+    def beta2(step, beta):
+        return beta * (1 - beta**step) / (1 - beta ** (step + 1.0))
+
+    def clip_rows(update):
+        size = jnp.sqrt(jnp.mean(update**2, axis=-1, keepdims=True))
+        return update / jnp.maximum(1.0, size * (1 - config.beta2) ** 0.5)
+
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            decay_rate=config.beta2,
+            decay_rate_fn=beta2,
+            # The two longest axes are factored: rows and features, unless tables outnumber these.
+            min_dim_size_to_factor=1,
+            # Added to squares; where it is lost to float32, idle rows become 0 / 0.
+            epsilon=max(config.epsilon**2, 1e-30),
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(clip_rows, updates)),
+    )
+
+
+def _map_named(function, *trees):
+    """jax.tree.map of `function(name, *leaves)`."""
+
+    def named(path, *leaves):
+        return function(jax.tree_util.keystr(path, simple=True, separator="."), *leaves)
+
+    return jax.tree_util.tree_map_with_path(named, *trees)
