@@ -4,6 +4,8 @@ Matrices keep the published layout [out, in] and compute y = x W^T, so weights c
 a transpose. They are held in float32 and cast to the activations' dtype where they are used.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,11 +28,48 @@ class Linear(nnx.Module):
 
     def __call__(self, x):
         """x [B, L, in] -> [B, L, out]."""
-        weight = sharding.gather_weight(self.weight[...].astype(x.dtype))
-        split = self.axes[0] if self.axes[0] in ("heads", "ffn") else None
-        return jnp.einsum(
-            "bli,oi->blo", x, weight, out_sharding=sharding.spec("batch", None, split)
-        )
+        return _project(self.axes, x, self.weight[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(axes, x, weight):
+    """x [B, L, in] times float32 weight [out, in], in the precision of x.
+
+    The backward pass gathers the weight again rather than keep it whole, and adds up its gradient
+    in float32, over the positions of a chip and over chips, whatever the precision of x: what
+    JAX derives would add bfloat16 numbers of all chips (spec 8.2).
+    """
+    split = axes[0] if axes[0] in ("heads", "ffn") else None
+    return jnp.einsum(
+        "bli,oi->blo",
+        x,
+        sharding.gather_weight(weight.astype(x.dtype)),
+        out_sharding=sharding.spec("batch", None, split),
+    )
+
+
+def _project_forward(axes, x, weight):
+    return _project(axes, x, weight), (x, weight)
+
+
+def _project_backward(axes, saved, gradient):
+    x, weight = saved
+    whole = sharding.gather_weight(weight.astype(x.dtype))
+    split = axes[1] if axes[1] in ("heads", "ffn") else None
+    dx = jnp.einsum(
+        "blo,oi->bli", gradient, whole, out_sharding=sharding.spec("batch", None, split)
+    )
+    dw = jnp.einsum(
+        "blo,bli->oi",
+        gradient,
+        x,
+        preferred_element_type=jnp.float32,
+        out_sharding=sharding.spec(*axes),
+    )
+    return dx, dw.astype(weight.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 class Embedding(nnx.Module):

@@ -78,7 +78,7 @@ def row_starts(
 
 
 def patch_counts(tokens: Array, patches: PatchBuffers) -> dict[str, Array]:
-    """Float32 sums over a batch: patches of inputs, inputs, and patches lost to the last column.
+    """Float32 sums over a batch: patches of inputs, inputs, columns, and what did not fit in them.
 
     The mean patch has inputs / patches bytes. tokens int32 [B, L]; tails are not counted.
     """
@@ -87,6 +87,7 @@ def patch_counts(tokens: Array, patches: PatchBuffers) -> dict[str, Array]:
     return dict(
         overflow=overflow,
         patches=used + overflow - len(tokens),
+        patch_slots=jnp.float32(patches.mask.size),
         inputs=jnp.sum(tokens != PAD_ID, dtype=jnp.float32),
     )
 

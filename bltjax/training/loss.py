@@ -11,12 +11,14 @@ from bltjax.vocabulary import BYTE_OFFSET
 LN2 = 0.6931471805599453
 
 
-def loss_sums(logits, targets, mask, source_ids=None, num_sources: int = 1):
+def loss_sums(logits, targets, mask, source_ids=None, num_sources: int = 1, with_z: bool = False):
     """Float32 sums over a batch: nats and number of trained targets, the same for raw bytes.
 
     Bits per byte count raw bytes only: neither the nats nor the number hold BOS or EOS, so the
     figure compares with any compressor's. source_ids: int32 [B, L], the source of each position;
-    with them come the raw bytes of each source and their nats, float32 [num_sources].
+    with them come the raw bytes of each source and their nats, float32 [num_sources]. with_z: also
+    `z`, the squared log of the softmax's sum over trained targets; a loss on it keeps logits near 0
+    (PaLM, 2022, section 5).
     """
     nats = next_byte_nats(logits, targets)
     raw = mask & (targets >= BYTE_OFFSET)
@@ -31,6 +33,8 @@ def loss_sums(logits, targets, mask, source_ids=None, num_sources: int = 1):
         by_source = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=num_sources))
         sums["source_nats"] = jnp.sum(by_source(nats * raw, source_ids), axis=0)
         sums["source_bytes"] = jnp.sum(by_source(raw.astype(jnp.float32), source_ids), axis=0)
+    if with_z:
+        sums["z"] = jnp.sum(mask * jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2)
     return sums
 
 

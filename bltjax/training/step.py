@@ -10,68 +10,149 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bltjax import sharding
+from bltjax.config import TrainingConfig
 from bltjax.model import functional
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.training.in_step import patch_counts
 from bltjax.training.loss import bits_per_byte, loss_sums
-from bltjax.training.state import TrainState
+from bltjax.training.optimizer import learning_rate
+from bltjax.training.state import Health, TrainState
+from bltjax.vocabulary import PAD_ID
+
+HEALTH_UPDATES = 20  # before a loss or a gradient can be called unusual
 
 
 def make_train_step(
     model_config,
+    config: TrainingConfig,
     optimizer: optax.GradientTransformation,
-    learning_rate,
     find_patches=None,
     num_sources: int = 1,
 ):
     """jitted (state, batch) -> (state, metrics); the old state's memory is reused.
 
-    learning_rate: function of the completed steps, for the metrics only. With `find_patches`, from
-    `in_step.make_patch_finder`, the step is (state, batch, entropy_params) and its metrics tell the
-    mean patch in bytes and how many patches did not fit.
+    The loss is the mean over the targets of the batch, however many parts it goes through the
+    devices in. With `find_patches`, from `in_step.make_patch_finder`, the step is (state, batch,
+    entropy_params) and its metrics tell how many patches did not fit. A batch may hold int32 [B]
+    `stop`; the metrics then have its maximum.
     """
+    can_skip = config.skip_loss_above or config.skip_norm_above
+
+    def part_gradients(params, part, entropy_params):
+        patches = _find(find_patches, entropy_params, part)
+
+        def objective(params):
+            sums = batch_sums(model_config, params, part, patches, num_sources, config.z_loss)
+            return sums["nats"] + config.z_loss * sums.pop("z", 0.0), sums
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    def gradients(params, batch, entropy_params):
+        """Summed over targets, and the sums of the batch."""
+        if config.accumulation_steps == 1:
+            return part_gradients(params, batch, entropy_params)
+        parts = sharding.micro_batches(batch, config.accumulation_steps)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, part_gradients(params, part, entropy_params)), None
+
+        part = jax.tree.map(lambda x: x[0], parts)
+        _, sums = jax.eval_shape(part_gradients, params, part, entropy_params)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+        return jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), zeros), parts)[0]
 
     def train_step(state: TrainState, batch, entropy_params=None):
-        patches, counts = _find(find_patches, entropy_params, batch)
-
-        def loss_fn(params):
-            sums = batch_sums(model_config, params, batch, patches, num_sources)
-            return sums["nats"] / jnp.maximum(sums["targets"], 1), sums
-
-        (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads, sums = gradients(state.params, batch, entropy_params)
+        targets = jnp.maximum(sums["targets"], 1)
+        grads = jax.tree.map(lambda g: g / targets, grads)
+        metrics = _metrics(sums, batch) | dict(
+            loss=sums["nats"] / targets,
+            grad_norm=optax.tree.norm(grads),
+            learning_rate=learning_rate(config.optimizer, state.health.updates, config.steps),
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = dict(
-            loss=loss,
-            bits_per_byte=bits_per_byte(sums),
-            grad_norm=optax.tree.norm(grads),
-            bytes=sums["bytes"],
-            learning_rate=learning_rate(state.step),
-        )
-        metrics |= {k: v for k, v in sums.items() if k.startswith("source_")}
-        if counts:
-            metrics["overflow"] = counts["overflow"]
-            metrics["mean_patch_bytes"] = counts["inputs"] / jnp.maximum(counts["patches"], 1)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        new = TrainState(state.step + 1, params, opt_state, state.health)
+        if can_skip:
+            usual = is_usual(config, state.health, metrics["loss"], metrics["grad_norm"])
+            kept = jax.tree.map(lambda a, b: jnp.where(usual, a, b), new, state)
+            health = _next_health(state.health, usual, metrics["loss"], metrics["grad_norm"])
+            new = kept._replace(step=new.step, health=health)
+            metrics["skipped"] = health.skipped
+            metrics["skipped_in_a_row"] = health.skipped_in_a_row
+        else:
+            new = new._replace(health=state.health._replace(updates=state.health.updates + 1))
+        if "stop" in batch:
+            metrics["stop"] = jnp.max(batch["stop"])
+        return new, metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(model_config, find_patches=None, num_sources: int = 1):
-    """jitted (params, batch) -> `loss_sums` of the batch.
+def is_usual(config: TrainingConfig, health: Health, loss, grad_norm):
+    """Whether an update is to be made: neither loss nor gradient norm is far above its mean.
 
-    With `find_patches` it is (params, batch, entropy_params), and the sums hold `patch_counts` too.
+    Until HEALTH_UPDATES have been made there is no mean to go by, and only what is not finite is
+    left out.
+    """
+    usual = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    known = health.updates >= HEALTH_UPDATES
+    for limit, value, mean in (
+        (config.skip_loss_above, loss, health.loss),
+        (config.skip_norm_above, grad_norm, health.grad_norm),
+    ):
+        if limit:
+            usual &= ~known | (value <= limit * mean)
+    return usual
+
+
+def _next_health(health: Health, usual, loss, grad_norm) -> Health:
+    # The mean of all updates at first, then one that forgets.
+    weight = 1 / jnp.minimum(health.updates + 1, 2 * HEALTH_UPDATES).astype(jnp.float32)
+
+    def moved(mean, value):
+        return jnp.where(usual, mean + weight * (value - mean), mean)
+
+    return Health(
+        loss=moved(health.loss, loss),
+        grad_norm=moved(health.grad_norm, grad_norm),
+        updates=health.updates + usual,
+        skipped=health.skipped + ~usual,
+        skipped_in_a_row=jnp.where(usual, 0, health.skipped_in_a_row + 1),
+    )
+
+
+def _metrics(sums: dict, batch: dict) -> dict:
+    """What is told of the sums of a batch."""
+    metrics = dict(
+        bits_per_byte=bits_per_byte(sums),
+        bytes=sums["bytes"],
+        byte_utilisation=sums["inputs"] / batch["tokens"].size,
+    )
+    metrics |= {k: v for k, v in sums.items() if k.startswith("source_")}
+    if "patches" in sums:
+        metrics["patch_utilisation"] = (sums["patches"] - sums["overflow"]) / sums["patch_slots"]
+        metrics["mean_patch_bytes"] = sums["inputs"] / jnp.maximum(sums["patches"], 1)
+        metrics["overflow"] = sums["overflow"]
+    return metrics
+
+
+def make_eval_step(model_config, find_patches=None, num_sources: int = 1):
+    """jitted (params, batch) -> `batch_sums`.
+
+    With `find_patches` it is (params, batch, entropy_params).
     """
 
     def eval_step(params, batch, entropy_params=None):
-        patches, counts = _find(find_patches, entropy_params, batch)
-        return batch_sums(model_config, params, batch, patches, num_sources) | counts
+        patches = _find(find_patches, entropy_params, batch)
+        return batch_sums(model_config, params, batch, patches, num_sources)
 
     return jax.jit(eval_step)
 
 
-def batch_sums(model_config, params, batch, patches=None, num_sources: int = 1):
-    """Forward pass of either model over a batch -> `loss_sums`.
+def batch_sums(model_config, params, batch, patches=None, num_sources: int = 1, z_loss=0.0):
+    """Forward pass of either model over a batch -> `loss_sums`, inputs and `patch_counts`.
 
     patches: PatchBuffers, where the batch has no patch_lengths.
     """
@@ -80,12 +161,14 @@ def batch_sums(model_config, params, batch, patches=None, num_sources: int = 1):
     inputs = [batch["document_ids"]] if patches is None else [patches, batch["document_ids"]]
     logits = functional.apply(model_config, params, batch["tokens"], *inputs)
     sources = batch.get("source_ids"), num_sources
-    return loss_sums(logits, batch["targets"], batch["loss_mask"], *sources)
+    sums = loss_sums(logits, batch["targets"], batch["loss_mask"], *sources, with_z=bool(z_loss))
+    if patches is not None:
+        return sums | patch_counts(batch["tokens"], patches)
+    return sums | dict(inputs=jnp.sum(batch["tokens"] != PAD_ID, dtype=jnp.float32))
 
 
 def _find(find_patches, entropy_params, batch):
-    """The batch's PatchBuffers and `patch_counts`; None and nothing if it brings its patches."""
+    """The batch's PatchBuffers; None if it brings its patches."""
     if find_patches is None:
-        return None, {}
-    patches = find_patches(entropy_params, batch["tokens"], batch["document_ids"])
-    return patches, patch_counts(batch["tokens"], patches)
+        return None
+    return find_patches(entropy_params, batch["tokens"], batch["document_ids"])

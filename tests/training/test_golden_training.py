@@ -10,13 +10,13 @@ import optax
 import pytest
 
 from bltjax import sharding
-from bltjax.config import OptimizerConfig
+from bltjax.config import OptimizerConfig, TrainingConfig
 from bltjax.model import functional
 from bltjax.patching.boundaries import document_segments
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.training.loss import LN2
 from bltjax.training.optimizer import make_optimizer, schedule_multiplier
-from bltjax.training.state import TrainState
+from bltjax.training.state import start_state
 from bltjax.training.step import make_train_step
 from tests import golden
 
@@ -54,9 +54,6 @@ def run():
     steps = settings["n_steps"]
     transformation = optax.chain(keep_gradients(), make_optimizer(optimizer, steps))
 
-    def learning_rate(step):
-        return optimizer.learning_rate * schedule_multiplier(optimizer, step, steps)
-
     name, expected = settings["init"].removesuffix(".safetensors"), golden.arrays(RUN)
     config = golden.blt_config(name)
     tokens = jnp.asarray(expected["x"])
@@ -70,8 +67,10 @@ def run():
         )
     )
     params = jax.tree.map(jnp.asarray, golden.params(name))
-    state = TrainState(jnp.zeros((), jnp.int32), params, transformation.init(params))
-    train_step = make_train_step(config, transformation, learning_rate)
+    state = start_state(params, transformation)
+    train_step = make_train_step(
+        config, TrainingConfig(steps=steps, optimizer=optimizer), transformation
+    )
     all_metrics, first_gradients = [], None
     for _ in expected["losses"]:
         state, metrics = train_step(state, batch)

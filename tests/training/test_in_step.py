@@ -19,6 +19,7 @@ from bltjax.config import (
     EntropyModelConfig,
     HashConfig,
     PatchingConfig,
+    TrainingConfig,
     TransformerConfig,
 )
 from bltjax.model import functional
@@ -26,7 +27,7 @@ from bltjax.patching.boundaries import lengths_from_starts, limit_patch_length, 
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.training.in_step import make_patch_finder, patch_counts, row_starts
-from bltjax.training.state import TrainState
+from bltjax.training.state import start_state
 from bltjax.training.step import make_eval_step, make_train_step
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
@@ -267,8 +268,8 @@ def test_steps_that_find_patches_equal_those_that_are_given_them():
 
     optimizer, frozen = optax.sgd(0.1), placed_params(ENTROPY)
     finder = make_patch_finder(patching, ENTROPY, L + 1)
-    step = make_train_step(BLT, optimizer, lambda step: 0.0 * step, find_patches=finder)
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step = make_train_step(BLT, TrainingConfig(), optimizer, find_patches=finder)
+    state = start_state(params, optimizer)
     state, metrics = step(state, raw, frozen)
     num_patches = np.count_nonzero(lengths) - B
     mean_patch = np.count_nonzero(batch["tokens"]) / num_patches
