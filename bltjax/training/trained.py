@@ -6,29 +6,25 @@ from bltjax import sharding
 from bltjax.config import RunConfig, TrainingConfig
 from bltjax.model import functional
 from bltjax.training.checkpoint import has_checkpoint, load_params
-from bltjax.training.optimizer import make_optimizer
-from bltjax.training.state import abstract_state
 from bltjax.training.weights_on_disk import open_params, open_weights
 
 WEIGHTS = "weights"  # in a stage's directory: parameters that were brought, not trained
 
 
 def entropy_params(config: RunConfig, workdir: Path) -> dict:
-    return trained_params(config.entropy_model, config.entropy_training, workdir / "entropy_model")
+    return trained_params(config.entropy_model, workdir / "entropy_model")
 
 
 def blt_params(config: RunConfig, workdir: Path) -> dict:
-    return trained_params(config.blt, config.blt_training, workdir / "blt")
+    return trained_params(config.blt, workdir / "blt")
 
 
-def trained_params(model_config, stage, directory: Path) -> dict:
+def trained_params(model_config, directory: Path) -> dict:
     """On the mesh that is set. Raises FileNotFoundError without any, CheckpointError if damaged."""
+    abstract = functional.abstract_params(model_config)
     if (directory / WEIGHTS).is_dir():
-        return sharding.put_lazy(
-            open_weights(directory / WEIGHTS), functional.abstract_params(model_config)
-        )
-    optimizer = make_optimizer(stage.optimizer, stage.steps)
-    return load_params(directory / "checkpoints", abstract_state(model_config, optimizer))
+        return sharding.put_lazy(open_weights(directory / WEIGHTS), abstract)
+    return load_params(directory / "checkpoints", abstract)
 
 
 def open_trained(directory: Path) -> dict:

@@ -23,7 +23,6 @@ import tensorstore
 
 from bltjax.lazy import Index, LazyArray
 from bltjax.progress import Advance, unwatched
-from bltjax.training.checkpoint import CheckpointError, first_line
 
 CHUNK_BYTES = 4 * 2**20  # what is read at least
 CHUNK_FEATURES = 256  # so that a host with a slice of the features reads little else
@@ -31,6 +30,16 @@ SLAB_BYTES = 32 * 2**20  # what is written at once, unless a chunk is larger
 IN_FLIGHT_BYTES = 96 * 2**20  # slabs that wait for the disk
 # Stored as they are: weights hardly compress. Orbax's default has no checksum.
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names it and the remedy."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages that follow it."""
+    line = str(error).strip().split("\n")[0] or repr(error)
+    return line if len(line) <= 200 else f"{line[:100]}...{line[-100:]}"  # causes come last
 
 
 def save_weights(directory: Path, tree: dict, advance: Advance = unwatched) -> None:
