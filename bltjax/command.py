@@ -68,10 +68,10 @@ def _last_name(argument: str) -> str:
     return argument.split("=")[0].split(".")[-1]
 
 
-def read_config():
+def read_config(needs_workdir: bool = True):
     """(RunConfig, workdir) of the flags; ends the command with one line where they are wrong."""
     chosen, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    if workdir is None:
+    if workdir is None and needs_workdir:
         fail("give both --config=configs/NAME.py and --workdir=DIR")
     from bltjax.config import RunConfig, from_config_dict
 

@@ -9,29 +9,29 @@ source its share.
 
 import collections
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from bltjax import sharding
 from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, TrainingConfig, to_dict
 from bltjax.data import records
 from bltjax.data.entropies import add_entropies, make_entropy_fn, receptive_bytes
 from bltjax.data.lanes import Layout
 from bltjax.data.mixture import InOrder, Mixture, Shuffled
 from bltjax.data.records import Documents, Shard, Store
-from bltjax.lazy import tree_leaves
 from bltjax.patching.boundaries import lengths_from_starts, patch_starts
 from bltjax.patching.calibrate import RULES, ScoreHistogram, row_bytes_for, row_patches_for
+from bltjax.training.fingerprint import digest
 from bltjax.training.loop import TrainingData
 from bltjax.training.trained import entropy_params, is_finished, is_trained
 from bltjax.vocabulary import encode
 
 CALIBRATION_BYTES = 2_000_000  # or a shard of each source, where patches are found in the step
+ROWS_PER_DEVICE = 4  # of the entropy model at a time
 SAMPLE_BYTES, SAMPLE_SHARDS = 8_000_000, 256  # of documents whose patches are measured
 WEIGHT_STEPS = 1000  # to which the weights of sources are rounded in calibration
 IN_STEP_ROOM = 1.15  # patch columns over the mean of a row: no packer keeps rows within a budget
@@ -236,14 +236,21 @@ def ensure_entropies(config: RunConfig, workdir: Path, store: Store, shards: lis
     model = dict(
         entropy_model=to_dict(config.entropy_model),
         reset_at_newlines=config.patching.reset_at_newlines,
-        parameters=fingerprint(params),
+        parameters=digest(params),
     )
     records.claim_entropies(store, model)
     entropy_fn = make_entropy_fn(config.entropy_model, config.patching.reset_at_newlines)
     # Windows of a longer document start with what its bytes look back on: at most a quarter.
     row_bytes = max(config.entropy_training.row_bytes, 4 * receptive_bytes(config.entropy_model))
-    batch_size = config.entropy_training.batch_size
-    add_entropies(store, shards, entropy_fn, params, config.entropy_model, row_bytes, batch_size)
+    # Each process works on shards of its own. A device gets rows of one shape and no more than
+    # rows, on any mesh: so the entropies are the same bits wherever they are computed.
+    params, mesh = sharding.on_host(params), sharding.local_mesh()
+    batch_size = ROWS_PER_DEVICE * sharding.num_row_shards(mesh)
+    with jax.set_mesh(mesh):
+        params = sharding.put_whole(params)
+        model_config = config.entropy_model
+        add_entropies(store, shards, entropy_fn, params, model_config, row_bytes, batch_size)
+    sharding.meet("the entropies are there")
     return entropy_fn._cache_size()
 
 
@@ -268,17 +275,6 @@ def check_brought_entropies(config: RunConfig, workdir: Path, store: Store):
             f"does not have: leave the stages {ours} and patching.in_step out, and use a --workdir "
             "without an entropy model"
         )
-
-
-def fingerprint(params: dict) -> str:
-    """Tells parameters apart, whatever mesh they are on: a digest of each leaf's sum of bits."""
-
-    def bits(x):
-        words = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
-        return jnp.sum(words, dtype=jnp.uint32)
-
-    sums = jax.jit(lambda tree: [bits(leaf) for _, leaf in tree_leaves(tree)])(params)
-    return hashlib.blake2b(np.stack(jax.device_get(sums)).tobytes(), digest_size=8).hexdigest()
 
 
 def blt_layout(config: RunConfig, patched: Patched) -> Layout:

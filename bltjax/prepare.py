@@ -86,15 +86,16 @@ def has_all_entropies(config: RunConfig, workdir: Path) -> bool:
 
 def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
     """Rows are split over the mesh, so each stage's batch must divide. Raises ValueError."""
+    settings = dict(entropy_model="entropy_training", blt="blt_training", evaluate="evaluation")
     shards = sharding.num_row_shards(mesh)
-    names = [name.replace("entropy_model", "entropy") + "_training" for name in used_models(config)]
-    names += ["evaluation"] if "evaluate" in config.stages else []
-    for name in names:
+    for name in (settings[stage] for stage in config.stages if stage in settings):
         size = getattr(config, name).batch_size
-        if size % shards:
+        parts = getattr(getattr(config, name), "accumulation_steps", 1)
+        if size % (shards * parts):
+            each = f" in each of {name}.accumulation_steps={parts} parts" if parts > 1 else ""
             raise ValueError(
                 f"{name}.batch_size={size} is not divisible by the {shards} row shards of "
-                f"mesh={dict(mesh.shape)}: change one"
+                f"mesh={dict(mesh.shape)}{each}: change one"
             )
 
 

@@ -55,9 +55,9 @@ def bring_entropy_model(config, workdir: Path, source: Path):
     """
     from bltjax import formats, sharding
     from bltjax.config import differences, to_dict
-    from bltjax.corpus import fingerprint
     from bltjax.files import alone
     from bltjax.model import functional
+    from bltjax.training.fingerprint import digest
     from bltjax.training.trained import WEIGHTS, entropy_params, is_trained
     from bltjax.training.weights_on_disk import save_weights
 
@@ -75,7 +75,7 @@ def bring_entropy_model(config, workdir: Path, source: Path):
         if not is_trained(stage):
             save_weights(stage / WEIGHTS, params)
     given = sharding.put_lazy(params, functional.abstract_params(config.entropy_model))
-    if fingerprint(given) != fingerprint(entropy_params(config, workdir)):
+    if digest(given) != digest(entropy_params(config, workdir)):
         raise ValueError(
             f"{stage} holds another entropy model than {source}: leave --entropy_model out, or "
             "choose another --workdir"

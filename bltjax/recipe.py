@@ -29,13 +29,13 @@ from bltjax.data.records import Documents, Store
 from bltjax.data.rows import utilisation
 from bltjax.evaluation.baselines import baselines
 from bltjax.evaluation.bits_per_byte import evaluate
-from bltjax.flops import format_report, parameter_report
+from bltjax.flops import TRAINING_FACTOR, flops_per_byte, format_report, parameter_report
 from bltjax.inference.decode import generate_by_recompute, row_patch_starts
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts
 from bltjax.prepare import Prepared, write_json
 from bltjax.training.in_step import make_patch_finder
-from bltjax.training.loop import InStep, TrainingData, train
+from bltjax.training.loop import InStep, TrainingData, Watch, train
 from bltjax.training.step import make_eval_step
 from bltjax.training.trained import WEIGHTS, blt_params, entropy_params, is_trained
 from bltjax.vocabulary import encode
@@ -67,7 +67,9 @@ def run(prepared: Prepared) -> dict:
         if "sample" in config.stages:
             show_sample(config, workdir, config.patching, result)
     result["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(workdir / "result.json", result)
+    if jax.process_index() == 0:
+        write_json(workdir / "result.json", result)
+    sharding.meet("the run is over")  # the end of the process waits less long for others
     return result
 
 
@@ -79,7 +81,14 @@ def train_entropy_model(config: RunConfig, workdir: Path, store: Store, result: 
     stage = config.entropy_training
     shards = corpus.select(config, store, corpus.needed_bytes(config, stage))
     data = corpus.training_data(config, store, shards, Layout(stage.row_bytes), entropies=False)
-    trained = train("entropy_model", config.entropy_model, stage, data, workdir / "entropy_model")
+    trained = train(
+        "entropy_model",
+        config.entropy_model,
+        stage,
+        data,
+        workdir / "entropy_model",
+        watch=watch(config, config.entropy_model, data.layout),
+    )
     result["compilations"]["entropy_model"] = trained.compilations
 
 
@@ -91,7 +100,9 @@ def find_patches(
     if config.patching.rule in ENTROPY_RULES:
         result["compilations"]["entropies"] = patched.compilations
         write_json(workdir / "patching.json", to_dict(patched.patching), once=True)
-        if corpus.stored_threshold(workdir) != patched.patching.threshold:  # another was first
+        sharding.meet("a threshold is written")
+        others = corpus.stored_threshold(workdir) != patched.patching.threshold
+        if sharding.anywhere(others):  # another run was first
             patched = corpus.find_patches(config, workdir, store, everything)
         result["threshold"] = patched.patching.threshold
         threshold = f" at threshold {patched.patching.threshold:.4f} nats"
@@ -109,9 +120,24 @@ def train_blt(config: RunConfig, workdir: Path, store: Store, patched: Patched, 
     data = corpus.training_data(config, store, patched.train, layout, entropies=stored)
     measure_rows(data, result)
     in_step = in_step_patching(config, workdir, patched, layout)
-    trained = train("blt", config.blt, config.blt_training, data, workdir / "blt", in_step)
+    trained = train(
+        "blt",
+        config.blt,
+        config.blt_training,
+        data,
+        workdir / "blt",
+        in_step,
+        watch(config, config.blt, layout, patched.mean_patch_bytes),
+    )
     result["compilations"]["blt"] = trained.compilations
     result["data_wait_fraction"] = trained.data_wait_fraction
+
+
+def watch(config: RunConfig, model_config, layout: Layout, mean_patch_bytes: float = 1.0) -> Watch:
+    """What a stage tells of itself: useful FLOPs, traces, and the settings, for its checkpoints."""
+    forward = flops_per_byte(model_config, layout.row_bytes, mean_patch_bytes)["total"]
+    about = dict(config=to_dict(config), mesh=dict(jax.sharding.get_mesh().shape))
+    return Watch(TRAINING_FACTOR * forward, config.profile, about)
 
 
 def in_step_patching(
@@ -179,7 +205,7 @@ def evaluate_model(
     if len(sums["sources"]) > 1:
         for name, of in sums["sources"].items():
             print(f"  {name}: {of['bits_per_byte']:.4f} over {of['bytes']} bytes", flush=True)
-    if config.evaluation.baselines:
+    if config.evaluation.baselines and jax.process_index() == 0:
         parts = corpus.select(config, store, BASELINE_BYTES), shards
         texts = ([d.data for d in Documents(part)] for part in parts)
         result["baselines"] = baselines(*texts)
@@ -212,7 +238,7 @@ def show_sample(config: RunConfig, workdir: Path, patching: PatchingConfig, resu
 
     ids = encode(settings.sentence, add_eos=False)
     starts, _ = row_patch_starts(patching, entropy_config, entropy, sharding.one_per_shard(ids))
-    lengths = lengths_from_starts(np.asarray(starts)[0, : len(ids)])
+    lengths = lengths_from_starts(sharding.on_host(starts)[0, : len(ids)])
     pieces = np.split(
         np.frombuffer(settings.sentence.encode(), np.uint8), np.cumsum(lengths)[:-1] - 1
     )[1:]  # the first patch is BOS alone

@@ -16,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, PartitionSpec, reshard
 
 from bltjax import lazy
@@ -35,23 +36,58 @@ _RULES = {
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.Mesh:
     """The (data, fsdp, tensor) mesh over `devices` (default: all).
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    Where the devices are TPU slices, which a slower network joins, the data axis spans the slices:
+    only gradients cross it. Raises ValueError when the sizes do not multiply to the number of
+    devices, or the data axis does not split over the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
-    known = 1
-    for size in sizes:
-        known *= 1 if size == -1 else size
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    elif known != len(devices) or -1 in sizes:
+    sizes = mesh_sizes(config, len(devices))
+    slices = num_slices(devices)
+    if sizes[0] % slices:
         raise ValueError(
-            f"mesh={tuple(sizes)} (data, fsdp, tensor) does not fit {len(devices)} "
-            f"device(s): the sizes must multiply to {len(devices)}, -1 fills one axis"
+            f"mesh.data={sizes[0]} is not divisible by the {slices} slices of the devices: the "
+            "other axes stay within a slice, lower fsdp or tensor"
         )
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
-    )
+    within = (sizes[0] // slices, *sizes[1:])
+    # Where no side of the chips' torus is as long as a mesh axis, a part of one will do.
+    options = dict(devices=devices, allow_split_physical_axes=True)
+    if slices == 1:
+        arranged = mesh_utils.create_device_mesh(within, **options)
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), **options)
+    return jax.sharding.Mesh(arranged, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def abstract_mesh(config: MeshConfig, num_devices: int) -> jax.sharding.AbstractMesh:
+    """The mesh that so many devices would be; types can be checked on it, nothing computed."""
+    sizes = mesh_sizes(config, num_devices)
+    return jax.sharding.AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) over so many devices. Raises ValueError where they do not fit."""
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    elif known != num_devices or -1 in sizes:
+        raise ValueError(
+            f"mesh={tuple(sizes)} (data, fsdp, tensor) does not fit {num_devices} "
+            f"device(s): the sizes must multiply to {num_devices}, -1 fills one axis"
+        )
+    return tuple(sizes)
+
+
+def num_slices(devices) -> int:
+    """Of how many TPU slices the devices are; 1 for others."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def local_mesh() -> jax.sharding.Mesh:
+    """The devices of this process, each with rows of its own."""
+    return make_mesh(MeshConfig(data=-1), jax.local_devices())
 
 
 def check_model(config: BLTConfig | EntropyModelConfig, name: str, mesh: jax.sharding.Mesh):
@@ -189,12 +225,51 @@ def put_batch(batch):
 def gather_rows(rows: np.ndarray) -> np.ndarray:
     """The int64 rows [B, K] of all processes, on each, from the `rows_of_process` of this one."""
     halves = put_batch(np.ascontiguousarray(rows).view(np.int32))  # devices have no int64
-    return np.ascontiguousarray(_whole(halves)).view(np.int64)
+    return np.ascontiguousarray(on_host(halves)).view(np.int64)
 
 
 @jax.jit
-def _whole(x: jax.Array) -> jax.Array:
-    return reshard(x, PartitionSpec())
+def _whole(tree):
+    return jax.tree.map(lambda x: reshard(x, PartitionSpec()), tree)
+
+
+def on_host(tree):
+    """A pytree of sharded arrays as NumPy arrays, whole in every process."""
+    return jax.tree.map(np.asarray, _whole(tree))
+
+
+def put_whole(tree):
+    """A pytree of host arrays, each whole on every device of the mesh."""
+    mesh = jax.sharding.get_mesh()
+    return jax.device_put(tree, jax.NamedSharding(mesh, PartitionSpec()))
+
+
+def meet(name: str):
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it holds in any process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def micro_batches(batch, count: int):
+    """A pytree of arrays [B, ...] as [count, B / count, ...]; no row leaves its device.
+
+    Part i holds rows i, i + count, ... Rows stay sharded, over the second axis now.
+    """
+
+    def split(x):
+        rows = len(x) // count
+        spec = _present(_RULES["batch"], *(None,) * x.ndim)
+        parts = jax.lax.reshape(x, (rows, count, *x.shape[1:]), out_sharding=spec)
+        return jnp.swapaxes(parts, 0, 1)
+
+    return jax.tree.map(split, batch)
 
 
 def concrete(tree):

@@ -1,7 +1,8 @@
 """Train from a config: `python -m bltjax.train --config=configs/quickstart.py --workdir=DIR`.
 
 Settings change on the command line, for example `--config.blt_training.steps=100`. Run the same
-command again and it goes on where it stopped.
+command again and it goes on where it stopped. Several processes that are started with it, by
+launch/ or by a platform, are one run.
 """
 
 import contextlib
@@ -12,8 +13,8 @@ import traceback
 
 from absl import app, flags
 
-from bltjax import command
-from bltjax.command import USER_ERROR, fail, one_line
+from bltjax import command, distributed, stopping
+from bltjax.command import fail
 
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 
@@ -22,7 +23,28 @@ def main(argv):
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}: settings are given as --config.name=value")
     config, workdir = command.read_config()
+    chosen = flags.FLAGS
+    try:
+        cluster = distributed.find_cluster(
+            os.environ, chosen.coordinator, chosen.num_processes, chosen.process_id
+        )
+    except ValueError as error:
+        fail(error)
+    try:
+        with stopping.interrupting():
+            distributed.join(cluster)
+            with distributed.ending_together():
+                train(config, workdir)
+    except stopping.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopping.STOPPED)
+
+
+def train(config, workdir):
+    """The run of a config; what a user can mend ends it with one line."""
     # Imported late: --help and wrong settings answer at once, without loading JAX.
+    import jax
+
     from bltjax.prepare import prepare
     from bltjax.recipe import run
     from bltjax.training.checkpoint import CheckpointError
@@ -30,15 +52,21 @@ def main(argv):
 
     try:
         prepared = prepare(config, workdir)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
+        fail(error)
+    except OSError as error:
+        if jax.process_count() > 1:  # perhaps a disk of this machine alone
+            raise
         fail(error)
     try:
         result = run(prepared)
-    except CheckpointError as error:
-        _leave(error)
     except NonFiniteLoss as error:
         fail(error, DIVERGED)
+    except CheckpointError as error:
+        fail(error)
     except (ValueError, OSError) as error:
+        if jax.process_count() > 1:  # perhaps in this one alone: its traceback ends every log
+            raise
         log = prepared.workdir / "error.log"
         with contextlib.suppress(OSError):  # the disk may be what is full
             log.write_text(traceback.format_exc())
@@ -46,16 +74,16 @@ def main(argv):
     print(json.dumps(result))
 
 
-def _leave(error):
-    """Fail at once and in silence: reads of a damaged checkpoint that go on print tracebacks."""
-    sys.stdout.flush()
-    stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os.write(stderr, f"{one_line(error)}\n".encode())
-    os._exit(USER_ERROR)
+def _define_flags():
+    command.define_run_flags()
+    flags.adopt_module_key_flags(command)  # shown by --help
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, of several; default: what the platform says."
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes are this run.")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 
 
 if __name__ == "__main__":
-    command.define_run_flags()
-    flags.adopt_module_key_flags(command)  # shown by --help
+    _define_flags()
     app.run(main, flags_parser=command.parse_run)

@@ -14,7 +14,7 @@ from bltjax.data import records
 from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
 from tests import processes
-from tests.processes import ROOT, compiling_once
+from tests.processes import ROOT
 
 LANGUAGES = {"en": ["patch", "byte", "latent", "x=1;\n"], "ja": ["日本", "語", "の文。\n"]}
 
@@ -51,11 +51,9 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(sources, tmp_path_factory):
-    environment = compiling_once(tmp_path_factory.mktemp("compiled"))
-
     def start(command, workdir, *settings):
         given = f"--config={sources}", f"--workdir={workdir}", *settings
-        return processes.start(f"bltjax.{command}", *given, env=environment)
+        return processes.start(f"bltjax.{command}", *given, env=processes.environment())
 
     return start
 

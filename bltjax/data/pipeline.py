@@ -1,5 +1,10 @@
 """Documents to an endless, resumable stream of batches."""
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -37,9 +42,21 @@ def batches(
     ]
     if workers:
         options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=READ_AHEAD)
-        parts = [part.mp_prefetch(options) for part in parts]
+        parts = [part.mp_prefetch(options, worker_init_fn=_serve_parent) for part in parts]
     joined = ZipIterDataset(parts).map(_join)
     return iter(ThreadPrefetchIterDataset(joined, prefetch_buffer_size=READ_AHEAD))
+
+
+def _serve_parent(*_):
+    """A worker ends when its parent does, and not before: signals are for the parent to hear."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _join(parts) -> tuple[Row, np.ndarray]:

@@ -17,7 +17,9 @@ def evaluate(eval_step, params, batches: Iterator[Row], sources: Sequence[str], 
     `source_nats`, `source_bytes`. The result's `sources` has bits_per_byte and bytes of each.
     """
     totals = {}
-    for rows in batches:
+    for rows in batches:  # of all processes, in each; it gives its own to its devices
+        own = sharding.rows_of_process(len(rows.tokens))
+        rows = Row(*(x[own] for x in rows))
         batch = sharding.put_batch(as_batch(rows, sources=True))
         sums = jax.device_get(eval_step(params, batch, *frozen))
         totals = {k: totals.get(k, 0.0) + np.float64(v) for k, v in sums.items()}

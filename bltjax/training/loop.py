@@ -1,5 +1,7 @@
-"""The training loop of one stage: resume, step, log, save."""
+"""The training loop of one stage: resume, step, log, save, stop when asked."""
 
+import collections
+import contextlib
 import copy
 import time
 from pathlib import Path
@@ -9,14 +11,19 @@ import jax
 import numpy as np
 
 from bltjax import sharding
-from bltjax.config import TrainingConfig
+from bltjax.config import ProfileConfig, TrainingConfig
 from bltjax.data.lanes import Layout
 from bltjax.data.pipeline import as_batch, batches
+from bltjax.stopping import Stopped, noticing
 from bltjax.training.checkpoint import Checkpoints
 from bltjax.training.metrics import MetricsLog, SourceMeter
-from bltjax.training.optimizer import learning_rate, make_optimizer
+from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
+from bltjax.training.watching import Profiler, memory, peak_flops
+
+IN_FLIGHT = 2  # steps given to the devices before the host looks at what the oldest of them says
+MAX_SKIPPED = 20  # updates left out in a row before the run counts as lost
 
 
 class TrainingData(NamedTuple):
@@ -33,6 +40,14 @@ class InStep(NamedTuple):
 
     find_patches: Any
     entropy_params: dict | None
+
+
+class Watch(NamedTuple):
+    """What is told of a stage beside its loss."""
+
+    flops_per_byte: float | None = None  # of training, for the model-FLOP utilisation
+    profile: ProfileConfig | None = None
+    about: dict | None = None  # kept in each checkpoint: the resolved config
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -52,88 +67,160 @@ def train(
     data: TrainingData,
     workdir: Path,
     in_step: InStep | None = None,
+    watch: Watch = Watch(),
 ) -> TrainResult:
-    """Train a model on packed rows, resuming from the newest checkpoint in `workdir`/checkpoints.
+    """Train a model on packed rows, resuming from the newest good checkpoint in `workdir`.
 
     Stopped at any moment and called again it ends with the same parameters and metrics, bit for
-    bit, with any number of workers. Raises NonFiniteLoss, CheckpointError.
+    bit, with any number of workers. SIGTERM or Ctrl-C to any process makes all of them save the
+    same step and raise Stopped. Raises NonFiniteLoss, CheckpointError, and OSError where nothing
+    can be saved.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     optimizer = make_optimizer(config.optimizer, config.steps)
     checkpoints = Checkpoints(
-        workdir / "checkpoints", config.checkpoint_every, config.keep_checkpoints
+        workdir / "checkpoints", config.keep_checkpoints, config.keep_every, watch.about
     )
+    try:
+        state, position = _start(stage, model_config, config, optimizer, checkpoints)
+        if int(state.step) >= config.steps:
+            return TrainResult(state.params, compilations=0)
+        step_fn = make_train_step(
+            model_config, config, optimizer, in_step and in_step.find_patches, len(data.sources)
+        )
+        peak = watch.flops_per_byte and peak_flops(model_config.compute_dtype)
+        log = MetricsLog(workdir, stage, int(state.step), config.steps, watch.flops_per_byte, peak)
+        profiler = Profiler(watch.profile, stage, workdir / "profile")
+        run = _Run(stage, config, data, checkpoints, log, profiler, position)
+        try:
+            frozen = [in_step.entropy_params] if in_step else []
+            state = run.steps(step_fn, state, frozen, int(state.step))
+        finally:
+            run.close()
+        return TrainResult(state.params, step_fn._cache_size(), log.data_wait_fraction)
+    finally:
+        checkpoints.close()
+
+
+def _start(stage, model_config, config, optimizer, checkpoints: Checkpoints):
+    """The newest good checkpoint's state and data position, or a fresh start."""
     restored = checkpoints.restore(abstract_state(model_config, optimizer))
     if restored is None:
-        state, position = create_state(model_config, optimizer, config.seed), {}
-    else:
-        state, position = restored
-    first_step = int(state.step)
-    if first_step:
-        print(f"{stage}: resumed at step {first_step} of {config.steps}", flush=True)
-    if first_step >= config.steps:
-        checkpoints.close()
-        return TrainResult(state.params, compilations=0)
+        return create_state(model_config, optimizer, config.seed), {}
+    print(f"{stage}: resumed at step {restored.step} of {config.steps}", flush=True)
+    return restored.state, restored.position
 
-    step_fn = make_train_step(
-        model_config,
-        optimizer,
-        lambda step: learning_rate(config.optimizer, step, config.steps),
-        in_step and in_step.find_patches,
-        len(data.sources),
-    )
-    frozen = [in_step.entropy_params] if in_step else []
-    log = MetricsLog(workdir, stage, first_step, config.steps)
-    sources = SourceMeter(data.sources, position.get("sources"))
-    pending = []  # (step, metrics still on the device), so that the host never waits for a step
 
-    def drain():
-        for step, metrics in pending:
+class _Run:
+    """The steps of a stage from where it stands."""
+
+    def __init__(
+        self,
+        stage: str,
+        config: TrainingConfig,
+        data: TrainingData,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        profiler: Profiler,
+        position: dict,
+    ):
+        self.stage, self.config, self.checkpoints = stage, config, checkpoints
+        self.log, self.profiler = log, profiler
+        self.sources = SourceMeter(data.sources, position.get("sources"))
+        rows = sharding.rows_of_process(config.batch_size)
+        states = np.array(position["lanes"])[rows] if position else None
+        self.stream = batches(
+            data.documents, data.layout, config.batch_size, states, rows, data.workers
+        )
+        # (step, metrics still on the device), so that the host never waits for the newest step
+        self.pending = collections.deque()
+
+    def steps(self, step_fn, state, frozen, first_step: int):
+        self.first_step = first_step
+        with noticing() as notice:
+            for step in range(first_step, self.config.steps):
+                batch, lanes = self.next_batch(notice.received is not None)
+                with self.profiler.step(step, state.step):
+                    state, metrics = step_fn(state, batch, *frozen)
+                self.pending.append((step, metrics))
+                done = step + 1
+                due = done == self.config.steps or done % self.config.checkpoint_every == 0
+                # What other processes ask for comes with the metrics, so all see it in this step.
+                stop = self.drain(step_fn, 0 if due else IN_FLIGHT)
+                if stop and not due:
+                    self.drain(step_fn, 0)
+                if due or stop:
+                    self.save(done, state, lanes)
+                if stop:
+                    break
+            self.checkpoints.wait()
+            sharding.meet("the stage is saved")
+        if stop or notice.received is not None:  # perhaps after the last step
+            raise Stopped(
+                f"{self.stage}: stopped as asked, step {done} of {self.config.steps} is saved: run "
+                "the same command again"
+            )
+        return state
+
+    def next_batch(self, stop: bool):
+        """The next batch on the devices, and the lanes' state after it."""
+        asked = time.perf_counter()
+        rows, lanes = next(self.stream)
+        self.log.waited(time.perf_counter() - asked)
+        batch = as_batch(rows, sources=True)
+        batch["stop"] = np.full(len(lanes), stop, np.int32)
+        return sharding.put_batch(batch), lanes
+
+    def drain(self, step_fn, in_flight: int) -> bool:
+        """Read the metrics of all but the newest steps; whether a process was asked to stop."""
+        stop = False
+        while len(self.pending) > in_flight:
+            step, metrics = self.pending.popleft()
             metrics = jax.device_get(metrics)
-            if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-                _stop(stage, step, metrics, checkpoints)
-            log.count(metrics["bytes"])
-            sources.count(metrics.pop("source_nats"), metrics.pop("source_bytes"))
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                log.write(step, metrics | sources.values())
-        pending.clear()
+            stop |= bool(metrics.pop("stop"))
+            self.check(step, metrics)
+            self.log.count(metrics["bytes"])
+            by_source = metrics.pop("source_nats"), metrics.pop("source_bytes")
+            if not metrics.get("skipped_in_a_row"):  # else it may be NaN
+                self.sources.count(*by_source)
+            if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps:
+                compiled = dict(compilations=step_fn._cache_size())
+                self.log.write(step, metrics | self.sources.values() | compiled | memory())
+            elif step == self.first_step:
+                self.log.restart(step + 1)  # it was compiled meanwhile
+        return stop
 
-    rows = sharding.rows_of_process(config.batch_size)
-    states = np.array(position["lanes"])[rows] if position else None
-    stream = batches(data.documents, data.layout, config.batch_size, states, rows, data.workers)
-    try:
-        for step in range(first_step, config.steps):
-            asked = time.perf_counter()
-            batch, states = next(stream)
-            log.waited(time.perf_counter() - asked)
-            batch = sharding.put_batch(as_batch(batch, sources=True))
-            state, metrics = step_fn(state, batch, *frozen)
-            pending.append((step, metrics))
-            last = step + 1 == config.steps
-            if len(pending) > config.log_every or last or checkpoints.is_due(step + 1):
-                drain()
-            if last or checkpoints.is_due(step + 1):
-                lanes = sharding.gather_rows(states).tolist()
-                position = dict(lanes=lanes, sources=copy.deepcopy(sources.state))
-                checkpoints.save(step + 1, state, position, force=last)
-        checkpoints.wait()
-    finally:
-        stream.close()
-        log.close()
-        checkpoints.close()
-    return TrainResult(state.params, step_fn._cache_size(), log.data_wait_fraction)
+    def check(self, step: int, metrics: dict):
+        """Raises NonFiniteLoss where training is lost."""
+        if "skipped" in metrics:
+            lost = metrics["skipped_in_a_row"] >= MAX_SKIPPED
+            why = f"{MAX_SKIPPED} updates in a row were left out, "
+        else:
+            lost = not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+            why = ""
+        if not lost:
+            return
+        # The checkpoint of the first bad step holds what gave its loss: the last good one is older.
+        self.checkpoints.wait()
+        first_bad = step - max(int(metrics.get("skipped_in_a_row", 1)) - 1, 0)
+        older = [saved for saved in self.checkpoints.all_steps() if saved < first_bad]
+        kept = (
+            f"the last good checkpoint is {self.checkpoints.directory / str(max(older))}"
+            if older
+            else "no checkpoint from before it was kept"
+        )
+        raise NonFiniteLoss(
+            f"{self.stage}: {why}loss {metrics['loss']} and gradient norm {metrics['grad_norm']} "
+            f"at step {step}; {kept}; lower the learning rate or raise warmup_steps, in a new "
+            "--workdir"
+        )
 
+    def save(self, step: int, state, lanes: np.ndarray):
+        position = dict(
+            lanes=sharding.gather_rows(lanes).tolist(), sources=copy.deepcopy(self.sources.state)
+        )
+        self.checkpoints.save(step, state, position)
 
-def _stop(stage, step, metrics, checkpoints):
-    """The checkpoint of `step` itself holds what gave this loss: the last good one is older."""
-    checkpoints.wait()
-    older = [saved for saved in checkpoints.all_steps() if saved < step]
-    kept = (
-        f"the last good checkpoint is {checkpoints.directory / str(max(older))}"
-        if older
-        else "no checkpoint from before it was kept"
-    )
-    raise NonFiniteLoss(
-        f"{stage}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}; "
-        f"{kept}; lower the learning rate or raise warmup_steps, in a new --workdir"
-    )
+    def close(self):
+        with contextlib.closing(self.log), contextlib.closing(self.stream):
+            self.profiler.close()

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from bltjax.files import replacing
+from bltjax.training.watching import num_chips
 
 
 class SourceMeter:
@@ -44,24 +45,44 @@ class MetricsLog:
     """Writes each logged step to `metrics.jsonl`, TensorBoard and the console.
 
     Opened at step s it drops what an interrupted run wrote for s and later, so that a resumed run
-    leaves the same lines as one that was never interrupted.
+    leaves the same lines as one that was never interrupted. Of several processes only the first
+    writes; all keep time. flops_per_byte and peak_flops (FLOP/s of all devices) give the
+    utilisation; without them it is left out.
     """
 
-    def __init__(self, directory: Path, stage: str, first_step: int, num_steps: int):
+    def __init__(
+        self,
+        directory: Path,
+        stage: str,
+        first_step: int,
+        num_steps: int,
+        flops_per_byte: float | None = None,
+        peak_flops: float | None = None,
+    ):
         self.stage, self.num_steps = stage, num_steps
         self.path = Path(directory) / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if line["step"] < first_step]
-        with replacing(self.path) as file:  # killed here, a run loses no line
-            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._tensorboard = SummaryWriter(
-            str(Path(directory) / "tensorboard"), purge_step=first_step
-        )
-        self._last_step, self._last_time, self._bytes = first_step, time.perf_counter(), 0.0
-        self._waited, self._all_waited, self._started = 0.0, 0.0, self._last_time
+        self._flops = flops_per_byte and peak_flops and flops_per_byte / peak_flops
+        self._tensorboard = None
+        if jax.process_index() == 0:
+            from tensorboardX import SummaryWriter  # late: it loads PyTorch where there is one
+
+            kept = [line for line in _lines(self.path) if line["step"] < first_step]
+            with replacing(self.path) as file:  # killed here, a run loses no line
+                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._tensorboard = SummaryWriter(
+                str(Path(directory) / "tensorboard"), purge_step=first_step
+            )
+        self._chips = num_chips()
+        self.restart(first_step)
 
     def count(self, num_bytes: float):
         """Real bytes of a step, for the bytes per second of the next line."""
         self._bytes += float(num_bytes)
+
+    def restart(self, step: int):
+        """Leaves the time so far, in which programs were compiled, out of the next line."""
+        self._last_step, self._last_time, self._bytes = step, time.perf_counter(), 0.0
+        self._waited, self._all_waited, self._started = 0.0, 0.0, self._last_time
 
     def waited(self, seconds: float):
         """Time in which the host had no batch to give to the devices."""
@@ -78,13 +99,20 @@ class MetricsLog:
         now = time.perf_counter()
         seconds = now - self._last_time
         steps = step + 1 - self._last_step
+        speed = self._bytes / seconds
         line = dict(
             step=step,
             **{k: float(v) for k, v in values.items()},
-            bytes_per_second=self._bytes / seconds,
+            bytes_per_second=speed,
+            bytes_per_second_per_chip=speed / self._chips,
             seconds_per_step=seconds / steps,
             data_wait_fraction=self._waited / seconds,
         )
+        if self._flops:
+            line["flops_utilisation"] = self._flops * speed
+        self._last_step, self._last_time, self._bytes, self._waited = step + 1, now, 0.0, 0.0
+        if self._tensorboard is None:
+            return
         with self.path.open("a") as file:
             file.write(
                 json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n"
@@ -93,18 +121,19 @@ class MetricsLog:
             if key != "step" and math.isfinite(value):
                 self._tensorboard.add_scalar(f"{self.stage}/{key}", value, step)
         eta = (self.num_steps - step - 1) * line["seconds_per_step"]
+        utilisation = f" mfu {line['flops_utilisation']:.0%}" if self._flops else ""
         print(
             f"{self.stage} step {step + 1}/{self.num_steps} ({(step + 1) / self.num_steps:.0%}) "
             f"loss {line['loss']:.3f} bits/byte {line['bits_per_byte']:.3f} "
             f"lr {line['learning_rate']:.1e} grad {line['grad_norm']:.2f} | "
-            f"{line['bytes_per_second'] / 1e3:.1f} KB/s {line['seconds_per_step']:.2f} s/step | "
-            f"eta {format_seconds(eta)}",
+            f"{line['bytes_per_second'] / 1e3:.1f} KB/s {line['seconds_per_step']:.2f} s/step"
+            f"{utilisation} | eta {format_seconds(eta)}",
             flush=True,
         )
-        self._last_step, self._last_time, self._bytes, self._waited = step + 1, now, 0.0, 0.0
 
     def close(self):
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def format_seconds(seconds: float) -> str:

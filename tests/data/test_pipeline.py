@@ -99,6 +99,7 @@ def rows_of(order, layout, num_lanes):
         yield from Lane(order, layout, lane, num_lanes)
 
 
+@pytest.mark.long
 def test_a_document_of_100_mb_goes_through():
     size = 100_000_000
     data = np.random.default_rng(0).integers(0, 256, size, np.uint8)

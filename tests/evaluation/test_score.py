@@ -202,6 +202,7 @@ def test_a_hundred_kilobytes():
     assert pieces[0].nats < pieces[1].nats < found.nats
 
 
+@pytest.mark.long
 def test_few_shapes_are_compiled_whatever_the_text():
     """At most 5 numbers of patch columns for each of the lengths 64 and 128."""
     rng, row_step = np.random.default_rng(4), module._row_nats

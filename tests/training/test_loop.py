@@ -1,19 +1,36 @@
-"""The loop in this process: divergence, kept checkpoints, metrics."""
+"""The loop in this process: divergence, updates left out, signals, kept checkpoints, metrics."""
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import signal
+import threading
 
+import jax
 import numpy as np
 import pytest
 
-from bltjax.config import EntropyModelConfig, OptimizerConfig, TrainingConfig, TransformerConfig
+from bltjax import sharding
+from bltjax.config import (
+    EntropyModelConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
 from bltjax.data.lanes import Layout
 from bltjax.data.mixture import Shuffled
+from bltjax.data.pipeline import as_batch
 from bltjax.data.sources import Document
+from bltjax.stopping import Stopped
+from bltjax.training import loop
 from bltjax.training.checkpoint import Checkpoints
-from bltjax.training.loop import NonFiniteLoss, TrainingData, train
+from bltjax.training.loop import MAX_SKIPPED, NonFiniteLoss, TrainingData, train
 from bltjax.training.metrics import MetricsLog, format_seconds
+from bltjax.training.optimizer import learning_rate
+from bltjax.vocabulary import BYTE_OFFSET
 
 MODEL = EntropyModelConfig(
     transformer=TransformerConfig(dim=8, num_heads=1, window=8, ffn_multiple_of=8)
@@ -50,12 +67,128 @@ def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
     checkpoints.close()
 
 
-def test_newest_checkpoints_are_kept_and_the_last_step_saved(tmp_path):
-    config = dataclasses.replace(TRAINING, steps=7)
+def test_divergence_that_a_guard_holds_off_is_told_in_the_end(tmp_path):
+    config = dataclasses.replace(
+        TRAINING,
+        steps=40,
+        checkpoint_every=40,
+        skip_loss_above=2.0,
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=30, weight_decay=0.0),
+    )
+    why = rf"toy: {MAX_SKIPPED} updates in a row were left out, .* at step {MAX_SKIPPED + 1};"
+    with pytest.raises(NonFiniteLoss, match=why):
+        train("toy", MODEL, config, data(), tmp_path)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] is None and last["skipped"] == last["skipped_in_a_row"] > 10
+
+
+LONG = dataclasses.replace(
+    TRAINING, steps=30, checkpoint_every=1000, log_every=5, skip_loss_above=3.0
+)
+FAR = 15  # a place that is read between the first steps and the last, however far reading is ahead
+
+
+class Documents:
+    """Random ones, a zero byte in the first one only; calls `at_far` where FAR is read."""
+
+    num_places = None
+
+    def __init__(self, at_far):
+        random = np.random.default_rng(0)
+        texts = [random.integers(1, 256, 40, np.uint8).tobytes() for _ in range(FAR * 4)]
+        self.texts, self.at_far = [b"\0" + texts[0], *texts[1:]], at_far
+
+    def __getitem__(self, place):
+        if place == FAR:
+            self.at_far()
+        return 0, Document("", self.texts[place])
+
+
+def train_long(workdir, at_far=lambda: None):
+    """A run whose rows are corrupted: a zero byte as a target is of no vocabulary, its loss NaN."""
+
+    def corrupted(rows, sources):
+        batch = as_batch(rows, sources)
+        return batch | dict(
+            targets=np.where(batch["targets"] == BYTE_OFFSET, 300, batch["targets"])
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "as_batch", corrupted)
+        documents = TrainingData(Documents(at_far), Layout(LONG.row_bytes, pool=2))
+        return train("toy", MODEL, LONG, documents, workdir)
+
+
+def lines_and_parameters(workdir, result):
+    """What two runs of the same steps must have in common, bit for bit."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    told = [{k: v for k, v in x.items() if not re.search("second|wait|memory", k)} for x in lines]
+    return told, jax.device_get(result.params)
+
+
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What a run gave outside the main thread, and the signal handlers before and in it."""
+    workdir, found, during = tmp_path_factory.mktemp("whole"), [], []
+
+    def run():
+        with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+            result = train_long(workdir, lambda: during.append(handlers()))
+            found.append(lines_and_parameters(workdir, result))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0], during
+
+
+def test_a_batch_without_a_loss_is_left_out_and_counted(uninterrupted):
+    (lines, params), _ = uninterrupted
+    assert [line["skipped"] for line in lines] == [1] * 6
+    assert [line["skipped_in_a_row"] for line in lines] == [0] * 6
+    # Only updates that were made count for the schedule.
+    rates = [learning_rate(LONG.optimizer, line["step"] - 1, LONG.steps) for line in lines]
+    np.testing.assert_allclose([line["learning_rate"] for line in lines], rates, rtol=1e-5)
+    assert lines[1]["bits_per_byte/text"] > 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_outside_the_main_thread_signals_are_left_alone(uninterrupted):
+    assert uninterrupted[1] == [handlers()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_asked_to_stop_it_saves_and_goes_on_as_if_never_stopped(number, uninterrupted, tmp_path):
+    strays = []  # signals that found no run to take them
+    before = {n: signal.signal(n, lambda *_: strays.append(_)) for n in (15, 2)}
+    own = handlers()
+    try:
+        with pytest.raises(Stopped) as stopped:
+            train_long(tmp_path, lambda: os.kill(os.getpid(), number))
+        assert handlers() == own and not strays
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    step = int(
+        re.search(r"^toy: stopped as asked, step (\d+) of 30 is saved", str(stopped.value))[1]
+    )
+    assert 5 < step < 25
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == [str(step)]
+    ours = lines_and_parameters(tmp_path, train_long(tmp_path))
+    assert ours[0] == uninterrupted[0][0]
+    jax.tree.map(np.testing.assert_array_equal, ours[1], uninterrupted[0][1])
+
+
+def test_newest_checkpoints_are_kept_with_every_nth_and_the_last(tmp_path):
+    config = dataclasses.replace(TRAINING, steps=7, keep_every=4, keep_checkpoints=1)
     result = train("toy", MODEL, config, data(), tmp_path)
     assert result.compilations == 1
     kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
-    assert kept == {6, 7}
+    assert kept == {4, 7}
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
     assert steps == [2, 5, 6]
     assert any(p.name.startswith("events") for p in (tmp_path / "tensorboard").iterdir())

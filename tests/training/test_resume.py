@@ -4,9 +4,9 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
-import time
 
 import jax
 import numpy as np
@@ -14,23 +14,17 @@ import pytest
 
 from bltjax.config import RunConfig, from_config_dict
 from bltjax.recipe import blt_params, entropy_params
+from bltjax.stopping import STOPPED
+from bltjax.train import DIVERGED
 from tests import processes
-from tests.processes import compiling_once
-
-TIMING = ("bytes_per_second", "seconds_per_step", "data_wait_fraction")
+from tests.processes import metrics, wait_for_step
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     """The training command on a small corpus; compilations are shared between its processes."""
     corpus = tmp_path_factory.mktemp("corpus")
-    words = random.Random(0)
-    for number in range(12):
-        text = " ".join(
-            words.choices(["patch", "byte", "latent", "naïve", "日本", "x=1;\n"], k=250)
-        )
-        (corpus / f"{number}.txt").write_text(text)
-    environment = compiling_once(tmp_path_factory.mktemp("compiled"))
+    processes.write_corpus(corpus)
 
     def start(workdir, *settings):
         return processes.start(
@@ -39,7 +33,7 @@ def command(tmp_path_factory):
             f"--workdir={workdir}",
             f"--config.data.root={corpus}",
             *settings,
-            env=environment,
+            env=processes.environment(),
             stderr=subprocess.STDOUT,
         )
 
@@ -55,11 +49,6 @@ def uninterrupted(command, tmp_path_factory):
     return workdir, json.loads(output.splitlines()[-1])
 
 
-def metrics(workdir, stage):
-    lines = (workdir / stage / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
-
-
 def parameters(workdir):
     from tests.configs.tiny import get_config
 
@@ -69,12 +58,7 @@ def parameters(workdir):
 
 def kill_after(process, workdir, stage, step):
     """SIGKILL once the stage has logged `step`."""
-    path, deadline = workdir / stage / "metrics.jsonl", time.time() + 240
-    while time.time() < deadline and process.poll() is None:
-        if path.exists() and f'"step": {step},' in path.read_text():
-            break
-        time.sleep(0.005)
-    assert process.poll() is None, process.communicate()[0]
+    wait_for_step([process], workdir, stage, step)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -109,27 +93,72 @@ def test_killed_at_random_steps_and_run_again(command, uninterrupted, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(whole))
 
 
-def test_a_damaged_checkpoint_and_another_config_are_named_and_nothing_is_lost(
-    command, uninterrupted
-):
+@pytest.mark.long
+def test_asked_to_stop_while_it_saves(command, uninterrupted, tmp_path):
+    """By SIGTERM, then by Ctrl-C; it saves all the time."""
     whole, _ = uninterrupted
-    newest = whole / "blt" / "checkpoints" / "24"
-    damaged = newest / "state" / "manifest.ocdbt"
-    before = {p: p.read_bytes() for p in (whole / "blt").rglob("*") if p.is_file()}
-    damaged.unlink()
-    process = command(whole)
+    workdir, stages = tmp_path / "stopped", "--config.stages=('blt',)"
+    shutil.copytree(whole, workdir, ignore=shutil.ignore_patterns("blt"))
+    for asked, step in ((signal.SIGTERM, 4), (signal.SIGINT, 12)):
+        process = command(workdir, stages, "--config.blt_training.checkpoint_every=1")
+        wait_for_step([process], workdir, "blt", step)
+        process.send_signal(asked)
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == STOPPED, output
+        names = [path.name for path in (workdir / "blt" / "checkpoints").iterdir()]
+        saved = max(int(name) for name in names if name.isdigit())
+        assert f"blt: stopped as asked, step {saved} of 24 is saved" in output.splitlines()[-1]
+        assert saved > step and "Traceback" not in output
+    process = command(workdir, stages)
     output = process.communicate(timeout=300)[0]
-    damaged.write_bytes(before[damaged])
+    assert process.returncode == 0, output
+    assert f"resumed at step {saved} of 24" in output
+    assert metrics(workdir, "blt") == metrics(whole, "blt")
+    jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(whole))
+
+
+@pytest.mark.long
+def test_a_damaged_checkpoint_is_trained_again(command, uninterrupted, tmp_path):
+    whole, whole_result = uninterrupted
+    workdir = tmp_path / "damaged"
+    shutil.copytree(whole, workdir)
+    newest = workdir / "blt" / "checkpoints" / "24"
+    (newest / "state" / "manifest.ocdbt").unlink()
+
+    # What only reads a model does not take an older one for it.
+    process = command(workdir, "--config.stages=('evaluate',)")
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 2, output
     error = re.findall("error: .*", output)
-    assert len(error) == 1 and f"checkpoint {newest} cannot be read" in error[0], output
-    assert "delete that directory to resume from step 20" in error[0]
-    assert "Traceback" not in output
-    assert before == {p: p.read_bytes() for p in (whole / "blt").rglob("*") if p.is_file()}
+    assert len(error) == 1 and f"checkpoint {newest} is damaged" in error[0], output
+    assert "run its stage again: it goes on from step 20" in error[0]
+    assert "Traceback" not in output and newest.is_dir()
 
-    # The directory of another run is refused as it is.
+    process = command(workdir)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert f"WARNING: checkpoint {newest} is damaged: state/manifest.ocdbt is missing" in output
+    assert "blt: resumed at step 20 of 24" in output and "Traceback" not in output
+    assert (workdir / "blt" / "damaged" / "24" / "state").is_dir()
+    assert metrics(workdir, "blt") == metrics(whole, "blt")
+    assert json.loads(output.splitlines()[-1])["bits_per_byte"] == whole_result["bits_per_byte"]
+
+
+def test_the_directory_of_another_run_is_refused_as_it_is(command, uninterrupted):
+    whole, _ = uninterrupted
     process = command(whole, "--config.blt.pooling=mean")
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 2
     assert "config.blt.pooling: 'max' there, 'mean' here" in output
     assert json.loads((whole / "config.json").read_text())["config"]["blt"]["pooling"] == "max"
+
+
+def test_a_loss_that_is_lost_has_its_own_exit_code(command, tmp_path):
+    training = "--config.entropy_training."
+    settings = [f"{training}optimizer.learning_rate=1e30", f"{training}checkpoint_every=1"]
+    process = command(tmp_path / "lost", "--config.stages=('entropy_model',)", *settings)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == DIVERGED, output
+    last = output.splitlines()[-1]
+    assert re.match(r"error: entropy_model: loss \S+ and gradient norm \S+ at step \d+; ", last)
+    assert re.search(r"the last good checkpoint is \S+/checkpoints/\d+; lower the learning", last)

@@ -1,0 +1,118 @@
+"""What is measured of the machine while it trains: its peak, its memory, traces of its steps."""
+
+import contextlib
+import functools
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bltjax import sharding
+from bltjax.config import ProfileConfig
+
+# Dense matrix products of one device as JAX counts devices, FLOP/s in bfloat16 (data sheets).
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153e12,  # two devices a chip
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+MATRIX = 512  # of the products that are timed where the peak is not known
+
+
+def num_chips() -> int:
+    """Of all processes; some TPUs have two devices a chip."""
+    devices = jax.devices()
+    if devices[0].platform != "tpu":
+        return len(devices)
+    return len({(getattr(d, "slice_index", 0), *d.coords) for d in devices})
+
+
+def peak_flops(compute_dtype: str) -> float | None:
+    """FLOP/s of the whole mesh in matrix products: of the data sheet, or measured now on CPUs.
+
+    Data sheets count bfloat16, whatever `compute_dtype`, since accelerators multiply float32 so too
+    unless told otherwise. CPUs are timed, all devices at once, since simulated devices share their
+    cores. None for accelerators that are not known.
+    """
+    kind = jax.devices()[0].device_kind.replace("-", " ")  # NVIDIA A100-SXM4-80GB
+    names = [name for name in PEAKS if kind == name or kind.startswith(f"{name} ")]
+    if names:
+        return PEAKS[max(names, key=len)] * jax.device_count()
+    if jax.devices()[0].platform != "cpu":
+        return None
+    return _measured_peak(compute_dtype, jax.sharding.get_mesh())
+
+
+@functools.cache
+def _measured_peak(compute_dtype: str, mesh) -> float:
+    rows = sharding.num_row_shards(mesh)
+    with jax.set_mesh(mesh):
+        own = np.zeros((len(sharding.rows_of_process(rows)), MATRIX, MATRIX), np.float32)
+        x = jax.tree.map(lambda x: x.astype(compute_dtype), sharding.put_batch(own))
+        product = jax.jit(lambda x: jnp.einsum("bij,bjk->bik", x, x))
+        product(x).block_until_ready()
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            product(x).block_until_ready()
+            seconds.append(time.perf_counter() - started)
+    return 2 * mesh.size * MATRIX**3 / min(seconds)  # those of a tensor group all compute its row
+
+
+def memory() -> dict[str, float]:
+    """Peak bytes of this process's fullest device, where it tells, and of the host process."""
+    found = {}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if peaks:
+        found["device_memory_bytes"] = float(max(peaks))
+    unit = 1 if sys.platform == "darwin" else 1024
+    found["host_memory_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return found
+
+
+class Profiler:
+    """Traces the steps that a ProfileConfig names, in process 0, for xprof and Perfetto."""
+
+    def __init__(self, config: ProfileConfig | None, stage: str, directory: Path):
+        self._directory, self._traced = directory, []
+        wanted = config is not None and config.first_step is not None and config.stage == stage
+        if wanted and jax.process_index() == 0:
+            self._steps = range(config.first_step, config.first_step + config.num_steps)
+        else:
+            self._steps = range(0)
+
+    def step(self, step: int, previous=None):
+        """A context for a step to run in; `previous`, arrays of the step before it, end a trace."""
+        if step not in self._steps:
+            self.close(previous)
+            return contextlib.nullcontext()
+        if not self._traced:
+            jax.block_until_ready(previous)
+            jax.profiler.start_trace(str(self._directory))
+        self._traced.append(step)
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def close(self, previous=None):
+        if self._traced:
+            jax.block_until_ready(previous)
+            jax.profiler.stop_trace()
+            first, last = self._traced[0], self._traced[-1]
+            self._traced = []
+            print(f"trace of steps {first} to {last}: {self._directory}")
