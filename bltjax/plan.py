@@ -1,0 +1,186 @@
+"""What a run would take on so many chips: `python -m bltjax.plan --config=FILE --chips=1024`.
+
+The training steps are traced on an abstract mesh, so every layout is checked in seconds and no
+device is needed. What is printed is counted from types: bytes of parameters, gradients, optimizer
+state and batch on each chip, and the largest array in between. A compiler keeps several of those at
+a time and saves others, so a plan that does not fit is sure, and one that does is likely. Left out
+are the entropy model of patching.in_step and the sum of gradients over accumulation_steps.
+"""
+
+import json
+import math
+import time
+from typing import NamedTuple
+
+from absl import app, flags
+
+from bltjax import command
+
+GIB = 2**30
+HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "a100": 80, "h100": 80, "h200": 141}
+PATCH_BYTES = 4.5  # where the config leaves the mean patch to the text
+
+
+class Array(NamedTuple):
+    """An array of a step, as one chip holds it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str
+    chip_bytes: int
+
+
+class Plan(NamedTuple):
+    """Bytes on each chip."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    batch: int
+    largest: Array  # activation
+
+    @property
+    def total(self) -> int:
+        return sum(self[:4]) + self.largest.chip_bytes
+
+
+def plan_stage(config, stage: str, mesh) -> Plan:
+    """The plan of the stage entropy_model or blt of a RunConfig on an abstract mesh."""
+    import jax
+
+    from bltjax.training.optimizer import make_optimizer
+    from bltjax.training.state import abstract_state
+    from bltjax.training.step import make_train_step
+
+    model, training = stage_configs(config, stage)
+    no_mesh = jax.sharding.AbstractMesh((), ())  # a mesh is changed for another by way of none
+    with jax.sharding.use_abstract_mesh(no_mesh), jax.sharding.use_abstract_mesh(mesh):
+        optimizer = make_optimizer(training.optimizer, training.steps)
+        state = abstract_state(model, optimizer)
+        batch = abstract_batch(config, stage)
+        traced = make_train_step(model, training, optimizer).trace(state, batch)
+        parameters = chip_bytes(state.params)
+        sizes = {leaf.size for leaf in jax.tree.leaves((state.params, state.opt_state))}
+        arrays = (a for a in arrays_of(traced.jaxpr.jaxpr) if a.size not in sizes)
+        largest = max(arrays, key=array_bytes)
+    return Plan(
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=chip_bytes(state.opt_state),
+        batch=chip_bytes(batch),
+        largest=Array(
+            largest.shape, str(largest.dtype), str(largest.sharding.spec), array_bytes(largest)
+        ),
+    )
+
+
+def stage_configs(config, stage: str):
+    """(model, training) of a stage of a RunConfig."""
+    if stage == "entropy_model":
+        return config.entropy_model, config.entropy_training
+    return config.blt, config.blt_training
+
+
+def abstract_batch(config, stage: str) -> dict:
+    """Shapes of a batch of a stage, on the mesh that is set."""
+    import jax
+    import jax.numpy as jnp
+
+    from bltjax import sharding
+    from bltjax.patching.calibrate import row_bytes_for, row_patches_for
+
+    _, training = stage_configs(config, stage)
+    patching = config.patching
+    fixed = {"static": patching.patch_size, "byte": 1}  # whatever mean is asked of other rules
+    mean = fixed.get(patching.rule) or patching.target_patch_bytes or PATCH_BYTES
+    row_bytes = training.row_bytes or row_bytes_for(training.row_patches, mean)
+    shape = training.batch_size, row_bytes
+    names = "tokens", "targets", "document_ids"
+    shapes = dict.fromkeys(names, (shape, jnp.int32)) | dict(loss_mask=(shape, jnp.bool))
+    if stage == "blt":
+        patches = training.row_patches or row_patches_for(row_bytes, mean)
+        shapes["patch_lengths"] = (training.batch_size, patches), jnp.int32
+    mesh = jax.sharding.get_abstract_mesh()
+    placed = jax.NamedSharding(mesh, sharding.batch_spec(2))
+    return {k: jax.ShapeDtypeStruct(s, d, sharding=placed) for k, (s, d) in shapes.items()}
+
+
+def arrays_of(jaxpr):
+    """Types of everything that a program computes, inner programs (loops, ...) included.
+
+    Left out is what the compiler may lay out as it likes: the inside of a look-up.
+    """
+    from jax.extend.core import jaxprs_in_params
+    from jax.sharding import AxisType
+
+    for equation in jaxpr.eqns:
+        types = [v.aval for v in equation.outvars if getattr(v.aval, "shape", None) is not None]
+        yield from (t for t in types if AxisType.Auto not in t.sharding.mesh.axis_types)
+        for inner in jaxprs_in_params(equation.params):
+            yield from arrays_of(inner)
+
+
+def chip_bytes(tree) -> int:
+    """Bytes of a pytree of types on one chip."""
+    import jax
+
+    return sum(array_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def array_bytes(x) -> int:
+    """Bytes of an array on one chip, of its type."""
+    if x.sharding is None:  # scalars come out of eval_shape without
+        return x.size * x.dtype.itemsize
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def print_plan(stage: str, plan: Plan, seconds: float):
+    print(f"{stage}: checked in {seconds:.1f} s; a chip holds")
+    for name in ("parameters", "gradients", "optimizer", "batch"):
+        print(f"  {name:18} {getattr(plan, name) / GIB:8.3f} GiB")
+    of = f"{plan.largest.dtype}{list(plan.largest.shape)} {plan.largest.spec}"
+    print(f"  {'largest activation':18} {plan.largest.chip_bytes / GIB:8.3f} GiB   {of}")
+    fits = [f"{name} ({size})" for name, size in HBM_GIB.items() if plan.total < size * GIB]
+    where = f"within the memory (GiB) of {', '.join(fits)}" if fits else "more than any chip has"
+    print(f"  {'together':18} {plan.total / GIB:8.3f} GiB   {where}")
+
+
+def main(argv):
+    if len(argv) > 1:
+        command.fail(f"unexpected argument {argv[1]!r}: give --config and --chips")
+    config, _ = command.read_config(needs_workdir=False)
+    if flags.FLAGS.chips is None:
+        command.fail("give --chips=NUMBER")
+    from bltjax import sharding
+    from bltjax.prepare import check_batch_sizes, used_models
+
+    result = dict(chips=flags.FLAGS.chips, stages={})
+    try:
+        mesh = sharding.abstract_mesh(config.mesh, flags.FLAGS.chips)
+        check_batch_sizes(config, mesh)
+        for name in used_models(config):
+            sharding.check_model(getattr(config, name), name, mesh)
+        print(f"mesh: {dict(mesh.shape)} on {flags.FLAGS.chips} chips")
+        for stage in ("entropy_model", "blt"):
+            if stage not in config.stages:
+                continue
+            started = time.perf_counter()
+            plan = plan_stage(config, stage, mesh)
+            print_plan(stage, plan, time.perf_counter() - started)
+            result["stages"][stage] = plan._asdict() | dict(
+                largest=plan.largest._asdict(), total=plan.total
+            )
+    except ValueError as error:
+        command.fail(error)
+    print(json.dumps(result))
+
+
+def _define_flags():
+    command.define_run_flags()
+    flags.adopt_module_key_flags(command)  # shown by --help
+    flags.DEFINE_integer("chips", None, "How many chips the mesh is to have.", 1)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main, flags_parser=command.parse_run)
