@@ -1,0 +1,191 @@
+#!/usr/bin/env bash
+# bltjax.train on TPU slices of a GKE cluster, as a JobSet. See --help.
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+launch/gke/jobset.sh [--dry-run] -- [arguments of bltjax.train]
+
+Makes a JobSet with one pod for each host of each TPU slice and gives it to kubectl. The cluster
+needs the JobSet controller and a node pool for each slice.
+
+    export NAME=blt IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/bltjax CLAIM=runs
+    export ACCELERATOR=tpu-v6e-slice TOPOLOGY=8x8
+    launch/gke/jobset.sh -- --config=configs/blt_1b.py --workdir=/runs/blt \
+        --config.data.root=/runs/corpus --config.mesh.fsdp=8
+
+When the nodes are taken away, all processes save the same step and exit with code 75. Any code but
+0 restarts the JobSet, at most MAX_RESTARTS times, and training goes on where it was saved. Codes 2
+(the command is at fault) and 3 (the loss became NaN) end it: a restart would end the same way.
+
+--dry-run   print the command with its YAML and do nothing
+
+Settings, from the environment:
+  NAME             of the JobSet
+  IMAGE            made from launch/Dockerfile with EXTRA=tpu
+  CLAIM            a PersistentVolumeClaim that many nodes may write; it is /runs in the pods
+  ACCELERATOR      tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice, tpu7x
+  TOPOLOGY         chips of a slice, as its node pool has it: 8x8, 4x4x8, ...
+  CHIPS_PER_HOST   as the node pool's machines have them; default: 4, or all of a smaller slice
+  SLICES           how many slices train together; default: 1
+  MAX_RESTARTS     default: 100
+  SPOT=1           on spot nodes
+  NAMESPACE        default: that of kubectl's context
+EOF
+}
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# A YAML string of anything in one line. Kubernetes would replace $(NAME); $$( stands for $(.
+quoted() {
+    local text=${1//\\/\\\\}
+    text=${text//\"/\\\"}
+    printf '"%s"' "${text//\$(/\$\$(}"
+}
+
+dry_run=
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --help) usage && exit ;;
+        --dry-run) dry_run=1 && shift ;;
+        *) break ;;
+    esac
+done
+[ "${1:-}" = -- ] && [ $# -gt 1 ] ||
+    fail "arguments of bltjax.train are needed: launch/gke/jobset.sh -- --config=... --workdir=..."
+shift
+for argument in "$@"; do
+    [[ $argument != *[[:cntrl:]]* ]] || fail "an argument has a line break or control character"
+done
+for setting in NAME IMAGE CLAIM ACCELERATOR TOPOLOGY; do
+    [ "${!setting:-}" ] || fail "$setting is not set: export it, see launch/gke/jobset.sh --help"
+done
+# Kubernetes appends to the name, and takes 63 characters.
+[[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    fail "NAME=$NAME: give at most 40 lower-case letters, digits and hyphens, a letter first"
+slices=${SLICES:-1}
+restarts=${MAX_RESTARTS:-100}
+[[ $slices =~ ^[1-9][0-9]{0,3}$ ]] || fail "SLICES=$slices: give a number of slices"
+[[ $restarts =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "MAX_RESTARTS=$restarts: give a number of restarts"
+
+dimensions=3
+case "$ACCELERATOR" in
+    tpu-v5-lite-podslice | tpu-v6e-slice) dimensions=2 ;;
+    tpu-v4-podslice | tpu-v5p-slice | tpu7x) ;;
+    *) fail "ACCELERATOR=$ACCELERATOR is not known: see launch/gke/jobset.sh --help" ;;
+esac
+[[ $TOPOLOGY =~ ^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){$((dimensions - 1))}$ ]] ||
+    fail "TOPOLOGY=$TOPOLOGY: $ACCELERATOR has $dimensions dimensions, as in $(
+        [ $dimensions = 2 ] && echo 8x8 || echo 4x4x8
+    )"
+chips=$((${TOPOLOGY//x/*}))
+chips_per_host=${CHIPS_PER_HOST:-$((chips < 4 ? chips : 4))}
+[[ $chips_per_host =~ ^[1-8]$ ]] && [ $((chips % chips_per_host)) -eq 0 ] ||
+    fail "CHIPS_PER_HOST=$chips_per_host does not divide $chips, the chips of $TOPOLOGY: give 4"
+hosts=$((chips / chips_per_host))
+
+yaml() {
+    cat <<EOF
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+  annotations:
+    # A slice never takes hosts from two node pools, nor two slices from one.
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: $restarts
+    rules:
+      - name: hopeless
+        action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: slice
+      replicas: $slices
+      template:
+        spec:
+          parallelism: $hosts
+          completions: $hosts
+          completionMode: Indexed
+          backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes:
+                  containerName: train
+                  operator: In
+                  values: [2, 3]
+          template:
+            spec:
+              restartPolicy: Never
+              # Time to save.
+              terminationGracePeriodSeconds: 120
+              hostNetwork: true
+              dnsPolicy: ClusterFirstWithHostNet
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+EOF
+    if [ "${SPOT:-}" = 1 ]; then
+        cat <<EOF
+                cloud.google.com/gke-spot: "true"
+              tolerations:
+                - key: cloud.google.com/gke-spot
+                  operator: Equal
+                  value: "true"
+                  effect: NoSchedule
+EOF
+    fi
+    cat <<EOF
+              containers:
+                - name: train
+                  image: $(quoted "$IMAGE")
+                  args:
+                    - bltjax.train
+EOF
+    for argument in "$@"; do
+        echo "                    - $(quoted "$argument")"
+    done
+    cat <<EOF
+                  # The TPU's devices belong to root, and its driver locks much memory.
+                  securityContext:
+                    privileged: true
+                    runAsUser: 0
+                  ports:
+                    - containerPort: 8471
+                    - containerPort: 8080
+                  resources:
+                    limits:
+                      google.com/tpu: $chips_per_host
+                  volumeMounts:
+                    - name: runs
+                      mountPath: /runs
+                    - name: shared-memory
+                      mountPath: /dev/shm
+              volumes:
+                - name: runs
+                  persistentVolumeClaim:
+                    claimName: $(quoted "$CLAIM")
+                # Processes that prepare batches hand them over in it; containers have 64 MB.
+                - name: shared-memory
+                  emptyDir:
+                    medium: Memory
+EOF
+}
+
+kubectl=(kubectl)
+if [ "${NAMESPACE:-}" ]; then kubectl+=("--namespace=$NAMESPACE"); fi
+kubectl+=(apply "--filename=-")
+if [ "$dry_run" ]; then
+    printf '%q' "${kubectl[0]}"
+    printf ' %q' "${kubectl[@]:1}"
+    echo " <<'EOF'"
+    yaml "$@"
+    echo EOF
+else
+    yaml "$@" | "${kubectl[@]}"
+fi

@@ -1,0 +1,266 @@
+"""Scripts of launch/: what they print is what they do. Here those of one machine and of Slurm."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import (
+    JOBSET,
+    LAUNCH,
+    POD,
+    ROOT,
+    SETTINGS,
+    dry,
+    executable,
+    launch,
+    refused,
+    wait_for,
+)
+
+SCRIPTS = [*LAUNCH.rglob("*.sh"), *LAUNCH.glob("*.sbatch")]
+
+
+def test_shellcheck_finds_nothing():
+    assert len(SCRIPTS) == 6
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    process = subprocess.run([shellcheck, *SCRIPTS], text=True, capture_output=True)
+    assert process.returncode == 0, process.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_names_what_dry_run_does(script):
+    process = launch(script, "--help")
+    assert "--dry-run" in process.stdout and not process.stderr
+    # Bash 3.2, macOS's, has none of these.
+    assert not any(word in script.read_text() for word in ("mapfile", "wait -n", "declare -A"))
+
+
+@pytest.mark.parametrize(
+    "script, arguments, settings, named",
+    [
+        ("local_mesh.sh", ["2,2", "--", "x"], {}, "'2,2'"),
+        ("local_mesh.sh", ["2,-1,1", "--", "x"], {}, "'2,-1,1'"),
+        ("local_mesh.sh", ["2,2,2", "--config=x"], {}, "'--config=x'"),
+        ("local_processes.sh", ["0", "--", "x"], {}, "'0'"),
+        ("local_processes.sh", ["--devices=x", "2", "--", "x"], {}, "--devices=x"),
+        ("local_processes.sh", ["2", "x"], {}, "'x'"),
+        ("tpu_vm.sh", ["frobnicate"], POD, "'frobnicate'"),
+        ("tpu_vm.sh", ["run", "--config=x"], POD, "run -- --config"),
+        ("tpu_vm.sh", ["delete", "x"], POD, "'x'"),
+        ("tpu_vm.sh", ["logs", "first"], POD, "'first'"),
+        ("tpu_vm.sh", ["status"], {**POD, "ZONE": ""}, "ZONE"),
+        ("tpu_vm.sh", ["create"], {**POD, "ACCELERATOR_TYPE": ""}, "ACCELERATOR_TYPE"),
+        ("tpu_vm.sh", ["create"], {**POD, "ACCELERATOR_TYPE": "tpu7x-64"}, "RUNTIME_VERSION"),
+        ("tpu_vm_worker.sh", ["frobnicate"], {}, "'frobnicate'"),
+        ("tpu_vm_worker.sh", ["run", "x"], {}, "/home/me/bltjax/venv/bin/python"),
+        ("gke/jobset.sh", ["--config=x"], JOBSET, "launch/gke/jobset.sh -- "),
+        ("gke/jobset.sh", ["--", "a\nb"], JOBSET, "line break"),
+        ("gke/jobset.sh", ["--", "x"], {**JOBSET, "CLAIM": ""}, "CLAIM"),
+        ("gke/jobset.sh", ["--", "x"], {**JOBSET, "NAME": "Blt"}, "NAME=Blt"),
+        ("gke/jobset.sh", ["--", "x"], {**JOBSET, "SLICES": "two"}, "SLICES=two"),
+        ("gke/jobset.sh", ["--", "x"], {**JOBSET, "ACCELERATOR": "h100"}, "ACCELERATOR=h100"),
+        ("gke/jobset.sh", ["--", "x"], {**JOBSET, "TOPOLOGY": "4x4x8"}, "2 dimensions"),
+        ("gke/jobset.sh", ["--", "x"], {**JOBSET, "CHIPS_PER_HOST": "3"}, "CHIPS_PER_HOST=3"),
+        ("slurm_gpu.sbatch", [], {}, "with arguments"),
+    ],
+)
+def test_mistakes_are_named_before_anything_happens(script, arguments, settings, named):
+    assert named in refused(script, *arguments, **settings)
+
+
+def test_a_mesh_of_simulated_devices():
+    flags = "--xla_force_host_platform_device_count=8"
+    assert dry("local_mesh.sh", "2,4,1", "--", "--config=x.py", "a b", XLA_FLAGS="--a --b") == [
+        f"env XLA_FLAGS=--a\\ --b\\ {flags} JAX_PLATFORMS=cpu python3 -m bltjax.train "
+        "--config=x.py a\\ b --config.mesh.data=2 --config.mesh.fsdp=4 --config.mesh.tensor=1"
+    ]
+
+
+def test_the_interpreter_is_that_of_the_repository(tmp_path):
+    copy = tmp_path / "launch/local_mesh.sh"
+    copy.parent.mkdir()
+    shutil.copy(LAUNCH / copy.name, copy)
+    ours = executable(tmp_path / ".venv/bin/python", "echo $XLA_FLAGS $JAX_PLATFORMS $*")
+    process = launch(copy, "1,1,3", "--", "x", PYTHON="")
+    assert process.stdout.split() == [
+        "--xla_force_host_platform_device_count=3", "cpu", "-m", "bltjax.train", "x",
+        "--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=3",
+    ]  # fmt: skip
+    ours.unlink()
+    assert " python3 -m " in dry(copy, "1,1,3", "--", "x", PYTHON="")[0]
+
+
+# Process I does the I-th of the words it is given, and says what it was given.
+PROCESS = """
+first=${0%/*}/first
+i=${!#}; i=${i#--process_id=}
+word=${@:$((i + 3)):1}
+echo "out $i $*"
+echo "err $i" >&2
+trap 'printf saved >&2; exit 75' TERM INT
+case $word in
+    exit*) echo $$ >"$first"; exit "${word#exit}" ;;
+    late*)
+        until [ -s "$first" ]; do sleep 0.05; done
+        while kill -0 "$(cat "$first")" 2>/dev/null; do sleep 0.05; done
+        sleep 0.4; exit "${word#late}" ;;
+    many) yes "" | head -n 40000 ;;
+    run) touch "$READY.$i"; for _ in {1..600}; do sleep 0.05; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def stub(tmp_path):
+    return str(executable(tmp_path / "python", PROCESS))
+
+
+def test_processes_are_told_apart(stub):
+    script = "local_processes.sh"
+    lines = dry(script, "--devices=4", "2", "--", "a b", XLA_FLAGS="--a")
+    guard = "setpriv --pdeathsig=KILL " if shutil.which("setpriv") else ""
+    command = (
+        f"{guard}env XLA_FLAGS=--a\\ --xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu "
+        "python3 -m bltjax.train a\\ b --coordinator=127.0.0.1:12345 --num_processes=2 "
+    )
+    assert lines == [f"{command}--process_id=0 &", f"{command}--process_id=1 &", "wait"]
+
+    process = launch(script, "2", "--", "exit0", "exit0", PYTHON=stub, PORT="")
+    first, port = process.stdout.strip().split(" --coordinator=127.0.0.1:")
+    assert first == "out 0 -m bltjax.train exit0 exit0"
+    port, rest = port.split(" ", 1)
+    assert 10000 <= int(port) < 32768 and rest == "--num_processes=2 --process_id=0"
+    shown = process.stderr.splitlines()
+    assert "err 0" in shown and "[p1] err 1" in shown
+    assert f"[p1] out 1 -m bltjax.train exit0 exit0 --coordinator=127.0.0.1:{port}" in "".join(
+        shown
+    )
+
+
+@pytest.mark.parametrize(
+    "words, code",
+    [
+        ("exit75 exit75", 75),
+        ("late75 exit0", 75),
+        ("late134 exit2", 2),
+        ("exit1 late134", 1),
+        ("exit75 late3", 3),
+    ],
+)
+def test_the_exit_code_is_that_of_the_first_failure(stub, words, code):
+    process = launch("local_processes.sh", "2", "--", *words.split(), check=False, PYTHON=stub)
+    assert process.returncode == code
+
+
+def test_it_ends_when_all_is_shown(stub, tmp_path):
+    with (tmp_path / "shown").open("w") as shown:
+        command = ["bash", LAUNCH / "local_processes.sh", "2", "--", "exit0", "many"]
+        subprocess.run(command, env={**SETTINGS, "PYTHON": stub}, stderr=shown, check=True)
+        # Lines that a pipe holds, so that the process is long gone when the last one is shown.
+        assert (tmp_path / "shown").read_text().count("[p1] \n") == 40000
+
+
+# Tests may run where signals are ignored, and a process ignores what its parent did.
+HEED_SIGNALS = """
+import os, signal, sys
+for number in signal.SIGINT, signal.SIGHUP:
+    signal.signal(number, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_signals_reach_all_processes(stub, tmp_path, number):
+    if number == signal.SIGKILL and not shutil.which("setpriv"):
+        pytest.skip("only Linux can tell the children of a killed process")
+    ready = tmp_path / "ready"
+    command = ["bash", LAUNCH / "local_processes.sh", "2", "--", "run", "run"]
+    script = subprocess.Popen(
+        [sys.executable, "-c", HEED_SIGNALS, *command],
+        env={**SETTINGS, "PYTHON": stub, "READY": str(ready), "TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: Path(f"{ready}.0").exists() and Path(f"{ready}.1").exists())
+    if number == signal.SIGKILL:
+        script.kill()
+    else:
+        os.killpg(script.pid, number)  # as a terminal does
+    shown = script.communicate(timeout=20)[1]  # ends when no process holds stderr
+    if number == signal.SIGKILL:
+        assert "saved" not in shown
+    else:
+        assert script.returncode == 75
+        # The last line of a process is shown though it has no end.
+        assert "[p1] saved\n" in shown and shown.count("saved") == 2
+        assert not list(tmp_path.glob("tmp.*"))
+
+
+SRUN = '[ "$4 $5" = "-m bltjax.train" ] && echo "$@" && exit "$6"'
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_slurm_requeues_what_was_saved(tmp_path, code):
+    executable(tmp_path / "srun", SRUN)
+    executable(tmp_path / "scontrol", 'echo "$@"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    settings = dict(PATH=path, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="12")
+    process = launch("slurm_gpu.sbatch", str(code), "a b", check=False, **settings)
+    assert process.returncode == code
+    ran = f"--kill-on-bad-exit=0 --cpus-per-task=12 python3 -m bltjax.train {code} a b"
+    assert process.stdout.splitlines() == [ran, *(["requeue 7"] if code == 75 else [])]
+
+
+def test_slurm_runs_one_process_for_each_gpu():
+    assert dry("slurm_gpu.sbatch", "--config=x.py", "a b") == [
+        'srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" '
+        "python3 -m bltjax.train --config=x.py a\\ b",
+        "# if that ends with exit code 75:",
+        'scontrol requeue "$SLURM_JOB_ID"',
+    ]
+    text = (LAUNCH / "slurm_gpu.sbatch").read_text().splitlines()
+    # Slurm reads options up to the first line that is something else.
+    head = itertools.takewhile(lambda line: line.startswith("#"), text)
+    options = dict(line.split(" --")[1].split("=", 1) if "=" in line else (line, "")
+                   for line in head if line.startswith("#SBATCH "))  # fmt: skip
+    assert options["ntasks-per-node"] == options["gpus-per-node"] and options["cpus-per-task"]
+    assert options["signal"] == "TERM@120" and options["open-mode"] == "append"
+    assert "#SBATCH --requeue" in options
+
+
+def test_the_image_has_what_the_package_needs():
+    text = (LAUNCH / "Dockerfile").read_text().replace("\\\n", " ")
+    steps = [line.split(None, 1) for line in text.splitlines() if line and line[0] != "#"]
+    names = [name for name, _ in steps]
+    copied = [word for name, rest in steps if name == "COPY" for word in rest.split()[:-1]]
+    assert all((ROOT / path).exists() for path in copied)
+    # The code comes after the packages, so that their layer is kept when it changes.
+    installs = [i for i, step in enumerate(steps) if "pip install" in step[1]]
+    code = steps.index(["COPY", "bltjax bltjax"])
+    assert len(installs) == 2 and installs[0] < code < installs[1]
+    assert steps[-2:] == [["USER", "1000"], ["ENTRYPOINT", '["python", "-m"]']]
+    assert ["FROM", "python:3.12-slim"] in steps and "ARG" in names
+    # Each value of EXTRA is an extra of the package, but for cpu, which needs none.
+    case = next(rest for name, rest in steps if name == "RUN" and rest.startswith("case"))
+    case = case.split(" esac")[0] + ' esac; echo "$extras"'
+    provided = (ROOT / "pyproject.toml").read_text()
+    for extra, wanted in ("tpu", "gcs,data,tpu"), ("cuda", "gcs,data,cuda"), ("cpu", "gcs,data"):
+        process = subprocess.run(
+            ["sh", "-c", case], env=dict(EXTRA=extra), text=True, capture_output=True
+        )
+        assert process.stdout.strip() == wanted
+        assert all(f"\n{name} = " in provided for name in wanted.split(","))
+    assert (
+        subprocess.run(
+            ["sh", "-c", case], env=dict(EXTRA="gpu"), stderr=subprocess.DEVNULL
+        ).returncode
+        == 2
+    )
