@@ -15,7 +15,7 @@ def get_config():
     config.data.seed, config.data.shard_bytes = 42, 100_000
 
     entropy = config.entropy_model.transformer
-    entropy.dim, entropy.num_layers, entropy.num_heads = 64, 1, 1
+    entropy.dim, entropy.num_layers, entropy.num_heads = 64, 1, 4
     entropy.window, entropy.ffn_multiple_of = 64, 32
     training = config.entropy_training
     training.steps, training.batch_size, training.row_bytes = 300, 4, 1024
@@ -25,11 +25,11 @@ def get_config():
 
     blt = config.blt
     for stack in (blt.local_encoder, blt.local_decoder):
-        stack.dim, stack.num_layers, stack.num_heads = 64, 1, 1
+        stack.dim, stack.num_layers, stack.num_heads = 64, 1, 4
         stack.window, stack.ffn_multiple_of = 64, 32
     blt.global_transformer.dim, blt.global_transformer.num_layers = 192, 2
-    blt.global_transformer.num_heads, blt.global_transformer.ffn_multiple_of = 3, 32
-    blt.cross_attention.k, blt.cross_attention.num_heads = 2, 1
+    blt.global_transformer.num_heads, blt.global_transformer.ffn_multiple_of = 4, 32
+    blt.cross_attention.k, blt.cross_attention.num_heads = 2, 4
     blt.hash.vocab = 32_768
     training = config.blt_training
     training.steps, training.batch_size, training.row_bytes = 1000, 2, 1024
