@@ -1,5 +1,6 @@
 # make train    train the quickstart on this machine's Python library, from nothing
 # make test     run the tests; PYTHON=python3.12 uses another interpreter, in its own .venv-3.12
+#              ARGS="-m slow" runs the studies instead; ARGS=tests/test_pod.py one file
 # make oracle   PyTorch and transformers into that environment, for the tests that compare with them
 # make lint     ruff
 
@@ -12,13 +13,15 @@ endif
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: train test oracle lint clean
+.PHONY: train test install oracle lint clean
 
 train: $(VENV)/.ready
 	$(BIN)/python -m bltjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+install: $(VENV)/.ready-dev
 
 oracle: $(VENV)/.ready-dev
 	$(PIP_INSTALL) -e '.[oracle]'

@@ -1,7 +1,10 @@
 """Eight simulated CPU devices, and a mesh of one of them set for every test."""
 
 # ruff: noqa: E402 (XLA reads its flags when jax is imported)
+import atexit
 import os
+import shutil
+import tempfile
 
 # Most of a test is compilation, which is faster unoptimised.
 _XLA_FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}
@@ -10,6 +13,12 @@ os.environ["XLA_FLAGS"] = " ".join(
     [_given] + [f"{flag}={value}" for flag, value in _XLA_FLAGS.items() if flag not in _given]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"  # tests look for XLA's warnings
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the first process, whose children share it
+    _cache = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import hypothesis
 import jax
@@ -48,6 +57,14 @@ def one_device_mesh(request):
 @pytest.fixture
 def no_mesh():
     """For abstract meshes, which cannot replace one of another size."""
+
+
+@pytest.fixture
+def compiling():
+    """Everything is compiled, and nothing taken from the cache: for what XLA says meanwhile."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Design section 3: a module imports from lower tiers and from its own package.
 TIERS = [
     {"model_config"},
-    {"data_config"},
-    {"ops", "vocabulary", "config", "files", "lazy", "progress"},
+    {"data_config", "training_config"},
+    {"ops", "vocabulary", "config", "files", "lazy", "progress", "stopping"},
     {"patching", "sharding"},
     {"model", "data"},
     {"training", "inference", "conversion", "evaluation"},
@@ -28,7 +28,10 @@ TOP = len(TIERS)
 SIDEWAYS = {("data.entropies", "model")}
 NEEDS_NO_JAX = [
     "config",
+    "distributed",
+    "stopping",
     "data_config",
+    "training_config",
     "model_config",
     "vocabulary",
     "files",

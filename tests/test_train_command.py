@@ -1,25 +1,22 @@
 """What the training command says to wrong input: one line, exit code 2, nothing written."""
 
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT, environment
 
 
 def run(*arguments, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.run(
         [sys.executable, "-m", "bltjax.train", *arguments],
         cwd=ROOT,
         text=True,
         capture_output=True,
         timeout=120,
-        env=dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu"),
+        env=environment(devices),
     )
 
 
