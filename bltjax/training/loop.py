@@ -83,18 +83,19 @@ def train(
     )
     try:
         state, position = _start(stage, model_config, config, optimizer, checkpoints)
-        if int(state.step) >= config.steps:
+        first_step = int(state.step)
+        if first_step >= config.steps:
             return TrainResult(state.params, compilations=0)
         step_fn = make_train_step(
             model_config, config, optimizer, in_step and in_step.find_patches, len(data.sources)
         )
         peak = watch.flops_per_byte and peak_flops(model_config.compute_dtype)
-        log = MetricsLog(workdir, stage, int(state.step), config.steps, watch.flops_per_byte, peak)
+        log = MetricsLog(workdir, stage, first_step, config.steps, watch.flops_per_byte, peak)
         profiler = Profiler(watch.profile, stage, workdir / "profile")
-        run = _Run(stage, config, data, checkpoints, log, profiler, position)
+        run = _Run(stage, config, data, checkpoints, log, profiler, position, first_step)
         try:
             frozen = [in_step.entropy_params] if in_step else []
-            state = run.steps(step_fn, state, frozen, int(state.step))
+            state = run.steps(step_fn, state, frozen)
         finally:
             run.close()
         return TrainResult(state.params, step_fn._cache_size(), log.data_wait_fraction)
@@ -123,9 +124,10 @@ class _Run:
         log: MetricsLog,
         profiler: Profiler,
         position: dict,
+        first_step: int,
     ):
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
-        self.log, self.profiler = log, profiler
+        self.log, self.profiler, self.first_step = log, profiler, first_step
         self.sources = SourceMeter(data.sources, position.get("sources"))
         rows = sharding.rows_of_process(config.batch_size)
         states = np.array(position["lanes"])[rows] if position else None
@@ -135,10 +137,9 @@ class _Run:
         # (step, metrics still on the device), so that the host never waits for the newest step
         self.pending = collections.deque()
 
-    def steps(self, step_fn, state, frozen, first_step: int):
-        self.first_step = first_step
+    def steps(self, step_fn, state, frozen):
         with noticing() as notice:
-            for step in range(first_step, self.config.steps):
+            for step in range(self.first_step, self.config.steps):
                 batch, lanes = self.next_batch(notice.received is not None)
                 with self.profiler.step(step, state.step):
                     state, metrics = step_fn(state, batch, *frozen)

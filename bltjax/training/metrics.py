@@ -91,7 +91,7 @@ class MetricsLog:
 
     @property
     def data_wait_fraction(self) -> float:
-        """Of the time since the log was opened."""
+        """Of the time since the log was opened, or restarted."""
         return self._all_waited / (time.perf_counter() - self._started)
 
     def write(self, step: int, values: dict):
