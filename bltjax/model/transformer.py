@@ -9,6 +9,7 @@ from bltjax.config import InitConfig, TransformerConfig
 from bltjax.model.parameters import Linear, RMSNorm
 from bltjax.ops.attention import causal_attention, window_attention
 from bltjax.ops.rotary import apply_rotary, rotary_angles
+from bltjax.ops.swiglu import swiglu
 
 
 def depth_factor(init: InitConfig, dim: int, index, num_layers: int):
@@ -57,7 +58,7 @@ class FeedForward(nnx.Module):
         self.w3 = Linear(hidden, dim, std=std_in, axes=("ffn", "embed"), key=k3)
 
     def __call__(self, x):
-        return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nnx.Module):
@@ -92,8 +93,8 @@ def layer_slice(layers, start: int, stop: int | None):
 def scan_layers(layers, carry, apply, remat: str):
     """carry = apply(layer, carry) through the stacked layers; also every carry [layers, ...].
 
-    remat: "none" keeps all intermediates for the backward pass, "dots" the results of matrix
-    products, "full" only the carries.
+    remat: "none" keeps all intermediates for the backward pass, "dots" the results of linear layers
+    and of self-attention, "full" only the carries.
     """
 
     def step(carry, layer):
@@ -107,7 +108,7 @@ def rematerialised(function, remat: str):
     """The function, computed again in the backward pass as `scan_layers` says."""
     if remat == "none":
         return function
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = jax.checkpoint_policies.save_only_these_names("linear", "attention")
     return jax.checkpoint(function, policy=policy if remat == "dots" else None)
 
 

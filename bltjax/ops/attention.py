@@ -9,9 +9,10 @@ Letters: B rows, L bytes, P patches, K vectors per patch, H heads, G key/value h
 
 import jax
 import jax.numpy as jnp
-from jax.nn import dot_product_attention
 
 from bltjax.ops.pooling import segment_max, segment_sum, take_patches
+from bltjax.ops.splash_attention import splash_attention
+from bltjax.ops.tiled_attention import tiled_attention
 
 _MASKED = -1e30  # finite, so that two fully masked parts can be merged without NaN
 
@@ -22,9 +23,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arr
     Shapes: q [B, P, H, D]; k, v [B, P, G, D] with G dividing H; segments int32 [B, P]
     -> [B, P, H, D].
     """
-    positions = jnp.arange(q.shape[1])
-    mask = (positions[:, None] >= positions[None, :])[None] & _same(segments, segments)
-    return dot_product_attention(q, k, v, mask=mask[:, None])
+    return _self_attention(q, k, v, segments)
 
 
 def window_attention(
@@ -32,35 +31,17 @@ def window_attention(
 ) -> jax.Array:
     """Each position sees the last `window` ones of its segment, itself included (spec 5.9).
 
-    Blocks of `window` queries attend to their own block and the one before, so cost and memory
-    are linear in L. Shapes as in `causal_attention`, with L for P.
+    Cost is linear in L. Shapes as in `causal_attention`, with L for P.
     """
-    length = q.shape[1]
-    if length <= window:
-        return causal_attention(q, k, v, segments)
-    padding = -length % window
-    q, k, v = (
-        _blocks(jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))), window) for x in (q, k, v)
-    )
-    segments = _blocks(jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-1), window)
-    query, key = jnp.arange(window)[:, None], jnp.arange(2 * window)[None, :]
-    visible = (key > query) & (key <= query + window)  # key 0 is the block before's first
+    return _self_attention(q, k, v, segments, window)
 
-    def attend(before, block):
-        (q, k, v, s), (k0, v0, s0) = block, before
-        mask = visible[None] & _same(s, jnp.concatenate([s0, s], axis=1))
-        out = dot_product_attention(
-            q,
-            jnp.concatenate([k0, k], axis=1),
-            jnp.concatenate([v0, v], axis=1),
-            mask=mask[:, None],
-        )
-        return (k, v, s), out
 
-    first = (jnp.zeros_like(k[0]), jnp.zeros_like(v[0]), jnp.full_like(segments[0], -2))
-    _, out = jax.lax.scan(jax.checkpoint(attend), first, (q, k, v, segments))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+def _self_attention(q, k, v, segments, window=None):
+    """By kernels on TPUs, elsewhere in tiles, whose sizes are those that suit CPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device  # None: a mesh of shapes alone
+    if device is not None and device.platform == "tpu":
+        return splash_attention(q, k, v, segments, window)
+    return tiled_attention(q, k, v, segments, window)
 
 
 def patches_from_bytes_attention(
@@ -137,12 +118,3 @@ def _softmax_over_parts(part, window):
         result, _ = jax.lax.scan(step, result, jnp.arange(1, window))
     _, total, mixed = result
     return mixed / jnp.where(total > 0, total, 1)[..., None]
-
-
-def _same(query_segments, key_segments):
-    return query_segments[:, :, None] == key_segments[:, None, :]
-
-
-def _blocks(x, size):
-    """[B, n*size, ...] -> [n, B, size, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

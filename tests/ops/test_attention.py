@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bltjax import sharding
 from bltjax.ops.attention import (
     bytes_from_patches_attention,
     causal_attention,
     patches_from_bytes_attention,
     window_attention,
 )
+from bltjax.ops.splash_attention import splash_attention
+from bltjax.ops.tiled_attention import tiled_attention
 
 SEEDS = 4
 # Cross-attention: letters as in ops/attention.py.
@@ -96,6 +99,55 @@ def test_self_attention(length, window, heads, kv_heads):
         mask = near & (segments[:, :, None] == segments[:, None, :])
         assert_all_close(
             run(q, k, v, segments, cotangent), dense_attention(q, k, v, mask, cotangent)
+        )
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 17, 40, 200])
+@pytest.mark.parametrize("batch, heads, kv_heads", [(1, 2, 1), (5, 4, 4)])
+def test_tiles(window, batch, heads, kv_heads):
+    """Several tiles of queries and of keys, a few or many of them at a time (spec 5.9)."""
+    run = with_gradients(functools.partial(tiled_attention, window=window, tile=16))
+    t, s = np.arange(77)[:, None], np.arange(77)[None, :]
+    rng = np.random.default_rng(heads)
+    q, cotangent = normal(rng, batch, 77, heads, D, scale=9), normal(rng, batch, 77, heads, D)
+    k, v = normal(rng, 2, batch, 77, kv_heads, D)
+    segments = np.sort(rng.integers(-1, 4, (batch, 77)), axis=1).astype(np.int32)
+    mask = (s <= t) & (s > t - (window or 77)) & (segments[:, :, None] == segments[:, None, :])
+    assert_all_close(run(q, k, v, segments, cotangent), dense_attention(q, k, v, mask, cotangent))
+
+
+@pytest.mark.parametrize("window", [None, 33])
+def test_tiles_add_up_in_float32(window):
+    """Of bfloat16 inputs; a sum in bfloat16 would be off by several times as much."""
+    run = with_gradients(functools.partial(tiled_attention, window=window, tile=16))
+    rng = np.random.default_rng(3)
+    shape = 2, 300, 2, 32
+    q, k, v, cotangent = (jnp.asarray(normal(rng, *shape), jnp.bfloat16) for _ in range(4))
+    t, s = np.arange(300)[:, None], np.arange(300)[None, :]
+    mask = np.broadcast_to((s <= t) & (s > t - (window or 300)), (2, 300, 300))
+    results = run(q, k, v, np.zeros((2, 300), np.int32), cotangent)
+    for x, value in zip(results, dense_attention(q, k, v, mask, cotangent), strict=True):
+        assert x.dtype == jnp.bfloat16
+        assert np.abs(np.asarray(x, np.float64) - value).max() < 5e-3 * np.abs(value).max()
+
+
+@pytest.mark.parametrize("window, heads, kv_heads", [(None, 4, 2), (130, 2, 2)])
+def test_splash_kernels(window, heads, kv_heads, use_mesh):
+    """The TPU's kernels, interpreted, over rows that fill no block (spec 5.9)."""
+    attention = functools.partial(splash_attention, window=window, interpret=True)
+    rng = np.random.default_rng(0)
+    shape = 8, 150, heads, 32
+    q, cotangent = normal(rng, *shape), normal(rng, *shape)
+    k, v = normal(rng, 2, 8, 150, kv_heads, 32)
+    segments = np.sort(rng.integers(-1, 2, (8, 150)), axis=1).astype(np.int32)
+    t, s = np.arange(150)[:, None], np.arange(150)[None, :]
+    mask = (s <= t) & (s > t - (window or 150)) & (segments[:, :, None] == segments[:, None, :])
+    with use_mesh(2, 2, 2):
+        heads_split = sharding.spec("batch", None, "heads", None)
+        placed = [jax.reshard(x, heads_split) for x in (q, k, v, cotangent)]
+        placed.insert(3, sharding.shard_rows(segments))
+        assert_all_close(
+            with_gradients(attention)(*placed), dense_attention(q, k, v, mask, cotangent)
         )
 
 
@@ -184,20 +236,21 @@ def largest(kind, length):
             of_patches,
         ),
         "causal": (causal_attention, of_bytes, of_bytes),
+        "dense": (lambda q, k, v, ids: jax.nn.dot_product_attention(q, k, v), of_bytes, of_bytes),
     }[kind]
     traced = jax.make_jaxpr(with_gradients(attention))(q, kv, kv, ids, q)
     return max(sizes(traced.jaxpr))
 
 
 @pytest.mark.parametrize(
-    "kind", ["self", "encoder", "encoder, windowed", "decoder", "decoder, windowed"]
+    "kind", ["self", "causal", "encoder", "encoder, windowed", "decoder", "decoder, windowed"]
 )
 def test_memory_is_linear_in_bytes(kind):
     """No [L, L] or [P*K, L] array: twice the bytes need at most twice the largest array."""
-    short, long = largest(kind, 1024), largest(kind, 2048)
+    short, long = largest(kind, 4096), largest(kind, 8192)
     assert long <= 2 * short
-    assert long < 2048 * 2048 // 4 // 16  # far from L * P, let alone L * P * K
+    assert long < 8192 * 8192 // 4 // 16  # far from L * P, let alone L * P * K
 
 
 def test_the_measure_sees_a_dense_mask():
-    assert largest("causal", 256) >= 256 * 256
+    assert largest("dense", 256) >= 256 * 256

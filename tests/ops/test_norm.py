@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from bltjax.ops.norm import rms_norm
 
@@ -41,6 +42,26 @@ def test_bfloat16_is_rounded_once():
     )
     assert np.mean(result == once) > 0.999
     assert np.mean(result == twice) < 0.9
+
+
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2**-8)])
+def test_gradients_are_those_of_the_formula(dtype, error):
+    """Of each row, beside its largest: rows differ a millionfold."""
+    x, weight = random_case(1, (3, 20, 32))
+    cotangent = np.random.default_rng(2).normal(size=x.shape)
+    x, cotangent = jnp.asarray(x, dtype), jnp.asarray(cotangent, dtype)
+
+    def formula(x, weight):
+        mean = jnp.mean(x * x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean + EPS) * weight[None, None]
+
+    _, exact = jax.vjp(formula, x.astype(jnp.float32), weight)
+    _, pull_back = jax.vjp(lambda x, weight: rms_norm(x, weight, EPS), x, weight)
+    pairs = zip(pull_back(cotangent), exact(cotangent.astype(jnp.float32)), strict=True)
+    for result, value in pairs:
+        largest = np.abs(value).max(axis=-1, keepdims=True)
+        assert (np.abs(result.astype(jnp.float32) - value) <= error * largest).all()
+    assert pull_back(cotangent)[0].dtype == dtype
 
 
 def test_zeros_stay_zero_and_have_a_gradient():

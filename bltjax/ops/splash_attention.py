@@ -1,0 +1,56 @@
+"""Causal and windowed attention on TPUs, by the Pallas kernels that JAX keeps ("splash").
+
+Blocks that no query sees are skipped by a static table, so cost follows the visible pairs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+LANES = 128  # of a TPU's registers; blocks are multiples
+
+
+def splash_attention(q, k, v, segments, window: int | None = None, interpret: bool = False):
+    """Each position sees itself and the `window` - 1 before it (None: all), in its segment.
+
+    q [B, L, H, D]; k, v [B, L, G, D], G dividing H; segments int32 [B, L] -> [B, L, H, D]. Rows and
+    heads may be sharded, positions not. interpret: run the kernels on any platform, slowly.
+    """
+    specs = tuple(jax.typeof(x).sharding.spec for x in (q, k, v, segments))
+
+    def attend(q, k, v, segments):
+        length, num_heads = q.shape[1:3]
+        block = 512 if length > 1024 else LANES
+        padding = -length % block
+        q, k, v = (_heads_first(x, padding) for x in (q, k, v))
+        segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-(2**31))
+        kernel = _kernel(length + padding, num_heads, window, block, interpret)
+        out = jax.vmap(kernel)(_scaled(q), k, v, splash.SegmentIds(segments, segments))
+        return jnp.swapaxes(out, 1, 2)[:, :length]
+
+    return jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)(
+        q, k, v, segments
+    )
+
+
+def _kernel(length, num_heads, window, block, interpret):
+    shape = (length, length)
+    if window is None:
+        mask = splash.CausalMask(shape)
+    else:
+        mask = splash.LocalMask(shape, (window - 1, 0), 0)
+    sizes = splash.BlockSizes(*(block,) * 8)
+    return splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * num_heads),
+        block_sizes=sizes,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+
+
+def _heads_first(x, padding):
+    return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))), 1, 2)
+
+
+def _scaled(q):
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)

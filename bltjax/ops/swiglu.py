@@ -1,0 +1,31 @@
+"""The gate of a feed-forward layer: silu(a) * b (SwiGLU, Shazeer 2020)."""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def swiglu(a: jax.Array, b: jax.Array) -> jax.Array:
+    """silu(a) * b, computed in float32: a, b [...] -> [...] in their dtype.
+
+    The backward pass keeps nothing but a and b, and each of its results ends in a division. That
+    is worth a fifth of a layer on CPUs: XLA repeats a cheap operation for every matrix product that
+    reads its result, once in transposed order, but writes the result of a division down once.
+    """
+    return _forward(a, b)[0]
+
+
+def _forward(a, b):
+    a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
+    return (a32 * b32 / (1 + jnp.exp(-a32))).astype(a.dtype), (a, b)
+
+
+def _backward(saved, gradient):
+    a, b, gradient = (x.astype(jnp.float32) for x in (*saved, gradient))
+    inverse = 1 + jnp.exp(-a)  # of sigmoid(a)
+    da = gradient * b * (1 + a - a / inverse) / inverse
+    db = gradient * a / inverse
+    return da.astype(saved[0].dtype), db.astype(saved[1].dtype)
+
+
+swiglu.defvjp(_forward, _backward)
