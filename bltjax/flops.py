@@ -109,15 +109,19 @@ def paper_transformer_flops(dim: int, num_layers: int, context: float, vocab: in
     )
 
 
-def parameter_report(abstract_params: dict) -> dict[str, int]:
+def parameter_report(
+    config: BLTConfig | EntropyModelConfig, abstract_params: dict
+) -> dict[str, int]:
     """Number of parameters per top-level part, `total`, and `without_hash_tables`.
 
     abstract_params: nested dict whose leaves have a `size`: arrays or ShapeDtypeStructs. The hash
     tables hold most of a BLT's parameters and cost no FLOPs, so the two totals tell different
-    things (spec 5.1).
+    things (spec 5.1). Their rows beyond the configured ones are not counted: no hash names them.
     """
     counts = {name: _size(part) for name, part in abstract_params.items()}
     hash_tables = counts.pop(HASH_TABLES, 0)
+    if hash_tables:
+        hash_tables = hash_tables // config.hash.rows * config.hash.vocab
     parts = counts | ({"hash_tables": hash_tables} if hash_tables else {})
     dense = sum(counts.values())
     return parts | {"total": dense + hash_tables, "without_hash_tables": dense}

@@ -93,6 +93,25 @@ class Joined:
         return np.concatenate(pieces)
 
 
+class WithRows:
+    """An array [N, R, ...] with another number of rows: the first ones, or zeros after the last."""
+
+    def __init__(self, whole: LazyArray, rows: int):
+        self.whole, self.dtype = whole, whole.dtype
+        self.shape = (whole.shape[0], rows, *whole.shape[2:])
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        first, last, _ = index[1].indices(self.shape[1])
+        held = self.whole.shape[1]
+        if last <= held:
+            return self.whole[index]
+        spans = [i.indices(n)[:2] for i, n in zip(index, self.shape, strict=True)]
+        piece = np.zeros([stop - start for start, stop in spans], self.dtype)
+        if first < held:
+            piece[:, : held - first] = self.whole[(index[0], slice(first, held), *index[2:])]
+        return piece
+
+
 class Cast:
     """An array in another dtype, rounded to nearest, piece by piece.
 

@@ -8,6 +8,7 @@ POOLING_MODES = ("max", "min", "mean")
 INIT_FACTORS = ("current_depth", "global_depth", "dim_ratio", "disabled")
 DTYPES = ("float32", "bfloat16")
 REMAT_MODES = ("none", "dots", "full")
+SHARED_TABLE = 4096  # rows; chips hold smaller hash tables whole where these do not divide
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,14 @@ class HashConfig:
     sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
     vocab: int = 500_002  # rows per table
     num_functions: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows per table as held: of a large one so many more, never used, that chips share it."""
+        if self.vocab < SHARED_TABLE:
+            return self.vocab
+        step = 1024 if self.vocab < 2**18 else 10_240  # 5 * 2^11: for 40 GPUs, for 2048 chips
+        return -(-self.vocab // step) * step
 
 
 @dataclass(frozen=True)

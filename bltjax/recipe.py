@@ -248,6 +248,6 @@ def show_sample(config: RunConfig, workdir: Path, patching: PatchingConfig, resu
 
 
 def report(stage: str, model_config, result: dict):
-    counts = parameter_report(functional.abstract_params(model_config))
+    counts = parameter_report(model_config, functional.abstract_params(model_config))
     result["parameters"][stage] = counts
     print(f"{stage}: {format_report(counts)}", flush=True)

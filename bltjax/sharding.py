@@ -7,7 +7,8 @@ mesh. Code elsewhere speaks of logical axes, and `spec` turns them into mesh axe
     batch          data, fsdp   rows of a batch
     embed          fsdp         model width of a weight matrix; gathered just before use
     heads, ffn     tensor       attention heads, hidden feed-forward units
-    hash_features  fsdp         features of the hash tables (never their rows: see lookup)
+    hash_rows      data, fsdp   rows of the hash tables, where they divide (see `table_spec`)
+    hash_features  tensor       features of the hash tables, where they divide
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ from jax.sharding import AxisType, PartitionSpec, reshard
 
 from bltjax import lazy
 from bltjax.config import BLTConfig, EntropyModelConfig, MeshConfig, TransformerConfig
+from bltjax.model_config import SHARED_TABLE
+from bltjax.ops import row_exchange
 
 MESH_AXES = ("data", "fsdp", "tensor")
 _RULES = {
@@ -28,7 +31,8 @@ _RULES = {
     "embed": "fsdp",
     "heads": "tensor",
     "ffn": "tensor",
-    "hash_features": "fsdp",
+    "hash_rows": ("data", "fsdp"),
+    "hash_features": "tensor",
     None: None,
 }
 
@@ -37,8 +41,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.M
     """The (data, fsdp, tensor) mesh over `devices` (default: all).
 
     Where the devices are TPU slices, which a slower network joins, the data axis spans the slices:
-    only gradients cross it. Raises ValueError when the sizes do not multiply to the number of
-    devices, or the data axis does not split over the slices.
+    only gradients and rows of hash tables cross it. Raises ValueError when the sizes do not
+    multiply to the number of devices, or the data axis does not split over the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
@@ -91,7 +95,7 @@ def local_mesh() -> jax.sharding.Mesh:
 
 
 def check_model(config: BLTConfig | EntropyModelConfig, name: str, mesh: jax.sharding.Mesh):
-    """Widths must split over fsdp, heads and feed-forward over tensor.
+    """Widths must split over fsdp, heads and feed-forward over tensor, large tables over chips.
 
     Raises ValueError that names every size that does not, and the axis.
     """
@@ -122,6 +126,13 @@ def check_model(config: BLTConfig | EntropyModelConfig, name: str, mesh: jax.sha
         for size, (value, axis) in sizes.items()
         if value % mesh.shape[axis]
     ]
+    if isinstance(config, BLTConfig) and config.hash.sizes:
+        rows, shards = config.hash.rows, num_row_shards(mesh)
+        if rows >= SHARED_TABLE and rows % shards:
+            found.append(
+                f"the {rows} rows of a hash table ({name}.hash.vocab={config.hash.vocab}) do not "
+                f"divide over mesh.data * mesh.fsdp={shards}"
+            )
     if found:
         raise ValueError("; ".join(found) + ": change the model or the mesh")
 
@@ -170,19 +181,39 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     return table.at[ids].get(out_sharding=batch_spec(ids.ndim + 1))
 
 
-def lookup_sum(tables: jax.Array, ids: jax.Array) -> jax.Array:
-    """float32 sum over T tables [T, V, E@fsdp] of their rows `ids` [B, L, T] -> [B, L, E].
+def table_spec(rows: int, dim: int) -> PartitionSpec:
+    """PartitionSpec, on the mesh that is set, of hash tables [T, rows, dim].
 
-    Every chip of an fsdp group looks up its slice of the features for the rows of the whole
-    group, sums over tables, and one all-to-all of [B, L, E] hands each chip its rows. Sharding
-    the tables' rows instead would all-reduce the activations of the global batch.
+    A chip owns its share of the rows of every table, and of the features where tensor splits them.
+    What does not divide is whole on every chip.
     """
-    num_tables, rows, dim = tables.shape
-    flat = tables.reshape(num_tables * rows, dim)
-    ids = ids + rows * jax.lax.broadcasted_iota(ids.dtype, (1, 1, num_tables), 2)
-    ids = reshard(ids, _present("data", None, None))
-    embedded = flat.at[ids].get(out_sharding=_present("data", None, None, "fsdp"))
-    return reshard(embedded.astype(jnp.float32).sum(axis=2), batch_spec(3))
+    mesh = jax.sharding.get_abstract_mesh()
+    split_rows = rows % num_row_shards(mesh) == 0
+    split_features = dim % mesh.shape["tensor"] == 0
+    return spec(
+        None, "hash_rows" if split_rows else None, "hash_features" if split_features else None
+    )
+
+
+def lookup_sum(tables: jax.Array, ids: jax.Array, dtype) -> jax.Array:
+    """Sum over T tables [T, rows, E], laid out by `table_spec`, of their rows `ids` [B, L, T].
+
+    -> [B, L, E] in `dtype`. Chips ask the owners for the rows that they need, once for each, and
+    the gradient goes back the same way: neither tables nor their gradients travel. Only those of
+    whole rows are added up over the chips.
+    """
+    _, owners, features = jax.typeof(tables).sharding.spec
+    batch = batch_spec(3)
+
+    def of_chip(tables, ids):
+        if owners is not None:
+            return row_exchange.exchange_lookup_sum(tables, ids, dtype, owners)
+        if batch[0] is not None:
+            tables = jax.lax.pcast(tables, batch[0], to="varying")
+        return row_exchange.lookup_sum(tables, ids, dtype)
+
+    out = PartitionSpec(batch[0], None, features)
+    return reshard(jax.shard_map(of_chip, out_specs=out)(tables, ids), batch)
 
 
 def shard_rows(tree):

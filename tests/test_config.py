@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from bltjax import config as config_lib
 from bltjax.config import (
+    HashConfig,
     RunConfig,
     SourceConfig,
     default_config,
@@ -350,3 +351,8 @@ def test_ffn_dim_is_the_published_width():
     widths = {2048: 5632, 1024: 2816, 4096: 11008, 1280: 3584, 768: 2048}  # spec 5.1, 7
     for dim, width in widths.items():
         assert config_lib.TransformerConfig(dim).ffn_dim == width
+
+
+@pytest.mark.parametrize("vocab, rows", [(1009, 1009), (32_768, 32_768), (500_002, 501_760)])
+def test_rows_of_large_hash_tables_divide_over_chips(vocab, rows):
+    assert HashConfig(vocab=vocab).rows == rows

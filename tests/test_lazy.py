@@ -162,6 +162,15 @@ def test_num_bytes_counts_the_dtype():
     assert lazy.num_bytes(lazy.Cast(np.empty((2, 3)), np.float32)) == 24
 
 
+@given(shapes(min_dims=2), st.integers(1, 8), st.sampled_from(DTYPES), st.data())
+def test_with_rows(shape, rows, dtype, data):
+    array = arange(shape, dtype)
+    expected = np.zeros((shape[0], rows, *shape[2:]), dtype)
+    kept = min(rows, shape[1])
+    expected[:, :kept] = array[:, :kept]
+    assert_is(lazy.WithRows(Strict(array), rows), expected, data)
+
+
 def test_tree_leaves_go_in_order():
     tree = {"b": {"x": 1, "a": 2}, "a": 3, "none": {}}
     assert list(lazy.tree_leaves(tree)) == [(("b", "x"), 1), (("b", "a"), 2), (("a",), 3)]

@@ -30,7 +30,7 @@ MESHES = [
 STEPS, ROWS = 20, 8
 # (rows of a hash table, bytes of a row, patches): tables and rows cost the most time and show the
 # least, so that the quickstart's own are for a slow test.
-SMALL, WHOLE = (1009, 96, 30), (32_768, 1024, 320)
+SMALL, WHOLE = (1016, 96, 30), (32_768, 1024, 320)
 
 # Of each weight [out, in] by name, which axis its two dimensions are split over.
 FSDP, TENSOR = "fsdp", "tensor"
@@ -45,7 +45,7 @@ MATRICES = {
     "output": (None, FSDP),
     "patch_embedding_projection": (None, FSDP),
     "token_embedding_projection": (None, FSDP),
-    "encoder_hash_tok_embedding": (None, FSDP),
+    "encoder_hash_tok_embedding": (("data", FSDP), TENSOR),
     "tok_embeddings": (None, None),
 }
 
@@ -115,10 +115,16 @@ def check_shards(state, sizes):
             name = path[-2].key  # of the layer; the last one is "weight"
             rule = () if "norm" in name else MATRICES[name]
             split = (None,) * (x.ndim - len(rule)) + rule
-            shape = tuple(n // sizes.get(axis, 1) for n, axis in zip(x.shape, split, strict=True))
+            shape = tuple(n // chips(axis, sizes) for n, axis in zip(x.shape, split, strict=True))
             assert {s.data.shape for s in x.addressable_shards} == {shape}, (path, x.shape)
             checked.add(name)
     assert set(MATRICES) <= checked
+
+
+def chips(axes, sizes):
+    """Over how many chips one axis, several, or none split a dimension."""
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return int(np.prod([sizes[axis] for axis in axes]))
 
 
 def is_adam(x):

@@ -2,7 +2,8 @@
 
 One table for both directions. Matrices are [out, in] everywhere and rotary pairs are interleaved
 everywhere, so nothing is ever transposed or permuted: tensors are only stacked (layers; n-gram
-tables in Meta's files) or cut out of one another (n-gram tables in Hugging Face's).
+tables in Meta's files) or cut out of one another (n-gram tables in Hugging Face's), and the rows
+that n-gram tables are held with beyond the published ones come and go.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 
 from bltjax.config import BLTConfig, TransformerConfig
 from bltjax.conversion.weights import shape_problems, shapes
-from bltjax.lazy import Joined, LazyArray, Member, Split, Stacked, tree_leaves
+from bltjax.lazy import Joined, LazyArray, Member, Split, Stacked, WithRows, tree_leaves
 from bltjax.model import functional
 
 META, HF = "meta", "hf"  # the two styles of names
@@ -71,9 +72,10 @@ def _same(name: str) -> Name:
     return Name(name, f"model.{name}")
 
 
+HASH_TABLES = Name("encoder_hash_tok_embedding.{}", "model.encoder_hash_tok_embedding")
 BLT_NAMES = [
     Name("local_encoder.tok_embeddings", "model.local_encoder.embed_tokens"),
-    Name("encoder_hash_tok_embedding.{}", "model.encoder_hash_tok_embedding"),
+    HASH_TABLES,
     *_under(_same("local_encoder.layers.{}"), _BLOCK),
     *_under(_same("local_encoder.cross_attn_layers.{}"), _CROSS),
     _same("local_encoder.patch_embedding_projection"),
@@ -107,6 +109,8 @@ def to_published(config, params: dict, style: str) -> dict[str, LazyArray]:
     tensors = {}
     for path, leaf in tree_leaves(params):
         name = _by_path(isinstance(config, BLTConfig))[path]
+        if name == HASH_TABLES:
+            leaf = WithRows(leaf, config.hash.vocab)
         if not name.stacked:
             tensors[name.tensor(style)] = leaf
         elif "{}" in getattr(name, style):
@@ -143,7 +147,8 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
                 f"{name.tensor(style, '*')} come in {' and '.join(dtypes)}: cast them to one dtype"
             )
             continue
-        _insert(params, path, _joined(name, parts, style, leaf.shape))
+        joined = _joined(name, parts, style, leaf.shape)
+        _insert(params, path, WithRows(joined, leaf.shape[1]) if name == HASH_TABLES else joined)
     return params, problems
 
 

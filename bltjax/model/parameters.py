@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from bltjax import sharding
 from bltjax.ops.norm import rms_norm
@@ -28,7 +29,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x):
         """x [B, L, in] -> [B, L, out]."""
-        return _project(self.axes, x, self.weight[...])
+        return checkpoint_name(_project(self.axes, x, self.weight[...]), "linear")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -91,14 +92,12 @@ class HashTables(nnx.Module):
 
     def __init__(self, num_tables, rows, dim, *, std, key):
         self.weight = nnx.Param(
-            truncated_normal(
-                key, (num_tables, rows, dim), std, sharding.spec(None, None, "hash_features")
-            )
+            truncated_normal(key, (num_tables, rows, dim), std, sharding.table_spec(rows, dim))
         )
 
     def __call__(self, ids, dtype):
-        """ids int32 [B, L, T] -> their sum [B, L, dim]; cast after the lookup, rows are few."""
-        return sharding.lookup_sum(self.weight[...], ids).astype(dtype)
+        """ids int32 [B, L, T] -> their sum [B, L, dim], added up in float32."""
+        return sharding.lookup_sum(self.weight[...], ids, dtype)
 
 
 class RMSNorm(nnx.Module):

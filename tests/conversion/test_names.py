@@ -1,5 +1,7 @@
 """The table of names, against every tensor of the released models."""
 
+import dataclasses
+
 import hypothesis
 import numpy as np
 import pytest
@@ -60,6 +62,26 @@ def test_published_names_and_back_change_no_bit(style, model):
     assert flat(again).keys() == flat(params).keys()
     for path, leaf in flat(params).items():
         np.testing.assert_array_equal(read_all(flat(again)[path]), leaf, err_msg=path)
+
+
+@pytest.mark.parametrize("style", [META, HF])
+def test_files_have_the_rows_of_tables_that_are_published(style):
+    model = golden.blt_config("meta_B_7b_like")
+    config = dataclasses.replace(model, hash=dataclasses.replace(model.hash, vocab=5000))
+    path = "encoder_hash_tok_embedding.weight"
+    held = flat(functional.abstract_params(config))[path].shape
+    assert held[1] == config.hash.rows == 5120  # chips share 1024 rows evenly
+    tables = np.random.default_rng(0).normal(0, 1, held).astype(np.float32)
+    abstract = to_published(config, functional.abstract_params(config), style)
+    given = {n: np.broadcast_to(np.float32(0), t.shape) for n, t in abstract.items()}
+    params, _ = from_published(config, given, style)
+    params["encoder_hash_tok_embedding"]["weight"] = tables
+    files = {n: read_all(t) for n, t in to_published(config, params, style).items()}
+    assert {n: t.shape for n, t in files.items()} == {n: t.shape for n, t in abstract.items()}
+    again, problems = from_published(config, files, style)
+    assert not problems
+    np.testing.assert_array_equal(read_all(flat(again)[path])[:, :5000], tables[:, :5000])
+    assert not read_all(flat(again)[path])[:, 5000:].any()
 
 
 @hypothesis.given(data=st.data())

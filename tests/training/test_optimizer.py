@@ -315,7 +315,8 @@ def losses(moments):
     optimizer = make_optimizer(config, 40)
 
     def loss_fn(params, ids, labels):
-        embedded = sharding.lookup_sum(params["encoder_hash_tok_embedding"]["weight"], ids[None])[0]
+        tables = params["encoder_hash_tok_embedding"]["weight"]
+        embedded = sharding.lookup_sum(tables, ids[None], jnp.float32)[0]
         logits = embedded @ params["local_decoder"]["output"]["weight"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
