@@ -39,6 +39,7 @@ def prepare(config: RunConfig, workdir: str | os.PathLike, needs_models: bool = 
     if needs_models:
         check_stages(config, workdir)
     check_batch_sizes(config, mesh)
+    check_hash_updates(config, mesh)
     for name in used_models(config):
         sharding.check_model(getattr(config, name), name, mesh)
     claim_workdir(config, workdir)
@@ -97,6 +98,16 @@ def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
                 f"{name}.batch_size={size} is not divisible by the {shards} row shards of "
                 f"mesh={dict(mesh.shape)}{each}: change one"
             )
+
+
+def check_hash_updates(config: RunConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
+    """Rows that are touched are found on one device. Raises ValueError."""
+    touched = config.blt_training.optimizer.hash_updates == "touched"
+    if touched and "blt" in config.stages and mesh.size > 1:
+        raise ValueError(
+            f"blt_training.optimizer.hash_updates='touched' is for one device, and mesh="
+            f"{dict(mesh.shape)} has {mesh.size}: choose 'dense', large batches read most rows"
+        )
 
 
 def check_sources(config: RunConfig, workdir: Path):

@@ -6,8 +6,16 @@ from bltjax.model_config import finite, one_of, positive
 
 SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
 MOMENTS = ("float32", "bfloat16", "factored")
+UPDATES = ("dense", "touched")
 # Settings of an optimizer that speak of parts which the entropy model does not have.
-OF_BLT_PARTS = ("global_rate", "local_rate", "hash_rate", "decay_hash_tables", "hash_moments")
+OF_BLT_PARTS = (
+    "global_rate",
+    "local_rate",
+    "hash_rate",
+    "decay_hash_tables",
+    "hash_moments",
+    "hash_updates",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,9 @@ class OptimizerConfig:
     # What the optimizer holds of the hash tables, one of MOMENTS; factored: of the second moments a
     # number for each row and feature, and no first ones.
     hash_moments: str = "float32"
+    # Which rows of the hash tables a step updates, one of UPDATES; touched: those that it reads,
+    # and what the others miss is made up when they are next read. On one device.
+    hash_updates: str = "dense"
 
     def problems(self, name: str) -> list[str]:
         found = one_of(self, name, "schedule", SCHEDULES) + positive(
@@ -66,6 +77,7 @@ class OptimizerConfig:
                 f"{name}.schedule={self.schedule!r}, which divides by it"
             )
         found += one_of(self, name, "hash_moments", MOMENTS)
+        found += one_of(self, name, "hash_updates", UPDATES) + self._touched_problems(name)
         for rate in ("global_rate", "local_rate", "hash_rate"):
             if not 0 <= getattr(self, rate) < float("inf"):
                 found.append(f"{name}.{rate}={getattr(self, rate)} must be at least 0, and finite")
@@ -76,6 +88,20 @@ class OptimizerConfig:
                     f"can tell: with {name}.hash_moments='bfloat16' choose at most 0.98, or "
                     "'factored'"
                 )
+        return found
+
+    def _touched_problems(self, name: str) -> list[str]:
+        found = []
+        if self.hash_updates == "touched" and self.hash_moments == "factored":
+            found.append(
+                f"{name}.hash_moments='factored' holds moments of whole tables, which "
+                f"{name}.hash_updates='touched' leaves alone: choose 'bfloat16', or 'dense' updates"
+            )
+        if self.hash_updates == "touched" and not self.beta1**2 < self.beta2:
+            found.append(
+                f"{name}.beta1={self.beta1} squared must be below {name}.beta2={self.beta2} with "
+                f"{name}.hash_updates='touched', or idle rows move ever faster: lower beta1"
+            )
         return found
 
 

@@ -23,7 +23,7 @@ class BLT(nnx.Module):
         if config.hash.sizes:
             self.encoder_hash_tok_embedding = HashTables(
                 config.num_hash_tables,
-                config.hash.vocab,
+                config.hash.rows,
                 config.local_encoder.dim,
                 std=config.local_encoder.dim**-0.5,
                 key=key_hash,
@@ -31,7 +31,7 @@ class BLT(nnx.Module):
         self.global_transformer = GlobalTransformer(config, key_global)
         self.local_decoder = LocalDecoder(config, key_decoder)
 
-    def __call__(self, tokens, patches, document_ids=None):
+    def __call__(self, tokens, patches, document_ids=None, ngrams=None):
         """Logits and every intermediate, by name.
 
         Args:
@@ -39,6 +39,7 @@ class BLT(nnx.Module):
           patches: PatchBuffers over L bytes and P patches.
           document_ids: int32 [B, L]; bytes see only their own document. None: a document ends
             with its EOS (spec 5.9).
+          ngrams: [B, L, E], the sum of each byte's hash n-gram rows. None: it is looked up.
         Returns:
           dict of `embedded` [B, L, E], `byte_states` [B, L, E], `patch_states` [B, P, patch_width],
           `global_states` [B, P, G], `decoder_states` [layers, B, L, E], `logits` float32 [B, L, V].
@@ -49,7 +50,8 @@ class BLT(nnx.Module):
         chex.assert_equal_shape([tokens, document_ids, patches.encoder_ids, patches.decoder_ids])
         chex.assert_equal_shape([patches.starts, patches.lengths, patches.mask])
         tables = self.encoder_hash_tok_embedding if self.config.hash.sizes else None
-        embedded = embed_bytes(tokens, self.local_encoder.tok_embeddings, tables, self.config)
+        byte_embedding = self.local_encoder.tok_embeddings
+        embedded = embed_bytes(tokens, byte_embedding, tables, self.config, ngrams)
         byte_states, patch_states = self.local_encoder(embedded, patches, document_ids)
         global_states = self.global_transformer(
             patch_states, patch_documents(tokens, document_ids, patches.starts)

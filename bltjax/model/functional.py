@@ -28,20 +28,23 @@ def abstract_params(config: BLTConfig | EntropyModelConfig) -> dict:
     return _abstract_params(config, jax.sharding.get_abstract_mesh())
 
 
-def apply(config: BLTConfig | EntropyModelConfig, params: dict, tokens: jax.Array, *inputs):
+def apply(
+    config: BLTConfig | EntropyModelConfig, params: dict, tokens: jax.Array, *inputs, **known
+):
     """Float32 next-byte logits [B, L, V] of tokens int32 [B, L].
 
     For a BLTConfig `inputs` are the PatchBuffers and, optionally, document ids [B, L]; for an
     EntropyModelConfig, optionally, segment ids [B, L]. Without ids a document ends at its EOS.
+    known: `ngrams` of `BLT.__call__`, whose hash tables are then not read.
     """
-    return intermediates(config, params, tokens, *inputs)["logits"]
+    return intermediates(config, params, tokens, *inputs, **known)["logits"]
 
 
-def intermediates(config, params, tokens, *inputs) -> dict:
+def intermediates(config, params, tokens, *inputs, **known) -> dict:
     """Everything a forward pass computes, by name; see `BLT.__call__`."""
     tokens, inputs = sharding.shard_rows((tokens, inputs))
     params = jax.tree.map(jnp.asarray, params)  # weights may come as NumPy arrays
-    return nnx.merge(_graphdef(config), params)(tokens, *inputs)
+    return nnx.merge(_graphdef(config), params)(tokens, *inputs, **known)
 
 
 def _build(config, key):

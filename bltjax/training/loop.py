@@ -20,6 +20,7 @@ from bltjax.training.metrics import MetricsLog, SourceMeter
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
+from bltjax.training.touched_rows import settle
 from bltjax.training.watching import Profiler, memory, peak_flops
 
 IN_FLIGHT = 2  # steps given to the devices before the host looks at what the oldest of them says
@@ -150,6 +151,8 @@ class _Run:
                 stop = self.drain(step_fn, 0 if due else IN_FLIGHT)
                 if stop and not due:
                     self.drain(step_fn, 0)
+                if done == self.config.steps and self.config.optimizer.hash_updates == "touched":
+                    state = settle(self.config, state)
                 if due or stop:
                     self.save(done, state, lanes)
                 if stop:

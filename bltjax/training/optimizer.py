@@ -3,17 +3,20 @@
 A parameter is known by its published name, such as `local_encoder.layers.ffn_norm.weight`.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from bltjax.config import OptimizerConfig
 
+HASH_TABLES = "encoder_hash_tok_embedding"
 PARTS = {  # by the first word of a parameter's name
     "global_transformer": "global",
     "local_encoder": "local",
     "local_decoder": "local",
-    "encoder_hash_tok_embedding": "hash",
+    HASH_TABLES: "hash",
     # The entropy model is one part, which always learns at the plain learning rate.
     "tok_embeddings": "entropy",
     "layers": "entropy",
@@ -67,7 +70,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         decayed = update + config.weight_decay * param if decays(config, name) else update
         return rates[part_of(name)] * decayed
 
+    counting = [_count_row_updates()] if config.hash_updates == "touched" else []
     return optax.chain(
+        *counting,
         optax.clip_by_global_norm(config.clip_norm),
         # A chain of its own, so that the state is the one that optax.adamw has.
         optax.chain(
@@ -75,6 +80,22 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             optax.stateless(lambda updates, params: _map_named(decay_and_rate, updates, params)),
             optax.scale_by_learning_rate(lambda step: learning_rate(config, step, num_steps)),
         ),
+    )
+
+
+class RowUpdates(NamedTuple):
+    counts: dict  # by name: int32 [T, rows], how many updates a row of a hash table has had
+
+
+def _count_row_updates() -> optax.GradientTransformation:
+    """Counts updates of the rows of hash tables; they differ where a step updates some of them."""
+
+    def init(params):
+        tables = {HASH_TABLES: params[HASH_TABLES]} if HASH_TABLES in params else {}
+        return RowUpdates(jax.tree.map(lambda x: jnp.zeros(x.shape[:2], jnp.int32), tables))
+
+    return optax.GradientTransformation(
+        init, lambda updates, state, params=None: (updates, jax.tree.map(lambda n: n + 1, state))
     )
 
 

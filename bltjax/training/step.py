@@ -14,9 +14,10 @@ from bltjax import sharding
 from bltjax.config import TrainingConfig
 from bltjax.model import functional
 from bltjax.patching.buffers import buffers_from_lengths
+from bltjax.training import touched_rows
 from bltjax.training.in_step import patch_counts
 from bltjax.training.loss import bits_per_byte, loss_sums
-from bltjax.training.optimizer import learning_rate
+from bltjax.training.optimizer import HASH_TABLES, learning_rate
 from bltjax.training.state import Health, TrainState
 from bltjax.vocabulary import PAD_ID
 
@@ -87,7 +88,20 @@ def make_train_step(
             metrics["stop"] = jnp.max(batch["stop"])
         return new, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    def touched_step(state: TrainState, batch, entropy_params=None):
+        if HASH_TABLES not in state.params:
+            return train_step(state, batch, entropy_params)
+        tables = state.params[HASH_TABLES]["weight"]
+        ids, places = touched_rows.find_rows(model_config.hash, batch["tokens"], tables)
+        rows = touched_rows.catch_up(config, touched_rows.take_rows(state, ids))
+        new, metrics = train_step(rows, batch | dict(ngram_places=places), entropy_params)
+        if can_skip:  # what was caught up is left out too: ids beyond the last row write nothing
+            beyond = ids + tables.shape[0] * tables.shape[1]
+            ids = jnp.where(new.health.skipped_in_a_row > 0, beyond, ids)
+        return touched_rows.put_rows(state, new, ids), metrics
+
+    dense = config.optimizer.hash_updates == "dense"
+    return jax.jit(train_step if dense else touched_step, donate_argnums=0)
 
 
 def is_usual(config: TrainingConfig, health: Health, loss, grad_norm):
@@ -159,7 +173,11 @@ def batch_sums(model_config, params, batch, patches=None, num_sources: int = 1, 
     if patches is None and "patch_lengths" in batch:
         patches = buffers_from_lengths(batch["patch_lengths"], batch["tokens"].shape[1])
     inputs = [batch["document_ids"]] if patches is None else [patches, batch["document_ids"]]
-    logits = functional.apply(model_config, params, batch["tokens"], *inputs)
+    known = {}
+    if "ngram_places" in batch:  # then params hold rows of the tables
+        rows, dtype = params[HASH_TABLES]["weight"], model_config.compute_dtype
+        known["ngrams"] = touched_rows.sum_rows(rows, batch["ngram_places"], dtype)
+    logits = functional.apply(model_config, params, batch["tokens"], *inputs, **known)
     sources = batch.get("source_ids"), num_sources
     sums = loss_sums(logits, batch["targets"], batch["loss_mask"], *sources, with_z=bool(z_loss))
     if patches is not None:

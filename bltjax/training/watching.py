@@ -12,26 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax import sharding
+from bltjax.chips import PEAKS
 from bltjax.config import ProfileConfig
 
-# Dense matrix products of one device as JAX counts devices, FLOP/s in bfloat16 (data sheets).
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153e12,  # two devices a chip
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA GH200": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 MATRIX = 512  # of the products that are timed where the peak is not known
 
 
