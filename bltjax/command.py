@@ -45,10 +45,7 @@ def parse_run(argv):
     """absl's parser, with the tracebacks of mistyped settings turned into one line."""
     logging.set_verbosity(logging.WARNING)  # JAX tells of devices that are not there
     try:
-        remaining = flags.FLAGS(argv)
-        if flags.FLAGS.config is None:
-            fail("give both --config=configs/NAME.py and --workdir=DIR")
-        return remaining
+        return flags.FLAGS(argv)
     except flags.Error as error:
         fail(error)
     except OSError as error:
@@ -71,8 +68,10 @@ def _last_name(argument: str) -> str:
 def read_config(needs_workdir: bool = True):
     """(RunConfig, workdir) of the flags; ends the command with one line where they are wrong."""
     chosen, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    if workdir is None and needs_workdir:
+    if needs_workdir and (chosen is None or workdir is None):
         fail("give both --config=configs/NAME.py and --workdir=DIR")
+    if chosen is None:
+        fail("give --config=configs/NAME.py")
     from bltjax.config import RunConfig, from_config_dict
 
     try:

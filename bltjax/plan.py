@@ -15,9 +15,10 @@ from typing import NamedTuple
 from absl import app, flags
 
 from bltjax import command
+from bltjax.chips import CHIPS, GIB
+from bltjax.topology import EXAMPLES
 
-GIB = 2**30
-HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "a100": 80, "h100": 80, "h200": 141}
+HBM_GIB = {name: CHIPS[name].hbm_bytes // GIB for name in EXAMPLES}
 PATCH_BYTES = 4.5  # where the config leaves the mean patch to the text
 
 
@@ -60,7 +61,9 @@ def plan_stage(config, stage: str, mesh) -> Plan:
         batch = abstract_batch(config, stage)
         traced = make_train_step(model, training, optimizer).trace(state, batch)
         parameters = chip_bytes(state.params)
-        sizes = {leaf.size for leaf in jax.tree.leaves((state.params, state.opt_state))}
+        leaves = jax.tree.leaves((state.params, state.opt_state))
+        # A look-up has its chip's share of a table for a type.
+        sizes = {size for leaf in leaves for size in (leaf.size, share(leaf))}
         arrays = (a for a in arrays_of(traced.jaxpr.jaxpr) if a.size not in sizes)
         largest = max(arrays, key=array_bytes)
     return Plan(
@@ -129,9 +132,17 @@ def chip_bytes(tree) -> int:
 
 def array_bytes(x) -> int:
     """Bytes of an array on one chip, of its type."""
-    if x.sharding is None:  # scalars come out of eval_shape without
-        return x.size * x.dtype.itemsize
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return share(x) * x.dtype.itemsize
+
+
+def share(x) -> int:
+    """Entries of an array on one chip, of its type."""
+    from jax.sharding import AxisType
+
+    # Scalars come out of eval_shape without one; inside a look-up arrays are a chip's own.
+    if x.sharding is None or AxisType.Manual in x.sharding.mesh.axis_types:
+        return x.size
+    return math.prod(x.sharding.shard_shape(x.shape))
 
 
 def print_plan(stage: str, plan: Plan, seconds: float):
@@ -152,12 +163,13 @@ def main(argv):
     if flags.FLAGS.chips is None:
         command.fail("give --chips=NUMBER")
     from bltjax import sharding
-    from bltjax.prepare import check_batch_sizes, used_models
+    from bltjax.prepare import check_batch_sizes, check_hash_updates, used_models
 
     result = dict(chips=flags.FLAGS.chips, stages={})
     try:
         mesh = sharding.abstract_mesh(config.mesh, flags.FLAGS.chips)
         check_batch_sizes(config, mesh)
+        check_hash_updates(config, mesh)
         for name in used_models(config):
             sharding.check_model(getattr(config, name), name, mesh)
         print(f"mesh: {dict(mesh.shape)} on {flags.FLAGS.chips} chips")

@@ -2,9 +2,9 @@
 
 Command:
     python -m bltjax.train --config=configs/blt_7b.py --workdir=DIR --config.data.root=CORPUS
-Hardware:  meant for 256 TPU v5p chips, 16 rows for every 4; not yet run there.
-           Parameters, gradients and Adam moments in float32 take 169 GB, 11 GB a chip
-           with fsdp=8, tensor=4; activations come on top.
+Hardware:  meant for 256 TPU v5p chips, 4 rows for every 4 at a time; not yet run there. It
+           compiles for 128 of them, where it takes PEAK7 GiB of a chip's 95
+           (python -m bltjax.aot --config=configs/blt_7b.py --topology=v5p:4x4x8).
 Expect:    10,553,570,560 parameters, 6,713,555,200 parameters without hash tables; the entropy
            model has 99,512,064 parameters.
            3.53e9 FLOPs per byte forward at 18,432-byte rows and 4.5 bytes a patch.
@@ -49,6 +49,7 @@ def get_config():
     training = config.blt_training
     training.steps, training.batch_size = 240_000, 1024
     training.row_bytes, training.row_patches = 24_576, 4096
+    training.accumulation_steps = 4
     training.checkpoint_every = 1000
     optimizer = training.optimizer
     optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps = 4e-4, "cosine", 2000

@@ -56,7 +56,7 @@ def need(module: str, extra: str):
     except ImportError as error:
         raise ValueError(
             f"reading this source takes {module.partition('.')[0]} ({error}): "
-            f"pip install 'bltjax[{extra}]'"
+            f"pip install -e '.[{extra}]'"
         ) from error
 
 
