@@ -1,0 +1,190 @@
+"""The speed benchmarks: what they draw, fit and refuse, and each as it is run, small."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import measuring
+from tests.processes import ROOT, environment
+
+SCRIPTS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of benchmarks/ as a module."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+def test_exponent_is_that_of_a_power():
+    sizes = [1, 2, 4, 8]
+    assert measuring.exponent(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
+    assert measuring.exponent(sizes, [7.0] * 4) == pytest.approx(0, abs=1e-9)
+
+
+def test_actions_take_turns():
+    called = []
+
+    def action(name):
+        return lambda: called.append(name) or len(called)
+
+    found = measuring.alternate({"a": action("a"), "b": action("b")}, 3)
+    assert called == ["a", "b"] * 3
+    assert found == {"a": [1, 3, 5], "b": [2, 4, 6]}
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_patches_hold_the_row_and_the_byte_to_come(even):
+    batch = measuring.draw_batch(3, 500, even=even)
+    lengths = batch["patch_lengths"]
+    assert lengths.min() >= 1 and (lengths.sum(axis=1) == 501).all()
+    assert 501 / lengths.shape[1] == pytest.approx(4.5, rel=0.01)
+    assert (lengths.max() <= 5) == even
+    np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+
+
+def test_devices_of_two_kinds_are_refused(script, capsys):
+    check = script("comparing").check_same_platform
+    check(["gpu", "gpu"])
+    with pytest.raises(SystemExit):
+        check(["gpu", "cpu"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "bltjax runs on gpu and transformers on cpu" in error
+
+
+@pytest.mark.parametrize("fails", ["check", "steps", None])
+def test_a_peer_that_fails_leaves_our_row(script, fails):
+    comparing = script("comparing")
+
+    def check():
+        if fails == "check":
+            raise comparing.WorkerError("out of memory")
+
+    def run(who):
+        if fails == "steps" and who == comparing.THEIRS:
+            raise comparing.WorkerError("out of memory")
+        return {who: f"run of {who}"}
+
+    runs, failure = comparing.one_after_the_other(check, run)
+    assert list(runs) == ["bltjax"] + ["transformers"] * (fails is None)
+    assert failure == ("out of memory" if fails else None)
+
+
+@pytest.mark.parametrize("fastest", ["XLA", "torch"])
+def test_mfu_is_of_the_faster_product(script, fastest):
+    times = {"step": [1.0], ("XLA", 64): [1e-6], ("torch", 64): [1e-6]} | {(fastest, 64): [1e-7]}
+    found = script("mfu").numbers(measuring.SIZES["tiny"], measuring.draw_batch(2, 64), times)
+    assert found["peak of"] == fastest
+    assert found["MFU"] == pytest.approx(found["model GFLOP"] / (2 * 64**3 / 1e-7 / 1e9))
+
+
+def test_mfu_tells_apart_our_files_and_others_by_that_name(script):
+    program = """FileNames
+1 "{}/bltjax/training/optimizer.py"
+FunctionNames
+1 "update"
+FileLocations
+1 {{file_name_id=1 function_name_id=1 line=1}}
+StackFrames
+1 {{file_location_id=1 parent_frame_id=1}}
+
+ENTRY %main (x: f32[]) -> f32[] {{
+  ROOT %y = f32[] negate(%x), metadata={{op_name="neg" stack_frame_id=1}}
+}}
+"""
+    operations = script("mfu").operations
+    assert operations(program.format(ROOT))["y"][0] == ("optimizer", "optimizer.py update", "")
+    assert operations(program.format("/bltjax/elsewhere"))["y"][0] == ("step", "", "")
+
+
+@pytest.mark.long
+def test_an_error_of_a_worker_is_told():
+    with (
+        measuring.Worker("torch-less", 1) as worker,
+        pytest.raises(measuring.WorkerError, match="could not about: KeyError: 'torch-less'"),
+    ):
+        worker.ask("about")
+
+
+def run(script: str, *arguments) -> dict:
+    """The JSON line of a script."""
+    environ = dict(environment(), PYTHONPATH=str(ROOT), JAX_ENABLE_COMPILATION_CACHE="true")
+    command = [sys.executable, str(SCRIPTS / script), "--threads=1", *arguments]
+    done = subprocess.run(command, env=environ, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["benchmark"] == script.removesuffix(".py")
+    assert result["machine"]["threads"] == 1 and result["machine"]["jax"]
+    return result
+
+
+def check_row(row: dict, num_bytes: int):
+    assert row["step s"] == np.median(row["seconds"]) > 0
+    assert row["bytes/s"] == pytest.approx(num_bytes / row["step s"])
+
+
+# Of all tests, so that it is compiled once; it shall train as the peer does too.
+STEP = "--size=tiny", "--shapes=1x64", "--hash_updates=touched"
+
+
+@pytest.mark.long
+def test_forward_measures_a_pass_of_a_config():
+    more = "--config=configs/quickstart.py", "--shapes=1x64", "--repeats=3", "--apart"
+    (row,) = run("forward.py", *more)["rows"]
+    check_row(row, 64)
+    assert len(row["seconds"]) == 3 and row["first s"] > row["step s"]
+    assert row["size"] == "quickstart" and row["losses"] == [None, None]
+    assert row["memory_bytes"]["peak"] > row["memory_bytes"]["baseline"] > 0
+
+
+@pytest.mark.long
+def test_scaling_in_length_fits_what_it_measures():
+    more = "--size=tiny", "--programs=local", "--lengths=32,64", "--repeats=1", "--remat=none"
+    result = run("scaling_in_length.py", *more)
+    for row, num_bytes in zip(result["rows"], (32, 64), strict=True):
+        check_row(row, num_bytes)
+    memory = [row["temp MB"] for row in result["rows"]]
+    assert result["exponents"]["local"]["temp MB"] == pytest.approx(np.log2(memory[1] / memory[0]))
+
+
+@pytest.mark.long
+def test_compile_time_is_of_lowering_and_compiling():
+    (row,) = run("compile_time.py", *STEP, "--repeats=1", "--layers=2")["rows"]
+    assert row["layers"] == 2 and row["ratio"] == 1
+    assert row["seconds"] == pytest.approx(row["lower"] + row["compile"])
+
+
+@pytest.mark.long
+def test_mfu_finds_where_the_time_goes():
+    (row,) = run("mfu.py", *STEP, "--repeats=1", "--matrices=64,128", "--profile")["rows"]
+    check_row(row, 64)
+    fastest = max(rate for rates in row["products"].values() for rate in rates.values())
+    assert row["MFU"] == pytest.approx(row["GFLOP/s"] / fastest)
+    assert row["GFLOP/s"] == pytest.approx(row["model GFLOP"] / row["step s"])
+    shares = [place["products"] + place["rest"] for place in row["places"]]
+    assert sum(shares) == pytest.approx(1)
+    by_part = {}
+    for place in row["places"]:
+        by_part[place["part"]] = by_part.get(place["part"], 0) + place["products"]
+    assert by_part["global"] > 0 and by_part["decoder"] > 0 and by_part["idle"] == 0
+
+
+@pytest.mark.long
+def test_train_step_and_its_peer_compute_the_same_in_turns():
+    pytest.importorskip("torch", reason="the peer needs torch==2.13.0 (CPU)")
+    pytest.importorskip("transformers", reason="the peer is transformers>=5.23")
+    more = "--repeats=2", "--against=transformers", "--checkpointing"
+    ours, theirs = run("train_step.py", *STEP, *more)["rows"]
+    for row in (ours, theirs):
+        check_row(row, 64)
+        assert row["losses"][1] < row["losses"][0]  # it is the same batch
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], atol=1e-4)
+    assert ours["speed"] == pytest.approx(theirs["step s"] / ours["step s"])
+    assert ours["memory"] == pytest.approx(ours["peak MB"] / theirs["peak MB"])
+    assert ours["kept for backward"] == "results of linear layers and attention"
+    assert theirs["kept for backward"] == "inputs of layers"
