@@ -51,7 +51,7 @@ def model(local: int, decoder_layers: int, trunk: int, trunk_layers: int, head=6
 SIZES = {
     "small": model(256, 4, 512, 8),
     "large": model(512, 6, 1024, 8),
-    "tiny": model(32, 1, 64, 2, head=16, hash=HashConfig(vocab=100)),  # for tests
+    "tiny": model(32, 1, 64, 1, head=16, hash=HashConfig(vocab=100)),  # for tests
 }
 
 

@@ -3,7 +3,7 @@
 Command:
     python -m bltjax.train --config=configs/blt_7b.py --workdir=DIR --config.data.root=CORPUS
 Hardware:  meant for 256 TPU v5p chips, 4 rows for every 4 at a time; not yet run there. It
-           compiles for 128 of them, where it takes PEAK7 GiB of a chip's 95
+           compiles for 128 of them, where it takes 49 GiB of a chip's 95
            (python -m bltjax.aot --config=configs/blt_7b.py --topology=v5p:4x4x8).
 Expect:    10,553,570,560 parameters, 6,713,555,200 parameters without hash tables; the entropy
            model has 99,512,064 parameters.
