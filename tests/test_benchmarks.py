@@ -149,7 +149,7 @@ def check_row(row: dict, num_bytes: int):
 STEP = "--size=tiny", "--shapes=1x64", "--hash_updates=touched"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_forward_measures_a_pass():
     (row,) = run("forward.py", *STEP, "--repeats=3")["rows"]
     check_row(row, 64)
@@ -158,7 +158,7 @@ def test_forward_measures_a_pass():
     assert row["memory_bytes"]["peak"] > row["memory_bytes"]["baseline"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_scaling_in_length_fits_what_it_measures():
     more = "--size=tiny", "--programs=local", "--lengths=32,64", "--repeats=1", "--remat=none"
     result = run("scaling_in_length.py", *more)
@@ -168,7 +168,7 @@ def test_scaling_in_length_fits_what_it_measures():
     assert result["exponents"]["local"]["temp MB"] == pytest.approx(np.log2(memory[1] / memory[0]))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_compile_time_is_of_lowering_and_compiling():
     (row,) = run("compile_time.py", *STEP, "--repeats=1", "--layers=1")["rows"]
     assert row["layers"] == 1 and row["ratio"] == 1

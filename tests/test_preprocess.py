@@ -149,6 +149,7 @@ def test_training_reads_the_records_in_their_mixture(run, start):
     assert seen["text"] > seen["web"] > 0
 
 
+@pytest.mark.long
 def test_patches_found_in_the_step(run, start):
     workdir, _ = run
     other = workdir.with_name("in_step")
@@ -166,6 +167,7 @@ def test_patches_found_in_the_step(run, start):
     assert 0 < result["bits_per_byte"] < 8
 
 
+@pytest.mark.long
 def test_an_entropy_model_is_brought_or_missed(run, start, tmp_path):
     workdir, report = run
     process = start("preprocess", tmp_path / "none")

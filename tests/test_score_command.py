@@ -286,6 +286,7 @@ def test_help_answers_without_loading_jax(name):
     assert "--checkpoint" in result.stdout and "--entropy_model" in result.stdout
 
 
+@pytest.mark.long
 def test_on_a_model_in_a_directory(tmp_path):
     """The commands as they are, on the golden model."""
     model = directories.hub(tmp_path / "model", "hf_A_1b_like")

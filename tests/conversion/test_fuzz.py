@@ -138,6 +138,7 @@ def damage_index(path, rng):
     return f"index, {change}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_told_or_harmless(pristine, tmp_path, kind):
     original, expected = pristine(kind)

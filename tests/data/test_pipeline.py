@@ -186,6 +186,7 @@ np.savez(out, states=found[-1][1], **{f"{i}.{k}": v for i, (b, _) in enumerate(f
 """
 
 
+@pytest.mark.long
 def test_one_two_and_four_processes_make_the_same_batches(uninterrupted, tmp_path):
     root, states, done = Path(__file__).parents[2], None, 0
     lengths = [random.Random().randrange(1, 20) for _ in range(3)]

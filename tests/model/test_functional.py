@@ -219,6 +219,7 @@ def loss_and_gradients(remat="none", compute_dtype="float32"):
     return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_nothing(remat):
     jax.tree.map(

@@ -133,6 +133,7 @@ def test_tiles_add_up_in_float32(window):
         assert np.abs(np.asarray(x, np.float64) - value).max() < 5e-3 * np.abs(value).max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window, heads, kv_heads", [(None, 4, 2), (130, 2, 2)])
 def test_splash_kernels(window, heads, kv_heads, use_mesh):
     """The TPU's kernels, interpreted, over rows that fill no block (spec 5.9)."""

@@ -204,6 +204,7 @@ def test_missed_updates_are_made_up(settings, had, number, share):
     assert number == 0 or way > 1e-3
 
 
+@pytest.mark.long
 def test_training_ends_about_where_dense_updates_end():
     batches = [host_batch(n) for n in range(STEPS)]
     start = table(fresh(MODEL, GUARDED))["params"]
@@ -256,6 +257,7 @@ def sizes_of(jaxpr):
             yield from ((equation.primitive.name, v.aval.size) for v in equation.outvars)
 
 
+@pytest.mark.long
 def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path):
     """And with whole tables that have had every update."""
     documents = [Document("", np.random.default_rng(n).bytes(40)) for n in range(20)]
