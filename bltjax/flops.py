@@ -7,10 +7,10 @@ embedding and pooling are left out.
 """
 
 from bltjax.config import BLTConfig, EntropyModelConfig, TransformerConfig
+from bltjax.model_config import HASH_TABLES
 
 TRAINING_FACTOR = 3  # forward and backward, in forward passes; rematerialisation is not useful work
 PAPER_VOCAB = 256  # the paper's output layer predicts bytes only
-HASH_TABLES = "encoder_hash_tok_embedding"
 
 
 def flops_per_byte(

@@ -8,6 +8,7 @@ POOLING_MODES = ("max", "min", "mean")
 INIT_FACTORS = ("current_depth", "global_depth", "dim_ratio", "disabled")
 DTYPES = ("float32", "bfloat16")
 REMAT_MODES = ("none", "dots", "full")
+HASH_TABLES = "encoder_hash_tok_embedding"  # their published name
 SHARED_TABLE = 4096  # rows; chips hold smaller hash tables whole where these do not divide
 
 

@@ -26,14 +26,14 @@ def lookup_sum(tables, ids, dtype):
 
 
 def _lookup_forward(tables, ids, dtype):
-    places = _number_rows(ids, tables.shape[1])
+    places = number_rows(ids, tables.shape[1])
     total = _add_rows(_no_sum(tables, ids), _flat(tables), places, dtype)
     return total.astype(dtype), (tables, ids)
 
 
 def _lookup_backward(_, saved, gradient):
     tables, ids = saved
-    places, gradient = _number_rows(ids, tables.shape[1]), gradient.astype(jnp.float32)
+    places, gradient = number_rows(ids, tables.shape[1]), gradient.astype(jnp.float32)
     total = jnp.zeros_like(_flat(tables))
     for t in range(ids.shape[-1]):
         total = total.at[places[..., t]].add(gradient)
@@ -131,7 +131,7 @@ def _find_route(ids, num_rows, axes) -> _Route:
     owned = num_tables * num_rows
     _check_rows(num_owners * owned)
     owners, rows = jax.lax.div(ids, num_rows), jax.lax.rem(ids, num_rows)
-    keys = (owners * owned + _number_rows(rows, num_rows)).reshape(-1)
+    keys = (owners * owned + number_rows(rows, num_rows)).reshape(-1)
     # No sort is a stable one, which takes TPUs twice as long to compile: equal keys are one row.
     order = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 0)
     keys, order = jax.lax.sort((keys, order), num_keys=1, is_stable=False)
@@ -183,7 +183,7 @@ def _add_rows(total, rows, places, dtype):
     return total
 
 
-def _number_rows(ids, num_rows):
+def number_rows(ids, num_rows):
     """Rows `ids` [b, L, T] of T tables, as numbered in all tables together."""
     _check_rows(num_rows * ids.shape[-1])
     return ids + num_rows * jax.lax.broadcasted_iota(ids.dtype, ids.shape, ids.ndim - 1)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from bltjax.config import OptimizerConfig
+from bltjax.model_config import HASH_TABLES
 
-HASH_TABLES = "encoder_hash_tok_embedding"
 PARTS = {  # by the first word of a parameter's name
     "global_transformer": "global",
     "local_encoder": "local",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from bltjax.config import TrainingConfig
 from bltjax.ops.hashing import ngram_hash_ids
+from bltjax.ops.row_exchange import number_rows
 from bltjax.training.optimizer import HASH_TABLES, learning_rate
 from bltjax.training.state import TrainState
 
@@ -27,8 +28,7 @@ def find_rows(hashing, tokens, tables):
     """
     hashed = ngram_hash_ids(tokens, hashing.sizes, hashing.num_functions, hashing.vocab)
     num_tables, rows, _ = tables.shape
-    ids = hashed + rows * jax.lax.broadcasted_iota(hashed.dtype, (1, 1, num_tables), 2)
-    ids = ids.reshape(-1)
+    ids = number_rows(hashed, rows).reshape(-1)
     # Of those who read a row the last stands for all: cheaper than to sort them.
     order = jax.lax.iota(jnp.int32, ids.size)
     places = jnp.zeros(num_tables * rows, jnp.int32).at[ids].max(order)[ids]
