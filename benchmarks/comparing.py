@@ -152,11 +152,13 @@ def build(worker: Worker, task: str, model, scratch: Path, optimizer=OPTIMIZER, 
         optimizer=settings(optimizer),
         precise=precise,
     )
+    weights = scratch / "weights"
     if worker.kind == OURS:
-        worker.ask("build", model=settings(model), **shared)
+        stored = str(weights) if weights.exists() else None
+        worker.ask("build", model=settings(model), weights=stored, **shared)
     else:
         options = dict(attention=chosen.attention, checkpointing=chosen.checkpointing)
-        options |= dict(directory=str(scratch / "weights"), dtype=model.compute_dtype)
+        options |= dict(directory=str(weights), dtype=model.compute_dtype)
         worker.ask("build", **options, **shared)
 
 

@@ -82,26 +82,37 @@ class Ours(Process):
         return dict(device_peak=stats["peak_bytes_in_use"], device_now=stats["bytes_in_use"])
 
     def build(
-        self, task: str, model: dict, batch: str, optimizer: dict, precise: bool = False
+        self,
+        task: str,
+        model: dict,
+        batch: str,
+        optimizer: dict,
+        weights: str | None = None,
+        precise: bool = False,
     ) -> dict:
         """Gets a program ready for the arrays of a file; task: forward, train or local.
 
-        precise: float32 is multiplied as float32 on accelerators too.
+        weights: a directory that `export` wrote; None: random ones. precise: float32 is multiplied
+        as float32 on accelerators too.
         """
         from bltjax import sharding
         from bltjax.config import BLTConfig, from_config_dict
 
         if precise:
             self.jax.config.update("jax_default_matmul_precision", "highest")
-        self.model = from_config_dict(BLTConfig, model)
+        self.model, self.weights = from_config_dict(BLTConfig, model), weights
         self.batch = sharding.put_batch(dict(np.load(batch)))
         self.call = getattr(self, f"_{task}")(optimizer)
         return {}
 
     def _parameters(self):
+        from bltjax import formats, sharding
         from bltjax.model import functional
 
-        return functional.init(self.model, self.jax.random.key(0))
+        if self.weights is None:
+            return functional.init(self.model, self.jax.random.key(0))
+        stored = formats.read(Path(self.weights)).params["blt"]
+        return sharding.put_lazy(stored, functional.abstract_params(self.model))
 
     def _forward(self, _):
         from bltjax.model import functional

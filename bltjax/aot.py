@@ -1,9 +1,9 @@
 """A program compiled for chips that are not there: `python -m bltjax.aot --config=FILE
 --topology=v5e:16x16`.
 
-The real train step (--program=train), the forward pass that scores a batch of rows (prefill) or
-the loop that generates (decode), on the config's mesh over the topology's devices, by libtpu or
-the CUDA plugin and without a TPU or GPU. Told of each device: bytes of HBM, FLOPs that the model
+The real train step (--program=train), or of generation the loop that reads prompts (prefill) or the
+one that writes bytes (decode), on the config's mesh over the topology's devices, by libtpu or the
+CUDA plugin and without a TPU or GPU. Told of each device: bytes of HBM, FLOPs that the model
 needs and that the program does, bytes that collectives move, and the least time that published
 peaks leave: a roofline, no measurement. Loops whose rounds the program itself decides, such as the
 bytes that are generated, count once and are listed; the exchange of hash rows counts three times,
@@ -64,7 +64,7 @@ def compile_program(config, flag_values) -> dict:
     name, stage, program = flag_values.topology, flag_values.stage, flag_values.program
     chip, devices = topology.topology_devices(name, flag_values.slices)
     mesh = sharding.make_mesh(config.mesh, devices)
-    if program != "decode":
+    if program == "train":
         trained = dataclasses.replace(config, stages=(stage,))
         check_batch_sizes(trained, mesh)
         check_hash_updates(trained, mesh)
@@ -258,8 +258,8 @@ def main(argv):
     values = flags.FLAGS
     if values.topology is None:
         command.fail("give --topology, for example --topology=v5e:16x16")
-    if values.program == "decode" and values.stage != "blt":
-        command.fail("--program=decode generates with the byte latent transformer: --stage=blt")
+    if values.program != "train" and values.stage != "blt":
+        command.fail(f"--program={values.program} is of the byte latent transformer: --stage=blt")
     os.environ.update(ENVIRONMENT)  # before JAX is imported
     with captured_log() as log:
         try:

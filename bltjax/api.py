@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,7 +13,9 @@ from bltjax import formats, sharding
 from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.conversion.weights import Lengths, Weights
 from bltjax.evaluation.score import Score, score_bytes, score_documents
-from bltjax.inference.decode import generate_by_recompute
+from bltjax.inference.ask import ask, configure
+from bltjax.inference.generate import Counts, generate, stream
+from bltjax.inference.stepping import prepared
 from bltjax.model import functional
 from bltjax.patching.boundaries import entropy_segments, lengths_from_starts, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
@@ -132,38 +134,77 @@ class Model:
     def generate(
         self,
         prompts: Sequence[str | bytes],
-        max_new_bytes: int = 64,
+        max_new_bytes: int | Sequence[int] = 64,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        **options,
     ) -> list[bytes]:
         """The continuation of each prompt, without it, ended by EOS or after `max_new_bytes`.
 
-        temperature 0 is greedy. A prompt's continuation does not depend on the others.
+        A prompt's continuation depends neither on the others nor on the mesh. seed: one for all
+        prompts, or one for each; the same prompt with the same seed gives the same text.
+
+        Options:
+          top_k, top_p, min_p, repetition_penalty, valid_utf8: of `inference.sampling.Sampling`.
+          stop: strings or bytes that end a text, and are left out of it.
+          threshold: nats, instead of the trained one (rules by entropy): a higher one makes fewer
+            patches, and generation cheaper.
+          max_drafts, batch_size, quorum: of `inference.generate.Decoding`; greedy text is the same
+            whatever they are.
+
+        Raises ValueError for values that make no sense. Warns where a text would be longer than
+        those that the model was trained on: it goes on, but nobody knows how well.
         """
+        return self.generate_and_count(
+            prompts, max_new_bytes, temperature=temperature, seed=seed, **options
+        )[0]
+
+    def generate_and_count(
+        self,
+        prompts: Sequence[str | bytes],
+        max_new_bytes: int | Sequence[int] = 64,
+        seed: int | Sequence[int] = 0,
+        **options,
+    ) -> tuple[list[bytes], Counts]:
+        """As `generate`, and what it took: steps, patches, calls of the global stack, drafts."""
         if isinstance(prompts, (str, bytes)):
             raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
+        configs, options = self._generation(options)
+        asked = ask(prompts, max_new_bytes, seed, self.lengths.row_bytes)
+        with jax.set_mesh(self.mesh):
+            return generate(configs, self._prepared_params, asked, **options)
+
+    def stream(
+        self, prompt: str | bytes, max_new_bytes: int = 64, seed: int = 0, **options
+    ) -> Iterator[tuple[bytes, Counts]]:
+        """The continuation of one prompt in pieces as they come, each with the counts so far.
+
+        For text, decode the pieces with `codecs.getincrementaldecoder("utf-8")("replace")`, which
+        keeps half a character until its other half has come. Options are those of `generate`.
+        """
+        if not isinstance(prompt, (str, bytes)):
+            raise ValueError(f"prompt is a {type(prompt).__name__}: stream takes one str or bytes")
+        configs, options = self._generation(options)
+        (asked,) = ask([prompt], max_new_bytes, seed, self.lengths.row_bytes)
+        with jax.set_mesh(self.mesh):
+            pieces = stream(configs, self._prepared_params, asked, **options)
+        while True:
+            with jax.set_mesh(self.mesh):  # of the caller between two pieces
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    @functools.cached_property
+    def _prepared_params(self) -> dict:
+        with jax.set_mesh(self.mesh):
+            return prepared(self.params)
+
+    def _generation(self, options: dict):
         if self.config is None:
             raise ValueError("this is an entropy model alone: generating needs a BLT")
-        if not (isinstance(max_new_bytes, int) and max_new_bytes >= 0):
-            raise ValueError(f"max_new_bytes={max_new_bytes!r} must be a whole number from 0")
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature={temperature!r} must be 0 (greedy) or a positive number")
         self._check_patches_can_be_found()
-        with jax.set_mesh(self.mesh):
-            return [
-                generate_by_recompute(
-                    self.config,
-                    self.params["blt"],
-                    self.entropy_config,
-                    self.params.get("entropy_model"),
-                    self.patching,
-                    prompt,
-                    max_new_bytes=max_new_bytes,
-                    temperature=temperature,
-                    seed=seed,
-                )
-                for prompt in prompts
-            ]
+        return configure(self.config, self.entropy_config, self.patching, **options)
 
     def score(
         self,

@@ -1,10 +1,11 @@
-"""The programs that can be compiled ahead: a training step, a scoring pass, a generation.
+"""The programs that can be compiled ahead: a training step, and the two of generation.
 
 Each is traced for the mesh that is set, from types alone, with what its parts weigh and the FLOPs
 that the model needs for it.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +14,17 @@ import jax.numpy as jnp
 from bltjax import plan, sharding
 from bltjax.config import ENTROPY_RULES, BLTConfig
 from bltjax.flops import TRAINING_FACTOR, flops_per_byte
-from bltjax.inference import decode
+from bltjax.inference import decode, generate
+from bltjax.inference.rows import Request
+from bltjax.inference.sampling import Sampling, knobs
+from bltjax.inference.stepping import Configs
 from bltjax.model import functional
-from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.training.in_step import make_patch_finder
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import abstract_state
 from bltjax.training.step import make_train_step
 
+ROWS_PER_SHARD, LEAST_PATCH_BYTES = 1, 2.0  # of texts that are generated
 ANY_THRESHOLD = 1.0  # where the text decides it; the program is the same
 
 
@@ -40,7 +44,7 @@ def trace(config, stage: str, program: str) -> Traced:
     """A program of a RunConfig on the mesh that is set."""
     if program == "train":
         return _trace_train(config, stage)
-    return _trace_prefill(config, stage) if program == "prefill" else _trace_decode(config)
+    return _trace_prefill(config) if program == "prefill" else _trace_decode(config)
 
 
 def _trace_train(config, stage) -> Traced:
@@ -78,69 +82,69 @@ def _patching(config):
     return dataclasses.replace(config.patching, threshold=threshold)
 
 
-def _trace_prefill(config, stage) -> Traced:
-    """The rows are those of one part of a batch of the training."""
-    model, training = plan.stage_configs(config, stage)
-    config = _one_part(config, stage, training)
-    params = sharding.concrete(functional.abstract_params(model))
-    batch = sharding.concrete(plan.abstract_batch(config, stage))
-    batch = {name: batch[name] for name in batch if name not in ("targets", "loss_mask")}
-
-    def prefill(params, batch):
-        inputs = [batch["document_ids"]]
-        if stage == "blt":
-            length = batch["tokens"].shape[1]
-            inputs.insert(0, buffers_from_lengths(batch["patch_lengths"], length))
-        return functional.apply(model, params, batch["tokens"], *inputs)
-
+def _trace_prefill(config) -> Traced:
+    """A piece of each prompt, with the patches that it has on average."""
+    plan, params, tokens, request = _generation(config)
+    num_bytes = plan.room.rows * plan.room.at_once
     return Traced(
-        traced=jax.jit(prefill).trace(params, batch),
-        parameter_bytes=plan.chip_bytes(params),
-        optimizer_bytes=0,
-        batch_bytes=plan.chip_bytes(batch),
-        num_bytes=batch["tokens"].size,
-        model_flops=_needed_flops(config, stage, batch)["forward"],
-        recompute_flops=0,
+        traced=decode.prefill.trace(plan, params, tokens, request),
+        num_bytes=num_bytes,
+        model_flops=_forward_flops(config) * num_bytes,
+        **_generation_bytes(params, tokens),
     )
-
-
-def _one_part(config, stage, training):
-    rows = training.batch_size // training.accumulation_steps
-    name = "entropy_training" if stage == "entropy_model" else "blt_training"
-    return dataclasses.replace(config, **{name: dataclasses.replace(training, batch_size=rows)})
 
 
 def _trace_decode(config) -> Traced:
-    """One prompt in a buffer of a row's bytes; every byte computes the whole row again."""
-    config = _one_row(config)
-    batch = plan.abstract_batch(config, "blt")
-    params = sharding.concrete(functional.abstract_params(config.blt))
-    entropy_config, entropy_params = None, None
-    forward = _needed_flops(config, "blt", batch)["forward"] / batch["tokens"].size
-    if config.patching.rule in ENTROPY_RULES:
-        entropy_config = config.entropy_model
-        entropy_params = sharding.concrete(functional.abstract_params(entropy_config))
-        forward += _needed_flops(config, "entropy_model", batch)["forward"] / batch["tokens"].size
-    tokens, number, key = sharding.concrete(
-        jax.eval_shape(
-            lambda: (jnp.zeros(batch["tokens"].shape[1], jnp.int32), 0, jax.random.key(0))
-        )
-    )
-    arguments = (params, entropy_params, tokens, number, number, 0.0, key)
+    """A byte of each row, and a patch of each."""
+    plan, params, tokens, request = _generation(config)
+    progress = jax.eval_shape(functools.partial(decode.prefill, plan), params, tokens, request)
+    steps = sharding.concrete(jax.eval_shape(lambda: jnp.int32(0)))
     return Traced(
-        traced=decode._generate.trace(config.blt, entropy_config, _patching(config), *arguments),
-        parameter_bytes=plan.chip_bytes((params, entropy_params)),
+        traced=decode.decode.trace(plan, params, sharding.concrete(progress), request, steps),
+        num_bytes=plan.room.rows,
+        model_flops=_forward_flops(config, patch_bytes=1.0) * plan.room.rows,
+        **_generation_bytes(params, progress),
+    )
+
+
+def _generation(config):
+    """Plan, parameters, tokens and request of rows as long as in training, from types alone."""
+    mesh = jax.sharding.get_mesh()
+    rows = ROWS_PER_SHARD * sharding.num_row_shards(mesh)
+    needed = config.entropy_model if config.patching.rule in ENTROPY_RULES else None
+    length = generate.room_for(config.blt_training.row_bytes)
+    configs = Configs(config.blt, needed, _patching(config))
+    decoding = generate.Decoding(least_patch_bytes=LEAST_PATCH_BYTES)
+    plan = generate.make_plan(configs, rows, length, decoding)
+    models = dict(blt=config.blt, entropy_model=needed)
+    params = {n: functional.abstract_params(m) for n, m in models.items() if m is not None}
+
+    def inputs():
+        row = sharding.shard_rows(jnp.zeros(rows, jnp.int32))
+        return sharding.shard_rows(jnp.zeros((rows, length), jnp.int32)), Request(
+            row, row, row.astype(jnp.uint32), jnp.zeros((0, 1), jnp.int32), knobs(Sampling())
+        )
+
+    return plan, *sharding.concrete((params, *jax.eval_shape(inputs)))
+
+
+def _generation_bytes(params, state) -> dict[str, int]:
+    return dict(
+        parameter_bytes=plan.chip_bytes(params),
         optimizer_bytes=0,
-        batch_bytes=plan.chip_bytes(tokens),
-        num_bytes=1,
-        model_flops=forward,
+        batch_bytes=plan.chip_bytes(state),
         recompute_flops=0,
     )
 
 
-def _one_row(config):
-    training = dataclasses.replace(config.blt_training, batch_size=1, accumulation_steps=1)
-    return dataclasses.replace(config, blt_training=training)
+def _forward_flops(config, patch_bytes: float | None = None) -> float:
+    """FLOPs of a byte, with the entropy model where patches need it."""
+    length = config.blt_training.row_bytes
+    patch_bytes = patch_bytes or config.patching.target_patch_bytes or 1.0
+    needed = flops_per_byte(config.blt, length, patch_bytes)["total"]
+    if config.patching.rule in ENTROPY_RULES:
+        needed += flops_per_byte(config.entropy_model, length, 1.0)["total"]
+    return needed
 
 
 def _needed_flops(config, stage, batch) -> dict[str, float]:

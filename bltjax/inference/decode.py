@@ -1,98 +1,112 @@
-"""Generation by recomputing the whole prefix for every byte: slow, and exact by construction.
+"""Generation on the device: the loop that reads prompts and the loop that writes bytes (spec 9.2).
 
-The buffers have a static shape and the loop runs on the device, so there is one compilation for
-any prompt that fits. This is the reference that cached decoding must equal.
+The global stack runs once per patch. Rows of a batch close patches at different times, so a row
+whose patch is complete waits while the others go on, until a quorum of rows waits; one call of the
+global stack then serves them all. What a row yields depends on no other row. With drafts a row does
+not wait, see `speculate.py`.
 """
 
 import functools
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from bltjax import sharding
-from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.inference.sampling import sample
-from bltjax.model import functional
-from bltjax.patching.boundaries import entropy_segments, patch_starts
-from bltjax.patching.buffers import buffers_from_starts
-from bltjax.patching.entropy import next_byte_entropy
-from bltjax.vocabulary import EOS_ID, PAD_ID, decode, encode
+from bltjax.inference import stepping
+from bltjax.inference.rows import (
+    Plan,
+    Progress,
+    Request,
+    append,
+    close_all,
+    counted,
+    finishes,
+    first_seen,
+    next_distributions,
+    quorum,
+    take_each,
+)
+from bltjax.inference.speculate import drafting_step
+from bltjax.ops.slots import on_rows
+
+PATCHES_AT_ONCE = 32  # of a prompt, in a call of the global stack
 
 
-def row_patch_starts(
-    patching: PatchingConfig, entropy_config: EntropyModelConfig, entropy_params, tokens
-):
-    """Patch starts bool [B, L+1] and entropies float32 [B, L] of tokens int32 [B, L].
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(plan: Plan, params, tokens, request: Request) -> Progress:
+    """Reads prompts, in tokens int32 [B, C], in pieces, up to the distribution of the next id."""
+    state = stepping.new_state(plan.configs, plan.room, tokens)
+    lengths, num_new = request.prompt_lengths, plan.room.at_once
 
-    Rules that need no entropies run no entropy model, and the entropies are then None.
-    """
-    if patching.rule not in ENTROPY_RULES:
-        return patch_starts(patching, tokens), None
-    segments = entropy_segments(tokens, patching.reset_at_newlines)
-    entropies = next_byte_entropy(
-        functional.apply(entropy_config, entropy_params, tokens, segments)
+    def read_piece(carry):
+        state, first, logits = carry
+        count = jnp.minimum(lengths - first, num_new)
+        state = stepping.read(plan.configs, params, state, first, count, num_new)
+        state = close_all(plan, params, state, first + count - 1, PATCHES_AT_ONCE)[0]
+        piece, state = stepping.predict(plan.configs, params, state, first, count, num_new)
+        last = on_rows(take_each, piece, jnp.maximum(count - 1, 0))
+        return state, first + count, jnp.where((count > 0)[:, None], last, logits)
+
+    zeros = jnp.zeros_like(lengths)
+    no_logits = jnp.zeros_like(tokens[:, :1], jnp.float32)
+    no_logits = no_logits.repeat(plan.configs.blt.vocab_size, axis=1)
+    state, _, logits = jax.lax.while_loop(
+        lambda carry: (carry[1] < lengths).any(), read_piece, (state, zeros, no_logits)
     )
-    return patch_starts(patching, tokens, entropies), entropies
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(
-    config, entropy_config, patching, params, entropy_params, tokens, length, stop, temperature, key
-):
-    """tokens int32 [L] filled to `length` -> filled to EOS or `stop`, and the new length."""
-
-    def next_logits(tokens, length):
-        rows = sharding.one_per_shard(tokens)
-        starts, _ = row_patch_starts(patching, entropy_config, entropy_params, rows)
-        patches = buffers_from_starts(starts, tokens.size + 1)
-        logits = sharding.first_row(functional.apply(config, params, rows, patches))
-        return jax.lax.dynamic_index_in_dim(logits, length - 1, keepdims=False)
-
-    def unfinished(carry):
-        tokens, length = carry
-        return (length < stop) & (tokens[length - 1] != EOS_ID)
-
-    def add_byte(carry):
-        tokens, length = carry
-        # The key depends on the position alone: the same seed gives the same text again.
-        token = sample(next_logits(tokens, length), temperature, jax.random.fold_in(key, length))
-        return tokens.at[length].set(token), length + 1
-
-    return jax.lax.while_loop(unfinished, add_byte, (tokens, length))
-
-
-def generate_by_recompute(
-    config: BLTConfig,
-    params,
-    entropy_config: EntropyModelConfig | None,
-    entropy_params,
-    patching: PatchingConfig,
-    prompt: bytes | str,
-    *,
-    max_new_bytes: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> bytes:
-    """The continuation of one prompt, ended by EOS or after `max_new_bytes`.
-
-    temperature 0 is greedy. Patches are found afresh for every byte with `patching`; its threshold
-    must be the one the model was trained with.
-    """
-    ids = encode(prompt, add_eos=False)
-    stop = len(ids) + max_new_bytes
-    # A few lengths of the buffer, so that few are compiled; what is not reached changes nothing.
-    tokens = np.full(-(-stop // 64) * 64, PAD_ID, np.int32)
-    tokens[: len(ids)] = ids
-    tokens, length = _generate(
-        config,
-        entropy_config,
-        patching,
-        params,
-        entropy_params,
-        tokens,
-        len(ids),
-        stop,
-        temperature,
-        jax.random.key(seed),
+    seen = on_rows(first_seen, tokens, lengths)
+    never = zeros < 0
+    return Progress(
+        state=state,
+        length=lengths,
+        next_log_p=next_distributions(request, state, lengths, logits[:, None], seen)[:, 0],
+        drawable=~never,
+        redraw=never,
+        done=lengths >= request.stop_at,
+        first_seen=seen,
+        anchor=zeros - 1,
+        draft_log_p=jnp.zeros_like(logits[:, None].repeat(plan.max_drafts, axis=1)),
+        draft_limit=zeros + plan.max_drafts,
+        rounds=zeros,
+        counts=dict(
+            steps=jnp.int32(0),  # of the entropy model, encoder and decoder, all rows together
+            global_calls=jnp.int32(0),  # all rows together
+            drafted=zeros,
+            accepted=zeros,
+            prompt_patches=state.blt.num_patches,
+        ),
     )
-    return decode(np.asarray(tokens)[len(ids) : int(length)])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode(plan: Plan, params, progress: Progress, request: Request, max_steps) -> Progress:
+    """Writes bytes until all rows are done, for at most so many steps, a byte per row and step."""
+    last_step = progress.counts["steps"] + max_steps
+
+    def at_work(progress):
+        return ~progress.done.all() & (progress.counts["steps"] < last_step)
+
+    step = _plain_step if plan.max_drafts == 0 else drafting_step
+    return jax.lax.while_loop(at_work, functools.partial(step, plan, params, request), progress)
+
+
+def _plain_step(plan: Plan, params, request: Request, progress: Progress) -> Progress:
+    """A byte for each row that does not wait; the global stack where enough rows wait."""
+    progress = append(plan, params, request, progress, progress.drawable & ~progress.done)
+    done = finishes(request, progress.state, progress.length[:, None])[:, 0]
+    last = progress.length - 1
+    waits = (stepping.num_waiting(progress.state, last) > 0) & ~done
+    calls = quorum(plan, waits, done)
+    state = jax.lax.cond(
+        calls,
+        lambda state: stepping.close(plan.configs, params, state, last, 1, waits),
+        lambda state: state,
+        progress.state,
+    )
+    logits, state = stepping.predict(plan.configs, params, state, last, jnp.ones_like(last), 1)
+    seen = progress.first_seen
+    return progress._replace(
+        state=state,
+        next_log_p=next_distributions(request, state, progress.length, logits, seen)[:, 0],
+        drawable=~waits | calls,
+        done=done,
+        counts=counted(progress.counts, global_calls=calls),
+    )

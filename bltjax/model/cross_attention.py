@@ -54,9 +54,19 @@ class CrossAttention(nnx.Module):
         )
         return self.wo(merge_heads(out))
 
+    def keys_values(self, kv):
+        """kv [B, L, E] -> keys, values [B, L, G, D], to be kept for `read`."""
+        kv = self.cross_attn_norm_kv(kv)
+        return tuple(split_heads(w(kv), self.head_width) for w in (self.wk, self.wv))
+
+    def read(self, x, attend):
+        """What x [B, L, E] reads; attend: queries [B, L, H, D] -> [B, L, H, D]."""
+        q = split_heads(self.wq(self.cross_attn_norm_q(x)), self.head_width)
+        return self.wo(merge_heads(attend(q)))
+
     def _project(self, x, kv):
-        q, kv = self.wq(self.cross_attn_norm_q(x)), self.cross_attn_norm_kv(kv)
-        q, keys, values = (split_heads(y, self.head_width) for y in (q, self.wk(kv), self.wv(kv)))
+        q = split_heads(self.wq(self.cross_attn_norm_q(x)), self.head_width)
+        keys, values = self.keys_values(kv)
         return q, repeat_heads(keys, self.group_size), repeat_heads(values, self.group_size)
 
 

@@ -10,9 +10,8 @@ from flax import nnx
 from bltjax.config import BLTConfig
 from bltjax.model.cross_attention import add_residual, make_cross_layers, merge_slots
 from bltjax.model.parameters import Linear, RMSNorm
-from bltjax.model.transformer import layer_slice, make_blocks, scan_layers
+from bltjax.model.transformer import block_of_rows, layer_slice, make_blocks, scan_layers
 from bltjax.ops.pooling import take_patches
-from bltjax.ops.rotary import rotary_angles
 
 
 class LocalDecoder(nnx.Module):
@@ -58,28 +57,22 @@ class LocalDecoder(nnx.Module):
         chex.assert_shape(patch_states, (*patches.lengths.shape, config.global_transformer.dim))
         if config.has_decoder_projection:
             patch_states = self.patch_embedding_projection(patch_states)
-        angles = rotary_angles(h.shape[1], local.head_width, local.rope_theta)
-
-        def block_only(block, h):
-            return block(h, angles, segments)
+        run_block = block_of_rows(local, segments)
 
         if not config.cross_attention.decoder:
             ids = patches.decoder_ids
             h = h + take_patches(patch_states, ids) * (ids >= 0)[..., None].astype(h.dtype)
-            h, states = scan_layers(self.layers, h, block_only, config.remat)
-            return self._logits(h), states
+            h, states = scan_layers(self.layers, h, run_block, config.remat)
+            return self.logits(h), states
 
-        k = config.cross_attention.k
-        patch_states = merge_slots(patch_states.reshape(*patch_states.shape[:2], k, local.dim))
+        patch_states, k = self.slots_of(patch_states), config.cross_attention.k
 
         def both(layer, h):
             block, cross = layer
             read = cross.bytes_from_patches(
                 h, patch_states, patches.decoder_ids, k, config.cross_attention.window_decoder
             )
-            return block(
-                add_residual(h, read, config.cross_attention.doubled_residual), angles, segments
-            )
+            return run_block(block, add_residual(h, read, config.cross_attention.doubled_residual))
 
         num_cross = local.num_layers if config.cross_attention.all_layers_decoder else 1
         h, states = scan_layers(
@@ -87,10 +80,16 @@ class LocalDecoder(nnx.Module):
         )
         if num_cross < local.num_layers:
             h, more = scan_layers(
-                layer_slice(self.layers, num_cross, None), h, block_only, config.remat
+                layer_slice(self.layers, num_cross, None), h, run_block, config.remat
             )
             states = jnp.concatenate([states, more])
-        return self._logits(h), states
+        return self.logits(h), states
 
-    def _logits(self, h):
+    def slots_of(self, wide):
+        """[B, P, k*E] -> [B, P*k, E]."""
+        k, width = self.config.cross_attention.k, self.config.local_decoder.dim
+        return merge_slots(wide.reshape(*wide.shape[:2], k, width))
+
+    def logits(self, h):
+        """[B, L, E] -> float32 [B, L, V]."""
         return self.output(self.norm(h)).astype(jnp.float32)

@@ -10,6 +10,7 @@ from bltjax.config import BLTConfig
 from bltjax.model.cross_attention import add_residual, make_cross_layers, merge_slots, split_slots
 from bltjax.model.parameters import Embedding, Linear
 from bltjax.model.transformer import (
+    block_of_rows,
     layer_slice,
     make_blocks,
     rematerialised,
@@ -17,7 +18,6 @@ from bltjax.model.transformer import (
     scan_layers,
 )
 from bltjax.ops.pooling import pool_patches
-from bltjax.ops.rotary import rotary_angles
 
 
 class LocalEncoder(nnx.Module):
@@ -55,27 +55,27 @@ class LocalEncoder(nnx.Module):
         if not self.config.cross_attention.all_layers_encoder:
             h = run_blocks(self.layers, local, embedded, segments, remat)
             patch_states = self._read(
-                _only(self.cross_attn_layers), self._queries(h, patches), h, patches
+                only(self.cross_attn_layers), self._queries(h, patches), h, patches
             )
         else:
             h, patch_states = self._alternate(embedded, patches, segments)
-        return h, _widen(patch_states, self.config.cross_attention.k)
+        return h, widen(patch_states, self.config.cross_attention.k)
 
     def _alternate(self, h, patches, segments):
         """Cross-attention after every block; the first one pools its queries, no other does."""
         local = self.config.local_encoder
-        angles = rotary_angles(h.shape[1], local.head_width, local.rope_theta)
+        run_block = block_of_rows(local, segments)
 
         def both(layer, carry):
             (block, cross), (h, patch_states) = layer, carry
-            h = block(h, angles, segments)
+            h = run_block(block, h)
             if patch_states is None:
                 patch_states = self._queries(h, patches)
             return h, self._read(cross, patch_states, h, patches)
 
         layers = (self.layers, self.cross_attn_layers)
         first = rematerialised(both, self.config.remat)
-        carry = first(_only(layer_slice(layers, 0, 1)), (h, None))
+        carry = first(only(layer_slice(layers, 0, 1)), (h, None))
         if local.num_layers > 1:
             carry, _ = scan_layers(layer_slice(layers, 1, None), carry, both, self.config.remat)
         return carry
@@ -85,7 +85,10 @@ class LocalEncoder(nnx.Module):
 
     def _queries(self, h, patches):
         """k vectors of local width per patch, from its pooled bytes: [B, P*k, E]."""
-        wide = self.patch_embedding_projection(self._pool(h, patches))
+        return self.slots_of(self.patch_embedding_projection(self._pool(h, patches)))
+
+    def slots_of(self, wide):
+        """[B, P, k*E] -> [B, P*k, E]."""
         k = self.config.cross_attention.k
         return merge_slots(wide.reshape(*wide.shape[:2], k, wide.shape[2] // k))
 
@@ -97,12 +100,12 @@ class LocalEncoder(nnx.Module):
         return add_residual(patch_states, read, config.doubled_residual)
 
 
-def _widen(patch_states, k: int):
+def widen(patch_states, k: int):
     """[B, P*k, E] -> [B, P, k*E]: a patch is its k vectors side by side."""
     slots = split_slots(patch_states, k)
     return slots.reshape(*slots.shape[:2], -1)
 
 
-def _only(layers):
+def only(layers):
     """The single layer of a stack of one, unstacked."""
     return jax.tree.map(lambda w: w[0], layers)

@@ -37,15 +37,14 @@ class Attention(nnx.Module):
         self.wv = Linear(kv_dim, config.dim, std=std, axes=("heads", "embed"), key=kv)
         self.wo = Linear(config.dim, q_dim, std=std, axes=("embed", "heads"), key=ko)
 
-    def __call__(self, x, angles, segments):
-        """x [B, L, E], angles [L, D/2], segments int32 [B, L] -> [B, L, E]."""
+    def __call__(self, x, angles, attend):
+        """x [B, L, E], angles [L, D/2] or [B, L, D/2] -> [B, L, E], and the keys and values.
+
+        attend(q, k, v): q [B, L, H, D]; k, v [B, L, G, D] -> [B, L, H, D].
+        """
         q, k, v = (split_heads(w(x), self.config.head_width) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rotary(q, angles), apply_rotary(k, angles)
-        if self.config.window is None:
-            out = causal_attention(q, k, v, segments)
-        else:
-            out = window_attention(q, k, v, segments, self.config.window)
-        return self.wo(merge_heads(out))
+        return self.wo(merge_heads(attend(q, k, v))), (k, v)
 
 
 class FeedForward(nnx.Module):
@@ -70,9 +69,11 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def __call__(self, x, angles, segments):
-        x = x + self.attention(self.attention_norm(x), angles, segments)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def __call__(self, x, angles, attend):
+        """As `Attention`, with the residuals and the feed-forward layer."""
+        read, keys_values = self.attention(self.attention_norm(x), angles, attend)
+        x = x + read
+        return x + self.feed_forward(self.ffn_norm(x)), keys_values
 
 
 def make_blocks(config: TransformerConfig, init: InitConfig, key) -> Block:
@@ -88,6 +89,14 @@ def stack_layers(make, num_layers: int, key):
 def layer_slice(layers, start: int, stop: int | None):
     """Some of the stacked layers, still stacked."""
     return jax.tree.map(lambda w: w[start:stop], layers)
+
+
+def each_layer(layers) -> list:
+    """The layers of a stack one by one, where they are stacked and where they are not."""
+    if isinstance(layers, nnx.List):
+        return list(layers)
+    (num_layers,) = {len(w) for w in jax.tree.leaves(layers)}
+    return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(num_layers)]
 
 
 def scan_layers(layers, carry, apply, remat: str):
@@ -114,8 +123,20 @@ def rematerialised(function, remat: str):
 
 def run_blocks(blocks: Block, config: TransformerConfig, x, segments, remat: str):
     """x [B, L, E] through all blocks of a stack."""
-    angles = rotary_angles(x.shape[1], config.head_width, config.rope_theta)
-    return scan_layers(blocks, x, lambda block, x: block(x, angles, segments), remat)[0]
+    run_block = block_of_rows(config, segments)
+    return scan_layers(blocks, x, run_block, remat)[0]
+
+
+def block_of_rows(config: TransformerConfig, segments):
+    """run_block(block, x) of whole rows x [B, L, E], whose positions see their segment [B, L]."""
+    angles = rotary_angles(segments.shape[1], config.head_width, config.rope_theta)
+
+    def attend(q, k, v):
+        if config.window is None:
+            return causal_attention(q, k, v, segments)
+        return window_attention(q, k, v, segments, config.window)
+
+    return lambda block, x: block(x, angles, attend)[0]
 
 
 def split_heads(x, head_width: int):

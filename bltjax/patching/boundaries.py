@@ -24,13 +24,19 @@ def patch_starts(config, tokens, entropies=None):
     after tokens[..., :i+1]; needed by the entropy rules only. Raises ValueError where they are
     missing, and for an unknown rule.
     """
-    starts = _rule_starts(config, tokens, entropies)
+    starts = rule_starts(config, tokens, entropies)
     if config.max_patch_length is not None:
         starts = limit_patch_length(starts, config.max_patch_length)
     return starts
 
 
-def _rule_starts(config, tokens, entropies):
+def num_forced(rule):
+    """How many positions at the start of a text start patches in any case. Spec 2.3, 2.4."""
+    return 3 if rule in ("monotonic", "global_monotonic") else 2
+
+
+def rule_starts(config, tokens, entropies):
+    """`patch_starts` without the limit on a patch's length."""
     if config.rule == "space":
         return space_starts(tokens)
     if config.rule == "static":

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 from bltjax.config import PatchingConfig
-from bltjax.inference.decode import generate_by_recompute
-from bltjax.inference.sampling import sample
+from bltjax.inference.recompute import generate_by_recompute
 from bltjax.model import functional
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.buffers import buffers_from_starts
 from bltjax.patching.entropy import next_byte_entropy
-from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, encode
+from bltjax.vocabulary import BYTE_OFFSET, encode
 from tests import golden
 
 CONFIG, ENTROPY_CONFIG = golden.blt_config("meta_A_1b_like"), golden.entropy_config()
@@ -69,14 +68,3 @@ def test_generation_ends_at_eos(params):
     decoder["norm"] = {"weight": np.zeros_like(decoder["norm"]["weight"])}  # all logits equal
     always_eos["local_decoder"] = decoder
     assert generate((always_eos, params[1]), "text") == b""  # EOS is the first id that may be drawn
-
-
-def test_sampling_never_draws_ids_without_bytes():
-    logits = np.zeros(260, np.float32)
-    logits[[0, 1, 3]] = 100.0
-    drawn = {
-        int(sample(logits, temperature, jax.random.key(seed)))
-        for seed in range(20)
-        for temperature in (0.0, 1.0)
-    }
-    assert not drawn & {0, 1, 3} and EOS_ID in drawn

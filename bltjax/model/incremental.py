@@ -1,0 +1,251 @@
+"""The models a few positions at a time, on caches; together they equal a full pass (spec 9.2).
+
+`read_entropies` and `read_bytes` take positions as they come, `close_patches` runs the global stack
+on patches that are complete, and `predict` gives the logits of positions whose patches are closed.
+All writes are by position: to read a position again changes nothing, and a row steps back by
+reading earlier positions again.
+
+Letters: B rows, T new positions, M new patches, K vectors per patch, E local width. `first` int32
+[B] is the position of each row's first new one, and `count` [B] says how many of the T are meant.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from bltjax.model.blt import BLT
+from bltjax.model.cache import BLTCache, KeysValues, Stack
+from bltjax.model.cross_attention import add_residual, merge_slots, split_slots
+from bltjax.model.embeddings import embed_bytes
+from bltjax.model.entropy_model import EntropyModel
+from bltjax.model.local_encoder import widen
+from bltjax.model.transformer import each_layer
+from bltjax.ops.cached_attention import (
+    ring_attention,
+    slots_attention,
+    span_attention,
+    store_attention,
+)
+from bltjax.ops.rotary import angles_at
+from bltjax.ops.slots import below, read_slots, span, write_slots
+from bltjax.patching.entropy import next_byte_entropy
+
+
+def read_entropies(model: EntropyModel, cache: Stack, tokens, first, count, line_starts):
+    """Entropies float32 [B, T], in nats, after tokens int32 [B, T], and the cache with these.
+
+    line_starts int32 [B, T]: the first position that each may see.
+    """
+    stack = model.config.transformer
+    x = model.tok_embeddings(tokens, model.config.compute_dtype)
+    attend = _ring_attention(stack, first, count, tokens.shape[1], line_starts)
+    x, cache = _run_blocks(model.layers, stack, x, cache, first, attend)
+    return next_byte_entropy(model.output(model.norm(x)).astype(jnp.float32)), cache
+
+
+def read_bytes(model: BLT, cache: BLTCache, tokens, before, first, count, opens) -> BLTCache:
+    """The cache with what the encoder makes of tokens int32 [B, T].
+
+    before: int32 [B, n]: the ids before them, 0 where there are none, as many as n-grams reach back
+    (`ngram_reach`). opens: bool [B, T]: a patch starts here.
+    """
+    config, encoder, cross = model.config, model.local_encoder, model.config.cross_attention
+    tables = model.encoder_hash_tok_embedding if config.hash.sizes else None
+    h = embed_bytes(tokens, encoder.tok_embeddings, tables, config, before=before)
+    states = []
+    attend = _ring_attention(config.local_encoder, first, count, tokens.shape[1])
+    h, rings = _run_blocks(
+        encoder.layers, config.local_encoder, h, cache.encoder, first, attend, states=states
+    )
+    positions = span(first, 0, tokens.shape[1])
+    byte, pooled = cache.byte, h
+    if cross.encoder:
+        read = states if cross.all_layers_encoder else [h]
+        pooled = read[0]
+        layers = each_layer(encoder.cross_attn_layers)
+        slots = _slots(positions, count, byte[0].keys.shape[2])
+        byte = tuple(
+            _write(kept, layer.keys_values(h), slots)
+            for kept, layer, h in zip(byte, layers, read, strict=True)
+        )
+    num_slots = cache.states.shape[1]
+    last = read_slots(cache.pooled, (first[:, None] - 1) % num_slots)
+    pooled = _pool_on(config.pooling, last, pooled.astype(jnp.float32), opens)
+    slots = _slots(positions, count, num_slots)
+    return cache._replace(
+        encoder=rings,
+        byte=byte,
+        states=write_slots(cache.states, h, slots),
+        pooled=write_slots(cache.pooled, pooled, slots),
+    )
+
+
+def ngram_reach(config) -> int:
+    """How many ids before a position its n-grams hold."""
+    return max(config.hash.sizes, default=1) - 1
+
+
+def close_patches(model: BLT, cache: BLTCache, starts, ends, seen_from, count) -> BLTCache:
+    """The cache after the global stack has read the next `count` int32 [B] patches, M at most.
+
+    starts, ends: int32 [B, M], their positions, the end not included. seen_from: the first position
+    that a patch reads, with the encoder's window of patches.
+    """
+    config, first = model.config, cache.num_patches
+    valid = below(count, starts.shape[1])
+    starts, ends, seen_from = (jnp.where(valid, x, 0) for x in (starts, ends, seen_from))
+    patches = _encode_patches(model, cache, starts, ends, seen_from)
+    stack = model.global_transformer
+    if config.patch_width != config.global_transformer.dim:
+        patches = stack.token_embedding_projection(patches)
+
+    def attend(q, k, v, kept):
+        return store_attention(q, k, v, *kept, first, count)
+
+    patches, stores = _run_blocks(
+        stack.layers, config.global_transformer, patches, cache.patch, first, attend
+    )
+    cache = cache._replace(patch=stores, num_patches=first + count)
+    return _offer(model.local_decoder, cache, patches, span(first, 0, starts.shape[1]), valid)
+
+
+def predict(model: BLT, cache: BLTCache, num_new: int, first, count, patch_numbers):
+    """Logits float32 [B, T, V] of T = num_new positions that were read, and the cache.
+
+    patch_numbers: int32 [B, T]: the patch that each position reads; it must have been closed.
+    """
+    config, decoder = model.config, model.local_decoder
+    local, cross = config.local_decoder, config.cross_attention
+    positions = span(first, 0, num_new)
+    h = read_slots(cache.states, positions % cache.states.shape[1])
+    attend = _ring_attention(local, first, count, num_new)
+    if cross.decoder:
+        slots, visible = _patch_slots(cache.read[0].keys.shape[2], cross, patch_numbers)
+        layers = each_layer(decoder.cross_attn_layers)
+
+        def read(index, h):
+            if index >= len(layers):
+                return h
+
+            def attend(q):
+                return slots_attention(q, *cache.read[index], slots, visible)
+
+            return add_residual(h, layers[index].read(h, attend), cross.doubled_residual)
+    else:
+        patches = read_slots(cache.patch_states, patch_numbers % cache.patch_states.shape[1])
+
+        def read(index, h):
+            return h if index else h + patches
+
+    h, rings = _run_blocks(decoder.layers, local, h, cache.decoder, first, attend, before=read)
+    return decoder.logits(h), cache._replace(decoder=rings)
+
+
+def _run_blocks(layers, stack, x, cache, first, attend, before=None, states=None):
+    """x [B, T, E] through the blocks of a stack, and the stack's cache.
+
+    attend(q, k, v, kept): the result and the cache of a layer with the new keys and values.
+    before(index, x) comes before each block; its result is put into `states`.
+    """
+    angles = angles_at(span(first, 0, x.shape[1]), stack.head_width, stack.rope_theta)
+    kept = []
+
+    def attend_and_keep(q, k, v):
+        out, *keys_values = attend(q, k, v, cache[len(kept)])
+        kept.append(KeysValues(*keys_values))
+        return out
+
+    for index, block in enumerate(each_layer(layers)):
+        x = before(index, x) if before else x
+        x, _ = block(x, angles, attend_and_keep)
+        if states is not None:
+            states.append(x)
+    return x, tuple(kept)
+
+
+def _ring_attention(stack, first, count, num_new, earliest=0):
+    earliest = jnp.maximum(earliest, span(first, 0, num_new) - stack.window + 1)
+
+    def attend(q, k, v, kept):
+        return ring_attention(q, k, v, *kept, first, count, earliest)
+
+    return attend
+
+
+def _slots(positions, count, num_slots):
+    """Slots of the first `count` positions, or of a single one; the others are put outside."""
+    meant = positions < positions[:, :1] + count[:, None]
+    return jnp.where(meant | (positions.shape[1] == 1), positions % num_slots, num_slots)
+
+
+def _write(kept: KeysValues, new, slots) -> KeysValues:
+    """new: keys, values [B, M, G, D]; slots [B, M]."""
+    new = (jnp.swapaxes(x, 1, 2) for x in new)
+    return KeysValues(*(write_slots(x, y, slots) for x, y in zip(kept, new, strict=True)))
+
+
+def _pool_on(mode, last, h, opens):
+    """Of each position [B, T]: its patch's bytes so far, pooled; the sum for "mean".
+
+    last [B, 1, E]: that of the position before. h float32 [B, T, E].
+    """
+    operation = {"max": jnp.maximum, "min": jnp.minimum, "mean": jnp.add}[mode]
+
+    def join(left, right):
+        (left_opens, left), (right_opens, right) = left, right
+        joined = jnp.where(right_opens, right, operation(left, right))
+        return left_opens | right_opens, joined
+
+    flags = jnp.pad(opens, ((0, 0), (1, 0)))[..., None]
+    joined = jax.lax.associative_scan(join, (flags, jnp.concatenate([last, h], axis=1)), axis=1)
+    return joined[1][:, 1:]
+
+
+def _encode_patches(model: BLT, cache, starts, ends, seen_from):
+    """Patches [B, M, patch_width] as the encoder hands them to the global stack."""
+    config, encoder, cross = model.config, model.local_encoder, model.config.cross_attention
+    pooled = read_slots(cache.pooled, (ends - 1) % cache.pooled.shape[1])
+    if config.pooling == "mean":
+        pooled = pooled / jnp.maximum(ends - starts, 1)[..., None]
+    pooled = pooled.astype(config.compute_dtype)
+    if not cross.encoder:
+        return pooled
+
+    def attend(q, kept):
+        return merge_slots(span_attention(split_slots(q, cross.k), *kept, seen_from, ends))
+
+    patches = encoder.slots_of(encoder.patch_embedding_projection(pooled))
+    for layer, kept in zip(each_layer(encoder.cross_attn_layers), cache.byte, strict=True):
+        read = layer.read(patches, functools.partial(attend, kept=kept))
+        patches = add_residual(patches, read, cross.doubled_residual)
+    return widen(patches, cross.k)
+
+
+def _offer(decoder, cache: BLTCache, patches, numbers, valid) -> BLTCache:
+    """The cache with what the decoder reads of new global states [B, M, G]."""
+    config, cross = decoder.config, decoder.config.cross_attention
+    if config.has_decoder_projection:
+        patches = decoder.patch_embedding_projection(patches)
+    if not cross.decoder:
+        num_slots = cache.patch_states.shape[1]
+        slots = jnp.where(valid, numbers % num_slots, num_slots)
+        return cache._replace(patch_states=write_slots(cache.patch_states, patches, slots))
+    vectors = decoder.slots_of(patches)
+    num_slots = cache.read[0].keys.shape[2]
+    slots = span(numbers % (num_slots // cross.k) * cross.k, 0, cross.k)
+    slots = jnp.where(valid[..., None], slots, num_slots).reshape(len(slots), -1)
+    layers = each_layer(decoder.cross_attn_layers)
+    new = [
+        _write(x, layer.keys_values(vectors), slots)
+        for x, layer in zip(cache.read, layers, strict=True)
+    ]
+    return cache._replace(read=tuple(new))
+
+
+def _patch_slots(num_slots, cross, patch_numbers):
+    """Slots int32, and whether there is anything in them, [B, T, W * K] of W patches back."""
+    seen = span(patch_numbers, 1 - (cross.window_decoder or 1), 1)
+    slots = span(seen % (num_slots // cross.k) * cross.k, 0, cross.k)
+    visible = jnp.broadcast_to((seen >= 0)[..., None], slots.shape)
+    return (x.reshape(*patch_numbers.shape, -1) for x in (slots, visible))

@@ -1,0 +1,181 @@
+"""Attention of new positions to cached ones, for generation.
+
+A ring of R slots holds the newest positions of a row, position p in slot p mod R; a store holds all
+of them, position p in slot p. Rows stand at positions of their own. Softmaxes are in float32.
+
+Letters: B rows, T new positions, H query heads, G key/value heads, D head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from bltjax.ops.slots import below, on_shards, read_row, span, write_rows
+
+BLOCK = 128  # slots of a store that are read at a time
+_MASKED = -1e30  # finite, so that parts where a query sees nothing merge without NaN
+
+
+def ring_attention(q, k, v, ring_k, ring_v, first, count, earliest):
+    """New positions see those in the ring, and of each other those not later, from `earliest` on.
+
+    q [B, T, H, D]; k, v [B, T, G, D]: positions first .. first + T - 1, of which the first `count`
+    [B] are kept, or if T is 1 all. ring_k, ring_v [B, G, R, D], R at least T; earliest int32 [B, T]
+    -> [B, T, H, D], and the rings.
+
+    A slot is taken to hold the latest position that it can. So a row may step back by n positions
+    if R is n more than any query looks back.
+    """
+
+    def attend(q, k, v, ring_k, ring_v, first, count, earliest):
+        num_new, num_slots = q.shape[1], ring_k.shape[2]
+        positions = span(first, 0, num_new)
+        kept = below(count, num_new) | (num_new == 1)
+        slots = jnp.where(kept, positions % num_slots, num_slots)
+
+        def written():
+            return _write(ring_k, k, slots), _write(ring_v, v, slots)
+
+        def see_rings(sums, rings, last):
+            held = last - (last - jnp.arange(num_slots)[None]) % num_slots
+            return _add(sums, q, *rings, held[:, None] >= earliest[..., None])
+
+        if num_new == 1:  # Written first, so that XLA sees that nobody reads the old ring any more.
+            rings = written()
+            return _result(see_rings(_nothing(q, k.shape[2]), rings, positions), q), *rings
+        sums = _see_new(q, k, v, first, earliest)
+        return _result(see_rings(sums, (ring_k, ring_v), positions[:, :1] - 1), q), *written()
+
+    return on_shards(attend, q, k, v, ring_k, ring_v, first, count, earliest, like=(0, 3, 4))
+
+
+def store_attention(q, k, v, store_k, store_v, first, count, block: int = BLOCK):
+    """New positions see all stored ones before `first`, and of each other those not later.
+
+    Shapes as in `ring_attention`; the number of slots is a multiple of `block`, or less. Cost
+    follows the longest row, not the number of slots.
+    """
+
+    def attend(q, k, v, store_k, store_v, first, count):
+        batch, groups, num_slots, width = store_k.shape
+        num_new, size = q.shape[1], min(block, num_slots)
+        slots = jnp.where(below(count, num_new), span(first, 0, num_new), num_slots)
+
+        def written():
+            return _write(store_k, k, slots), _write(store_v, v, slots)
+
+        def see_stores(sums, stores, length):
+            def add_block(i, sums):
+                start, shape = (0, 0, i * size, 0), (batch, groups, size, width)
+                keys_values = (jax.lax.dynamic_slice(x, start, shape) for x in stores)
+                visible = below(length - i * size, size)
+                return _add(sums, q, *keys_values, visible[:, None])
+
+            return jax.lax.fori_loop(0, (length.max() + size - 1) // size, add_block, sums)
+
+        if num_new == 1:
+            stores = written()
+            sums = see_stores(_nothing(q, groups), stores, first + count)
+            return _result(sums, q), *stores
+        sums = _see_new(q, k, v, first, jnp.zeros_like(first)[:, None])
+        return _result(see_stores(sums, (store_k, store_v), first), q), *written()
+
+    return on_shards(attend, q, k, v, store_k, store_v, first, count, like=(0, 3, 4))
+
+
+def span_attention(q, store_k, store_v, starts, ends, block: int = 16):
+    """The K queries of each of M spans of a row see the stored positions start .. end - 1.
+
+    q [B, M, K, H, D]; store_k, store_v [B, G, P, D]; starts, ends int32 [B, M]
+    -> [B, M, K, H, D], 0 for empty spans. Cost follows the longest span.
+    """
+
+    def attend(q, store_k, store_v, starts, ends):
+        rows, spans = q.shape[:2]
+        flat = q.reshape(rows * spans, *q.shape[2:])  # spans do not see each other
+
+        def add_block(i, sums):
+            at = span(starts + i * block, 0, block)
+            keys, values = (_take_each(x, at) for x in (store_k, store_v))
+            visible = (at < ends[..., None]).reshape(rows * spans, 1, block)
+            return _add(sums, flat, keys, values, visible)
+
+        num_blocks = ((ends - starts).max() + block - 1) // block
+        sums = jax.lax.fori_loop(0, num_blocks, add_block, _nothing(flat, store_k.shape[1]))
+        return _result(sums, flat).reshape(q.shape)
+
+    return on_shards(attend, q, store_k, store_v, starts, ends)
+
+
+def slots_attention(q, cache_k, cache_v, slots, visible):
+    """Each new position sees the cached slots that it names.
+
+    q [B, T, H, D]; cache_k, cache_v [B, G, R, D]; slots int32 and visible bool [B, T, M]
+    -> [B, T, H, D], 0 where nothing is visible.
+    """
+
+    def attend(q, cache_k, cache_v, slots, visible):
+        rows, new = q.shape[:2]
+        flat = q.reshape(rows * new, 1, *q.shape[2:])
+        keys, values = (_take_each(x, slots) for x in (cache_k, cache_v))
+        sums = _add(
+            _nothing(flat, keys.shape[1]), flat, keys, values, visible.reshape(len(flat), 1, -1)
+        )
+        return _result(sums, flat).reshape(q.shape)
+
+    return on_shards(attend, q, cache_k, cache_v, slots, visible)
+
+
+def _take_each(cache, slots):
+    """cache [B, G, R, D], slots [B, M, S] -> [B * M, G, S, D]."""
+    rows, groups, _, width = cache.shape
+    taken = jax.vmap(read_row)(cache, slots.reshape(rows, -1)).reshape(
+        rows, groups, *slots.shape[1:], width
+    )
+    return jnp.swapaxes(taken, 1, 2).reshape(-1, groups, slots.shape[-1], width)
+
+
+def _write(cache, new, slots):
+    """cache [B, G, R, D] with new [B, T, G, D] in slots [B, T]."""
+    return write_rows(cache, jnp.swapaxes(new, 1, 2), slots)
+
+
+# A softmax in parts: the largest score, the sum of weights and the sum of weighted values.
+
+
+def _nothing(q, groups):
+    batch, new, heads, width = q.shape
+    mixed = jnp.zeros((batch, groups, heads // groups, new, width), jnp.float32)
+    return jnp.full(mixed.shape[:-1], _MASKED), jnp.zeros(mixed.shape[:-1]), mixed
+
+
+def _add(sums, q, keys, values, visible):
+    """Adds keys, values [B, G, S, D] that visible [B, T or 1, S] lets each query see."""
+    top, total, mixed = sums
+    queries = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[3])
+    scores = _product("btgrd,bgsd->bgrts", queries, keys) * q.shape[3] ** -0.5
+    visible = visible[:, None, None]
+    scores = jnp.where(visible, scores, _MASKED)
+    new_top = jnp.maximum(top, scores.max(axis=-1))
+    weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0)
+    kept = jnp.exp(top - new_top)
+    read = _product("bgrts,bgsd->bgrtd", weights, values)
+    return new_top, total * kept + weights.sum(axis=-1), mixed * kept[..., None] + read
+
+
+def _see_new(q, k, v, first, earliest):
+    """What new positions see of each other."""
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    positions = span(first, 0, q.shape[1])
+    visible = positions[:, None] <= positions[..., None]
+    visible &= positions[:, None] >= earliest[..., None]
+    return _add(_nothing(q, k.shape[2]), q, keys, values, visible)
+
+
+def _result(sums, q):
+    _, total, mixed = sums
+    out = mixed / jnp.where(total > 0, total, 1)[..., None]
+    return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
+
+
+def _product(subscripts, a, b):
+    return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
