@@ -384,7 +384,131 @@ class Transformers(Torch):
         return sample(self.logits.float().cpu())
 
 
-KINDS = dict(bltjax=Ours, transformers=Transformers, torch=Torch)
+class Writer(Process):
+    """bltjax writes text with weights from a directory."""
+
+    def __init__(self, threads: int):
+        import jax
+
+        self.jax = jax
+        super().__init__()
+
+    def about(self) -> dict:
+        return dict(platform=self.jax.devices()[0].platform, jax=self.jax.__version__)
+
+    def device_memory(self) -> dict:
+        return {}
+
+    def draw(self, directory: str, model: dict, entropy_model: dict, threshold: float) -> dict:
+        """Writes random weights as `transformers` reads them; special ids are never the best."""
+        from bltjax import formats
+        from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig, from_config_dict
+        from bltjax.conversion.weights import Weights
+        from bltjax.model import functional
+
+        blt = from_config_dict(BLTConfig, model)
+        entropy = from_config_dict(EntropyModelConfig, entropy_model)
+        keys = self.jax.random.split(self.jax.random.key(0))
+        params = dict(
+            blt=functional.init(blt, keys[0]), entropy_model=functional.init(entropy, keys[1])
+        )
+        params = self.jax.tree.map(np.array, params)
+        params["blt"]["local_decoder"]["output"]["weight"][:4] = 0
+        weights = Weights(blt, entropy, PatchingConfig(threshold=threshold), params)
+        formats.plan(weights, formats.HF).write(Path(directory))
+        return {}
+
+    def open(self, directory: str) -> dict:
+        """What must be read for a byte, and for a patch, with one row."""
+        import bltjax
+
+        self.model = bltjax.load(directory)
+        return self.bytes_to_read()
+
+    def bytes_to_read(self) -> dict:
+        params = self.model.params
+        encoder, decoder = params["blt"]["local_encoder"], params["blt"]["local_decoder"]
+        cross = decoder["cross_attn_layers"]
+        of_patches = params["blt"]["global_transformer"], cross["wk"], cross["wv"]
+        of_patches += (decoder["patch_embedding_projection"], encoder["patch_embedding_projection"])
+        of_patches += tuple(encoder["cross_attn_layers"][name] for name in ("wq", "wo"))
+        tables = encoder["tok_embeddings"], params["entropy_model"]["tok_embeddings"]
+
+        def size(*trees):
+            return sum(x.nbytes for x in self.jax.tree.leaves(trees))
+
+        local = size(encoder, decoder, params["entropy_model"]) - size(tables)
+        shared = size(*of_patches) - size(of_patches[0])
+        return dict(byte=local - shared, patch=size(*of_patches))
+
+    def write(self, prompts: list[str], new_bytes: int, **options) -> dict:
+        """Seconds, texts and counts; texts and prompts as Latin-1, a character a byte."""
+        prompts = [prompt.encode("latin-1") for prompt in prompts]
+        started = time.perf_counter()
+        texts, counts = self.model.generate_and_count(
+            prompts, new_bytes, batch_size=len(prompts), **options
+        )
+        seconds = time.perf_counter() - started
+        return dict(
+            seconds=seconds, texts=[t.decode("latin-1") for t in texts], counts=counts._asdict()
+        )
+
+    def bandwidth(self) -> float:
+        """Bytes a second that a sum over 256 MB reads."""
+        if not hasattr(self, "array"):
+            self.array = self.jax.numpy.ones(2**26)
+            self.sum = self.jax.jit(lambda x: x.sum())
+            self.sum(self.array).block_until_ready()
+        started = time.perf_counter()
+        self.sum(self.array).block_until_ready()
+        return self.array.nbytes / (time.perf_counter() - started)
+
+
+class TheirWriter(Torch):
+    """transformers writes text, without its cache, which gives other text."""
+
+    def __init__(self, threads: int):
+        import transformers
+
+        transformers.logging.disable_progress_bar()
+        self.transformers = transformers
+        super().__init__(threads)
+
+    def about(self) -> dict:
+        return super().about() | dict(transformers=self.transformers.__version__)
+
+    def open(self, directory: str) -> dict:
+        self.model = self.transformers.BltForCausalLM.from_pretrained(
+            directory, attn_implementation="sdpa"
+        ).to(self.device)
+        self.model.eval()
+        return {}
+
+    def write(self, prompts: list[str], new_bytes: int) -> dict:
+        """Prompts must be of one length."""
+        rows = [[1, *(b + 4 for b in prompt.encode("latin-1"))] for prompt in prompts]
+        ids = self.torch.tensor(rows, device=self.device)
+        options = dict(do_sample=False, use_cache=False, suppress_tokens=[0, 1, 2, 3])
+        started = time.perf_counter()
+        with self.torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=self.torch.ones_like(ids),
+                max_new_tokens=new_bytes,
+                min_new_tokens=new_bytes,
+                **options,
+            )
+        self.synchronise()
+        seconds = time.perf_counter() - started
+        texts = [
+            bytes(i - 4 for i in row[ids.shape[1] :]).decode("latin-1") for row in out.tolist()
+        ]
+        return dict(seconds=seconds, texts=texts)
+
+
+KINDS = dict(
+    writer=Writer, their_writer=TheirWriter, bltjax=Ours, transformers=Transformers, torch=Torch
+)
 
 
 def main(kind: str, threads: int):

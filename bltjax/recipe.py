@@ -30,7 +30,10 @@ from bltjax.data.rows import utilisation
 from bltjax.evaluation.baselines import baselines
 from bltjax.evaluation.bits_per_byte import evaluate
 from bltjax.flops import TRAINING_FACTOR, flops_per_byte, format_report, parameter_report
-from bltjax.inference.decode import generate_by_recompute, row_patch_starts
+from bltjax.inference.ask import ask, configure
+from bltjax.inference.generate import generate
+from bltjax.inference.recompute import row_patch_starts
+from bltjax.inference.stepping import prepared
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts
 from bltjax.prepare import Prepared, write_json
@@ -223,16 +226,12 @@ def show_sample(config: RunConfig, workdir: Path, patching: PatchingConfig, resu
         patching = dataclasses.replace(
             patching, threshold=json.loads(stored.read_text())["threshold"]
         )
-    continuation = generate_by_recompute(
-        config.blt,
-        params,
-        entropy_config,
-        entropy,
-        patching,
-        settings.prompt,
-        max_new_bytes=settings.sample_bytes,
-        temperature=settings.temperature,
+    models = dict(blt=params) | ({} if entropy is None else dict(entropy_model=entropy))
+    configs, options = configure(
+        config.blt, entropy_config, patching, temperature=settings.temperature
     )
+    row = ask([settings.prompt], settings.sample_bytes, 0, config.blt_training.row_bytes)
+    (continuation,), _ = generate(configs, prepared(models), row, **options)
     text = settings.prompt + continuation.decode("utf-8", errors="replace")
     print(f"sample:\n{text}\n", flush=True)
 

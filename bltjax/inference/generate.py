@@ -125,7 +125,8 @@ class _Rows:
 
     def __init__(self, configs, params, prompts, sampling, stops, decoding):
         shards = sharding.num_row_shards(jax.sharding.get_mesh())
-        num_rows = -(-len(prompts) // shards) * shards
+        # Few numbers of rows, too, so that few are compiled.
+        num_rows = -(-min(_power_of_two(len(prompts)), decoding.batch_size) // shards) * shards
         capacity = room_for(max(map(_length, prompts)) + decoding.max_drafts)
         self.plan = make_plan(configs, num_rows, capacity, decoding)
         self.params, self.prompts, self.stops = params, prompts, stops
@@ -135,18 +136,18 @@ class _Rows:
         for row, prompt in zip(tokens, filled, strict=True):
             row[: len(prompt.ids)] = prompt.ids
         lengths = np.array([len(p.ids) for p in filled], np.int32)
+        new = np.array([p.max_new_bytes for p in filled], np.int32)
+        seeds = np.array([p.seed for p in filled], np.uint32)
+        here = sharding.rows_of_process(num_rows)
+        tokens, *asked = sharding.put_batch(
+            [x[here] for x in (tokens, lengths, lengths + new, seeds)]
+        )
         self.request = Request(
-            *sharding.put_batch(
-                (
-                    lengths,
-                    lengths + np.array([p.max_new_bytes for p in filled], np.int32),
-                    np.array([p.seed for p in filled], np.uint32),
-                )
-            ),
+            *asked,
             stops=sharding.put_whole(_stop_table(stops)),
             knobs=sharding.put_whole(knobs(sampling)),
         )
-        self.progress = prefill(self.plan, params, sharding.put_batch(tokens), self.request)
+        self.progress = prefill(self.plan, params, tokens, self.request)
 
     @property
     def done(self) -> bool:

@@ -40,7 +40,7 @@ def note_lines(record: Record, first: jax.Array, count: jax.Array, num_new: int)
     """
     positions = span(first, 0, num_new)
     before = read_positions(record.tokens, positions - 1)
-    opens = (before == NEWLINE_ID) & (positions > 0)
+    opens = before == NEWLINE_ID
     last = read_positions(record.line_starts, first[:, None] - 1)  # 0 before the first
     starts = jax.lax.cummax(jnp.where(opens, positions, last), axis=1)
     return record._replace(line_starts=_write(record.line_starts, starts, positions, count))

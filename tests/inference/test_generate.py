@@ -26,14 +26,14 @@ MODELS = "meta_A_1b_like", "meta_B_7b_like"
 
 
 def prompts(count: int, seed: int = 0) -> list[bytes]:
-    """Empty, one byte, of several scripts, random, longer than the windows, cut in a character."""
+    """Empty, one byte, of several scripts, random, longer than a window of 8, half characters."""
     rng = np.random.default_rng(seed)
     kinds = (
         lambda: b"",
         lambda: rng.bytes(1),
         lambda: rng.choice(TEXTS).encode(),
         lambda: rng.bytes(int(rng.integers(2, 30))),
-        lambda: (" ".join(rng.permutation(TEXTS)) * 2).encode()[: int(rng.integers(70, 110))],
+        lambda: " ".join(rng.permutation(TEXTS)).encode()[: int(rng.integers(25, 32))],
         lambda: "é".encode()[:1] + "語".encode()[: int(rng.integers(1, 3))],
     )
     return [kinds[i % len(kinds)]() for i in range(count)]
@@ -83,15 +83,13 @@ def check_exact(model, texts, max_new_bytes, options):
 
 @pytest.mark.parametrize("name", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.long)])
 def test_greedy_text_is_that_of_recomputation(name):
-    options = [dict(batch_size=1), dict(batch_size=4), dict(batch_size=3, max_drafts=3)]
-    check_exact(Tiny(name), prompts(6), 32, options)
+    check_exact(Tiny(name), prompts(8), 32, [dict(batch_size=4), dict(batch_size=4, max_drafts=3)])
 
 
 @pytest.mark.long
 def test_greedy_text_on_a_mesh():
     with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])):
-        options = [dict(batch_size=6), dict(batch_size=2, max_drafts=4)]
-        check_exact(Tiny(MODELS[1]), prompts(6), 24, options)
+        check_exact(Tiny(MODELS[1]), prompts(8), 32, [dict(batch_size=8, max_drafts=3)])
 
 
 @pytest.mark.slow
@@ -104,16 +102,12 @@ def test_greedy_text_of_two_hundred_prompts(name, mesh):
         check_exact(Tiny(name), prompts(200), 48, options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, changes",
     [
         ("meta_C_windows_alllayers", dict(rule="monotonic", threshold=0.1, max_patch_length=3)),
         ("meta_D_no_cross_attn_maxpool", dict(rule="space")),
-        pytest.param(
-            "meta_D_no_cross_attn_maxpool",
-            dict(rule="global_monotonic", threshold_add=0.05, reset_at_newlines=True),
-            marks=pytest.mark.long,
-        ),
     ],
 )
 def test_other_models_and_rules(name, changes):
@@ -122,17 +116,18 @@ def test_other_models_and_rules(name, changes):
 
 
 def test_drawn_text_is_that_of_recomputation_whatever_the_batch(tiny):
-    texts = prompts(5, seed=3)
-    found, _ = tiny.generate(texts, 16, [7, 8, 9, 10, 11], temperature=0.9, batch_size=3)
+    texts = prompts(4, seed=3)
+    found, _ = tiny.generate(texts, 16, [7, 8, 9, 10], temperature=0.9, batch_size=4)
     expected = [
         tiny.recompute(text, 16, temperature=0.9, seed=seed) for seed, text in enumerate(texts, 7)
     ]
     assert found == expected
 
 
+@pytest.mark.long
 def test_drawn_text_with_drafts_does_not_depend_on_the_batch(tiny):
-    texts, options = prompts(5, seed=4), dict(temperature=1.2, top_k=40, max_drafts=4)
-    together, counts = tiny.generate(texts, 20, 5, batch_size=5, **options)
+    texts, options = prompts(4, seed=4), dict(temperature=1.2, top_k=40, max_drafts=3)
+    together, counts = tiny.generate(texts, 20, 5, batch_size=4, **options)
     alone = [tiny.generate([text], 20, 5, batch_size=1, **options)[0][0] for text in texts]
     assert together == alone
     assert 0 < counts.accepted < counts.drafted
@@ -152,28 +147,18 @@ def test_the_global_stack_runs_once_for_each_closed_patch(tiny):
     assert of_many.patches == 2 * counts.patches + alone.patches
 
 
-def test_drafts_save_calls_of_the_global_stack(tiny):
-    plain, without = tiny.generate([b"abc"], 40)
-    drafted, counts = tiny.generate([b"abc"], 40, max_drafts=6)
-    assert plain == drafted and counts.patches == without.patches
-    assert counts.global_calls < without.global_calls
-
-
 def test_one_compilation_for_a_batch_and_a_size_of_room(tiny):
-    tiny.generate([b"a", b"b"], 10, batch_size=2)
+    tiny.generate([b"a", b"b", b"c"], 10, batch_size=4)
+    tiny.generate([b"a"], 10)
     before = prefill._cache_size(), decode._cache_size()
-    tiny.generate([b"another prompt", b""], 30, [3, 4], temperature=0.7, top_p=0.9, batch_size=2)
-    for _ in tiny.stream(b"text", 10):
-        pass
-    after_stream = prefill._cache_size(), decode._cache_size()
-    tiny.generate([b"something else"], 40, batch_size=2)
-    assert after_stream[0] - before[0] <= 1  # one row is another batch
-    assert (prefill._cache_size(), decode._cache_size()) == after_stream
+    tiny.generate([b"another prompt"] * 9, 30, 3, temperature=0.7, top_p=0.9, batch_size=4)
+    assert len(list(tiny.stream(b"text", 40))) > 2
+    assert (prefill._cache_size(), decode._cache_size()) == before
 
 
 def test_budgets_eos_and_stop_strings_end_a_text(tiny):
     whole, _ = tiny.generate([b"abc"], 30)
-    assert tiny.generate([b"abc"] * 3, [0, 7, 30], batch_size=3)[0] == [b"", whole[0][:7], *whole]
+    assert tiny.generate([b"abc"] * 3, [0, 7, 30], batch_size=4)[0] == [b"", whole[0][:7], *whole]
     stops = [whole[0][9:12], whole[0][20:21] + b"never", b"abc"]
     for drafts in (0, 3):
         found, counts = tiny.generate([b"abc"], 30, stop=stops, max_drafts=drafts)
@@ -193,23 +178,23 @@ def test_a_stream_is_the_text_in_pieces(tiny):
 
 def test_valid_text_is_valid(tiny):
     rows = ["ab", "日本"]
-    found, _ = tiny.generate(rows, 23, [1, 2], temperature=1.5, valid_utf8=True, batch_size=2)
+    found, _ = tiny.generate(rows, 23, [1, 2], temperature=1.5, valid_utf8=True, batch_size=1)
     assert all(text.decode() for text in found)
     finished, _ = tiny.generate(["é".encode()[:1]], 9, temperature=1.5, valid_utf8=True)
     assert ("é".encode()[:1] + finished[0]).decode()
 
 
+@pytest.mark.long
 def test_a_higher_threshold_makes_fewer_patches(tiny):
-    counts = [tiny.generate([b"abc"], 30, threshold=t)[1] for t in (1.0, PATCHING.threshold, 9.0)]
-    assert counts[0].patches > counts[1].patches > counts[2].patches == 1
+    counts = [tiny.generate([b"abc"], 30, threshold=t)[1] for t in (PATCHING.threshold, 9.0)]
+    assert counts[0].patches > counts[1].patches == 1
 
 
+@pytest.mark.long
 def test_a_text_that_runs_out_of_room_for_patches_is_refused(tiny):
-    text = b"x" * 400
-    with pytest.raises(ValueError, match="more than the 256 patches .* least_patch_bytes"):
+    text = bytes(range(180))  # 181 ids in room for 256 positions and 128 patches
+    with pytest.raises(ValueError, match=r"more than the 128 patches .* least_patch_bytes"):
         tiny.generate([text], 1, threshold=1.0, least_patch_bytes=2.0)
-    found, _ = tiny.generate([text], 4, least_patch_bytes=2.0)
-    assert found == tiny.generate([text], 4)[0]
 
 
 @pytest.mark.parametrize(
