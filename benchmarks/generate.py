@@ -101,7 +101,11 @@ def measure(ours, peer, needed, prompt: int, new: int, count: int) -> list[dict]
     a_byte = measuring.median(seconds) / (count * new)
     patches = counts["patches"] - counts["prompt_patches"]
     row = {"prompt": prompt, "new": new, "rows": count, "who": measuring.OURS}
-    row |= {"bytes/s": 1 / a_byte, "ms a byte": 1e3 * a_byte, "patch": count * new / patches}
+    row |= {
+        "bytes/s": 1 / a_byte,
+        "ms a byte": 1e3 * a_byte,
+        "patch": count * new / patches if patches else None,
+    }
     row |= {"global calls": counts["global_calls"], "seconds": seconds, "counts": counts}
     if count == 1:
         read = needed["byte"] + needed["patch"] * counts["global_calls"] / new

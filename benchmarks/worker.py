@@ -390,7 +390,10 @@ class Writer(Process):
     def __init__(self, threads: int):
         import jax
 
+        from bltjax import sharding
+
         self.jax = jax
+        jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1]))
         super().__init__()
 
     def about(self) -> dict:

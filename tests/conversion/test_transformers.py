@@ -170,7 +170,7 @@ def draws(number):
     return lambda test: settings(given(test))
 
 
-@draws(8)
+@draws(5)
 def test_logits_entropies_and_patches_agree_and_exports_load(directory, settings, seed, data):
     check(directory, settings, seed, data)
 

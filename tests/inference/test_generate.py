@@ -81,7 +81,7 @@ def check_exact(model, texts, max_new_bytes, options):
         assert found == [expected[i] for i in order], chosen
 
 
-@pytest.mark.parametrize("name", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 def test_greedy_text_is_that_of_recomputation(name):
     check_exact(Tiny(name), prompts(8), 32, [dict(batch_size=4), dict(batch_size=4, max_drafts=3)])
 
@@ -107,7 +107,7 @@ def test_greedy_text_of_two_hundred_prompts(name, mesh):
     "name, changes",
     [
         ("meta_C_windows_alllayers", dict(rule="monotonic", threshold=0.1, max_patch_length=3)),
-        ("meta_D_no_cross_attn_maxpool", dict(rule="space")),
+        pytest.param("meta_D_no_cross_attn_maxpool", dict(rule="space"), marks=pytest.mark.slow),
     ],
 )
 def test_other_models_and_rules(name, changes):
