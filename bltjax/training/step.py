@@ -15,6 +15,7 @@ from bltjax.config import TrainingConfig
 from bltjax.model import functional
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.training import touched_rows
+from bltjax.training.heap import give_back_after_compiling
 from bltjax.training.in_step import patch_counts
 from bltjax.training.loss import bits_per_byte, loss_sums
 from bltjax.training.optimizer import HASH_TABLES, learning_rate
@@ -38,6 +39,7 @@ def make_train_step(
     entropy_params) and its metrics tell how many patches did not fit. A batch may hold int32 [B]
     `stop`; the metrics then have its maximum.
     """
+    give_back_after_compiling()
     can_skip = config.skip_loss_above or config.skip_norm_above
 
     def part_gradients(params, part, entropy_params):
