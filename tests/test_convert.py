@@ -29,6 +29,8 @@ from bltjax.lazy import read_all
 from tests import directories, golden
 
 ROOT = Path(__file__).parents[1]
+# About files and processes, so one interpreter will do.
+pytestmark = pytest.mark.long
 
 
 def run(*arguments):

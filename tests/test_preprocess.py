@@ -16,6 +16,9 @@ from bltjax.vocabulary import encode
 from tests import processes
 from tests.processes import ROOT
 
+# About files and processes, so one interpreter will do.
+pytestmark = pytest.mark.long
+
 LANGUAGES = {"en": ["patch", "byte", "latent", "x=1;\n"], "ja": ["日本", "語", "の文。\n"]}
 
 

@@ -8,6 +8,9 @@ import pytest
 
 from tests.processes import ROOT, environment
 
+# About files and processes, so one interpreter will do.
+pytestmark = pytest.mark.long
+
 
 def run(*arguments, devices=1):
     return subprocess.run(

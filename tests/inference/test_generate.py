@@ -133,6 +133,7 @@ def test_drawn_text_with_drafts_does_not_depend_on_the_batch(tiny):
     assert 0 < counts.accepted < counts.drafted
 
 
+@pytest.mark.long
 def test_the_global_stack_runs_once_for_each_closed_patch(tiny):
     text, new = b"some text to go on with", 40
     (written,), counts = tiny.generate([text], new)
@@ -156,6 +157,7 @@ def test_one_compilation_for_a_batch_and_a_size_of_room(tiny):
     assert (prefill._cache_size(), decode._cache_size()) == before
 
 
+@pytest.mark.long
 def test_budgets_eos_and_stop_strings_end_a_text(tiny):
     whole, _ = tiny.generate([b"abc"], 30)
     assert tiny.generate([b"abc"] * 3, [0, 7, 30], batch_size=4)[0] == [b"", whole[0][:7], *whole]
@@ -184,13 +186,13 @@ def test_valid_text_is_valid(tiny):
     assert ("é".encode()[:1] + finished[0]).decode()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_higher_threshold_makes_fewer_patches(tiny):
     counts = [tiny.generate([b"abc"], 30, threshold=t)[1] for t in (PATCHING.threshold, 9.0)]
     assert counts[0].patches > counts[1].patches == 1
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_text_that_runs_out_of_room_for_patches_is_refused(tiny):
     text = bytes(range(180))  # 181 ids in room for 256 positions and 128 patches
     with pytest.raises(ValueError, match=r"more than the 128 patches .* least_patch_bytes"):

@@ -59,15 +59,20 @@ CONFIGS = {
 LINES = dataclasses.replace(ENTROPY, reset_at_newlines=True)
 CASES = [  # config, rule, positions at once, whether layers are apart
     (A, ENTROPY, 1, False),
-    ("mean pooling, grouped heads, windows", LINES, 7, True),
     *(
         pytest.param(*case, marks=pytest.mark.long)
         for case in (
-            (B7, ENTROPY, 7, False),
+            ("mean pooling, grouped heads, windows", LINES, 7, True),
             (WINDOWS, LINES, 16, False),
             (NO_CROSS, dataclasses.replace(ENTROPY, max_patch_length=3), 7, True),
-            ("min pooling, one way", PatchingConfig(rule="space"), 1, False),
             ("mean pooling, the other way", PatchingConfig(rule="static"), 16, True),
+        )
+    ),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            (B7, ENTROPY, 7, False),
+            ("min pooling, one way", PatchingConfig(rule="space"), 1, False),
         )
     ),
 ]
