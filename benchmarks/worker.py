@@ -467,18 +467,8 @@ class Writer(Process):
         return self.array.nbytes / (time.perf_counter() - started)
 
 
-class TheirWriter(Torch):
+class TheirWriter(Transformers):
     """transformers writes text, without its cache, which gives other text."""
-
-    def __init__(self, threads: int):
-        import transformers
-
-        transformers.logging.disable_progress_bar()
-        self.transformers = transformers
-        super().__init__(threads)
-
-    def about(self) -> dict:
-        return super().about() | dict(transformers=self.transformers.__version__)
 
     def open(self, directory: str) -> dict:
         self.model = self.transformers.BltForCausalLM.from_pretrained(
