@@ -145,7 +145,7 @@ class _Rows:
         self.request = Request(
             *asked,
             stops=sharding.put_whole(_stop_table(stops)),
-            knobs=sharding.put_whole(knobs(sampling)),
+            knobs=sharding.put_whole(jax.tree.map(np.asarray, knobs(sampling))),
         )
         self.progress = prefill(self.plan, params, tokens, self.request)
 
