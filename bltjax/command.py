@@ -35,6 +35,14 @@ def parse(argv):
         fail(error)
 
 
+def check_checkpoint_and_input(argv):
+    """Ends the command unless --checkpoint and --input, and nothing else, say what it works on."""
+    if len(argv) > 1:
+        fail(f"unexpected argument {argv[1]!r}: give --checkpoint and --input")
+    if None in (flags.FLAGS.checkpoint, flags.FLAGS.input):
+        fail("give --checkpoint=DIR and --input=FILE")
+
+
 def define_run_flags():
     """--config and --workdir, what `read_config` takes."""
     config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)

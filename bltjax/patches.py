@@ -199,10 +199,7 @@ def result_of(total: Tally, patching: PatchingConfig, trained: PatchingConfig) -
 
 
 def main(argv):
-    if len(argv) > 1:
-        command.fail(f"unexpected argument {argv[1]!r}: give --checkpoint and --input")
-    if None in (flags.FLAGS.checkpoint, flags.FLAGS.input):
-        command.fail("give --checkpoint=DIR and --input=FILE")
+    command.check_checkpoint_and_input(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         result = run(flags.FLAGS)

@@ -74,10 +74,7 @@ def read_documents(path: str, lines: bool = False) -> list[bytes]:
 
 
 def main(argv):
-    if len(argv) > 1:
-        command.fail(f"unexpected argument {argv[1]!r}: give --checkpoint and --input")
-    if None in (flags.FLAGS.checkpoint, flags.FLAGS.input):
-        command.fail("give --checkpoint=DIR and --input=FILE")
+    command.check_checkpoint_and_input(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         documents = read_documents(flags.FLAGS.input, flags.FLAGS.lines)

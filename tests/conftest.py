@@ -2,12 +2,16 @@
 
 # ruff: noqa: E402 (XLA reads its flags when jax is imported)
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
-# Most of a test is compilation, which is faster unoptimised.
+# Most of a test is compilation, which is faster unoptimised, and with the older emitters of fusions
+# where there are still two kinds.
 _XLA_FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}
+if importlib.metadata.version("jaxlib") < "0.11":
+    _XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [_given] + [f"{flag}={value}" for flag, value in _XLA_FLAGS.items() if flag not in _given]
@@ -52,6 +56,13 @@ def one_device_mesh(request):
     else:
         with jax.set_mesh(mesh_of(1, 1, 1)):
             yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Lets go of a file's programs: each holds memory maps, and Linux gives a process 65,530."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ def environment(devices: int = 1) -> dict[str, str]:
 
     Conftest has all processes share compilations.
     """
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags = re.sub(r"(platform_device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     return dict(os.environ, XLA_FLAGS=flags, PYTHONPATH=str(ROOT / "tests" / "without_torch"))
 
 

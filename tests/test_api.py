@@ -1,7 +1,6 @@
 """`bltjax.load`: every format opens and computes the published numbers."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from bltjax.config import MeshConfig
 from bltjax.conversion.weights import WeightsError
 from bltjax.convert import convert
 from bltjax.vocabulary import encode
-from tests import directories, golden
+from tests import directories, golden, processes
 
 CLOSE = dict(rtol=0, atol=1e-5)
 
@@ -296,9 +295,7 @@ def test_the_working_directory_of_a_run_opens(tmp_path):
     command += [f"--config={Path(__file__).parent}/configs/tiny.py", f"--config.data.root={root}"]
     command += ["--config.stages=('entropy_model','entropies','blt')"]
     command += ["--config.entropy_training.steps=4", "--config.blt_training.steps=4"]
-    fast = "--xla_backend_optimization_level=0"
-    one_device = dict(os.environ, XLA_FLAGS=fast, JAX_PLATFORMS="cpu")
-    subprocess.run(command, check=True, capture_output=True, env=one_device)
+    subprocess.run(command, check=True, capture_output=True, env=processes.environment())
     before = directories.contents(workdir)
     ours = bltjax.load(workdir)
     assert directories.contents(workdir) == before

@@ -22,7 +22,7 @@ from bltjax.training.step import make_train_step
 ROOT = Path(__file__).parents[1]
 MESHES = [
     *(
-        pytest.param(m, marks=pytest.mark.long)
+        pytest.param(m, marks=pytest.mark.slow)
         for m in [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 2, 4)]
     ),
     (2, 2, 2),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ import pytest
 import bltjax
 from bltjax import command, patch_view, patches
 from bltjax.vocabulary import encode
-from tests import directories
+from tests import directories, processes
 from tests.test_patch_pictures import Page
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +242,7 @@ def run(*arguments, stdin=b""):
         input=stdin,
         capture_output=True,
         timeout=120,
-        env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=""),
+        env=processes.environment(),
     )
 
 

@@ -164,7 +164,7 @@ def test_a_killed_process_ends_the_other_and_nothing_is_lost(start, whole, tmp_p
     "count, devices, mesh",
     [
         pytest.param(2, 4, (2, 2, 2), marks=pytest.mark.slow),
-        (1, 8, (1, 8, 1)),
+        pytest.param(1, 8, (1, 8, 1), marks=pytest.mark.slow),
         pytest.param(1, 1, (1, 1, 1), marks=pytest.mark.slow),
         pytest.param(4, 2, (4, 2, 1), marks=pytest.mark.slow),
     ],
@@ -225,7 +225,11 @@ FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"  # of this proc
 @pytest.mark.parametrize(
     "fault, last",
     [
-        (ON_FIRE, "RuntimeError: the disk of this machine is on fire"),
+        pytest.param(
+            ON_FIRE,
+            "RuntimeError: the disk of this machine is on fire",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             FULL,
             r"OSError: cannot write \S+/\d+ \(File too large\): .*: it (starts anew|goes on .*)",
@@ -249,18 +253,18 @@ def test_a_fault_in_one_process_ends_all_and_every_log_ends_with_it(
     assert time.time() - happened < 60
 
 
-def test_the_launcher_of_local_processes_trains_the_quickstart(tmp_path):
-    """All of its stages on the text that every machine has, with few steps."""
+def test_the_launcher_of_local_processes_takes_a_run_through_all_stages(tmp_path):
+    """On the text that every machine has, with few steps."""
     few = [
-        "--config.blt.hash.vocab=4096",  # else a checkpoint has 160 MB
+        f"--config.stages={(*ALL, 'sample')}",
+        "--config.data.max_bytes=200000",
         "--config.entropy_training.steps=4",
         "--config.blt_training.steps=4",
         "--config.blt_training.log_every=1",
         "--config.evaluation.max_bytes=50000",
         "--config.evaluation.baselines=False",
-        "--config.evaluation.sample_bytes=4",
     ]
-    command = ["launch/local_processes.sh", "2", "--", "--config=configs/quickstart.py"]
+    command = ["launch/local_processes.sh", "2", "--", "--config=tests/configs/tiny.py"]
     process = subprocess.run(
         [*command, f"--workdir={tmp_path / 'two'}", *few],
         cwd=processes.ROOT,

@@ -152,7 +152,7 @@ def test_training_reads_the_records_in_their_mixture(run, start):
     assert seen["text"] > seen["web"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_patches_found_in_the_step(run, start):
     workdir, _ = run
     other = workdir.with_name("in_step")

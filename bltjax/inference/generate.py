@@ -89,9 +89,10 @@ def generate(
         rows = _Rows(configs, params, [prompts[i] for i in chosen], sampling, stops, decoding)
         while not rows.done:
             rows.advance(rows.plan.room.positions * (decoding.max_drafts + 2))
-        for i, text in zip(chosen, rows.texts(), strict=True):
+        texts = rows.texts()
+        for i, text in zip(chosen, texts, strict=True):
             outputs[i] = text
-        counts += rows.counts()
+        counts += rows.counts(texts)
     return outputs, counts
 
 
@@ -113,7 +114,7 @@ def stream(
         (text,), done = rows.texts(), rows.done
         safe = len(text) if done else len(text) - _held_back(text, stops)
         if safe > shown or done:
-            yield text[shown:safe], rows.counts()
+            yield text[shown:safe], rows.counts([text])
             shown = safe
         if done:
             return
@@ -186,13 +187,14 @@ class _Rows:
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         return text[: min(found, default=None)]
 
-    def counts(self) -> Counts:
+    def counts(self, texts: list[bytes]) -> Counts:
+        """What `texts` took."""
         counts, patches = sharding.on_host(
             (self.progress.counts, self.progress.state.blt.num_patches)
         )
         rows = len(self.prompts)
         return Counts(
-            new_bytes=sum(map(len, self.texts())),
+            new_bytes=sum(map(len, texts)),
             steps=int(counts["steps"]),
             patches=int(patches[:rows].sum()),
             prompt_patches=int(counts["prompt_patches"][:rows].sum()),

@@ -129,6 +129,7 @@ def test_rows_are_named_once_and_every_ngram_finds_its_own():
     assert set(named) == set(hashed.ravel()) and len(named) < len(ids)
 
 
+@pytest.mark.slow
 def test_where_every_batch_reads_all_rows_it_is_the_dense_update():
     """Also where the batch goes through in parts."""
     batches = [host_batch(n) for n in range(4)]
@@ -257,7 +258,7 @@ def sizes_of(jaxpr):
             yield from ((equation.primitive.name, v.aval.size) for v in equation.outvars)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_stopped_and_resumed_it_ends_with_the_same_bits(tmp_path):
     """And with whole tables that have had every update."""
     documents = [Document("", np.random.default_rng(n).bytes(40)) for n in range(20)]

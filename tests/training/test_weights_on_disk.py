@@ -414,7 +414,7 @@ weights_on_disk.save_weights(directory, {
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_leaf_of_a_gigabyte_takes_little_memory(tmp_path):
     """Written by one process, read by another that could not even start a device, and placed on
