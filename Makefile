@@ -1,7 +1,7 @@
 # make train    train the quickstart on this machine's Python library, from nothing
 # make test     run the tests; PYTHON=python3.12 uses another interpreter, in its own .venv-3.12
 #              ARGS="-m slow" runs the studies instead; ARGS=tests/test_pod.py one file
-# make oracle   PyTorch and transformers into that environment, for the tests that compare with them
+# make oracle   PyTorch, transformers and lm-eval into that environment, for the tests of those
 # make lint     ruff
 
 PYTHON ?= python3
@@ -24,7 +24,7 @@ test: $(VENV)/.ready-dev
 install: $(VENV)/.ready-dev
 
 oracle: $(VENV)/.ready-dev
-	$(PIP_INSTALL) -e '.[oracle]'
+	$(PIP_INSTALL) -e '.[oracle,eval]'
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -1,8 +1,15 @@
-"""Bits per byte of a model on files: `python -m bltjax.evaluate --checkpoint=DIR --data=PATH`.
+"""How good a model is: `python -m bltjax.evaluate --checkpoint=DIR --data=PATH`, and named tasks.
 
-PATH is a file, or a directory of which every file that is not hidden is a document. Its top-level
-directories are the sources that are told apart. Prints a table, with xz for scale, and all of it
-as JSON in the last line.
+PATH is a file, or a directory of which every file that is not hidden is a document, or holds one
+in each line (.jsonl, .ndjson, also .gz and .zst). Its top-level directories, and files of lines
+beside them, are the sources that are told apart; so are languages, where lines name theirs.
+Prints a table of bits per byte, with xz for scale. Further parts, with --data or without:
+
+    --suites=characters,noise   questions about characters; multiple choice from --data, with noise
+    --samples=N                 how much of what the model writes is valid UTF-8
+    --tasks=a,b                 tasks of lm-evaluation-harness, of the hub or of --tasks_path=DIR
+
+All of it is JSON in the last line.
 """
 
 import json
@@ -17,13 +24,16 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from bltjax import command
+from bltjax import command, suites
 from bltjax.command import json_number, printable
+from bltjax.data.finding import ENDINGS
+from bltjax.data.readers import Document, Fields, read_jsonl
+from bltjax.data_config import DataConfig
 from bltjax.progress import Progress
 
 READ_BYTES = 16_000_000  # of files in memory at a time
 TOP = "."  # the source of files directly in the directory
-_COLUMNS = ("files", "bytes", "bits/byte", "bytes/patch", "xz")
+_COLUMNS = ("documents", "bytes", "bits/byte", "bytes/patch", "xz")
 
 
 class File(NamedTuple):
@@ -33,20 +43,20 @@ class File(NamedTuple):
 
 
 class Sums:
-    """What has been measured of a source."""
+    """What has been measured of a source, or of a language, which is not compressed."""
 
-    def __init__(self):
-        self.files = self.num_bytes = self.num_patches = self.xz_bytes = 0
+    def __init__(self, compress: bool = True):
+        self.documents = self.num_bytes = self.num_patches = self.xz_bytes = 0
         self.nats = []
-        self._xz = None
+        self._xz = lzma.LZMACompressor(preset=9) if compress else None
 
     def add(self, data: bytes, score):
-        self._xz = self._xz or lzma.LZMACompressor(preset=9)
-        self.files += 1
+        self.documents += 1
         self.num_bytes += score.num_bytes
         self.num_patches += score.num_patches
         self.nats.append(score.nats)
-        self.xz_bytes += len(self._xz.compress(data))
+        if self._xz:
+            self.xz_bytes += len(self._xz.compress(data))
 
     def close(self):
         """Ends the compression: its dictionary is large, and no second one should be alive."""
@@ -55,14 +65,14 @@ class Sums:
 
     def report(self) -> dict:
         """Patches are those of BOS + bytes + EOS, and so is their mean."""
-        nats, positions = math.fsum(self.nats), self.num_bytes + 2 * self.files
+        nats, positions = math.fsum(self.nats), self.num_bytes + 2 * self.documents
         return dict(
-            files=self.files,
+            documents=self.documents,
             num_bytes=self.num_bytes,
             nats=nats,
             bits_per_byte=_ratio(nats / math.log(2), self.num_bytes),
             mean_patch_bytes=_ratio(positions, self.num_patches),
-            xz_bits_per_byte=_ratio(8 * self.xz_bytes, self.num_bytes),
+            xz_bits_per_byte=_ratio(8 * self.xz_bytes, self.num_bytes) if self.xz_bytes else None,
         )
 
 
@@ -71,23 +81,39 @@ def evaluate(model, path: str | Path, max_bytes: int | None = None, **options) -
 
     options: those of `model.score`. With `max_bytes` files are left out from the first one that
     would take the total above it; none is cut. xz is run over the concatenated bytes of each
-    source. Files that cannot be read are left out, and named in `unreadable`. Raises
+    source. What cannot be read, files or lines, is left out, and named in `unreadable`. Raises
     FileNotFoundError without `path` and ValueError where no file is left.
     """
-    path, unreadable = Path(path), []
-    files = list(_within(list_files(path, unreadable), max_bytes))
+    unreadable = []
+    files = chosen_files(path, max_bytes, unreadable)
+    progress = Progress("evaluating", sum(file.num_bytes for file in files))
+    sums, languages = measure(model, files, unreadable, dict(options, advance=progress))
+    progress.close()
+    result = dict(
+        sources={name: s.report() for name, s in sums.items()},
+        languages={name: s.report() for name, s in sorted(languages.items())},
+        **total(sums).report(),
+        unreadable=unreadable,
+    )
+    print_table("source", result["sources"], result if len(sums) > 1 else None)
+    if languages:
+        print()
+        print_table("language", result["languages"])
+    if unreadable:
+        shown = ", ".join(map(printable, unreadable))
+        print(f"{len(unreadable)} could not be read: {shown}", file=sys.stderr)
+    return result
+
+
+def chosen_files(path: str | Path, max_bytes: int | None, unreadable: list[str]) -> list[File]:
+    """The files at `path`, as far as `max_bytes` goes; ValueError where there is none."""
+    files = list(_within(list_files(Path(path), unreadable), max_bytes))
     if not files:
         raise ValueError(
             f"no file can be read at {str(path)!r} within max_bytes={max_bytes} "
             f"({len(unreadable)} unreadable; hidden files are left out): choose another path"
         )
-    progress = Progress("evaluating", sum(file.num_bytes for file in files))
-    sums = measure(model, files, unreadable, dict(options, advance=progress))
-    progress.close()
-    sources = {name: s.report() for name, s in sums.items()}
-    result = dict(sources=sources, **total(sums).report(), unreadable=unreadable)
-    print_table(result)
-    return result
+    return files
 
 
 def list_files(path: Path, unreadable: list[str]) -> list[File]:
@@ -118,62 +144,89 @@ def list_files(path: Path, unreadable: list[str]) -> list[File]:
     return sorted(found, key=lambda file: (file.source, file.path.parts))
 
 
-def measure(model, files: list[File], unreadable: list[str], options: dict) -> dict[str, Sums]:
-    """Sums of each source, in order. The files of a source follow each other."""
-    sums = {}
+def measure(
+    model, files: list[File], unreadable: list[str], options: dict
+) -> tuple[dict[str, Sums], dict[str, Sums]]:
+    """Sums of each source, in order, and of each language that is known.
+
+    The documents of a source follow each other, so one compression is going on at a time.
+    """
+    sums, languages = {}, {}
     for chunk in _contents(files, unreadable):
-        scores = model.score([data for _, data in chunk], **options)
-        for (source, data), score in zip(chunk, scores, strict=True):
+        scores = model.score([data for _, _, data in chunk], **options)
+        for (source, language, data), score in zip(chunk, scores, strict=True):
             if source not in sums:
                 if sums:
                     sums[next(reversed(sums))].close()
                 sums[source] = Sums()
             sums[source].add(data, score)
+            if language:
+                languages.setdefault(language, Sums(compress=False)).add(data, score)
     if sums:
         sums[next(reversed(sums))].close()
-    return sums
+    return sums, languages
 
 
 def total(sums: dict[str, Sums]) -> Sums:
     """All sources together; their xz sizes are added."""
-    result = Sums()
+    result = Sums(compress=False)
     for s in sums.values():
-        for name in ("files", "num_bytes", "num_patches", "xz_bytes", "nats"):
+        for name in ("documents", "num_bytes", "num_patches", "xz_bytes", "nats"):
             setattr(result, name, getattr(result, name) + getattr(s, name))
     return result
 
 
-def print_table(result: dict):
-    rows = dict(result["sources"])
-    if len(rows) > 1:
-        rows["all"] = result
+def print_table(kind: str, reports: dict[str, dict], of_all: dict | None = None):
+    rows = dict(reports) if of_all is None else reports | {"all": of_all}
     names = {name: printable(name) for name in rows}
-    width = max(map(len, ["source", *names.values()]))
-    print(f"{'source':{width}}" + "".join(f"{column:>13}" for column in _COLUMNS))
+    width = max(map(len, [kind, *names.values()]))
+    print(f"{kind:{width}}" + "".join(f"{column:>13}" for column in _COLUMNS))
     for name, row in rows.items():
         measured = (row["bits_per_byte"], row["mean_patch_bytes"], row["xz_bits_per_byte"])
-        cells = [row["files"], row["num_bytes"]]
+        cells = [row["documents"], row["num_bytes"]]
         cells += ["-" if x is None else f"{x:.4f}" for x in measured]
         print(f"{names[name]:{width}}" + "".join(f"{cell:>13}" for cell in cells))
-    if result["unreadable"]:
-        shown = ", ".join(map(printable, result["unreadable"]))
-        print(f"{len(result['unreadable'])} could not be read: {shown}", file=sys.stderr)
+
+
+def run(chosen) -> dict:
+    """What the flags ask for, in the order of the help."""
+    if chosen.data is not None:
+        Path(chosen.data).stat()  # a wrong path shows before the model is loaded
+    model, result = command.open_model(), {}
+    if chosen.data is not None:
+        options = {} if chosen.row_bytes is None else dict(row_bytes=chosen.row_bytes)
+        result |= evaluate(model, chosen.data, chosen.max_bytes, **options)
+    if "characters" in chosen.suites:
+        result["characters"] = suites.character_suite(model, chosen.words, chosen.limit)
+    if "noise" in chosen.suites:
+        files = chosen_files(chosen.data, chosen.max_bytes, [])
+        documents = [data for chunk in _contents(files, []) for _, _, data in chunk]
+        result["noise"] = suites.noise_suite(model, documents, chosen.limit)
+    if chosen.samples:
+        result["samples"] = suites.sample_suite(model, chosen.samples)
+    if chosen.tasks:
+        asked = chosen.tasks, chosen.tasks_path, chosen.limit, chosen.noise
+        result["tasks"] = suites.harness_suite(model, *asked)
+    return result
 
 
 def main(argv):
     if len(argv) > 1:
         command.fail(f"unexpected argument {argv[1]!r}: give --checkpoint and --data")
     chosen = flags.FLAGS
-    if None in (chosen.checkpoint, chosen.data):
-        command.fail("give --checkpoint=DIR and --data=PATH")
+    parts = (chosen.data, chosen.suites, chosen.samples, chosen.tasks)
+    if chosen.checkpoint is None or not any(parts):
+        command.fail("give --checkpoint=DIR and --data=PATH, or --suites, --samples or --tasks")
+    if unknown := sorted(set(chosen.suites) - set(suites.SUITES)):
+        command.fail(f"--suites={unknown[0]} is none of {', '.join(suites.SUITES)}")
+    if "noise" in chosen.suites and chosen.data is None:
+        command.fail("--suites=noise makes its items of text: give --data=PATH")
     sys.stdout.reconfigure(errors="backslashreplace")
-    options = {} if chosen.row_bytes is None else dict(row_bytes=chosen.row_bytes)
     try:
-        Path(chosen.data).stat()  # a wrong path shows before the model is loaded
-        result = evaluate(command.open_model(), chosen.data, chosen.max_bytes, **options)
-    except (ValueError, KeyError, OSError) as error:
+        result = run(chosen)
+    except (ValueError, KeyError, OSError, ImportError) as error:
         command.fail(error)
-    print(json.dumps(result))
+    print(json.dumps(_without_nan(result)))
 
 
 def _within(files: list[File], max_bytes: int | None) -> Iterator[File]:
@@ -185,32 +238,61 @@ def _within(files: list[File], max_bytes: int | None) -> Iterator[File]:
         yield file
 
 
-def _contents(files: list[File], unreadable: list[str]) -> Iterator[list[tuple[str, bytes]]]:
-    """(source, bytes) of consecutive files, about READ_BYTES of them at a time."""
+def _contents(files: list[File], unreadable: list[str]) -> Iterator[list[tuple[str, str, bytes]]]:
+    """(source, language, bytes) of consecutive documents, about READ_BYTES of them at a time."""
     chunk, size = [], 0
     for file in files:
         try:
-            data = file.path.read_bytes()
+            for found in _documents(file, unreadable):
+                chunk.append(found)
+                size += len(found[2])
+                if size >= READ_BYTES:
+                    yield chunk
+                    chunk, size = [], 0
         except OSError:
             unreadable.append(str(file.path))
-            continue
-        chunk.append((file.source, data))
-        size += len(data)
-        if size >= READ_BYTES:
-            yield chunk
-            chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def _documents(file: File, unreadable: list[str]) -> Iterator[tuple[str, str, bytes]]:
+    """(source, language or "", bytes) of each document of a file."""
+    ending = next((e for e in ENDINGS["jsonl"] if file.path.name.endswith(e)), None)
+    if ending is None:
+        yield file.source, "", file.path.read_bytes()
+        return
+    source = file.path.name.removesuffix(ending) if file.source == TOP else file.source
+    names = DataConfig()
+    fields = Fields(names.text_fields, names.id_fields, names.language_fields)
+    for found in read_jsonl(str(file.path), file.path.name, 0, -1, fields):
+        if isinstance(found, Document):
+            yield source, found.language, found.data
+        else:
+            unreadable.append(f"{file.path.name}: {found.reason}")
 
 
 def _ratio(amount: float, of: int) -> float | None:
     return json_number(amount / of if of else math.nan)
 
 
+def _without_nan(value):
+    """The same for JSON, which has no NaN."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inside) for name, inside in value.items()}
+    return json_number(value) if isinstance(value, float) else value
+
+
 def _define_flags():
     command.define_model_flags()
     flags.adopt_module_key_flags(command)  # shown by --help
     flags.DEFINE_string("data", None, "A file, or a directory of files.")
+    flags.DEFINE_list("suites", [], f"Further parts, see above: {', '.join(suites.SUITES)}.")
+    flags.DEFINE_integer("samples", 0, "Texts to draw from the model.", 0)
+    flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (pip install 'bltjax[eval]').")
+    flags.DEFINE_string("tasks_path", None, "A directory of task files, instead of the harness's.")
+    flags.DEFINE_string("noise", None, "Noise in --tasks: drop, or drop:prompt, and so on.")
+    flags.DEFINE_integer("limit", None, "Questions of a task, at most.", 1)
+    flags.DEFINE_string("words", None, "A file of words for --suites=characters.")
     flags.DEFINE_integer("max_bytes", None, "Read no more than this; files are not cut.", 0)
     flags.DEFINE_integer("row_bytes", None, "Bytes that the model sees at a time.", 8)
 

@@ -20,7 +20,7 @@ from bltjax import score as score_command
 from bltjax.evaluation.score import Score
 from bltjax.patching.boundaries import lengths_from_starts, space_starts
 from bltjax.vocabulary import encode
-from tests import directories
+from tests import directories, processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -173,9 +173,9 @@ def test_evaluate_measures_every_source(corpus, capsys):
     model = FakeModel()
     result = evaluate_command.evaluate(model, corpus, row_bytes=64)
     assert list(result["sources"]) == [".", "a", "b"]
-    assert [s["files"] for s in result["sources"].values()] == [2, 2, 2]
+    assert [s["documents"] for s in result["sources"].values()] == [2, 2, 2]
     assert [s["num_bytes"] for s in result["sources"].values()] == [8, 100, 4500]
-    assert result["files"] == 6 and result["num_bytes"] == 4608
+    assert result["documents"] == 6 and result["num_bytes"] == 4608
     assert result["nats"] == pytest.approx(2304 * math.log(2))
     assert result["bits_per_byte"] == pytest.approx(0.5)
     contents = [b"level", b"top"]
@@ -189,7 +189,7 @@ def test_evaluate_measures_every_source(corpus, capsys):
     assert result["unreadable"] == [str(corpus / "a" / "gone")]
     printed = capsys.readouterr()
     rows = [line.split() for line in printed.out.splitlines()]
-    assert rows[0] == ["source", "files", "bytes", "bits/byte", "bytes/patch", "xz"]
+    assert rows[0] == ["source", "documents", "bytes", "bits/byte", "bytes/patch", "xz"]
     assert [row[0] for row in rows[1:]] == [".", "a", "b", "all"]
     assert rows[3][1:4] == ["2", "4500", "0.5000"]
     assert printed.err == f"1 could not be read: {corpus / 'a' / 'gone'}\n"
@@ -211,7 +211,7 @@ def test_files_that_vanish_while_others_are_read_are_named(corpus, monkeypatch, 
     monkeypatch.setattr(evaluate_command, "READ_BYTES", 1)
     monkeypatch.setattr(FakeModel, "score", score)
     result = evaluate_command.evaluate(FakeModel(), corpus)
-    assert result["files"] == 5 and result["unreadable"][1:] == [str(corpus / "b" / "two")]
+    assert result["documents"] == 5 and result["unreadable"][1:] == [str(corpus / "b" / "two")]
     assert "2 could not be read" in capsys.readouterr().err
 
 
@@ -220,7 +220,7 @@ def test_max_bytes_leaves_files_out_and_cuts_none(corpus, capsys):
     for limit in (5, 8, 107, 108, 3107, 4608):
         result = evaluate_command.evaluate(FakeModel(), corpus, max_bytes=limit)
         taken = int(np.searchsorted(np.cumsum(sizes), limit, side="right"))
-        assert (result["files"], result["num_bytes"]) == (taken, sum(sizes[:taken]))
+        assert (result["documents"], result["num_bytes"]) == (taken, sum(sizes[:taken]))
     with pytest.raises(ValueError, match="within max_bytes=4 "):
         evaluate_command.evaluate(FakeModel(), corpus, max_bytes=4)
 
@@ -244,7 +244,7 @@ def test_evaluate_prints_json_in_the_last_line(corpus):
     assert err[2:] == ["[{'row_bytes': 64}]"]
     assert out[4].split()[:3] == ["caf\\xe9", "1", "0"]
     result = json.loads(out[-1], parse_constant=pytest.fail)
-    assert result["files"] == 7 and result["sources"][name]["bits_per_byte"] is None
+    assert result["documents"] == 7 and result["sources"][name]["bits_per_byte"] is None
 
 
 # ---- both
@@ -299,7 +299,7 @@ def test_on_a_model_in_a_directory(tmp_path):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=""),
+            env=processes.environment(),
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])

@@ -50,10 +50,10 @@ class Score(NamedTuple):
     bits_per_byte: float  # NaN without bytes
 
 
-class _Prepared(NamedTuple):
-    """A document that is ready for the model."""
+class Packed(NamedTuple):
+    """A document that is ready for the model: its ids, patches (0: the model has none) and rows."""
 
-    num_bytes: int
+    ids: np.ndarray
     num_patches: int
     rows: Iterable[Row]
 
@@ -78,17 +78,9 @@ def score_documents(
     of bytes of each batch that is done. Raises ValueError for documents that are not a sequence of
     bytes or str, for a missing entropy model and for `row_bytes` below 8.
     """
-    documents = _checked(documents, row_bytes)
-
-    def prepared():
-        for ids in _chunks(documents):
-            starts = document_starts(entropy_config, entropy_params, patching, ids)
-            for i, s in zip(ids, starts, strict=True):
-                length = _row_length(len(i) + 1, row_bytes)  # + 1: patches cover one more
-                yield _Prepared(len(i) - 2, int(s.sum()), pack_patches([(i, s)], length, length))
-
-    _check_entropy_model(entropy_config, patching)
-    return _scores(config, params, prepared(), advance)
+    ids = map(encode, _checked(documents, row_bytes))
+    packed = patched_rows(entropy_config, entropy_params, patching, ids, row_bytes)
+    return _scores(config, params, packed, advance)
 
 
 def score_bytes(
@@ -100,12 +92,41 @@ def score_bytes(
     advance: Advance = unwatched,
 ) -> list[Score]:
     """The Score of each document under a byte model without patches; see `score_documents`."""
-    documents = _checked(documents, row_bytes)
-    prepared = (
-        _Prepared(len(i) - 2, 0, pack_bytes([i], _row_length(len(i), row_bytes)))
-        for i in map(encode, documents)
+    ids = map(encode, _checked(documents, row_bytes))
+    return _scores(config, params, byte_rows(ids, row_bytes), advance)
+
+
+def patched_rows(
+    entropy_config: EntropyModelConfig | None,
+    entropy_params,
+    patching: PatchingConfig,
+    documents: Iterable[np.ndarray],
+    row_bytes: int,
+) -> Iterator[Packed]:
+    """The rows of each document's ids [S], in patches; a document of less than `row_bytes` has one.
+
+    Raises ValueError at once where the rule needs an entropy model and there is none.
+    """
+    _check_entropy_model(entropy_config, patching)
+    return (
+        packed
+        for ids in _chunks(documents)
+        for packed in _patched(
+            ids, document_starts(entropy_config, entropy_params, patching, ids), row_bytes
+        )
     )
-    return _scores(config, params, prepared, advance)
+
+
+def _patched(documents, starts, row_bytes: int) -> Iterator[Packed]:
+    for ids, s in zip(documents, starts, strict=True):
+        length = _row_length(len(ids) + 1, row_bytes)  # + 1: patches cover one more
+        yield Packed(ids, int(s.sum()), pack_patches([(ids, s)], length, length))
+
+
+def byte_rows(documents: Iterable[np.ndarray], row_bytes: int) -> Iterator[Packed]:
+    """The rows of each document's ids, for a model without patches."""
+    for ids in documents:
+        yield Packed(ids, 0, pack_bytes([ids], _row_length(len(ids), row_bytes)))
 
 
 def document_starts(
@@ -165,28 +186,27 @@ def _row_nats(config, params, batch):
     if "patch_lengths" in batch:
         inputs.insert(0, buffers_from_lengths(batch["patch_lengths"], batch["tokens"].shape[1]))
     logits = functional.apply(config, params, batch["tokens"], *inputs)
-    return jnp.sum(next_byte_nats(logits, batch["targets"]) * _raw(batch), axis=1)
+    return jnp.sum(next_byte_nats(logits, batch["targets"]) * raw_targets(batch), axis=1)
 
 
-def _raw(batch):
+def raw_targets(batch):
     """Which targets count: bytes, neither BOS nor EOS."""
     return batch["loss_mask"] & (batch["targets"] >= BYTE_OFFSET)
 
 
-def _scores(config, params, documents: Iterable[_Prepared], advance) -> list[Score]:
+def _scores(config, params, documents: Iterable[Packed], advance) -> list[Score]:
     sizes, nats = [], []
 
     def rows():
-        for num_bytes, num_patches, document_rows in documents:
-            sizes.append((num_bytes, num_patches))
+        for ids, num_patches, document_rows in documents:
+            sizes.append((len(ids) - 2, num_patches))  # without BOS and EOS
             nats.append([])
             for row in document_rows:
-                if _raw(
-                    row._asdict()
-                ).any():  # not so in an empty document, or in a last row of EOS
-                    yield len(nats) - 1, _trim(row)
+                # Not so in an empty document, or in a last row of EOS.
+                if raw_targets(row._asdict()).any():
+                    yield len(nats) - 1, trim(row)
 
-    for owners, num_bytes, row_nats in _run(config, params, rows()):
+    for owners, num_bytes, row_nats in run_rows(_row_nats, config, params, rows()):
         for owner, value in zip(owners, row_nats, strict=False):  # filled up with padding rows
             nats[owner].append(float(value))
         advance(num_bytes)
@@ -200,15 +220,19 @@ def _score(nats: float, num_bytes: int, num_patches: int) -> Score:
     return Score(nats, num_bytes, num_patches, bits)
 
 
-def _run(config, params, rows: Iterator[tuple[int, Row]]):
-    """(document of each row, raw bytes in all, nats [B]) of batches of rows of equal shape."""
+def run_rows(step, config, params, rows: Iterator[tuple[int, Row]]):
+    """(document of each row, raw targets in all, step's result) of batches of rows of equal shape.
+
+    step: jitted (config, params, batch) -> arrays [B]; a last batch is filled up, so that they may
+    be longer than the documents.
+    """
     running = collections.deque()
     for group in _groups(rows):
         owners, members = zip(*group, strict=True)
         (rows_of_batch,) = whole_batches(iter(members), _batch_size(len(members[0].tokens)))
         batch = as_batch(rows_of_batch)
-        result = _row_nats(config, params, sharding.put_batch(batch))
-        running.append((owners, int(_raw(batch).sum()), result))
+        result = step(config, params, sharding.put_batch(batch))
+        running.append((owners, int(raw_targets(batch).sum()), result))
         if len(running) > 1:  # the device is busy with one while the host makes the next
             yield _fetched(running.popleft())
     yield from map(_fetched, running)
@@ -216,7 +240,7 @@ def _run(config, params, rows: Iterator[tuple[int, Row]]):
 
 def _fetched(batch):
     owners, num_bytes, result = batch
-    return owners, num_bytes, np.asarray(result)
+    return owners, num_bytes, jax.tree.map(np.asarray, result)
 
 
 def _groups(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
@@ -230,7 +254,7 @@ def _groups(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
     yield from waiting.values()
 
 
-def _trim(row: Row) -> Row:
+def trim(row: Row) -> Row:
     """The row in the smallest shape of the list that holds its bytes and patches."""
     used = int(np.count_nonzero(row.tokens != PAD_ID))
     # Room for one more patch than bytes, the tail; packing gives no full row more than its length.
@@ -262,11 +286,11 @@ def _batch_size(length: int) -> int:
     return shards * max(1, min(_MAX_ROWS, BATCH_BYTES // length))
 
 
-def _chunks(documents: Sequence[bytes | str]) -> Iterator[list[np.ndarray]]:
+def _chunks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
     """Ids of consecutive documents, so many that batches which are not full matter little."""
     shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
     chunk, size = [], 0
-    for ids in map(encode, documents):
+    for ids in documents:
         chunk.append(ids)
         size += len(ids)
         if size >= _CHUNK_BATCHES * BATCH_BYTES * shards:

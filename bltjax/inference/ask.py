@@ -43,7 +43,7 @@ def configure(
     if options:
         raise ValueError(f"unknown option {min(options)!r}: Model.generate tells which there are")
     stops = [stop] if isinstance(stop, (str, bytes)) else stop
-    stops = [s.encode() if isinstance(s, str) else s for s in stops]
+    stops = [s.encode("utf-8", "ignore") if isinstance(s, str) else s for s in stops]
     if b"" in stops:
         raise ValueError("stop holds an empty string, with which every text ends: leave it out")
     needed = entropy_config if patching.rule in ENTROPY_RULES else None

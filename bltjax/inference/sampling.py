@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE
+from bltjax.vocabulary import BYTE_OFFSET, VOCAB_SIZE, is_drawable
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def distribution(logits: jax.Array, knobs: Knobs, seen: jax.Array, allowed: jax.
     the other special ids have no bytes to show.
     """
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    drawable = ((ids >= BYTE_OFFSET) & (ids < VOCAB_SIZE)) | (ids == EOS_ID)
+    drawable = is_drawable(ids)
     penalty = knobs.repetition_penalty
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(seen & (ids >= BYTE_OFFSET), penalised, logits)

@@ -1,0 +1,327 @@
+"""Questions about the characters and words of a text, in the manner of CUTE (Edman et al. 2024).
+
+Fourteen tasks, generated from any list of words with a seed. A task is a function from words to a
+question and its answer; a few solved questions stand before the one that is asked:
+
+    Question: Spell the word "there".
+    Answer: t h e r e
+
+Words are not told from other strings of characters: any script will do.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bltjax.evaluation.related_words import RELATED
+
+MAX_WORDS = 6  # of a sentence that is made of words
+_CANDIDATES = 20  # words that are drawn where one must differ from another, or resemble it
+
+
+class Question(NamedTuple):
+    """One item: `prompt` ends where a model is to go on with a space, `answer` and a newline."""
+
+    task: str
+    prompt: str
+    answer: str
+
+    @property
+    def completion(self) -> str:
+        return f" {self.answer}\n"
+
+
+class Material(NamedTuple):
+    """What questions are made of.
+
+    words: without spaces, quotes or newlines, each with two characters that differ. sentences: of
+    three or more words. related: groups of words of one kind.
+    """
+
+    words: Sequence[str]
+    sentences: Sequence[str] = ()
+    related: Sequence[Sequence[str]] = RELATED
+
+
+def material(
+    words: Iterable[str],
+    sentences: Iterable[str] = (),
+    related: Sequence[Sequence[str]] = RELATED,
+) -> Material:
+    """The words and sentences that questions can be made of, each once, in order.
+
+    Without sentences, some are made of the words. Raises ValueError for less than four words, and
+    for less than two groups of related words.
+    """
+    usable = [w for w in dict.fromkeys(words) if len(set(w)) > 1 and _is_plain(w)]
+    if len(usable) < 4:
+        raise ValueError(
+            f"{len(usable)} of the words have two characters that differ, and neither spaces nor "
+            "quotes: give at least 4"
+        )
+    if len(related) < 2 or min(map(len, related)) < 2:
+        raise ValueError(f"related={related!r}: give two groups or more of two words or more")
+    lines = [" ".join(s.split()) for s in sentences if '"' not in s]
+    return Material(usable, [s for s in dict.fromkeys(lines) if len(set(s.split())) > 2], related)
+
+
+def split_words(words: Iterable[str], held_out: float, seed: int = 0) -> tuple[list, list]:
+    """(training words, held-out words): where a word goes depends on it and the seed alone."""
+    parts = [], []
+    for word in dict.fromkeys(words):
+        parts[_hash(f"{seed}:{word}") < held_out * 2**64].append(word)
+    return parts
+
+
+def questions(
+    task: str,
+    source: Material,
+    num_questions: int,
+    *,
+    shots: int = 4,
+    shots_from: Material | None = None,
+    seed: int = 0,
+) -> list[Question]:
+    """Questions of one of TASKS, each after `shots` solved ones of the same task.
+
+    shots_from: what the solved ones are made of; None: of the same. Each question depends on its
+    number and the seed, not on how many there are. Raises ValueError for another task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is not known: give one of {', '.join(TASKS)}")
+    found = []
+    for number in range(num_questions):
+        rng = np.random.default_rng([seed, _hash(task), number])
+        question, answer = TASKS[task](rng, source)
+        solved = _solved(rng, task, shots_from or source, shots, unlike=question)
+        found.append(Question(task, f"{solved}Question: {question}\nAnswer:", answer))
+    return found
+
+
+def training_examples(
+    tasks: Sequence[str], source: Material, num_documents: int, *, shots: int = 4, seed: int = 0
+) -> list[str]:
+    """Documents of `shots` + 1 solved questions each, of one task after the other.
+
+    Made of training words they teach what `questions` of held-out words ask.
+    """
+    examples = [
+        questions(task, source, -(-num_documents // len(tasks)), shots=shots, seed=seed)
+        for task in tasks
+    ]
+    of_all = [question for several in zip(*examples, strict=True) for question in several]
+    return [question.prompt + question.completion for question in of_all[:num_documents]]
+
+
+def evaluate(model, asked: Sequence[Question]) -> dict[str, dict]:
+    """For each task: questions, exact_match of the greedy line, bits_per_byte of the answers.
+
+    bits_per_byte counts the answer with the space before and the newline after it: it falls long
+    before a small model is right. Raises ValueError without questions.
+    """
+    if not asked:
+        raise ValueError("there are no questions: ask for at least one")
+    prompts = [question.prompt for question in asked]
+    longest = max(len(question.completion.encode("utf-8", "ignore")) for question in asked)
+    lines = model.generate(prompts, max_new_bytes=longest, stop="\n")
+    scores = model.score_continuations([(q.prompt, q.completion) for q in asked])
+    results = {}
+    for task in dict.fromkeys(question.task for question in asked):
+        own = [i for i, question in enumerate(asked) if question.task == task]
+        answers = [asked[i].answer.encode("utf-8", "ignore") for i in own]
+        right = sum(lines[i].strip() == answer for i, answer in zip(own, answers, strict=True))
+        nats, num_bytes = (sum(getattr(scores[i], f) for i in own) for f in ("nats", "num_bytes"))
+        results[task] = dict(
+            questions=len(own),
+            exact_match=right / len(own),
+            bits_per_byte=nats / math.log(2) / num_bytes,
+        )
+    return results
+
+
+# ---- tasks: (generator, material) -> (question, answer)
+
+
+def spelling(rng, source):
+    word = _word(rng, source)
+    return f'Spell the word "{word}".', " ".join(word)
+
+
+def spelling_inverse(rng, source):
+    word = _word(rng, source)
+    return f'Which word is spelled "{" ".join(word)}"?', word
+
+
+def contains_char(rng, source):
+    word = _word(rng, source)
+    is_in = rng.random() < 0.5
+    others = [c for other in _words(rng, source) for c in other if c not in word]
+    character = _one_of(rng, others if others and not is_in else word)
+    return f'Is there a "{character}" in "{word}"?', _yes(character in word)
+
+
+def contains_word(rng, source):
+    sentence = _sentence(rng, source)
+    is_in = rng.random() < 0.5
+    inside = sentence.split()
+    others = [word for word in _words(rng, source) if word not in inside]
+    word = _one_of(rng, others if others and not is_in else inside)
+    return f'Is there the word "{word}" in "{sentence}"?', _yes(word in inside)
+
+
+def orthography(rng, source):
+    """The nearer of two words by the edits between them (Levenshtein)."""
+    for _ in range(100):
+        word = _word(rng, source)
+        by_edits = sorted((edits(word, w), w) for w in {*_words(rng, source)} - {word})
+        if by_edits and by_edits[0][0] < by_edits[-1][0]:
+            near, far = by_edits[0][1], by_edits[-1][1]
+            return f'Which is closer in spelling to "{word}": {_either(rng, near, far)}?', near
+    raise ValueError("all words are as far from each other: give more words for task 'orthography'")
+
+
+def semantics(rng, source):
+    """The word of the same group, of two."""
+    own, other = rng.choice(len(source.related), 2, replace=False)
+    word, near = rng.choice(source.related[own], 2, replace=False)
+    far = _one_of(rng, [w for w in source.related[other] if w not in (word, near)])
+    return f'Which is closer in meaning to "{word}": {_either(rng, near, far)}?', str(near)
+
+
+def insert_char(rng, source):
+    word = _word(rng, source)
+    at = _one_of(rng, word)
+    new = _one_of(rng, [c for c in _word(rng, source) if c != at])
+    return f'Add "{new}" after every "{at}" in "{word}".', word.replace(at, at + new)
+
+
+def insert_word(rng, source):
+    sentence = _sentence(rng, source)
+    at = _one_of(rng, sentence.split())
+    new = _one_of(rng, [w for w in _words(rng, source) if w != at])
+    answer = " ".join(f"{w} {new}" if w == at else w for w in sentence.split())
+    return f'Add "{new}" after every "{at}" in "{sentence}".', answer
+
+
+def delete_char(rng, source):
+    word = _word(rng, source)
+    at = _one_of(rng, word)
+    return f'Delete every "{at}" in "{word}".', word.replace(at, "")
+
+
+def delete_word(rng, source):
+    sentence = _sentence(rng, source)
+    at = _one_of(rng, sentence.split())
+    answer = " ".join(w for w in sentence.split() if w != at)
+    return f'Delete every "{at}" in "{sentence}".', answer
+
+
+def substitute_char(rng, source):
+    word = _word(rng, source)
+    at = _one_of(rng, word)
+    new = _one_of(rng, [c for c in _word(rng, source) if c != at])
+    return f'Replace every "{at}" with "{new}" in "{word}".', word.replace(at, new)
+
+
+def substitute_word(rng, source):
+    sentence = _sentence(rng, source)
+    at = _one_of(rng, sentence.split())
+    new = _one_of(rng, [w for w in _words(rng, source) if w != at])
+    answer = " ".join(new if w == at else w for w in sentence.split())
+    return f'Replace every "{at}" with "{new}" in "{sentence}".', answer
+
+
+def swap_char(rng, source):
+    word = _word(rng, source)
+    a, b = rng.choice(sorted(set(word)), 2, replace=False)
+    return f'Swap "{a}" and "{b}" in "{word}".', "".join({a: b, b: a}.get(c, c) for c in word)
+
+
+def swap_word(rng, source):
+    sentence = _sentence(rng, source)
+    a, b = rng.choice(sorted(set(sentence.split())), 2, replace=False)
+    answer = " ".join({a: b, b: a}.get(w, w) for w in sentence.split())
+    return f'Swap "{a}" and "{b}" in "{sentence}".', answer
+
+
+TASKS: dict[str, Callable] = {
+    task.__name__: task
+    for task in (
+        spelling,
+        spelling_inverse,
+        contains_char,
+        contains_word,
+        orthography,
+        semantics,
+        insert_char,
+        insert_word,
+        delete_char,
+        delete_word,
+        substitute_char,
+        substitute_word,
+        swap_char,
+        swap_word,
+    )
+}
+
+
+def edits(a: str, b: str) -> int:
+    """Characters to insert, delete or replace to make b of a (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+def _solved(rng, task: str, source: Material, shots: int, unlike: str) -> str:
+    """Solved questions; none is the one that will be asked, as far as there are others."""
+    text = ""
+    for _ in range(shots):
+        for _ in range(10):
+            question, answer = TASKS[task](rng, source)
+            if question != unlike:
+                break
+        text += f"Question: {question}\nAnswer: {answer}\n\n"
+    return text
+
+
+def _word(rng, source: Material) -> str:
+    return _one_of(rng, source.words)
+
+
+def _words(rng, source: Material) -> list[str]:
+    """Several words to choose from, however long the list is."""
+    return [_word(rng, source) for _ in range(_CANDIDATES)]
+
+
+def _sentence(rng, source: Material) -> str:
+    if source.sentences:
+        return _one_of(rng, source.sentences)
+    size = min(int(rng.integers(3, MAX_WORDS + 1)), len(source.words))
+    return " ".join(source.words[i] for i in rng.choice(len(source.words), size, replace=False))
+
+
+def _one_of(rng, choices: Sequence[str]) -> str:
+    return choices[int(rng.integers(len(choices)))]
+
+
+def _either(rng, near: str, far: str) -> str:
+    return f'"{near}" or "{far}"' if rng.random() < 0.5 else f'"{far}" or "{near}"'
+
+
+def _yes(is_so: bool) -> str:
+    return "Yes" if is_so else "No"
+
+
+def _is_plain(word: str) -> bool:
+    return '"' not in word and not any(c.isspace() for c in word)
+
+
+def _hash(text: str) -> int:
+    encoded = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big")

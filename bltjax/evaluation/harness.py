@@ -1,0 +1,131 @@
+"""bltjax models in lm-evaluation-harness: `--model bltjax --model_args checkpoint=DIR`.
+
+Importing this file registers the name. `run_tasks` runs tasks from Python, and
+`python -m bltjax.evaluate --checkpoint=DIR --tasks=a,b` from a terminal: tasks of the harness,
+whose data come from the hub, or those of a directory of task files, with data of this machine.
+"""
+
+import os
+from collections.abc import Sequence
+
+import bltjax
+from bltjax.evaluation import requests as answers
+from bltjax.evaluation.noise import check_where, noisy
+from bltjax.progress import Progress
+
+try:
+    import lm_eval
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ImportError(
+        f"harness tasks take lm-evaluation-harness ({error}): pip install 'bltjax[eval]'"
+    ) from error
+
+
+@register_model("bltjax")
+class HarnessModel(LM):
+    """A model of ours as the harness asks for it.
+
+    checkpoint, entropy_model, dtype: as of `bltjax.load`; or model: one that is loaded, anything
+    with `score`, `score_continuations` and `generate`. noise: one of `evaluation.noise.KINDS`, put
+    into the contexts, the continuations or both (noise_where) of every choice, and into the
+    contexts of what is generated. batch_size, device and other options of the harness have no
+    effect: an answer depends on neither.
+    """
+
+    tokenizer_name = "bytes"  # in the names of cached requests
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        entropy_model: str | None = None,
+        dtype: str | None = None,
+        noise: str | None = None,
+        noise_where: str = "both",
+        noise_seed: int = 0,
+        model=None,
+        **_,
+    ):
+        super().__init__()
+        if (checkpoint is None) == (model is None):
+            raise ValueError("give checkpoint=DIR, or model= with one that is loaded")
+        check_where(noise_where)
+        if noise is not None:
+            noisy("", noise)  # an unknown kind shows before the model is loaded
+        self.noise, self.where, self.seed = noise, noise_where, noise_seed
+        if model is None:
+            model = bltjax.load(checkpoint, entropy_model=entropy_model, dtype=dtype)
+        self.model = model
+
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        pairs = [
+            (self._noisy(context, "prompt"), self._noisy(continuation, "completion"))
+            for context, continuation in (request.args for request in requests)
+        ]
+        progress = Progress("scoring", sum(len(c.encode("utf-8", "ignore")) for _, c in pairs))
+        found = answers.loglikelihood(self.model, pairs, progress)
+        progress.close()
+        return self._kept("loglikelihood", requests, found)
+
+    def loglikelihood_rolling(self, requests) -> list[float]:
+        texts = [request.args[0] for request in requests]
+        progress = Progress("scoring", sum(len(t.encode("utf-8", "ignore")) for t in texts))
+        found = answers.loglikelihood_rolling(self.model, texts, progress)
+        progress.close()
+        return self._kept("loglikelihood_rolling", requests, found)
+
+    def generate_until(self, requests) -> list[str]:
+        asked = [(self._noisy(r.args[0], "prompt"), r.args[1]) for r in requests]
+        return self._kept("generate_until", requests, answers.generate_until(self.model, asked))
+
+    def _noisy(self, text: str, part: str) -> str:
+        if self.noise is None or self.where not in (part, "both"):
+            return text
+        return noisy(text, self.noise, self.seed)
+
+    def _kept(self, kind: str, requests, found: list) -> list:
+        """The answers, told to the harness's cache if it has one."""
+        for request, answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial(kind, request.args, answer)
+        return found
+
+
+def run_tasks(
+    model,
+    tasks: Sequence[str],
+    tasks_path: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    **noise,
+) -> dict[str, dict[str, float]]:
+    """The metrics of each task under a model.
+
+    tasks_path: a directory of task files (YAML), in which names are looked up instead of among the
+    harness's own; their data files may lie beside them or anywhere. limit: items of each task.
+    noise: as of HarnessModel. Raises ValueError for a task that is not there.
+    """
+    # Standard errors in this process: one with JAX's threads may hang where it is forked.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    manager = TaskManager(include_path=tasks_path, include_defaults=tasks_path is None)
+    if missing := [task for task in tasks if not manager.match_tasks([task])]:
+        where = f"in {tasks_path}" if tasks_path else "in the harness"
+        raise ValueError(f"no task {', '.join(missing)} {where}: lm_eval ls tasks shows all")
+    found = lm_eval.simple_evaluate(
+        HarnessModel(model=model, **noise),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        bootstrap_iters=1000,
+        log_samples=False,
+    )
+    return {
+        task: {
+            name.removesuffix(",none"): value
+            for name, value in metrics.items()
+            if isinstance(value, (int, float))
+        }
+        for task, metrics in found["results"].items()
+    }

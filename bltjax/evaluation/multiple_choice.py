@@ -1,0 +1,123 @@
+"""Multiple choice: which of several texts goes on from a prompt, by their likelihood.
+
+Items come from a task, or are made from any corpus: the true continuation of a passage stands
+among those of other passages.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bltjax.progress import Advance, unwatched
+
+ACCURACIES = ("accuracy", "accuracy_per_byte", "accuracy_mutual")
+_SPACE = b" \n\t"
+_SEARCH = 24  # bytes within which a passage is rather cut at a space
+
+
+class Choice(NamedTuple):
+    """One item: `choices` may follow `prompt`, and choices[answer] does."""
+
+    prompt: str | bytes
+    choices: tuple[str | bytes, ...]
+    answer: int
+
+
+def accuracy(model, items: Sequence[Choice], advance: Advance = unwatched) -> dict:
+    """How often the right choice is the most probable one, of all a model's `score_continuations`.
+
+    accuracy: by the log-likelihood of all its bytes; accuracy_per_byte: by the mean of a byte;
+    accuracy_mutual: by how much the prompt adds to it, log p(choice | prompt) - log p(choice), by
+    which small models see the most; bits_per_byte: of the right choices after their prompts;
+    chance: of guessing. Of equals the first counts as chosen. Raises ValueError without items, and
+    for an answer that is no choice.
+    """
+    if not items:
+        raise ValueError("there are no items: give at least one")
+    for i, item in enumerate(items):
+        if not 0 <= item.answer < len(item.choices):
+            raise ValueError(
+                f"items[{i}] has answer={item.answer} and {len(item.choices)} choices: count from 0"
+            )
+    pairs = [(item.prompt, choice) for item in items for choice in item.choices]
+    scores = iter(model.score_continuations(pairs, advance=advance))
+    priors = iter(model.score_continuations([("", choice) for _, choice in pairs], advance=advance))
+    right, answers = np.zeros(3), []
+    for item in items:
+        of_choices = [next(scores) for _ in item.choices]
+        nats = np.array([score.nats for score in of_choices])
+        sizes = np.array([max(score.num_bytes, 1) for score in of_choices])
+        alone = np.array([next(priors).nats for _ in item.choices])
+        right += [x.argmin() == item.answer for x in (nats, nats / sizes, nats - alone)]
+        answers.append(of_choices[item.answer])
+    num_bytes = sum(score.num_bytes for score in answers)
+    total = math.fsum(score.nats for score in answers)
+    return dict(
+        items=len(items),
+        **dict(zip(ACCURACIES, map(float, right / len(items)), strict=True)),
+        bits_per_byte=total / math.log(2) / num_bytes if num_bytes else math.nan,
+        chance=sum(1 / len(item.choices) for item in items) / len(items),
+    )
+
+
+def items_from_documents(
+    documents: Iterable[str | bytes],
+    num_items: int,
+    *,
+    num_choices: int = 4,
+    prompt_bytes: int = 160,
+    completion_bytes: int = 48,
+    seed: int = 0,
+) -> list[Choice]:
+    """Items in bytes from passages that do not overlap, drawn from all documents alike.
+
+    Prompts and completions have about the lengths given: they are cut at spaces where one is near,
+    else between characters, and a completion begins with its space. The same documents and seed
+    give the same items. Raises ValueError where the documents have too few passages.
+    """
+    passages = {}  # by completion, so that no two choices are equal
+    for document in documents:
+        data = document.encode("utf-8", "ignore") if isinstance(document, str) else bytes(document)
+        for prompt, completion in _passages(data, prompt_bytes, completion_bytes):
+            passages.setdefault(completion, prompt)
+    if len(passages) < max(num_items, num_choices):
+        raise ValueError(
+            f"the documents have {len(passages)} passages of {prompt_bytes} + {completion_bytes} "
+            f"bytes, and {num_items} items of {num_choices} choices are asked for: ask for fewer "
+            "or shorter ones, or give more text"
+        )
+    completions = list(passages)
+    rng = np.random.default_rng(seed)
+    items = []
+    for right in rng.choice(len(completions), num_items, replace=False):
+        # Of all but the right one: what lies behind it moves up by one.
+        others = rng.choice(len(completions) - 1, num_choices - 1, replace=False)
+        chosen = [completions[i + (i >= right)] for i in others]
+        answer = int(rng.integers(num_choices))
+        chosen.insert(answer, completions[right])
+        items.append(Choice(passages[completions[right]], tuple(chosen), answer))
+    return items
+
+
+def _passages(data: bytes, prompt_bytes: int, completion_bytes: int):
+    """(prompt, completion) of consecutive stretches of a document."""
+    size = prompt_bytes + completion_bytes
+    for start in range(0, len(data) - size - 2 * _SEARCH + 1, size + 2 * _SEARCH):
+        middle = _cut(data, start + prompt_bytes)
+        prompt, completion = data[_character(data, start) : middle], data[middle:]
+        completion = completion[: _cut(data, middle + completion_bytes) - middle]
+        if prompt.strip() and completion.strip():
+            yield prompt, completion
+
+
+def _cut(data: bytes, near: int) -> int:
+    """The first space from `near` on, if one is near; else the first beginning of a character."""
+    found = [at for space in _SPACE if (at := data.find(space, near, near + _SEARCH)) >= 0]
+    return min(found) if found else _character(data, near)
+
+
+def _character(data: bytes, near: int) -> int:
+    """`near`, or up to three bytes behind it, where a UTF-8 character begins."""
+    return next((at for at in range(near, near + 4) if data[at] & 0xC0 != 0x80), near)

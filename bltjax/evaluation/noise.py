@@ -1,0 +1,127 @@
+"""Text with the noise of the paper's robustness test (section 5.1, table 3).
+
+What is drawn for a text follows from the seed and the text itself, so neither order nor company
+matters. Noise works on characters; bytes that are no UTF-8 count as one each, and stay what they
+are.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from bltjax.evaluation.multiple_choice import ACCURACIES, Choice, accuracy
+
+DROPPED = 0.1  # share of the characters
+REPEATED = 0.2
+MAX_COPIES = 4  # of a repeated character
+WHERE = ("prompt", "completion", "both")
+
+
+def antspeak(text: str, rng: np.random.Generator) -> str:
+    """Upper case, with a space between characters."""
+    return " ".join(text.upper())
+
+
+def drop(text: str, rng: np.random.Generator) -> str:
+    """Each character is left out with a probability of 10%."""
+    kept = rng.random(len(text)) >= DROPPED
+    return "".join(c for c, keep in zip(text, kept, strict=True) if keep)
+
+
+def random_case(text: str, rng: np.random.Generator) -> str:
+    """Each character in upper or in lower case, at equal chances."""
+    is_upper = rng.random(len(text)) < 0.5
+    return "".join(
+        c.upper() if upper else c.lower() for c, upper in zip(text, is_upper, strict=True)
+    )
+
+
+def repeat(text: str, rng: np.random.Generator) -> str:
+    """Each character stands two, three or four times with a probability of 20%."""
+    is_repeated = rng.random(len(text)) < REPEATED
+    copies = np.where(is_repeated, rng.integers(2, MAX_COPIES + 1, len(text)), 1)
+    return "".join(c * int(n) for c, n in zip(text, copies, strict=True))
+
+
+def upper(text: str, rng: np.random.Generator) -> str:
+    """Upper case."""
+    return text.upper()
+
+
+KINDS: dict[str, Callable[[str, np.random.Generator], str]] = {
+    kind.__name__: kind for kind in (antspeak, drop, random_case, repeat, upper)
+}
+
+
+def noisy(text: str | bytes, kind: str, seed: int = 0) -> str | bytes:
+    """A text with noise of one of KINDS; the type is kept. Raises ValueError for other kinds."""
+    if kind not in KINDS:
+        raise ValueError(f"noise {kind!r} is not known: give one of {', '.join(KINDS)}")
+    if isinstance(text, bytes):
+        characters = text.decode("utf-8", "surrogateescape")
+        return noisy(characters, kind, seed).encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return KINDS[kind](text, np.random.default_rng([seed, int.from_bytes(digest, "big")]))
+
+
+def noisy_documents(
+    documents: Iterable[str | bytes], kind: str, seed: int = 0
+) -> list[str | bytes]:
+    """The documents of a corpus, each with noise."""
+    return [noisy(document, kind, seed) for document in documents]
+
+
+def noisy_items(
+    items: Iterable[Choice], kind: str, where: str = "both", seed: int = 0
+) -> list[Choice]:
+    """Multiple-choice items with noise in the prompt, in all choices ("completion") or in both.
+
+    Raises ValueError for another `where`.
+    """
+    check_where(where)
+    return [
+        Choice(
+            noisy(item.prompt, kind, seed) if where != "completion" else item.prompt,
+            tuple(noisy(choice, kind, seed) for choice in item.choices)
+            if where != "prompt"
+            else item.choices,
+            item.answer,
+        )
+        for item in items
+    ]
+
+
+def check_where(where: str):
+    if where not in WHERE:
+        raise ValueError(f"where={where!r} must be one of {', '.join(WHERE)}")
+
+
+def robustness(model, items: Sequence[Choice], seed: int = 0) -> dict:
+    """The accuracy of a model on multiple-choice items without noise and with each of it.
+
+    clean: of `multiple_choice.accuracy`; noisy: {kind: {where: the same}}; mean: each accuracy
+    averaged over kinds and places, as in the paper's table 3; bits_per_byte: {"clean" or kind: of
+    the right texts, prompt and completion, with noise}. Raises ValueError without items.
+    """
+    noisy_results = {
+        kind: {where: accuracy(model, noisy_items(items, kind, where, seed)) for where in WHERE}
+        for kind in KINDS
+    }
+    found = [result for by_place in noisy_results.values() for result in by_place.values()]
+    texts = [item.prompt + item.choices[item.answer] for item in items]
+    corpora = {"clean": texts} | {kind: noisy_documents(texts, kind, seed) for kind in KINDS}
+    return dict(
+        clean=accuracy(model, items),
+        noisy=noisy_results,
+        mean={name: sum(result[name] for result in found) / len(found) for name in ACCURACIES},
+        bits_per_byte={name: _bits_per_byte(model, corpus) for name, corpus in corpora.items()},
+    )
+
+
+def _bits_per_byte(model, documents) -> float:
+    scores = model.score(documents)
+    num_bytes = sum(score.num_bytes for score in scores)
+    nats = math.fsum(score.nats for score in scores)
+    return nats / math.log(2) / num_bytes if num_bytes else math.nan

@@ -1,0 +1,42 @@
+"""What a model writes by itself: how much of it is valid UTF-8."""
+
+import math
+
+MAX_NEW_BYTES = 256
+
+
+def samples(model, num_samples: int, max_new_bytes: int = MAX_NEW_BYTES, seed: int = 0) -> dict:
+    """Draws texts from BOS at temperature 1 and tells how many of them are valid UTF-8.
+
+    valid: share of the texts; where a text was cut at `max_new_bytes`, its last character may be
+    incomplete. valid_bytes: share of all bytes that belong to valid characters. bits_per_byte: of
+    the texts under the model, which is its entropy rate but for chance. Raises ValueError for less
+    than one sample.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be at least 1")
+    seeds = list(range(seed, seed + num_samples))
+    texts = model.generate([b""] * num_samples, max_new_bytes, temperature=1.0, seed=seeds)
+    scores = model.score(texts)
+    num_bytes = sum(map(len, texts))
+    nats = math.fsum(score.nats for score in scores)
+    return dict(
+        samples=num_samples,
+        num_bytes=num_bytes,
+        valid=sum(is_valid(t, cut=len(t) >= max_new_bytes) for t in texts) / num_samples,
+        valid_bytes=sum(map(_valid_bytes, texts)) / num_bytes if num_bytes else math.nan,
+        bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
+    )
+
+
+def is_valid(text: bytes, cut: bool = False) -> bool:
+    """Whether a text is UTF-8; `cut`: its last character may go on behind the end."""
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return cut and error.reason == "unexpected end of data"
+    return True
+
+
+def _valid_bytes(text: bytes) -> int:
+    return len(text.decode("utf-8", "ignore").encode())
