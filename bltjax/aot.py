@@ -287,7 +287,7 @@ def _define_flags():
     flags.adopt_module_key_flags(command)  # shown by --help
     flags.DEFINE_string("topology", None, "Chips and their arrangement, such as v5e:16x16.")
     flags.DEFINE_integer("slices", 1, "How many such slices, joined by a slower network.", 1)
-    flags.DEFINE_enum("stage", "blt", ["blt", "entropy_model"], "Which model.")
+    flags.DEFINE_enum("stage", "blt", ["blt", "entropy_model", "token_model"], "Which model.")
     flags.DEFINE_enum("program", "train", PROGRAMS, "What is compiled.")
     flags.DEFINE_string("text", None, "A file for the optimized program (HLO text).")
 

@@ -12,6 +12,11 @@ import numpy as np
 from bltjax import formats, sharding
 from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.conversion.weights import Lengths, Weights
+from bltjax.evaluation.continuations import (
+    ContinuationScore,
+    score_continuations,
+    score_continuations_bytes,
+)
 from bltjax.evaluation.score import Score, score_bytes, score_documents
 from bltjax.inference.ask import ask, configure
 from bltjax.inference.generate import Counts, generate, stream
@@ -21,6 +26,8 @@ from bltjax.patching.boundaries import entropy_segments, lengths_from_starts, pa
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.progress import Advance, unwatched
+from bltjax.tokens import model as token_model
+from bltjax.tokens.model import TokenModel
 
 __all__ = ["Model", "Score", "load"]
 
@@ -34,8 +41,10 @@ def load(
     bf16_compat: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     advance: Advance = unwatched,
-) -> "Model":
+) -> "Model | TokenModel":
     """The model in a directory: bltjax's, a training run's, Hugging Face's or Meta's.
+
+    That of a run whose stage is `token_model` is a TokenModel.
 
     Args:
       entropy_model: a directory with the entropy model, where the first has none or another is
@@ -58,6 +67,10 @@ def load(
             f"the mesh has axes {mesh.axis_names}, must have {sharding.MESH_AXES}: make it with "
             "bltjax.sharding.make_mesh, and give it as mesh="
         )
+    if token_model.is_token_run(path):
+        if entropy_model is not None or bf16_compat:
+            raise ValueError(f"{path} holds a token model: give no entropy_model, no bf16_compat")
+        return token_model.load(path, mesh, dtype, compute_dtype, advance)
     with jax.set_mesh(mesh):
         weights = formats.cast(formats.read(path, entropy_model, advance), dtype)
         for name in weights.params:
@@ -149,8 +162,8 @@ class Model:
           stop: strings or bytes that end a text, and are left out of it.
           threshold: nats, instead of the trained one (rules by entropy): a higher one makes fewer
             patches, and generation cheaper.
-          max_drafts, batch_size, quorum: of `inference.generate.Decoding`; greedy text is the same
-            whatever they are.
+          max_drafts, batch_size, quorum, least_patch_bytes: of `inference.generate.Decoding`;
+            greedy text is the same whatever they are.
 
         Raises ValueError for values that make no sense. Warns where a text would be longer than
         those that the model was trained on: it goes on, but nobody knows how well.
@@ -231,6 +244,34 @@ class Model:
                 self.params.get("entropy_model"),
                 self.patching,
                 documents,
+                **options,
+            )
+
+    def score_continuations(
+        self,
+        pairs: Sequence[tuple[str | bytes, str | bytes]],
+        row_bytes: int | None = None,
+        advance: Advance = unwatched,
+    ) -> list[ContinuationScore]:
+        """nats, bytes and is_greedy of each continuation after its context.
+
+        pairs: (context, continuation). A pair's result does not depend on the others; see
+        `evaluation.continuations`. row_bytes: as of `score`.
+        """
+        row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
+        options = dict(row_bytes=row_bytes, advance=advance)
+        with jax.set_mesh(self.mesh):
+            if self.config is None:
+                params = self.params["entropy_model"]
+                return score_continuations_bytes(self.entropy_config, params, pairs, **options)
+            self._check_patches_can_be_found()
+            return score_continuations(
+                self.config,
+                self.params["blt"],
+                self.entropy_config,
+                self.params.get("entropy_model"),
+                self.patching,
+                pairs,
                 **options,
             )
 

@@ -21,6 +21,7 @@ from bltjax.model_config import (
     EntropyModelConfig,
     HashConfig,
     InitConfig,
+    TokenModelConfig,
     TransformerConfig,
     finite,
     one_of,
@@ -42,6 +43,8 @@ __all__ = [  # the settings of models, data and training are reached through thi
     "ProfileConfig",
     "RunConfig",
     "SourceConfig",
+    "TokenModelConfig",
+    "TokenizerConfig",
     "TrainingConfig",
     "TransformerConfig",
     "default_config",
@@ -53,7 +56,8 @@ __all__ = [  # the settings of models, data and training are reached through thi
 
 PATCHING_RULES = ("entropy", "monotonic", "global_monotonic", "space", "static", "byte", "bpe")
 ENTROPY_RULES = ("entropy", "monotonic", "global_monotonic")
-STAGES = ("entropy_model", "entropies", "blt", "evaluate", "sample")
+STAGES = ("entropy_model", "entropies", "blt", "evaluate", "sample")  # of a BLT
+ALL_STAGES = (*STAGES, "token_model")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,17 @@ class PatchingConfig:
                 "target_patch_bytes to None in the config file, and threshold and threshold_add"
             )
         return found
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the ids of the token model come from."""
+
+    path: str = ""  # a tokenizer.json of another run; empty: it is trained
+    train_bytes: int = 20_000_000  # of training documents, in a seeded order, that it is trained on
+
+    def problems(self, name: str) -> list[str]:
+        return positive(self, name, "train_bytes")
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,9 @@ class RunConfig:
     entropy_training: TrainingConfig = TrainingConfig()
     blt: BLTConfig = BLTConfig()
     blt_training: TrainingConfig = TrainingConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    token_model: TokenModelConfig = TokenModelConfig()
+    token_training: TrainingConfig = TrainingConfig()  # its row_bytes are tokens of a row
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -140,35 +158,44 @@ class RunConfig:
             if f.name != "stages"
             for p in getattr(self, f.name).problems(f.name)
         ]
-        unknown = [s for s in self.stages if s not in STAGES]
+        unknown = [s for s in self.stages if s not in ALL_STAGES]
         if unknown or not self.stages:
-            found.append(f"stages={self.stages} must be one or more of {STAGES}")
+            found.append(f"stages={self.stages} must be one or more of {ALL_STAGES}")
         found += self._profile_problems()
-        given = self.entropy_training.optimizer
-        for setting in OF_BLT_PARTS:
-            value, default = (getattr(o, setting) for o in (given, OptimizerConfig()))
-            if value != default:
-                found.append(
-                    f"entropy_training.optimizer.{setting}={value!r} changes nothing: the entropy "
-                    f"model has no such part, leave it {default!r}"
-                )
-        if self.entropy_training.row_bytes == 0 < self.entropy_training.row_patches:
-            found.append(
-                "entropy_training.row_bytes=0 must be at least 8: its rows have no patches"
-            )
+        found += self._patchless_problems("entropy_training", "entropy model")
+        found += self._patchless_problems("token_training", "token model")
         if found:
             raise ValueError("; ".join(found))
 
+    def _patchless_problems(self, name: str, model: str) -> list[str]:
+        """Settings that would change nothing, of a model that is no BLT."""
+        training, found = getattr(self, name), []
+        for setting in OF_BLT_PARTS:
+            value, default = (getattr(o, setting) for o in (training.optimizer, OptimizerConfig()))
+            if value != default:
+                found.append(
+                    f"{name}.optimizer.{setting}={value!r} changes nothing: the {model} has no "
+                    f"such part, leave it {default!r}"
+                )
+        if training.row_bytes == 0 < training.row_patches:
+            found.append(f"{name}.row_bytes=0 must be at least 8: its rows have no patches")
+        return found
+
     def _profile_problems(self) -> list[str]:
         first, stage = self.profile.first_step, self.profile.stage
-        if first is None:
+        if first is None or self.profile.problems("profile"):
             return []
         if stage not in self.stages:
             return [f"profile.stage={stage!r} is none of stages={self.stages}: choose one of them"]
-        training = self.blt_training if stage == "blt" else self.entropy_training
+        _, training = self.trained(stage)
         if first >= training.steps:
             return [f"profile.first_step={first} is not below the {training.steps} of {stage}"]
         return []
+
+    def trained(self, stage: str):
+        """(model, training) of one of the stages entropy_model, blt and token_model."""
+        short = dict(entropy_model="entropy", blt="blt", token_model="token")[stage]
+        return getattr(self, stage), getattr(self, f"{short}_training")
 
 
 # Settings that may change between the runs of one working directory: which stages to do now, where

@@ -89,7 +89,7 @@ def shares(config: RunConfig, store: Store) -> dict[str, float]:
 
 
 def needed_bytes(config: RunConfig, stage: TrainingConfig) -> int:
-    """What the steps of a stage read; somewhat more where the length of rows is not known yet."""
+    """What the steps of a byte model read; more where the length of rows is not known yet."""
     patching = config.patching
     mean = patching.target_patch_bytes or max(patching.patch_size, 8)
     return stage.steps * stage.batch_size * (stage.row_bytes or int(2 * stage.row_patches * mean))

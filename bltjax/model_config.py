@@ -189,6 +189,17 @@ class EntropyModelConfig:
 
 
 @dataclass(frozen=True)
+class TokenModelConfig(EntropyModelConfig):
+    """A plain transformer over the ids of a tokenizer: what byte models are measured against."""
+
+    transformer: TransformerConfig = TransformerConfig()
+    vocab_size: int = 4096  # at most: of the tokenizer, which has fewer where text is short
+
+    def problems(self, name: str) -> list[str]:
+        return self.transformer.problems(f"{name}.transformer") + _common_model_problems(self, name)
+
+
+@dataclass(frozen=True)
 class BLTConfig:
     """The byte latent transformer (spec 5); the defaults are a toy."""
 

@@ -12,6 +12,7 @@ import math
 import time
 from typing import NamedTuple
 
+import numpy as np
 from absl import app, flags
 
 from bltjax import command
@@ -46,20 +47,21 @@ class Plan(NamedTuple):
 
 
 def plan_stage(config, stage: str, mesh) -> Plan:
-    """The plan of the stage entropy_model or blt of a RunConfig on an abstract mesh."""
+    """The plan of a stage of a RunConfig that trains, on an abstract mesh."""
     import jax
 
     from bltjax.training.optimizer import make_optimizer
     from bltjax.training.state import abstract_state
     from bltjax.training.step import make_train_step
 
-    model, training = stage_configs(config, stage)
+    model, training = config.trained(stage)
     no_mesh = jax.sharding.AbstractMesh((), ())  # a mesh is changed for another by way of none
     with jax.sharding.use_abstract_mesh(no_mesh), jax.sharding.use_abstract_mesh(mesh):
         optimizer = make_optimizer(training.optimizer, training.steps)
         state = abstract_state(model, optimizer)
         batch = abstract_batch(config, stage)
-        traced = make_train_step(model, training, optimizer).trace(state, batch)
+        step = make_train_step(model, training, optimizer, byte_lengths=byte_lengths(model))
+        traced = step.trace(state, batch)
         parameters = chip_bytes(state.params)
         leaves = jax.tree.leaves((state.params, state.opt_state))
         # A look-up has its chip's share of a table for a type.
@@ -77,11 +79,11 @@ def plan_stage(config, stage: str, mesh) -> Plan:
     )
 
 
-def stage_configs(config, stage: str):
-    """(model, training) of a stage of a RunConfig."""
-    if stage == "entropy_model":
-        return config.entropy_model, config.entropy_training
-    return config.blt, config.blt_training
+def byte_lengths(model):
+    """What a step takes beside the config of a model of tokens; any will do. None for others."""
+    from bltjax.config import TokenModelConfig
+
+    return np.ones(model.vocab_size, np.int32) if isinstance(model, TokenModelConfig) else None
 
 
 def abstract_batch(config, stage: str) -> dict:
@@ -92,7 +94,7 @@ def abstract_batch(config, stage: str) -> dict:
     from bltjax import sharding
     from bltjax.patching.calibrate import row_bytes_for, row_patches_for
 
-    _, training = stage_configs(config, stage)
+    _, training = config.trained(stage)
     patching = config.patching
     fixed = {"static": patching.patch_size, "byte": 1}  # whatever mean is asked of other rules
     mean = fixed.get(patching.rule) or patching.target_patch_bytes or PATCH_BYTES
@@ -173,7 +175,7 @@ def main(argv):
         for name in used_models(config):
             sharding.check_model(getattr(config, name), name, mesh)
         print(f"mesh: {dict(mesh.shape)} on {flags.FLAGS.chips} chips")
-        for stage in ("entropy_model", "blt"):
+        for stage in ("entropy_model", "token_model", "blt"):
             if stage not in config.stages:
                 continue
             started = time.perf_counter()

@@ -17,7 +17,7 @@ from bltjax.corpus import records_directory
 from bltjax.data.records import ENTROPIES, has_entropies, open_store
 from bltjax.data.sources import list_units
 from bltjax.files import LOCK, alone, replacing
-from bltjax.training.trained import is_trained
+from bltjax.training.trained import is_of_tokens, is_trained
 
 
 class Prepared(NamedTuple):
@@ -40,24 +40,27 @@ def prepare(config: RunConfig, workdir: str | os.PathLike, needs_models: bool = 
         check_stages(config, workdir)
     check_batch_sizes(config, mesh)
     check_hash_updates(config, mesh)
-    for name in used_models(config):
+    for name in used_models(config, workdir):
         sharding.check_model(getattr(config, name), name, mesh)
     claim_workdir(config, workdir)
     return Prepared(config, workdir, mesh)
 
 
-def used_models(config: RunConfig) -> list[str]:
-    """The models that the stages run, not only those they train."""
+def used_models(config: RunConfig, workdir: Path | None = None) -> list[str]:
+    """The models that the stages run in a working directory, not only those they train."""
     stages = set(config.stages)
-    blt = bool(stages & {"blt", "sample"}) or stages == {"evaluate"}
+    tokens = "token_model" in stages
+    if stages == {"evaluate"} and workdir is not None:
+        tokens = is_of_tokens(stages, workdir)
+    blt = bool(stages & {"blt", "sample"}) or (stages == {"evaluate"} and not tokens)
     patched = blt or "entropies" in stages
     entropy_model = "entropy_model" in stages or (patched and config.patching.rule in ENTROPY_RULES)
-    return ["entropy_model"] * entropy_model + ["blt"] * blt
+    return ["entropy_model"] * entropy_model + ["blt"] * blt + ["token_model"] * tokens
 
 
 def check_stages(config: RunConfig, workdir: Path):
     """A model that the stages use must be trained by them, or before. Raises ValueError."""
-    used = used_models(config)
+    used = used_models(config, workdir)
     if config.patching.rule == "bpe" and "blt" in used:
         raise ValueError(
             "patching.rule='bpe' starts patches at delimiters (id 3), which files of raw bytes do "
@@ -87,7 +90,12 @@ def has_all_entropies(config: RunConfig, workdir: Path) -> bool:
 
 def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
     """Rows are split over the mesh, so each stage's batch must divide. Raises ValueError."""
-    settings = dict(entropy_model="entropy_training", blt="blt_training", evaluate="evaluation")
+    settings = dict(
+        entropy_model="entropy_training",
+        blt="blt_training",
+        token_model="token_training",
+        evaluate="evaluation",
+    )
     shards = sharding.num_row_shards(mesh)
     for name in (settings[stage] for stage in config.stages if stage in settings):
         size = getattr(config, name).batch_size

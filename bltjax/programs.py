@@ -48,7 +48,7 @@ def trace(config, stage: str, program: str) -> Traced:
 
 
 def _trace_train(config, stage) -> Traced:
-    model, training = plan.stage_configs(config, stage)
+    model, training = config.trained(stage)
     optimizer = make_optimizer(training.optimizer, training.steps)
     state = sharding.concrete(abstract_state(model, optimizer))
     batch = sharding.concrete(plan.abstract_batch(config, stage))
@@ -57,7 +57,8 @@ def _trace_train(config, stage) -> Traced:
     if stage == "blt" and config.patching.in_step:
         find_patches, entropy_params = _patch_finder(config, batch.pop("patch_lengths").shape[1])
         inputs.append(entropy_params)
-    step = make_train_step(model, training, optimizer, find_patches)
+    table = plan.byte_lengths(model)
+    step = make_train_step(model, training, optimizer, find_patches, byte_lengths=table)
     return Traced(
         traced=step.trace(state, *inputs),
         parameter_bytes=plan.chip_bytes(state.params),
@@ -149,7 +150,7 @@ def _forward_flops(config, patch_bytes: float | None = None) -> float:
 
 def _needed_flops(config, stage, batch) -> dict[str, float]:
     """What a batch needs: forward, train, and what rematerialisation computes again."""
-    model, _ = plan.stage_configs(config, stage)
+    model, _ = config.trained(stage)
     rows, length = batch["tokens"].shape
     patch_bytes = length / batch["patch_lengths"].shape[1] if "patch_lengths" in batch else 1.0
     forward = flops_per_byte(model, length, patch_bytes)["total"]

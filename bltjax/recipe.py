@@ -6,9 +6,11 @@
     blt             train the byte latent transformer                workdir/blt/
     evaluate        bits per byte of held-out documents, and baselines
     sample          a continuation, and the patches of a sentence
+    token_model     train a tokenizer, and a transformer of tokens   workdir/token_model/
 
 A stage that a run leaves out must have been done in the same working directory before, or not be
-needed: rules such as `space` use no entropies, and records may have them already.
+needed: rules such as `space` use no entropies, and records may have them already. `token_model`
+stands beside the others, as what a BLT is measured against; a run of it wants stages of its own.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bltjax import corpus, sharding
+from bltjax import corpus, sharding, token_corpus
 from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, to_dict
 from bltjax.corpus import Patched
 from bltjax.data.lanes import Lane, Layout
@@ -40,7 +42,14 @@ from bltjax.prepare import Prepared, write_json
 from bltjax.training.in_step import make_patch_finder
 from bltjax.training.loop import InStep, TrainingData, Watch, train
 from bltjax.training.step import make_eval_step
-from bltjax.training.trained import WEIGHTS, blt_params, entropy_params, is_trained
+from bltjax.training.trained import (
+    WEIGHTS,
+    blt_params,
+    entropy_params,
+    is_of_tokens,
+    is_trained,
+    token_params,
+)
 from bltjax.vocabulary import encode
 
 BASELINE_BYTES = 100_000_000  # that n-gram models are fitted on, about: they count in memory
@@ -60,6 +69,8 @@ def run(prepared: Prepared) -> dict:
         store = corpus.open_corpus(config, workdir)
         if "entropy_model" in config.stages:
             train_entropy_model(config, workdir, store, result)
+        if "token_model" in config.stages:
+            train_token_model(config, workdir, store, result)
         patched = None
         if "entropies" in config.stages or "blt" in config.stages:
             patched = find_patches(config, workdir, store, result)
@@ -136,6 +147,26 @@ def train_blt(config: RunConfig, workdir: Path, store: Store, patched: Patched, 
     result["data_wait_fraction"] = trained.data_wait_fraction
 
 
+def train_token_model(config: RunConfig, workdir: Path, store: Store, result: dict):
+    """The tokenizer, and the transformer of its ids, in the same loop as the others."""
+    report("token_model", config.token_model, result)
+    tokenizer = token_corpus.ensure_tokenizer(config, workdir, store)
+    layout = Layout(config.token_training.row_bytes, tokenizer=tokenizer)
+    data, mean = token_corpus.training_data(config, store, tokenizer, layout)
+    print(f"tokens: {len(tokenizer)} ids, {mean:.2f} bytes on average", flush=True)
+    about = watch(config, config.token_model, layout)
+    about = about._replace(
+        flops_per_byte=about.flops_per_byte / mean,
+        about=about.about | dict(tokenizer=tokenizer.digest),
+    )
+    directory = workdir / "token_model"
+    trained = train(
+        "token_model", config.token_model, config.token_training, data, directory, watch=about
+    )
+    result["compilations"]["token_model"] = trained.compilations
+    result["data_wait_fraction"] = trained.data_wait_fraction
+
+
 def watch(config: RunConfig, model_config, layout: Layout, mean_patch_bytes: float = 1.0) -> Watch:
     """What a stage tells of itself: useful FLOPs, traces, and the settings, for its checkpoints."""
     forward = flops_per_byte(model_config, layout.row_bytes, mean_patch_bytes)["total"]
@@ -177,10 +208,16 @@ def evaluate_model(
 ):
     """Stage 4: bits per byte of the held-out documents, beside n-gram models and xz.
 
-    Of the byte latent transformer, or of the entropy model in a run that trains nothing else.
+    Of the byte latent transformer, else of the token model, else of the entropy model.
     """
-    in_step = None
-    if "blt" not in config.stages and not is_trained(workdir / "blt"):
+    in_step, byte_lengths = None, None
+    if is_of_tokens(config.stages, workdir):
+        model, params = config.token_model, token_params(config, workdir)
+        tokenizer = token_corpus.ensure_tokenizer(config, workdir, store)
+        layout = Layout(config.token_training.row_bytes, tokenizer=tokenizer)
+        byte_lengths, entropies = tokenizer.byte_lengths(model.vocab_size), False
+        shards = corpus.select(config, store, config.evaluation.max_bytes, "validation")
+    elif "blt" not in config.stages and not is_trained(workdir / "blt"):
         model, params = config.entropy_model, entropy_params(config, workdir)
         layout, entropies = Layout(config.entropy_training.row_bytes), False
         shards = corpus.select(config, store, config.evaluation.max_bytes, "validation")
@@ -193,13 +230,16 @@ def evaluate_model(
     # One document after the other, so that each has as much context as its rows can give.
     documents = corpus.in_order(store, shards, entropies)
     rows = Lane(documents, layout._replace(pool=1), 0, 1)
-    eval_step = make_eval_step(model, in_step and in_step.find_patches, len(store.sources))
+    finder = in_step and in_step.find_patches
+    eval_step = make_eval_step(model, finder, len(store.sources), byte_lengths)
     batches = whole_batches(rows, config.evaluation.batch_size)
     frozen = [in_step.entropy_params] if in_step else []
     sums = evaluate(eval_step, params, batches, store.sources, *frozen)
     result["bits_per_byte"] = sums["bits_per_byte"]
     result["validation_bytes"] = int(sums["bytes"])
     result["sources"] = sums["sources"]
+    if "tokens" in sums:
+        result["mean_token_bytes"] = sums["bytes"] / sums["tokens"]
     result["compilations"]["evaluate"] = eval_step._cache_size()
     print(
         f"held out: {sums['bits_per_byte']:.4f} bits per byte over {sums['bytes']:.0f} bytes",

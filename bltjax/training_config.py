@@ -189,4 +189,4 @@ class ProfileConfig:
         found = positive(self, name, "num_steps")
         if self.first_step is not None and self.first_step < 0:
             found.append(f"{name}.first_step={self.first_step} must not be negative")
-        return found + one_of(self, name, "stage", ("entropy_model", "blt"))
+        return found + one_of(self, name, "stage", ("entropy_model", "blt", "token_model"))

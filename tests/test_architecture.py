@@ -16,10 +16,11 @@ TIERS = [
     {"model_config"},
     {"data_config", "training_config"},
     {"ops", "vocabulary", "config", "files", "lazy", "progress", "stopping", "chips"},
-    {"patching", "sharding"},
+    {"patching", "sharding", "tokenizer"},
     {"model", "data"},
     {"training", "inference", "conversion", "evaluation"},
     {"formats"},
+    {"tokens"},
     {"api"},
 ]
 # Entry points and what only they use; every other new module needs a tier.
@@ -37,6 +38,7 @@ NEEDS_NO_JAX = [
     "data_config",
     "training_config",
     "model_config",
+    "tokenizer",
     "vocabulary",
     "files",
     "data/chunks",

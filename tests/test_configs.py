@@ -30,6 +30,8 @@ def load(name):
 
 def models(config):
     """(model config, its training stage) of the models that a run trains."""
+    if "token_model" in config.stages:
+        return [(config.token_model, config.token_training)]
     found = [(config.entropy_model, config.entropy_training)]
     return found + ([(config.blt, config.blt_training)] if "blt" in config.stages else [])
 

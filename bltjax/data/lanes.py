@@ -15,19 +15,24 @@ from bltjax.config import PatchingConfig
 from bltjax.data.packing import OpenDocument, Packer, patch_ends
 from bltjax.data.rows import Row
 from bltjax.patching.boundaries import patch_starts
+from bltjax.tokenizer import Tokenizer
 from bltjax.vocabulary import encode
 
 NONE = -1  # in a state, the place of a document that is not there
 
 
 class Layout(NamedTuple):
-    """What rows look like. Without `patching` they have no patches, and row_patches is 0."""
+    """What rows look like. Without `patching` they have no patches, and row_patches is 0.
+
+    tokenizer: whose ids rows hold, where they are not bytes; row_bytes are positions all the same.
+    """
 
     row_bytes: int
     row_patches: int = 0
     patching: PatchingConfig | None = None
     pool: int = 32  # documents that a lane has open
     slack: float = 0.02  # of a row's compute, see `packing`
+    tokenizer: Tokenizer | None = None
 
 
 class Lane:
@@ -77,11 +82,14 @@ class Lane:
 
     def _open(self, place: int, position: int = 0) -> OpenDocument:
         source, document = self.documents[place]
-        ids, ends = encode(document.data), None
+        tokenizer = self.layout.tokenizer
+        ids, ends = (tokenizer.encode if tokenizer else encode)(document.data), None
         if self.layout.row_patches:
             starts = patch_starts(self.layout.patching, ids, document.entropies)
             ends = patch_ends(ids, starts[: len(ids)])
-        return OpenDocument(ids.astype(np.uint16), ends, source, place, position)
+        small = tokenizer is None or len(tokenizer) <= 2**16
+        ids = ids.astype(np.uint16 if small else np.uint32)
+        return OpenDocument(ids, ends, source, place, position)
 
 
 def initial_state(layout: Layout) -> np.ndarray:

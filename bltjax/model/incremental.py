@@ -44,6 +44,24 @@ def read_entropies(model: EntropyModel, cache: Stack, tokens, first, count, line
     return next_byte_entropy(model.output(model.norm(x)).astype(jnp.float32)), cache
 
 
+def read_tokens(model: EntropyModel, cache: Stack, tokens, first, count):
+    """Logits float32 [B, V] after the last new token of int32 [B, T], and the cache with these.
+
+    Of the model of tokens, which is an entropy model that may see everything before.
+    """
+    stack = model.config.transformer
+    x = model.tok_embeddings(tokens, model.config.compute_dtype)
+
+    def attend(q, k, v, kept):
+        if stack.window is None:
+            return store_attention(q, k, v, *kept, first, count)
+        return _ring_attention(stack, first, count, tokens.shape[1])(q, k, v, kept)
+
+    x, cache = _run_blocks(model.layers, stack, x, cache, first, attend)
+    last = read_slots(x, jnp.maximum(count - 1, 0)[:, None])
+    return model.output(model.norm(last)).astype(jnp.float32)[:, 0], cache
+
+
 def read_bytes(model: BLT, cache: BLTCache, tokens, before, first, count, opens) -> BLTCache:
     """The cache with what the encoder makes of tokens int32 [B, T].
 

@@ -74,21 +74,25 @@ def train(
 
     Stopped at any moment and called again it ends with the same parameters and metrics, bit for
     bit, with any number of workers. SIGTERM or Ctrl-C to any process makes all of them save the
-    same step and raise Stopped. Raises NonFiniteLoss, CheckpointError, and OSError where nothing
-    can be saved.
+    same step and raise Stopped. Raises NonFiniteLoss, CheckpointError, OSError where nothing can be
+    saved, and ValueError for another tokenizer than that of the checkpoint.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer = data.layout.tokenizer
+    byte_lengths = tokenizer and tokenizer.byte_lengths(model_config.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     checkpoints = Checkpoints(
         workdir / "checkpoints", config.keep_checkpoints, config.keep_every, watch.about
     )
     try:
         state, position = _start(stage, model_config, config, optimizer, checkpoints)
+        _check_tokenizer(position, tokenizer, checkpoints.directory)
         first_step = int(state.step)
         if first_step >= config.steps:
             return TrainResult(state.params, compilations=0)
+        find_patches = in_step and in_step.find_patches
         step_fn = make_train_step(
-            model_config, config, optimizer, in_step and in_step.find_patches, len(data.sources)
+            model_config, config, optimizer, find_patches, len(data.sources), byte_lengths
         )
         peak = watch.flops_per_byte and peak_flops(model_config.compute_dtype)
         log = MetricsLog(workdir, stage, first_step, config.steps, watch.flops_per_byte, peak)
@@ -113,6 +117,15 @@ def _start(stage, model_config, config, optimizer, checkpoints: Checkpoints):
     return restored.state, restored.position
 
 
+def _check_tokenizer(position: dict, tokenizer, directory: Path):
+    trained, here = position.get("tokenizer"), tokenizer and tokenizer.digest
+    if position and trained != here:
+        raise ValueError(
+            f"the checkpoints in {directory} are of the tokenizer {trained}, and that of the run "
+            f"is {here} now: put the file tokenizer.json back, or choose a new --workdir"
+        )
+
+
 class _Run:
     """The steps of a stage from where it stands."""
 
@@ -130,6 +143,7 @@ class _Run:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.log, self.profiler, self.first_step = log, profiler, first_step
         self.sources = SourceMeter(data.sources, position.get("sources"))
+        self.tokenizer = data.layout.tokenizer
         rows = sharding.rows_of_process(config.batch_size)
         states = np.array(position["lanes"])[rows] if position else None
         self.stream = batches(
@@ -223,6 +237,8 @@ class _Run:
         position = dict(
             lanes=sharding.gather_rows(lanes).tolist(), sources=copy.deepcopy(self.sources.state)
         )
+        if self.tokenizer is not None:  # whose ids the lanes count
+            position["tokenizer"] = self.tokenizer.digest
         self.checkpoints.save(step, state, position)
 
     def close(self):

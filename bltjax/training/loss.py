@@ -5,34 +5,48 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from bltjax import sharding
 from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.vocabulary import BYTE_OFFSET
 
 LN2 = 0.6931471805599453
 
 
-def loss_sums(logits, targets, mask, source_ids=None, num_sources: int = 1, with_z: bool = False):
+def loss_sums(
+    logits,
+    targets,
+    mask,
+    source_ids=None,
+    num_sources: int = 1,
+    with_z: bool = False,
+    byte_lengths=None,
+):
     """Float32 sums over a batch: nats and number of trained targets, the same for raw bytes.
 
     Bits per byte count raw bytes only: neither the nats nor the number hold BOS or EOS, so the
     figure compares with any compressor's. source_ids: int32 [B, L], the source of each position;
     with them come the raw bytes of each source and their nats, float32 [num_sources]. with_z: also
     `z`, the squared log of the softmax's sum over trained targets; a loss on it keeps logits near 0
-    (PaLM, 2022, section 5).
+    (PaLM, 2022, section 5). byte_lengths: int32 [V], where ids are tokens: how many raw bytes each
+    stands for; then also `tokens`, how many targets stand for any.
     """
     nats = next_byte_nats(logits, targets)
-    raw = mask & (targets >= BYTE_OFFSET)
+    raw = num_bytes = mask & (targets >= BYTE_OFFSET)
+    if byte_lengths is not None:
+        num_bytes = raw * sharding.lookup(jnp.asarray(byte_lengths)[:, None], targets)[..., 0]
     sums = dict(
         nats=jnp.sum(nats * mask),
         targets=jnp.sum(mask, dtype=jnp.float32),
         byte_nats=jnp.sum(nats * raw),
-        bytes=jnp.sum(raw, dtype=jnp.float32),
+        bytes=jnp.sum(num_bytes, dtype=jnp.float32),
     )
+    if byte_lengths is not None:
+        sums["tokens"] = jnp.sum(raw, dtype=jnp.float32)
     if source_ids is not None:
         # A vmap over rows: a sharded batch needs no out_sharding, and rows never exchange data.
         by_source = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=num_sources))
         sums["source_nats"] = jnp.sum(by_source(nats * raw, source_ids), axis=0)
-        sums["source_bytes"] = jnp.sum(by_source(raw.astype(jnp.float32), source_ids), axis=0)
+        sums["source_bytes"] = jnp.sum(by_source(num_bytes.astype(jnp.float32), source_ids), axis=0)
     if with_z:
         sums["z"] = jnp.sum(mask * jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2)
     return sums

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, for both models.
+"""One training step and one evaluation step, for all models.
 
 A batch is a dict of arrays with rows sharded over the mesh: tokens, targets, document_ids int32
 [B, L], loss_mask bool [B, L] and, for the byte latent transformer, patch_lengths int32 [B, P]
@@ -31,13 +31,14 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     find_patches=None,
     num_sources: int = 1,
+    byte_lengths=None,
 ):
     """jitted (state, batch) -> (state, metrics); the old state's memory is reused.
 
     The loss is the mean over the targets of the batch, however many parts it goes through the
     devices in. With `find_patches`, from `in_step.make_patch_finder`, the step is (state, batch,
     entropy_params) and its metrics tell how many patches did not fit. A batch may hold int32 [B]
-    `stop`; the metrics then have its maximum.
+    `stop`; the metrics then have its maximum. byte_lengths: of `loss_sums`, where ids are tokens.
     """
     give_back_after_compiling()
     can_skip = config.skip_loss_above or config.skip_norm_above
@@ -46,7 +47,9 @@ def make_train_step(
         patches = _find(find_patches, entropy_params, part)
 
         def objective(params):
-            sums = batch_sums(model_config, params, part, patches, num_sources, config.z_loss)
+            sums = batch_sums(
+                model_config, params, part, patches, num_sources, config.z_loss, byte_lengths
+            )
             return sums["nats"] + config.z_loss * sums.pop("z", 0.0), sums
 
         return jax.grad(objective, has_aux=True)(params)
@@ -147,6 +150,8 @@ def _metrics(sums: dict, batch: dict) -> dict:
         byte_utilisation=sums["inputs"] / batch["tokens"].size,
     )
     metrics |= {k: v for k, v in sums.items() if k.startswith("source_")}
+    if "tokens" in sums:
+        metrics["mean_token_bytes"] = sums["bytes"] / jnp.maximum(sums["tokens"], 1)
     if "patches" in sums:
         metrics["patch_utilisation"] = (sums["patches"] - sums["overflow"]) / sums["patch_slots"]
         metrics["mean_patch_bytes"] = sums["inputs"] / jnp.maximum(sums["patches"], 1)
@@ -154,21 +159,25 @@ def _metrics(sums: dict, batch: dict) -> dict:
     return metrics
 
 
-def make_eval_step(model_config, find_patches=None, num_sources: int = 1):
-    """jitted (params, batch) -> `batch_sums`.
+def make_eval_step(model_config, find_patches=None, num_sources: int = 1, byte_lengths=None):
+    """jitted (params, batch) -> `batch_sums`; byte_lengths: of `loss_sums`, where ids are tokens.
 
     With `find_patches` it is (params, batch, entropy_params).
     """
 
     def eval_step(params, batch, entropy_params=None):
         patches = _find(find_patches, entropy_params, batch)
-        return batch_sums(model_config, params, batch, patches, num_sources)
+        return batch_sums(
+            model_config, params, batch, patches, num_sources, byte_lengths=byte_lengths
+        )
 
     return jax.jit(eval_step)
 
 
-def batch_sums(model_config, params, batch, patches=None, num_sources: int = 1, z_loss=0.0):
-    """Forward pass of either model over a batch -> `loss_sums`, inputs and `patch_counts`.
+def batch_sums(
+    model_config, params, batch, patches=None, num_sources: int = 1, z_loss=0.0, byte_lengths=None
+):
+    """Forward pass of a model over a batch -> `loss_sums`, inputs and `patch_counts`.
 
     patches: PatchBuffers, where the batch has no patch_lengths.
     """
@@ -180,8 +189,15 @@ def batch_sums(model_config, params, batch, patches=None, num_sources: int = 1, 
         rows, dtype = params[HASH_TABLES]["weight"], model_config.compute_dtype
         known["ngrams"] = touched_rows.sum_rows(rows, batch["ngram_places"], dtype)
     logits = functional.apply(model_config, params, batch["tokens"], *inputs, **known)
-    sources = batch.get("source_ids"), num_sources
-    sums = loss_sums(logits, batch["targets"], batch["loss_mask"], *sources, with_z=bool(z_loss))
+    sums = loss_sums(
+        logits,
+        batch["targets"],
+        batch["loss_mask"],
+        batch.get("source_ids"),
+        num_sources,
+        with_z=bool(z_loss),
+        byte_lengths=byte_lengths,
+    )
     if patches is not None:
         return sums | patch_counts(batch["tokens"], patches)
     return sums | dict(inputs=jnp.sum(batch["tokens"] != PAD_ID, dtype=jnp.float32))

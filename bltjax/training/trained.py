@@ -1,5 +1,6 @@
 """The parameters that a stage of a run left, or that were put in its place."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from bltjax import sharding
@@ -17,6 +18,10 @@ def entropy_params(config: RunConfig, workdir: Path) -> dict:
 
 def blt_params(config: RunConfig, workdir: Path) -> dict:
     return trained_params(config.blt, workdir / "blt")
+
+
+def token_params(config: RunConfig, workdir: Path) -> dict:
+    return trained_params(config.token_model, workdir / "token_model")
 
 
 def trained_params(model_config, directory: Path) -> dict:
@@ -37,6 +42,12 @@ def open_trained(directory: Path) -> dict:
 def is_trained(directory: Path) -> bool:
     """Whether a stage's directory holds parameters, of however many steps."""
     return (directory / WEIGHTS).is_dir() or has_checkpoint(directory / "checkpoints")
+
+
+def is_of_tokens(stages: Iterable[str], workdir: Path) -> bool:
+    """Whether the token model is what stages in a working directory evaluate: with no BLT there."""
+    here = [m for m in ("blt", "token_model") if m in stages or is_trained(workdir / m)]
+    return here == ["token_model"]
 
 
 def is_finished(stage: TrainingConfig, directory: Path) -> bool:

@@ -1,0 +1,1 @@
+"""The token model from Python: what byte models are measured against."""
