@@ -2,11 +2,16 @@
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import bltjax
 from bltjax import sharding
 from bltjax.config import MeshConfig, PatchingConfig
 from bltjax.inference import stepping
@@ -25,15 +30,15 @@ TEXTS = "The quick brown fox", "naïve café", "日本語のテキスト", "Пр
 MODELS = "meta_A_1b_like", "meta_B_7b_like"
 
 
-def prompts(count: int, seed: int = 0) -> list[bytes]:
-    """Empty, one byte, of several scripts, random, longer than a window of 8, half characters."""
+def prompts(count: int, seed: int = 0, window: int = 8) -> list[bytes]:
+    """Empty, one byte, of several scripts, random, longer than the window, half characters."""
     rng = np.random.default_rng(seed)
     kinds = (
         lambda: b"",
         lambda: rng.bytes(1),
         lambda: rng.choice(TEXTS).encode(),
         lambda: rng.bytes(int(rng.integers(2, 30))),
-        lambda: " ".join(rng.permutation(TEXTS)).encode()[: int(rng.integers(25, 32))],
+        lambda: (" ".join(rng.permutation(TEXTS)) * 2).encode()[: int(window * rng.uniform(3, 4))],
         lambda: "é".encode()[:1] + "語".encode()[: int(rng.integers(1, 3))],
     )
     return [kinds[i % len(kinds)]() for i in range(count)]
@@ -46,6 +51,14 @@ class Tiny:
         self.config, self.entropy_config = golden.blt_config(name), golden.entropy_config()
         self.patching = patching
         self.params = dict(blt=golden.params(name), entropy_model=golden.params("meta_entropy"))
+
+    @classmethod
+    def loaded(cls, directory):
+        """The models of a directory, in the place of golden ones."""
+        model, self = bltjax.load(directory, mesh=jax.sharding.get_mesh()), cls.__new__(cls)
+        self.config, self.entropy_config = model.config, model.entropy_config
+        self.patching, self.params = model.patching, model.params
+        return self
 
     def prepared(self):
         return stepping.prepared(self.params)
@@ -100,6 +113,29 @@ def test_greedy_text_of_two_hundred_prompts(name, mesh):
         options = itertools.product((1, 7, 32), (0, 5))
         options = (dict(batch_size=size, max_drafts=drafts) for size, drafts in options)
         check_exact(Tiny(name), prompts(200), 48, options)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The directory that `make train` leaves; trained anew where there is none."""
+    root = Path(__file__).parents[2]
+    if (root / "runs" / "quickstart" / "result.json").exists():
+        return root / "runs" / "quickstart"
+    workdir = tmp_path_factory.mktemp("runs") / "quickstart"
+    command = [sys.executable, "-m", "bltjax.train", "--config=configs/quickstart.py"]
+    stages = "--config.stages=('entropy_model','entropies','blt')"
+    one_device = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu")
+    subprocess.run([*command, f"--workdir={workdir}", stages], check=True, cwd=root, env=one_device)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
+def test_greedy_text_of_the_trained_quickstart(quickstart, mesh):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])):
+        options = itertools.product((1, 7, 32), (0, 5))
+        options = (dict(batch_size=size, max_drafts=drafts) for size, drafts in options)
+        check_exact(Tiny.loaded(quickstart), prompts(200, window=64), 48, options)
 
 
 @pytest.mark.long
