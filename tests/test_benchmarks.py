@@ -12,6 +12,8 @@ import pytest
 from benchmarks import measuring
 from tests.processes import ROOT, environment
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 SCRIPTS = ROOT / "benchmarks"
 
 

@@ -29,6 +29,8 @@ from bltjax.patching.buffers import buffers_from_lengths, buffers_from_starts
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.vocabulary import BYTE_OFFSET, encode
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 
 def stack(dim, layers, window=None):
     return TransformerConfig(dim, layers, num_heads=2, window=window, ffn_multiple_of=16)

@@ -14,6 +14,8 @@ from bltjax import sharding
 from bltjax.ops import row_exchange
 from tests.conftest import mesh_of
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 B, L, T, ROWS, E = 8, 40, 3, 64, 8
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 

@@ -19,6 +19,8 @@ from bltjax.train import DIVERGED
 from tests import processes
 from tests.processes import metrics, wait_for_step
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):

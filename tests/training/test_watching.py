@@ -26,6 +26,8 @@ from bltjax.training import watching
 from bltjax.training.loop import TrainingData, Watch, train
 from bltjax.training.watching import MATRIX, Profiler, memory, peak_flops
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 FLOPS_PER_BYTE = 1e6
 
 STACK = TransformerConfig(dim=8, num_layers=1, num_heads=1, ffn_multiple_of=8)
