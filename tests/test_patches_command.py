@@ -17,6 +17,8 @@ from bltjax.vocabulary import encode
 from tests import directories, processes
 from tests.test_patch_pictures import Page
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 ROOT = Path(__file__).parents[1]
 TEXT = "Größe & <b>\n".encode() + b"\xff\0 some text of a few words, 2 + 2 = 4.\n" * 3
 NEEDS_MATPLOTLIB = "needs matplotlib: pip install 'bltjax[plots]'"

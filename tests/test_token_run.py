@@ -22,6 +22,8 @@ from bltjax.training.trained import token_params
 from tests import processes
 from tests.configs.tiny import get_config
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 STEPS = 20
 
 

@@ -36,6 +36,8 @@ from bltjax.training.state import abstract_state, create_state, start_state
 from bltjax.training.step import make_train_step
 from bltjax.vocabulary import BYTE_OFFSET
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 B, L, P, ROWS, DIM = 4, 16, 6, 997, 8
 STACK = TransformerConfig(dim=DIM, num_layers=1, num_heads=2, window=8, ffn_multiple_of=8)
 MODEL = BLTConfig(
