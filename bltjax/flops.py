@@ -3,10 +3,20 @@
 `flops_per_byte` counts the matrix products that a configured model needs, term by term.
 `paper_flops_per_byte` is the paper's own estimate (eq. 13-17), to compare with its figures. Both
 are forward passes with a multiply-add as two FLOPs; look-ups count 0, and norms, softmax, rotary
-embedding and pooling are left out.
+embedding and pooling are left out. `run_flops` is the account of a whole run, with what patching
+costs beside the model.
 """
 
-from bltjax.config import BLTConfig, EntropyModelConfig, TransformerConfig
+from typing import NamedTuple
+
+from bltjax.config import (
+    ENTROPY_RULES,
+    BLTConfig,
+    EntropyModelConfig,
+    RunConfig,
+    TokenModelConfig,
+    TransformerConfig,
+)
 from bltjax.model_config import HASH_TABLES
 
 TRAINING_FACTOR = 3  # forward and backward, in forward passes; rematerialisation is not useful work
@@ -19,15 +29,16 @@ def flops_per_byte(
     """Forward FLOPs per byte of the configured model, by part, and their `total`.
 
     context_bytes: bytes of a row, all of one document, so an upper bound where rows are packed.
-    patch_bytes: mean patch size; the entropy model has no patches and ignores it.
+    patch_bytes: mean bytes of a patch or a token; the entropy model has neither, and ignores it.
     Attention counts the pairs that the mask lets through, on average over the row, and not the
     masked ones that a kernel may compute besides.
     """
     if isinstance(config, EntropyModelConfig):
-        stack = config.transformer
+        stack, positions = config.transformer, _positions_per_byte(config, patch_bytes)
+        keys = mean_visible(context_bytes * positions, stack.window)
         return _with_total(
-            transformer=stack_flops(stack, mean_visible(context_bytes, stack.window)),
-            output=_matrix(stack.dim, config.vocab_size),
+            transformer=positions * stack_flops(stack, keys),
+            output=positions * _matrix(stack.dim, config.vocab_size),
         )
     encoder, decoder = config.local_encoder, config.local_decoder
     trunk, cross = config.global_transformer, config.cross_attention
@@ -83,8 +94,10 @@ def paper_flops_per_byte(
     cross-attention that the config switches off are left out.
     """
     if isinstance(config, EntropyModelConfig):
-        stack = config.transformer
-        return paper_transformer_flops(stack.dim, stack.num_layers, stack.window, PAPER_VOCAB)
+        stack, positions = config.transformer, _positions_per_byte(config, patch_bytes)
+        vocab = config.vocab_size if isinstance(config, TokenModelConfig) else PAPER_VOCAB
+        context = stack.window or context_bytes * positions
+        return positions * paper_transformer_flops(stack.dim, stack.num_layers, context, vocab)
     encoder, decoder = config.local_encoder, config.local_decoder
     trunk, cross = config.global_transformer, config.cross_attention
     n, k = patch_bytes, cross.k
@@ -106,6 +119,57 @@ def paper_transformer_flops(dim: int, num_layers: int, context: float, vocab: in
         + _paper_qkvo(dim, num_layers, 1)
         + feed_forward
         + _matrix(dim, vocab)
+    )
+
+
+class RunFlops(NamedTuple):
+    """FLOPs of a run."""
+
+    model: dict[str, float]  # forward, per byte, by part, and their total
+    paper: float  # the paper's estimate of that total
+    entropy_model: float  # forward, per byte; 0 where patches do without
+    num_bytes: float  # that the model is trained on, padding included
+    entropy_training: float  # of the entropy model, all of it; 0 where patches do without
+
+    @property
+    def inference(self) -> float:
+        """Per byte, the entropy model included."""
+        return self.model["total"] + self.entropy_model
+
+    @property
+    def training(self) -> float:
+        """Of all bytes, as the paper counts them: without the entropy model."""
+        return TRAINING_FACTOR * self.model["total"] * self.num_bytes
+
+    @property
+    def patching(self) -> float:
+        """Of the entropy model on the training bytes, once, in the step or before it."""
+        return self.entropy_model * self.num_bytes
+
+
+def run_flops(config: RunConfig, patch_bytes: float) -> RunFlops:
+    """The account of the BLT that a run trains, or of its token model, else of the entropy model.
+
+    patch_bytes: mean bytes of a patch or of a token. What remat computes again is not useful work,
+    and not counted.
+    """
+    stage = next((s for s in ("blt", "token_model") if s in config.stages), "entropy_model")
+    model, training = config.trained(stage)
+    row_bytes = training.row_bytes or training.row_patches * patch_bytes
+    if stage == "token_model":
+        row_bytes *= patch_bytes  # they were tokens
+    entropy, entropy_training = 0.0, 0.0
+    if stage == "blt" and config.patching.rule in ENTROPY_RULES:
+        rows = config.entropy_training
+        entropy = flops_per_byte(config.entropy_model, rows.row_bytes)["total"]
+        trained_on = rows.steps * rows.batch_size * rows.row_bytes
+        entropy_training = TRAINING_FACTOR * entropy * trained_on
+    return RunFlops(
+        model=flops_per_byte(model, row_bytes, patch_bytes),
+        paper=paper_flops_per_byte(model, row_bytes, patch_bytes),
+        entropy_model=entropy,
+        num_bytes=training.steps * training.batch_size * row_bytes,
+        entropy_training=entropy_training,
     )
 
 
@@ -143,6 +207,10 @@ def format_report(report: dict[str, int]) -> str:
 def _matrix(rows: int, columns: int) -> int:
     """FLOPs of one vector times a matrix."""
     return 2 * rows * columns
+
+
+def _positions_per_byte(config: EntropyModelConfig, token_bytes: float) -> float:
+    return 1 / token_bytes if isinstance(config, TokenModelConfig) else 1.0
 
 
 def _num_cross_layers(present: bool, everywhere: bool, stack: TransformerConfig) -> int:

@@ -1,23 +1,31 @@
 """FLOPs against the paper's figures and against the traced model; published parameter counts."""
 
 import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import flops as benchmark
 from bltjax import flops
 from bltjax.config import (
     BLTConfig,
     CrossAttentionConfig,
     EntropyModelConfig,
     HashConfig,
+    PatchingConfig,
+    RunConfig,
+    TokenModelConfig,
+    TrainingConfig,
     TransformerConfig,
 )
 from bltjax.model import functional, parameters, transformer
 from bltjax.patching.buffers import buffers_from_lengths
-
-LLAMA2_BYTES_PER_TOKEN, LLAMA2_VOCAB = 3.7, 32_000
+from tests import processes
 
 
 def paper_model(encoder, trunk, decoder, k, cross_heads):
@@ -36,13 +44,94 @@ BLT_7B = paper_model((1280, 1, 20), (4096, 32, 32), (1280, 6, 20), 4, 20)
 ENTROPY = EntropyModelConfig(TransformerConfig(768, 14, 12, window=512))
 
 
-@pytest.mark.parametrize("dim, num_layers, expected", [(1280, 24, 3.1e8), (3072, 32, 2.1e9)])
-def test_paper_table_2(dim, num_layers, expected):
-    """Inference FLOPs per byte of the Llama 2 rows, a model of BPE tokens."""
-    per_token = flops.paper_transformer_flops(
-        dim, num_layers, 8192 / LLAMA2_BYTES_PER_TOKEN, LLAMA2_VOCAB
+@pytest.mark.parametrize("row", benchmark.paper_rows(), ids=lambda row: row["model"])
+def test_paper_table_2(row):
+    """Inference FLOPs per byte of all its kinds of rows, BPE and BLT, from configs."""
+    assert float(f"{row['equations']:.1e}") == row["paper"]
+    assert row["ours"] == pytest.approx(row["equations"], rel=0.04)
+    size, unit = float(row["model"].split()[-1][:-1]), row["model"][-1]
+    assert row["layer_parameters"] == pytest.approx(size * {"M": 1e6, "B": 1e9}[unit], rel=0.02)
+
+
+def test_compiled_forward_of_the_quickstart():
+    """On CPUs tiles of 128 positions compute what a window of 64 masks."""
+    row = benchmark.compiled_row("quickstart", "blt", None)
+    assert 1 <= row["ratio"] < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install -e '.[tpu]'")
+def test_compiled_forward_of_the_1b_model_on_tpus():
+    """As a command: libtpu reads variables that are set before JAX is imported."""
+    done = run_benchmark("--configs=blt_1b", "--compile=blt_1b", "--topology=v5e:2x2")
+    for row in done["compiled"]:
+        assert 1 <= row["ratio"] < 1.1
+
+
+def run_benchmark(*arguments):
+    command = [sys.executable, str(processes.ROOT / "benchmarks" / "flops.py"), *arguments]
+    environ = dict(processes.environment(), PYTHONPATH=str(processes.ROOT))
+    done = subprocess.run(command, env=environ, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_benchmark_prints_what_it_found():
+    result = run_benchmark("--configs=quickstart,blt_1b")
+    assert [row["config"] for row in result["configs"]] == ["quickstart", "blt_1b"]
+    assert len(result["paper"]) == 6 and result["compiled"] == []
+    one = result["configs"][1]
+    assert one["training"] == 3 * one["total"] + one["entropy_model"]
+
+
+def test_a_byte_of_a_token_model_is_its_share_of_a_token():
+    stack = dataclasses.replace(ENCODER, window=None)
+    of_bytes = EntropyModelConfig(dataclasses.replace(ENCODER, window=ROW), vocab_size=300)
+    of_tokens = TokenModelConfig(stack, vocab_size=300)
+    token = flops.flops_per_byte(of_bytes, ROW)
+    # As many tokens of 4 bytes each.
+    byte = flops.flops_per_byte(of_tokens, 4 * ROW, patch_bytes=4)
+    assert {name: 4 * value for name, value in byte.items()} == pytest.approx(token)
+    assert byte["output"] == 2 * 32 * 300 / 4
+    assert flops.paper_flops_per_byte(of_tokens, 64, 4) == pytest.approx(
+        flops.paper_transformer_flops(32, 2, 16, 300) / 4
     )
-    assert float(f"{per_token / LLAMA2_BYTES_PER_TOKEN:.1e}") == expected
+
+
+@pytest.mark.parametrize("rule", ["entropy", "space"])
+def test_the_account_of_a_blt_lists_its_entropy_model_apart(rule):
+    rows = TrainingConfig(steps=10, batch_size=2, row_bytes=ROW)
+    entropy = EntropyModelConfig(ENCODER)
+    config = RunConfig(
+        blt=TINY,
+        blt_training=rows,
+        entropy_model=entropy,
+        entropy_training=dataclasses.replace(rows, steps=5),
+        patching=PatchingConfig(rule=rule),
+    )
+    found = flops.run_flops(config, PATCH)
+    model = flops.flops_per_byte(TINY, ROW, PATCH)
+    assert found.model == model and found.num_bytes == 10 * 2 * ROW
+    assert found.training == 3 * model["total"] * found.num_bytes
+    assert found.paper == flops.paper_flops_per_byte(TINY, ROW, PATCH)
+    cost = flops.flops_per_byte(entropy, ROW)["total"] if rule == "entropy" else 0
+    assert found.entropy_model == cost
+    assert found.inference == model["total"] + cost
+    assert found.patching == cost * found.num_bytes
+    assert found.entropy_training == 3 * cost * 5 * 2 * ROW
+
+
+def test_the_account_of_a_token_model_counts_bytes():
+    rows = TrainingConfig(steps=10, batch_size=2, row_bytes=ROW)
+    config = RunConfig(
+        stages=("token_model",),
+        token_model=TokenModelConfig(dataclasses.replace(ENCODER, window=None)),
+        token_training=rows,
+    )
+    found = flops.run_flops(config, 3.5)
+    assert found.num_bytes == 10 * 2 * ROW * 3.5
+    assert found.model == flops.flops_per_byte(config.token_model, 3.5 * ROW, 3.5)
+    assert found.entropy_model == found.entropy_training == found.patching == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+"""FLOPs per byte of configs, beside the paper's and a compiler's: `python benchmarks/flops.py`.
+
+Three tables and, last, a JSON line:
+
+    paper     inference as the paper's equations 13-17 give it for the models of its table 2, beside
+              what that table says; and what our models of those shapes need
+    configs   forward FLOPs of each config by part, and of a byte of inference and of training with
+              the entropy model, whose own training is listed apart
+    compiled  with --compile=NAMES the forward passes of these configs as they are compiled, for
+              this machine or for --topology: attention computes pairs that it masks, so that
+              somewhat more is compiled than a model needs
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+from absl import app, flags
+
+from bltjax import command, flops
+from bltjax.config import (
+    BLTConfig,
+    CrossAttentionConfig,
+    MeshConfig,
+    RunConfig,
+    TokenModelConfig,
+    TransformerConfig,
+    from_config_dict,
+)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PATCH_BYTES = 4.5  # where a config leaves the mean patch to the text
+CONTEXT = 8192  # bytes, of the paper's scaling experiments
+LLAMA2_BYTES_PER_TOKEN, LLAMA2_VOCABULARY = 3.7, 32_000
+
+
+def llama(dim: int, num_layers: int) -> TokenModelConfig:
+    return TokenModelConfig(
+        transformer=TransformerConfig(dim, num_layers, dim // 64), vocab_size=LLAMA2_VOCABULARY
+    )
+
+
+def blt(local: int, encoder: int, decoder: int, trunk: int, layers: int, k: int) -> BLTConfig:
+    """Cross-attention in every local layer, as the paper counts it; heads cost nothing."""
+    return BLTConfig(
+        local_encoder=TransformerConfig(local, encoder, local // 64, window=512),
+        global_transformer=TransformerConfig(trunk, layers, trunk // 32),
+        local_decoder=TransformerConfig(local, decoder, local // 64, window=512),
+        cross_attention=CrossAttentionConfig(
+            k=k, num_heads=local // 64, all_layers_encoder=True, all_layers_decoder=True
+        ),
+    )
+
+
+# name -> (model, bytes of a patch or a token, FLOPs per byte that the paper says). Of these BLTs it
+# gives only the sizes: the shapes are ours, of so many parameters in transformer layers, with local
+# models like those of its table 10, and three encoder layers where patches have 8 bytes.
+TABLE_2 = {
+    "Llama 2 470M": (llama(1280, 24), LLAMA2_BYTES_PER_TOKEN, 3.1e8),
+    "BLT 610M": (blt(768, 1, 5, 1408, 24, 2), 6, 3.1e8),
+    "BLT 760M": (blt(640, 3, 7, 1536, 25, 2), 8, 3.1e8),
+    "Llama 2 3.6B": (llama(3072, 32), LLAMA2_BYTES_PER_TOKEN, 2.1e9),
+    "BLT 5.2B": (blt(1024, 1, 9, 3456, 36, 3), 6, 2.1e9),
+    "BLT 6.6B": (blt(1280, 3, 6, 4096, 32, 4), 8, 2.1e9),
+}
+
+
+def paper_rows() -> list[dict]:
+    return [
+        dict(
+            model=name,
+            patch_bytes=patch_bytes,
+            layer_parameters=layer_parameters(model),
+            paper=stated,
+            equations=flops.paper_flops_per_byte(model, CONTEXT, patch_bytes),
+            ours=flops.flops_per_byte(model, CONTEXT, patch_bytes)["total"],
+        )
+        for name, (model, patch_bytes, stated) in TABLE_2.items()
+    ]
+
+
+def layer_parameters(model) -> int:
+    """As the paper counts a model's size: 12 dim^2 in each transformer layer."""
+    names = "local_encoder", "global_transformer", "local_decoder", "transformer"
+    stacks = [getattr(model, name) for name in names if hasattr(model, name)]
+    return sum(12 * stack.num_layers * stack.dim**2 for stack in stacks)
+
+
+def config_row(name: str) -> dict:
+    """The account of a config of configs/."""
+    config = read(name)
+    patch_bytes = patch_bytes_of(config)
+    found = flops.run_flops(config, patch_bytes)
+    return dict(
+        config=name,
+        patch_bytes=patch_bytes,
+        **found.model,
+        paper=found.paper,
+        entropy_model=found.entropy_model,
+        inference=found.inference,
+        training=flops.TRAINING_FACTOR * found.model["total"] + found.entropy_model,
+        bytes=found.num_bytes,
+        run=found.training,
+        entropy_training=found.entropy_training,
+    )
+
+
+def patch_bytes_of(config: RunConfig) -> float:
+    fixed = {"static": float(config.patching.patch_size), "byte": 1.0}
+    return fixed.get(config.patching.rule) or config.patching.target_patch_bytes or PATCH_BYTES
+
+
+def compiled_row(name: str, stage: str, chips: str | None) -> dict:
+    """FLOPs of the compiled forward pass of one row on each device, and those that are needed.
+
+    A loop of attention whose rounds the program computes counts as once, see bltjax/compiled.py;
+    on TPUs there is none.
+    """
+    import jax  # late: for a topology it takes variables that are set before
+
+    from bltjax import compiled, plan, sharding, topology, traced
+    from bltjax.model import functional
+    from bltjax.patching.buffers import buffers_from_lengths
+
+    config = read(name)
+    devices = jax.devices()[:1]
+    if chips:
+        devices = topology.topology_devices(chips)[1]
+    # A row a device, its parameters shared out.
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(devices)), devices)
+    training = dict(batch_size=len(devices), accumulation_steps=1)
+    setting = "blt_training" if stage == "blt" else "entropy_training"
+    given = dataclasses.replace(getattr(config, setting), **training)
+    config = dataclasses.replace(config, **{setting: given})
+    model = getattr(config, stage)
+
+    def forward(params, tokens, *lengths):
+        patches = [buffers_from_lengths(x, tokens.shape[1]) for x in lengths]
+        return functional.apply(model, params, tokens, *patches)
+
+    with jax.set_mesh(mesh):
+        batch = sharding.concrete(plan.abstract_batch(config, stage))
+        inputs = [batch[name] for name in ("tokens", "patch_lengths") if name in batch]
+        params = sharding.concrete(functional.abstract_params(model))
+        program = jax.jit(forward).trace(params, *inputs)
+        text = program.lower().compile().as_text()
+    cost = compiled.read_cost(text, traced.Work(program.jaxpr).kernels)
+    row_bytes = batch["tokens"].shape[1]
+    patch_bytes = row_bytes / batch["patch_lengths"].shape[1] if stage == "blt" else 1.0
+    needed = flops.flops_per_byte(model, row_bytes, patch_bytes)["total"]
+    found = (cost.flops + cost.kernel_flops) / row_bytes
+    return dict(
+        config=name,
+        model=stage,
+        compiled_for=chips or devices[0].device_kind,
+        row_bytes=row_bytes,
+        needed=needed,
+        compiled=found,
+        ratio=found / needed,
+    )
+
+
+def read(name: str) -> RunConfig:
+    path = CONFIGS / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(RunConfig, module.get_config())
+
+
+def print_rows(rows: list[dict]):
+    """Numbers under the names of all rows' values."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value) -> str:
+        if value is None or isinstance(value, str):
+            return value or ""
+        return format(value, ",.4g" if abs(value) < 1e4 else ".4g")
+
+    lines = [columns] + [[cell(row.get(name)) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(x.rjust(width) for x, width in zip(line, widths, strict=True)))
+    print(flush=True)
+
+
+def main(argv):
+    if len(argv) > 1:
+        command.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
+    chosen = flags.FLAGS
+    if chosen.topology:
+        from bltjax.aot import ENVIRONMENT
+
+        os.environ.update(ENVIRONMENT)  # before JAX is imported
+    for name in [*chosen.configs, *chosen.compile]:
+        if not (CONFIGS / f"{name}.py").exists():
+            command.fail(f"there is no configs/{name}.py: give names of files there")
+    result = dict(paper=paper_rows(), configs=[config_row(name) for name in chosen.configs])
+    print_rows(result["paper"])
+    print_rows(result["configs"])
+    result["compiled"] = [
+        compiled_row(name, stage, chosen.topology)
+        for name in chosen.compile
+        for stage in ("entropy_model", "blt")
+    ]
+    if result["compiled"]:
+        print_rows(result["compiled"])
+    print(json.dumps(dict(benchmark="flops") | result))
+
+
+if __name__ == "__main__":
+    every = "quickstart", "laptop", "entropy_100m", "blt_400m", "blt_1b", "blt_2b", "blt_4b"
+    flags.DEFINE_list("configs", [*every, "blt_7b", "blt_8b"], "Names of files in configs/.")
+    flags.DEFINE_list("compile", [], "Which of them to compile too.")
+    flags.DEFINE_string(
+        "topology", None, "For which chips, such as v5e:2x2; default: for this one."
+    )
+    app.run(main, flags_parser=command.parse)

@@ -1,0 +1,160 @@
+"""Languages side by side: `python -m benchmarks.studies.multilingual --workdir=DIR --corpus=PATH`.
+
+Every source of the corpus is a language. A BLT and a transformer over BPE tokens of equal FLOPs per
+byte are trained on the same mixture, as much of each language as there is of the others, with a
+tokenizer of that mixture; told are bits per byte and bytes per patch and token of each language.
+Only sources that say the same thing compare languages fairly, see --sources.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app
+
+from benchmarks.studies import pages, study
+from benchmarks.studies.points import Point, account, width_for, with_flops
+from benchmarks.studies.shared import Shared
+from bltjax import command, corpus, tokenizer
+from bltjax.config import PatchingConfig
+from bltjax.data.records import Documents, open_store
+
+BUDGETS = {"laptop": 3.2e13, "gpu": 2e17, "pod": 4e20}  # training FLOPs of a point
+LEVEL, PATCH = 1, 4.5
+SAMPLE_BYTES = 200_000  # of a language, on which its patches and tokens are measured
+
+
+def plan(given: study.Settings, shared: Shared) -> list[Point]:
+    blt = shared.blt("BLT", LEVEL, target=PATCH, family="BLT")
+    bpe = width_for(
+        lambda dim: shared.tokens("BPE", LEVEL, dim, family="BPE"),
+        account(blt).model["total"],
+    )
+    return [with_flops(point, BUDGETS[given.size]) for point in (blt, bpe)]
+
+
+def by_language(given: study.Settings, shared: Shared, planned: Sequence[Point]) -> list[dict]:
+    """A row for each source: of each family bits per byte, and bytes of a patch or a token."""
+    results = {}
+    for point in planned:
+        path = given.directory / "points" / point.name / "result.json"
+        if path.exists():
+            results[point.name] = json.loads(path.read_text())
+    sizes = {"BLT": patch_sizes(given, shared), "BPE": token_sizes(shared)}
+    return [
+        dict(language=language)
+        | {
+            f"{name}_bits_per_byte": r["sources"][language]["bits_per_byte"]
+            for name, r in results.items()
+            if language in r["sources"]
+        }
+        | {
+            f"{name}_{part}_bytes": sizes[name].get(language)
+            for name, part in (("BLT", "patch"), ("BPE", "token"))
+        }
+        for language in sizes["BPE"]
+    ]
+
+
+def patch_sizes(given: study.Settings, shared: Shared) -> dict[str, float]:
+    """Mean bytes of a patch of each source, at the threshold that the BLT was trained with."""
+    path = given.directory / "points" / "BLT" / "patching.json"
+    if not path.exists():
+        return {}
+    patching = PatchingConfig(threshold=json.loads(path.read_text())["threshold"])
+    shards = open_store(shared.records).shards()
+    lengths = corpus.sample_lengths(patching, shards)
+    return {source: float(own.mean()) for source, own in lengths.items()}
+
+
+def token_sizes(shared: Shared) -> dict[str, float]:
+    """Mean bytes of a token of each source."""
+    made, store = tokenizer.load(shared.directory / "tokenizer.json"), open_store(shared.records)
+    found = {}
+    for source in store.sources:
+        num_bytes = tokens = 0
+        for document in Documents(store.shards(source)):
+            num_bytes += len(document.data)
+            tokens += len(made.encode(document.data, add_bos=False, add_eos=False))
+            if num_bytes >= SAMPLE_BYTES:
+                break
+        found[source] = num_bytes / max(tokens, 1)
+    return found
+
+
+def report(rows: Sequence[dict], languages: Sequence[dict], out: Path):
+    """Two pictures and README.md of the rows of results.csv and languages.csv."""
+    names = [row["family"] for row in rows]
+    bits = {
+        name: {
+            row["language"]: row[f"{name}_bits_per_byte"]
+            for row in languages
+            if row.get(f"{name}_bits_per_byte")
+        }
+        for name in names
+    }
+    sizes = {
+        "bytes of a patch": {
+            r["language"]: r["BLT_patch_bytes"] for r in languages if r.get("BLT_patch_bytes")
+        },
+        "bytes of a token": {r["language"]: r["BPE_token_bytes"] for r in languages},
+    }
+    sizes = {name: of for name, of in sizes.items() if of}
+    pages.bars(out / "bits.png", bits, "bits per byte, held out")
+    pages.bars(out / "sizes.png", sizes, "bytes")
+    columns = {name: "" if name == "language" else ".3f" for row in languages for name in row}
+    pages.write_page(
+        out / "README.md",
+        "Languages",
+        "![bits per byte of each language](bits.png)",
+        "![bytes per patch and per token of each language](sizes.png)",
+        pages.table(languages, columns),
+        pages.table(
+            rows,
+            dict(
+                family="",
+                bits_per_byte=".4f",
+                training_flops=".3g",
+                training_bytes=".3g",
+                flops_per_byte=".3g",
+                entropy_model_flops_per_byte=".3g",
+                patch_bytes=".2f",
+            ),
+        ),
+        *seen(languages),
+    )
+
+
+def seen(languages: Sequence[dict]) -> list[str]:
+    """In how many languages each family is ahead, and by how much at most."""
+    gaps = {
+        row["language"]: row["BLT_bits_per_byte"] - row["BPE_bits_per_byte"]
+        for row in languages
+        if row.get("BLT_bits_per_byte") and row.get("BPE_bits_per_byte")
+    }
+    if not gaps:
+        return []
+    best, worst = min(gaps, key=gaps.get), max(gaps, key=gaps.get)
+    ahead = sum(gap < 0 for gap in gaps.values())
+    return [
+        f"The BLT is ahead in {ahead} of {len(gaps)} languages: by {-gaps[best]:.4f} bits per byte "
+        f"in {best}, where it does best, and by {-gaps[worst]:.4f} in {worst}, where it does worst."
+    ]
+
+
+def main(argv):
+    study.check(argv)
+    given = study.settings()
+    with study.guarded():
+        shared = study.prepare(given, balanced=True)
+        planned = plan(given, shared)
+        rows = study.carry_out(given, planned)
+        languages = by_language(given, shared, planned)
+        pages.write_csv(given.out / "languages.csv", languages)
+        report(rows, languages, given.out)
+        study.finish(given, rows)
+
+
+if __name__ == "__main__":
+    study.define_flags()
+    app.run(main, flags_parser=command.parse)

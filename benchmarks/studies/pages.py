@@ -1,0 +1,100 @@
+"""What a study leaves: results.csv, pictures, and README.md, a page that shows them."""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+COLOURS = ("#1155aa", "#cc3333", "#2a8a3e", "#e08a00", "#7a3db8", "#555555", "#00a0a0", "#b0559a")
+
+
+def write_csv(path: Path, rows: Sequence[dict]):
+    """Rows under all of their keys, in order; a value that a row lacks is left empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows that `write_csv` wrote: numbers as numbers, None for what is empty."""
+    with path.open(newline="") as file:
+        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text: str):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text or None
+
+
+def table(rows: Sequence[dict], columns: dict[str, str]) -> str:
+    """A Markdown table; columns: key -> format spec, under the key with spaces for underscores."""
+
+    def cell(value, spec: str) -> str:
+        if value is None:
+            return ""
+        return format(value, spec) if spec and not isinstance(value, str) else str(value)
+
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in columns) + " |"]
+    lines.append("|" + "---|" * len(columns))
+    for row in rows:
+        cells = (cell(row.get(name), spec) for name, spec in columns.items())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_page(path: Path, title: str, *parts: str):
+    """Parts with an empty line between; pictures are parts such as `![](curves.png)`."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n\n".join([f"# {title}", *parts]) + "\n")
+    os.replace(partial, path)
+
+
+def curves(path: Path, series: dict[str, list[tuple]], x: str, y: str, log_x: bool = True):
+    """Lines with marks as a PNG; series: name -> [(x, y, error or 0)], axes x and y named."""
+    figure, axes = _figure()
+    for (name, points), colour in zip(series.items(), COLOURS * len(series), strict=False):
+        xs, ys, errors = zip(*sorted(points), strict=True)
+        axes.errorbar(xs, ys, errors, label=name, color=colour, marker="o", ms=4, capsize=3)
+    if log_x:
+        axes.set_xscale("log")
+    _finish(figure, axes, path, x, y)
+
+
+def bars(path: Path, groups: dict[str, dict[str, float]], y: str, level: float | None = None):
+    """Bars as a PNG; groups: name of a bar's colour -> {place: value}. level: a dashed line."""
+    places = list(dict.fromkeys(place for values in groups.values() for place in values))
+    figure, axes = _figure(width=max(6.5, 0.42 * len(places) * max(len(groups), 1)))
+    wide = 0.8 / len(groups)
+    for i, (name, values) in enumerate(groups.items()):
+        at = [places.index(place) + wide * (i - (len(groups) - 1) / 2) for place in values]
+        axes.bar(at, list(values.values()), wide, label=name, color=COLOURS[i % len(COLOURS)])
+    if level is not None:
+        axes.axhline(level, color="#555555", ls="--", lw=1)
+    axes.set_xticks(range(len(places)), places, rotation=45, ha="right")
+    heights = [v for values in groups.values() for v in values.values()]
+    if min(heights) > 0.5 * max(heights):  # differences, rather than sizes
+        axes.set_ylim(bottom=min(heights) - 0.3 * (max(heights) - min(heights)) - 1e-6)
+    _finish(figure, axes, path, "", y)
+
+
+def _figure(width: float = 6.5):
+    from matplotlib.figure import Figure  # late: it is no requirement
+
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _finish(figure, axes, path: Path, x: str, y: str):
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)

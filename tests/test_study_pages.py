@@ -1,0 +1,108 @@
+"""What the studies make of results: files, fits, pictures and pages."""
+
+import pytest
+
+from benchmarks.studies import ablations, fixed_inference, multilingual, pages, robustness, scaling
+from bltjax.evaluation.noise import KINDS, WHERE
+
+pytest.importorskip("matplotlib", reason="pictures need pip install 'bltjax[plots]'")
+
+
+def row(family, level, bits, **more):
+    cost = dict(training_flops=1e12 * 2**level, training_bytes=1e6 * 2**level, patch_bytes=4.0)
+    cost |= dict(flops_per_byte=1e6, entropy_model_flops_per_byte=0.0, parameters=10)
+    cost |= dict(parameters_without_hash_tables=5)
+    return (
+        dict(name=f"{family}-{level}", family=family, level=level, bits_per_byte=bits) | cost | more
+    )
+
+
+def check_page(out, *pictures):
+    page = (out / "README.md").read_text()
+    for name in pictures:
+        assert f"]({name})" in page and (out / name).read_bytes().startswith(b"\x89PNG")
+    return page
+
+
+def test_results_survive_a_file(tmp_path):
+    rows = [dict(a=1, b=0.25), dict(a=2, c="x y")]
+    pages.write_csv(tmp_path / "r.csv", rows)
+    assert pages.read_csv(tmp_path / "r.csv") == [
+        dict(a=1, b=0.25, c=None),
+        dict(a=2, b=None, c="x y"),
+    ]
+
+
+def test_the_page_of_scaling(tmp_path):
+    rows = [row("BPE", level, 2 * 0.9**level) for level in range(3)]
+    rows += [row("bytes", 0, bits, name=f"bytes-{bits}") for bits in (2.0, 2.2, 2.4)]
+    found = scaling.summary(rows)
+    assert found["bytes"][0]["bits_per_byte"] == pytest.approx(2.2)
+    assert found["bytes"][0]["deviation"] == pytest.approx(0.2)
+    assert scaling.slope(found["BPE"]) == pytest.approx(-0.152, abs=1e-3)  # log 0.9 / log 2
+    assert scaling.slope(found["bytes"]) is None
+    pages.write_csv(tmp_path / "results.csv", rows)
+    scaling.report(pages.read_csv(tmp_path / "results.csv"), tmp_path)
+    page = check_page(tmp_path, "curves.png")
+    assert "At level 0, from best to worst: BPE 2.0000, bytes 2.2000." in page
+
+
+def test_the_page_of_fixed_inference(tmp_path):
+    rows = [row("BPE", 0, 2.0), row("BLT entropy 4", 0, 1.9)]
+    fixed_inference.report(rows, tmp_path)
+    assert "-0.1000 at 1e+06 bytes beside BPE; it is better in 1 of 1." in check_page(
+        tmp_path, "curves-0.png"
+    )
+
+
+def test_the_page_of_ablations(tmp_path):
+    rows = [
+        row("", 0, bits, group=group, change=change)
+        for group, change, bits in (
+            ("baseline", "baseline", 2.0),
+            ("patching", "space", 2.1),
+            ("patching", "static 4", 2.3),
+        )
+    ]
+    ablations.report(rows, tmp_path)
+    page = check_page(tmp_path, "changes.png")
+    assert "Patching, from best to worst: baseline 2.0000, space 2.1000, static 4 2.3000." in page
+    assert "+0.3000" in page
+    with pytest.raises(ValueError, match="the baseline has not finished"):
+        ablations.report(rows[1:], tmp_path)
+
+
+def test_the_page_of_languages(tmp_path):
+    languages = [
+        dict(
+            language=language,
+            BLT_bits_per_byte=blt,
+            BPE_bits_per_byte=2.0,
+            BLT_patch_bytes=4.5,
+            BPE_token_bytes=3.0,
+        )
+        for language, blt in (("de", 1.9), ("th", 1.0), ("en", 2.1))
+    ]
+    multilingual.report([row("BLT", 0, 1.7), row("BPE", 0, 2.0)], languages, tmp_path)
+    page = check_page(tmp_path, "bits.png", "sizes.png")
+    assert "ahead in 2 of 3 languages: by 1.0000 bits per byte in th" in page
+
+
+def test_the_page_of_robustness(tmp_path):
+    choice = {robustness.ACCURACY: 0.5}
+    noise = dict(
+        clean={robustness.ACCURACY: 0.9},
+        noisy={kind: dict.fromkeys(WHERE, choice) for kind in KINDS},
+        mean=choice,
+        bits_per_byte=dict.fromkeys(["clean", *KINDS], 2.0),
+    )
+    spelled = dict(spelling=dict(exact_match=0.99, bits_per_byte=0.1))
+    found = {}
+    for family in ("BLT", "BPE"):
+        found[f"{family}-0"] = dict(noise=noise, tasks=spelled)
+        found[f"{family}-1"] = dict(tasks=spelled)
+    rows = [row(name.split("-")[0], int(name[-1]), 2.0, mixture="plain") for name in found]
+    robustness.report(rows, found, tmp_path)
+    page = check_page(tmp_path, "noise.png", "bits.png", "spelling.png")
+    assert "| clean | 0.900 | 2.000 | 0.900 | 2.000 |" in page
+    assert page.count("| spelling | 0.990 | 0.100 | 0.990 | 0.100 |") == 2
