@@ -19,15 +19,14 @@ from bltjax.data.rows import Row
 from bltjax.evaluation.score import (
     ROW_BYTES,
     Packed,
+    batch_logits,
     byte_rows,
     patched_rows,
     raw_targets,
     run_rows,
     trim,
 )
-from bltjax.model import functional
 from bltjax.ops.cross_entropy import next_byte_nats
-from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.progress import Advance, unwatched
 from bltjax.vocabulary import PAD_ID, encode, is_drawable
 
@@ -155,11 +154,7 @@ def _continuation_rows(rows: Iterable[Row], first: int) -> Iterator[Row]:
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(config, params, batch):
     """Nats of each row's targets float32 [B], and whether all of them are greedy, bool [B]."""
-    inputs = [batch["document_ids"]]
-    if "patch_lengths" in batch:
-        inputs.insert(0, buffers_from_lengths(batch["patch_lengths"], batch["tokens"].shape[1]))
-    logits = functional.apply(config, params, batch["tokens"], *inputs)
-    counts = raw_targets(batch)
+    logits, counts = batch_logits(config, params, batch), raw_targets(batch)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     best = jnp.argmax(jnp.where(is_drawable(ids), logits, -jnp.inf), axis=-1)
     nats = jnp.sum(next_byte_nats(logits, batch["targets"]) * counts, axis=1)

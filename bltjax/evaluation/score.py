@@ -182,11 +182,16 @@ _entropy_fn = functools.lru_cache(make_entropy_fn)  # one per model, so that it 
 @functools.partial(jax.jit, static_argnums=0)
 def _row_nats(config, params, batch):
     """Nats of the raw bytes that each row of a batch has as targets: float32 [B]."""
+    nats = next_byte_nats(batch_logits(config, params, batch), batch["targets"])
+    return jnp.sum(nats * raw_targets(batch), axis=1)
+
+
+def batch_logits(config, params, batch):
+    """Logits float32 [B, L, V] of a batch of rows, with patches or without."""
     inputs = [batch["document_ids"]]
     if "patch_lengths" in batch:
         inputs.insert(0, buffers_from_lengths(batch["patch_lengths"], batch["tokens"].shape[1]))
-    logits = functional.apply(config, params, batch["tokens"], *inputs)
-    return jnp.sum(next_byte_nats(logits, batch["targets"]) * raw_targets(batch), axis=1)
+    return functional.apply(config, params, batch["tokens"], *inputs)
 
 
 def raw_targets(batch):

@@ -57,8 +57,8 @@ def ask(prompts: Sequence[str | bytes], max_new_bytes, seed, trained: int | None
 
     trained: bytes of a row in training, where known; warns of texts that may get longer.
     """
-    many = _each("max_new_bytes", max_new_bytes, len(prompts), 2**30)
-    seeds = _each("seed", seed, len(prompts), 2**32)
+    many = each("max_new_bytes", max_new_bytes, len(prompts), 2**30)
+    seeds = each("seed", seed, len(prompts), 2**32)
     rows = [
         Prompt(encode(prompt, add_eos=False), *numbers)
         for prompt, *numbers in zip(prompts, many, seeds, strict=True)
@@ -73,7 +73,7 @@ def ask(prompts: Sequence[str | bytes], max_new_bytes, seed, trained: int | None
     return rows
 
 
-def _each(name: str, value, count: int, limit: int) -> list[int]:
+def each(name: str, value, count: int, limit: int) -> list[int]:
     """One number for each prompt, from one for all or one for each."""
     values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * count
     if len(values) != count:

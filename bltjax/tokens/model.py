@@ -20,6 +20,8 @@ from bltjax.conversion.fields import read_json
 from bltjax.conversion.weights import Lengths, Weights, WeightsError, flat, value_problems
 from bltjax.evaluation.continuations import ContinuationScore
 from bltjax.evaluation.score import Score
+from bltjax.inference.ask import each
+from bltjax.inference.stepping import prepared
 from bltjax.model import functional
 from bltjax.progress import Advance, unwatched
 from bltjax.tokens.generate import Prompt, generate
@@ -141,8 +143,8 @@ class TokenModel:
         stops = [_bytes_of(s, "stop") for s in stops]
         if b"" in stops:
             raise ValueError("stop holds an empty string, with which every text ends: leave it out")
-        limits = _each("max_new_bytes", max_new_bytes, len(texts), 2**30)
-        seeds = _each("seed", seed, len(texts), 2**32)
+        limits = each("max_new_bytes", max_new_bytes, len(texts), 2**30)
+        seeds = each("seed", seed, len(texts), 2**32)
         ids = [self.tokenizer.encode(text, add_eos=False) for text in texts]
         longest, trained = max(map(len, ids), default=0), self.lengths.row_bytes
         if longest > trained:
@@ -153,7 +155,7 @@ class TokenModel:
             )
         asked = [Prompt(*row) for row in zip(ids, limits, seeds, strict=True)]
         with jax.set_mesh(self.mesh):
-            model = self.config, self._apart, self.tokenizer
+            model = self.config, self._prepared_params, self.tokenizer
             return generate(*model, asked, temperature, stops, batch_size)
 
     def logits(self, tokens) -> np.ndarray:
@@ -177,11 +179,9 @@ class TokenModel:
         return self.config, self.params, self.tokenizer
 
     @functools.cached_property
-    def _apart(self) -> dict:
-        """Parameters as the loop of generation likes them on CPUs, see `functional.apart`."""
-        if self.mesh.devices.flat[0].platform != "cpu":
-            return self.params
-        return jax.jit(functional.apart)(self.params)
+    def _prepared_params(self) -> dict:
+        with jax.set_mesh(self.mesh):
+            return prepared({"token_model": self.params})["token_model"]
 
     def _row(self, row_bytes: int | None) -> int:
         row = self.lengths.row_bytes if row_bytes is None else row_bytes
@@ -207,14 +207,3 @@ def _bytes_of(text: Text, name: str) -> bytes:
     if not isinstance(text, (bytes, bytearray, memoryview)):
         raise ValueError(f"{name} is {type(text).__name__}: give bytes or str")
     return bytes(text)
-
-
-def _each(name: str, value, count: int, limit: int) -> list[int]:
-    """One number for each prompt, from one for all or one for each."""
-    values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * count
-    if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} values for {count} prompts: give one for each")
-    for number in values:
-        if not (isinstance(number, (int, np.integer)) and 0 <= number < limit):
-            raise ValueError(f"{name}={number!r} must be a whole number from 0, below {limit}")
-    return [int(number) for number in values]
