@@ -19,6 +19,8 @@ from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import start_state
 from bltjax.training.step import make_train_step
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 ROOT = Path(__file__).parents[1]
 MESHES = [
     *(

@@ -15,6 +15,8 @@ from bltjax.patching.boundaries import document_segments
 from bltjax.patching.buffers import buffers_from_starts
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, PAD_ID
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 L = 18
 CLOSE = dict(rtol=0, atol=2e-5)
 

@@ -31,6 +31,8 @@ from bltjax.training.state import start_state
 from bltjax.training.step import make_eval_step, make_train_step
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 B, L = 8, 24
 MIDDLE = 0.5  # nats, where the entropies of the property test have their middle
 RULES = {

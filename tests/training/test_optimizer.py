@@ -23,6 +23,8 @@ from bltjax.model import functional
 from bltjax.training.optimizer import decays, learning_rate, make_optimizer, part_of
 from bltjax.training_config import MOMENTS
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 ROWS, FEATURES = 509, 16  # 509 is a number that no other dimension has
 STACK = TransformerConfig(dim=16, num_heads=2, window=6, ffn_multiple_of=16)
 BLT = BLTConfig(

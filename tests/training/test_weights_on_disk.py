@@ -31,6 +31,8 @@ from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import create_state
 from bltjax.training.weights_on_disk import open_params, open_weights, save_weights
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 ROOT = Path(__file__).parents[2]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 BF16 = np.dtype(ml_dtypes.bfloat16)
