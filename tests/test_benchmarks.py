@@ -121,7 +121,6 @@ ENTRY %main (x: f32[]) -> f32[] {{
     assert operations(program.format("/bltjax/elsewhere"))["y"][0] == ("step", "", "")
 
 
-@pytest.mark.long
 def test_an_error_of_a_worker_is_told():
     with (
         measuring.Worker("torch-less", 1) as worker,
@@ -177,7 +176,6 @@ def test_compile_time_is_of_lowering_and_compiling():
     assert row["seconds"] == pytest.approx(row["lower"] + row["compile"])
 
 
-@pytest.mark.long
 def test_mfu_finds_where_the_time_goes():
     (row,) = run("mfu.py", *STEP, "--repeats=1", "--matrices=64,128", "--profile")["rows"]
     check_row(row, 64)
@@ -193,7 +191,6 @@ def test_mfu_finds_where_the_time_goes():
     assert any("touched_rows.py" in place["function"] for place in row["places"])
 
 
-@pytest.mark.long
 def test_train_step_and_its_peer_compute_the_same_in_turns():
     pytest.importorskip("torch", reason="the peer needs torch==2.13.0 (CPU)")
     pytest.importorskip("transformers", reason="the peer is transformers>=5.23")

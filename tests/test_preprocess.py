@@ -170,7 +170,6 @@ def test_patches_found_in_the_step(run, start):
     assert 0 < result["bits_per_byte"] < 8
 
 
-@pytest.mark.long
 def test_an_entropy_model_is_brought_or_missed(run, start, tmp_path):
     workdir, report = run
     process = start("preprocess", tmp_path / "none")

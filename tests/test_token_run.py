@@ -179,7 +179,6 @@ def test_it_can_be_planned(corpus, no_mesh):
     assert found.optimizer >= 2 * found.parameters > 0 and found.batch == 2 * 32 * 13 // 2
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("rule", ["byte", "space", "static"])
 def test_other_families_are_a_matter_of_config(rule, corpus, tmp_path):
     config = get_config()

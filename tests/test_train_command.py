@@ -52,7 +52,6 @@ CASES = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_input_is_one_line(case, tmp_path):
     settings, wanted = CASES[case]
@@ -97,7 +96,6 @@ def test_errors_inside_a_stage_are_one_line_too(tmp_path):
     assert "Traceback" in (workdir / "error.log").read_text()
 
 
-@pytest.mark.long
 def test_a_run_goes_on_from_its_records_alone(tmp_path):
     """Once they are whole, the corpus they were made of may change or go."""
     arguments = [
@@ -114,7 +112,6 @@ def test_a_run_goes_on_from_its_records_alone(tmp_path):
     assert result.returncode == 2 and "data.suffixes" in result.stderr
 
 
-@pytest.mark.long
 def test_a_workdir_whose_claim_was_interrupted_or_damaged(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()

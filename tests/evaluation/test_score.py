@@ -117,7 +117,6 @@ def close(document, nats):
     return pytest.approx(nats, abs=2e-5 * len(document), rel=0)
 
 
-@pytest.mark.long
 @each_rule
 def test_equals_one_pass_over_the_document_alone(rule):
     documents = [TEXT, b"\x00", b"", TEXT[:62]]
@@ -138,7 +137,6 @@ def test_equals_one_pass_over_the_document_alone(rule):
 documents = st.sampled_from([1, 7, 62]).flatmap(lambda n: st.binary(min_size=n, max_size=n))
 
 
-@pytest.mark.long
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(documents, st.sampled_from(sorted(RULES)))
 def test_any_bytes(document, rule):
@@ -197,7 +195,6 @@ def test_windows_of_a_long_document_have_the_entropies_of_the_whole(monkeypatch)
         np.testing.assert_array_equal(alone, entropies)  # in no other company either
 
 
-@pytest.mark.long
 def test_a_hundred_kilobytes():
     document, seen = np.random.default_rng(3).bytes(100_000), []
     (found,) = score([document], "space", row_bytes=1024, advance=seen.append)
@@ -207,7 +204,6 @@ def test_a_hundred_kilobytes():
     assert pieces[0].nats < pieces[1].nats < found.nats
 
 
-@pytest.mark.long
 def test_few_shapes_are_compiled_whatever_the_text():
     """At most 5 numbers of patch columns for each of the lengths 64 and 128."""
     rng, row_step = np.random.default_rng(4), module._row_nats
@@ -239,7 +235,6 @@ def test_shapes_are_tight_and_forty_at_most():
     assert module._row_length(90, 100) == 100 and module._num_columns(20, 100) == 25
 
 
-@pytest.mark.long
 def test_the_same_scores_on_a_mesh(use_mesh, monkeypatch):
     documents = mixed_documents()[-6:]
     expected = score(documents, row_bytes=64)

@@ -91,7 +91,6 @@ def test_a_mesh_changes_no_bit_where_a_round_is_enough(sizes):
         np.testing.assert_array_equal(on_mesh(sizes, tables, ids, gradient, dtype)[0], alone)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_in_bfloat16_rows_are_rounded_and_sums_are_of_float32(sizes):
     tables, gradient = operands()

@@ -119,7 +119,6 @@ def test_asked_to_stop_while_it_saves(command, uninterrupted, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(whole))
 
 
-@pytest.mark.long
 def test_a_damaged_checkpoint_is_trained_again(command, uninterrupted, tmp_path):
     whole, whole_result = uninterrupted
     workdir = tmp_path / "damaged"

@@ -207,7 +207,6 @@ def test_missed_updates_are_made_up(settings, had, number, share):
     assert number == 0 or way > 1e-3
 
 
-@pytest.mark.long
 def test_training_ends_about_where_dense_updates_end():
     batches = [host_batch(n) for n in range(STEPS)]
     start = table(fresh(MODEL, GUARDED))["params"]
