@@ -72,7 +72,10 @@ def damage(directory, kind, seed):
     if kind == "bltjax":
         # Every stored value has a checksum, so that damage may be anywhere; not in model.json,
         # where another number is another model.
-        path = rng.choice([p for p in files if p.name != "model.json" and p.stat().st_size])
+        files = [p for p in files if p.name != "model.json" and p.stat().st_size]
+        # Names are random and many files are small and dead: most damages go to the large ones.
+        sizes = [p.stat().st_size for p in files]
+        [path] = rng.choices(files, [size + 5_000 for size in sizes])
         path.write_bytes(damaged(path.read_bytes(), seed))
         return f"{path.name}, anywhere"
     path = rng.choice([p for p in files if p.suffix in (".safetensors", ".pth")])
