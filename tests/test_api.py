@@ -114,6 +114,7 @@ def test_shards_with_an_index_are_one_model(tmp_path, model):
     np.testing.assert_array_equal(bltjax.load(sharded).logits(tokens), model.logits(tokens))
 
 
+@pytest.mark.long
 def test_rows_do_not_depend_on_their_batch(model):
     """Meta's patcher lets rows of a batch see each other (spec 2.8)."""
     tokens = golden.arrays("hf_A_1b_like")["tokens"]
@@ -124,6 +125,7 @@ def test_rows_do_not_depend_on_their_batch(model):
         np.testing.assert_allclose(model.logits(row[None])[0], together[i], **CLOSE)
 
 
+@pytest.mark.long
 def test_the_same_on_a_mesh(hf, model):
     tokens = golden.arrays("hf_A_1b_like")["tokens"]  # three rows on four row shards
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
@@ -181,6 +183,7 @@ def test_bf16_compat_is_near_the_published_rounding(tmp_path):
     assert np.abs(found - bltjax.load(path).entropies(expected["tokens"])).mean() > 0.005
 
 
+@pytest.mark.long
 def test_generation_goes_on_as_logits_say(model):
     prompts = ["hello", b"\xff\x00 any bytes", ""]
     found = model.generate(prompts, max_new_bytes=5)

@@ -191,6 +191,7 @@ def test_mfu_finds_where_the_time_goes():
     assert any("touched_rows.py" in place["function"] for place in row["places"])
 
 
+@pytest.mark.slow
 def test_train_step_and_its_peer_compute_the_same_in_turns():
     pytest.importorskip("torch", reason="the peer needs torch==2.13.0 (CPU)")
     pytest.importorskip("transformers", reason="the peer is transformers>=5.23")

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from tests import directories
 
 ROOT = Path(__file__).parents[1]
@@ -12,6 +14,7 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.long
 def test_the_example_of_loading_runs(tmp_path):
     directories.meta_with_entropy_model(tmp_path / "model")
     names = {}
@@ -19,6 +22,7 @@ def test_the_example_of_loading_runs(tmp_path):
     assert names["model"].config.pooling == "max"
 
 
+@pytest.mark.long
 def test_the_example_of_the_model_runs():
     names = {}
     exec(EXAMPLES[1], names)

@@ -105,6 +105,7 @@ def on_one_device(config):
     return loss_and_gradients(config)[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [TINY, ENTROPY], ids=["blt", "entropy model"])
 def test_same_loss_and_gradients_on_a_mesh(config, use_mesh, compiling, capfd):
     """And XLA found a way to each layout without gathering everything.

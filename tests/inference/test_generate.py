@@ -94,6 +94,7 @@ def check_exact(model, texts, max_new_bytes, options):
         assert found == [expected[i] for i in order], chosen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 def test_greedy_text_is_that_of_recomputation(name):
     check_exact(Tiny(name), prompts(8), 32, [dict(batch_size=4), dict(batch_size=4, max_drafts=3)])
@@ -184,6 +185,7 @@ def test_the_global_stack_runs_once_for_each_closed_patch(tiny):
     assert of_many.patches == 2 * counts.patches + alone.patches
 
 
+@pytest.mark.long
 def test_one_compilation_for_a_batch_and_a_size_of_room(tiny):
     tiny.generate([b"a", b"b", b"c"], 10, batch_size=4)
     tiny.generate([b"a"], 10)

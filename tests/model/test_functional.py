@@ -229,6 +229,7 @@ def test_rematerialisation_changes_nothing(remat):
     )
 
 
+@pytest.mark.long
 def test_bfloat16_compute_is_close_and_parameters_stay_float32():
     (loss, gradients), (expected, expected_gradients) = (
         loss_and_gradients(compute_dtype="bfloat16"),
@@ -244,6 +245,7 @@ def test_bfloat16_compute_is_close_and_parameters_stay_float32():
         assert np.linalg.norm(ours - theirs) < 0.1 * np.linalg.norm(theirs)
 
 
+@pytest.mark.long
 def test_text_never_recompiles():
     """200 batches of noise and text, patches anywhere, some overflowing: one compilation."""
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=10), 1000)
@@ -278,6 +280,7 @@ def logits_of(config, params):
     return jax.jit(functional.apply, static_argnums=0)(config, params, tokens, patches)
 
 
+@pytest.mark.long
 def test_grouped_cross_heads_are_repeated_heads():
     """Each key/value head serves the query heads that follow each other (as in spec 5.2)."""
     local = dataclasses.replace(TINY.local_encoder, dim=16, num_heads=2)
@@ -300,6 +303,7 @@ def test_grouped_cross_heads_are_repeated_heads():
     assert np.abs(expected - logits_of(grouped, functional.init(grouped, jax.random.key(1)))).max()
 
 
+@pytest.mark.long
 def test_a_projection_between_equal_widths_may_be_there():
     """Published models have none (spec 5.8); with the identity it changes nothing."""
     same = dataclasses.replace(

@@ -101,6 +101,7 @@ def test_first_logits():
     np.testing.assert_allclose(logits, expected["logits0"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_every_first_gradient():
     expected, _, gradients, _ = run()
     published = named(expected, "grad0")
