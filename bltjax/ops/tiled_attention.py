@@ -21,7 +21,7 @@ _MASKED = -1e30  # finite, so that a tile where a query sees nothing yields no N
 _NO_SEGMENT = -(2**31)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """How a row is cut up; all static."""
 
     window: int | None
@@ -36,17 +36,34 @@ class _Plan(NamedTuple):
         step = self.tile * self.together
         return -(-self.length // step) * self.together
 
+    @property
+    def rounds(self):
+        """Of all tiles of queries together: how often S of them look at S tiles of keys."""
+        groups = range(self.num_tiles // self.together)
+        return sum(int(stop) - int(start) for start, stop in (_seen(self, i) for i in groups))
+
+    @property
+    def pairs_of_a_round(self):
+        return self.together * self.tile**2
+
 
 def _plan(q, window, tile):
-    batch, length, heads, _ = jax.typeof(q).sharding.shard_shape(q.shape)
-    tile = tile or (256 if window is None else 128)  # the fastest on CPUs
+    return plan_tiles(*jax.typeof(q).sharding.shard_shape(q.shape)[:3], window, tile)
+
+
+def plan_tiles(batch, length, heads, window: int | None, tile: int | None = None) -> Plan:
+    """How the rows of one device are cut up."""
+    if window is not None and window >= length:
+        window = None  # fewer tiles
+    # The fastest on CPUs; a tile that is wider than its window computes mostly what is masked.
+    tile = tile or (256 if window is None else min(128, max(32, window // 2)))
     tile = _round_up(math.ceil(length / math.ceil(length / tile)), 8)  # even ones: little padding
     if window is None:
-        return _Plan(None, length, tile, 1, 0, 0)
+        return Plan(None, length, tile, 1, 0, 0)
     # As many tiles at a time as keep all cores busy and still fit in their caches.
     together = max(1, min(16 // (batch * heads), length // tile))
-    back = math.ceil((min(window, length) - 1) / tile)
-    return _Plan(window, length, tile, together, back, back if together > 1 else 0)
+    back = math.ceil((window - 1) / tile)
+    return Plan(window, length, tile, together, back, back if together > 1 else 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

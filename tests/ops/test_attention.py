@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bltjax import sharding
+from bltjax.ops import tiled_attention as tiles
 from bltjax.ops.attention import (
     bytes_from_patches_attention,
     causal_attention,
@@ -116,6 +117,25 @@ def test_tiles(window, batch, heads, kv_heads):
     segments = np.sort(rng.integers(-1, 4, (batch, 77)), axis=1).astype(np.int32)
     mask = (s <= t) & (s > t - (window or 77)) & (segments[:, :, None] == segments[:, None, :])
     assert_all_close(run(q, k, v, segments, cotangent), dense_attention(q, k, v, mask, cotangent))
+
+
+@pytest.mark.parametrize("window", [None, 20, 64, 512])
+def test_rounds_are_those_that_run(window, monkeypatch):
+    """`Plan.rounds` counts what the loop of the forward pass does."""
+    ran, scores = [], tiles._scores
+
+    def counting(plan, index, *rest):
+        jax.debug.callback(lambda _: ran.append(1), index)
+        return scores(plan, index, *rest)
+
+    monkeypatch.setattr(tiles, "_scores", counting)
+    q, k, v = jnp.ones((3, 1, 500, 4, 8))
+    tiles.tiled_attention(q, k, v, jnp.zeros((1, 500), jnp.int32), window)
+    jax.effects_barrier()
+    plan = tiles.plan_tiles(1, 500, 4, window)
+    assert plan.rounds == len(ran)
+    visible = sum(min(i + 1, window or 500) for i in range(500))
+    assert visible <= plan.rounds * plan.pairs_of_a_round < 4 * visible
 
 
 @pytest.mark.parametrize("window", [None, 33])
