@@ -90,7 +90,8 @@ def compile_program(config, flag_values) -> dict:
             with open(flag_values.text, "w") as file:
                 file.write(text)
         found |= work(text, written.kernels)
-        found["roofline"] = roofline(found, chip, made.num_bytes / len(devices))
+        unit = "tokens" if stage == "token_model" else "bytes"
+        found["roofline"] = roofline(found, chip, made.num_bytes / len(devices), unit)
     return found
 
 
@@ -160,8 +161,8 @@ def work(text: str, kernels: dict) -> dict:
     )
 
 
-def roofline(found: dict, chip: Chip, num_bytes: float) -> dict:
-    """The least seconds of a run, as if everything overlapped, and what they allow at most."""
+def roofline(found: dict, chip: Chip, number: float, unit: str) -> dict:
+    """What a run over so many bytes, or tokens, takes at least, as if everything overlapped."""
     seconds = dict(
         compute=found["compiled_flops"] / chip.flops,
         hbm=found["hbm_traffic_bytes"] / chip.hbm_bandwidth,
@@ -173,7 +174,8 @@ def roofline(found: dict, chip: Chip, num_bytes: float) -> dict:
         {f"{name}_seconds": value for name, value in seconds.items()},
         binds=bound,
         step_seconds=step,
-        bytes_per_second=num_bytes / step,
+        unit=unit,
+        **{f"{unit}_per_second": number / step},
         mfu=found["model_flops"] / chip.flops / step,
     )
 
@@ -213,8 +215,8 @@ def print_report(found: dict):
     parts = ", ".join(f"{k} {times[f'{k}_seconds']:.4g} s" for k in ("compute", "hbm", "links"))
     print(f"  at least {times['step_seconds']:.4g} s a run ({times['binds']} binds): {parts}")
     print(
-        f"  at most {times['bytes_per_second']:,.0f} bytes/s a device, model FLOP utilisation "
-        f"{times['mfu']:.1%}"
+        f"  at most {times[times['unit'] + '_per_second']:,.0f} {times['unit']}/s a device, "
+        f"model FLOP utilisation {times['mfu']:.1%}"
     )
 
 

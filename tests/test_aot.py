@@ -286,3 +286,14 @@ def test_programs_that_serve(no_mesh):
         assert needed < program.model_flops < 1.4 * needed  # and the entropy model's
         written = traced.Work(program.traced.jaxpr).flops
         assert 0.8 * program.model_flops < written < 2 * program.model_flops
+
+
+@pytest.mark.parametrize("unit", ["bytes", "tokens"])
+def test_rates_are_of_what_a_batch_holds(unit):
+    work = dict(compiled_flops=3e12, hbm_traffic_bytes=0, received_bytes=0, model_flops=2e12)
+    found = aot.roofline(work, CHIPS["v5e"], 4096, unit)
+    assert found["binds"] == "compute" and found["unit"] == unit
+    seconds = 3e12 / CHIPS["v5e"].flops
+    assert found[f"{unit}_per_second"] == pytest.approx(4096 / seconds)
+    assert found["mfu"] == pytest.approx(2 / 3)
+    assert ("bytes_per_second" in found) == (unit == "bytes")
