@@ -28,11 +28,11 @@ BUDGETS = {"laptop": 2.0e13, "gpu": 2e17, "pod": 4e20}  # training FLOPs of a po
 LEVEL, PATCH = 1, 4.5
 HELD_OUT_BYTES = 1_000_000  # of documents that items are made of
 WORD_BYTES = 20_000_000  # of documents that words are taken from
-WORDS = {"laptop": 4000, "gpu": 50_000, "pod": 50_000}  # the commonest of the training text
+WORDS = {"laptop": 20_000, "gpu": 50_000, "pod": 50_000}  # the commonest of the training text
 HELD_OUT_WORDS = 0.1  # share of them
 SPELLING = ("spelling", "spelling_inverse")
 EXAMPLES = 40  # in a training document
-SPELLING_BYTES = {"laptop": 2_400_000, "gpu": 100_000_000, "pod": 100_000_000}  # about
+SPELLING_BYTES = {"laptop": 9_000_000, "gpu": 100_000_000, "pod": 100_000_000}  # about
 QUESTIONS, ITEMS = 100, 200
 # By what the prompt adds to a choice: likelihoods of a small model tell little but the choice.
 ACCURACY = "accuracy_mutual"
@@ -66,7 +66,7 @@ def split_words(shared: Shared) -> tuple[list[str], list[str]]:
     counts = collections.Counter()
     for text in sharing.training_text(shared, WORD_BYTES):
         counts.update(
-            w.lower() for w in re.findall(r"[A-Za-z]{4,10}", text.decode("utf-8", "ignore"))
+            w.lower() for w in re.findall(r"\b[A-Za-z]{4,10}\b", text.decode("utf-8", "ignore"))
         )
     words = [word for word, _ in counts.most_common(WORDS[shared.size])]
     return characters.split_words(words, HELD_OUT_WORDS)

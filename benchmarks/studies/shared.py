@@ -23,7 +23,7 @@ from bltjax.data.finding import python_library_root
 from bltjax.data.sources import Document, list_units, read_unit
 from bltjax.files import replacing
 
-SAMPLE_BYTES = {"laptop": 12_000_000}  # other sizes read the corpus itself
+SAMPLE_BYTES = {"laptop": 12_000_000}  # with what a study adds; other sizes read the whole corpus
 LOOK_BYTES = 200_000_000  # of a source, among which its share is drawn
 TOKENIZER_BYTES = 20_000_000
 ASSUMED = dict(token_bytes=4.0, space_bytes=6.0)  # as long as nothing is measured
@@ -144,7 +144,8 @@ def _text(directory, size, corpus, patterns, balanced, extra) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         if size in SAMPLE_BYTES:
-            extra = sample(wanted, SAMPLE_BYTES[size], balanced) | extra
+            added = sum(len(data) for documents in extra.values() for data in documents)
+            extra = sample(wanted, SAMPLE_BYTES[size] - added, balanced) | extra
         for name, documents in extra.items():
             (partial / name).mkdir()
             for i, data in enumerate(documents):
