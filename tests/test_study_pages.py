@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib", reason="pictures need pip install 'bltjax[plot
 def row(family, level, bits, **more):
     cost = dict(training_flops=1e12 * 2**level, training_bytes=1e6 * 2**level, patch_bytes=4.0)
     cost |= dict(flops_per_byte=1e6, entropy_model_flops_per_byte=0.0, parameters=10)
-    cost |= dict(parameters_without_hash_tables=5)
+    cost |= dict(parameters_without_hash_tables=5, median_source=bits - 0.5)
     return (
         dict(name=f"{family}-{level}", family=family, level=level, bits_per_byte=bits) | cost | more
     )
@@ -45,6 +45,7 @@ def test_the_page_of_scaling(tmp_path):
     scaling.report(pages.read_csv(tmp_path / "results.csv"), tmp_path)
     page = check_page(tmp_path, "curves.png")
     assert "At level 0, from best to worst: BPE 2.0000, bytes 2.2000." in page
+    assert "| bytes | 0 | 3 | 2.2000 | 0.2000 | 1.7000 |" in page
 
 
 def test_the_page_of_fixed_inference(tmp_path):

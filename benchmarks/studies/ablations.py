@@ -123,6 +123,7 @@ def report(rows: Sequence[dict], out: Path):
                 change="",
                 bits_per_byte=".4f",
                 change_in_bits="+.4f",
+                median_source=".4f",
                 training_flops=".3g",
                 flops_per_byte=".3g",
                 patch_bytes=".2f",

@@ -70,6 +70,7 @@ def report(rows: Sequence[dict], out: Path):
                 level="",
                 training_bytes=".3g",
                 bits_per_byte=".4f",
+                median_source=".4f",
                 flops_per_byte=".3g",
                 entropy_model_flops_per_byte=".3g",
                 patch_bytes=".2f",

@@ -114,6 +114,7 @@ def report(rows: Sequence[dict], languages: Sequence[dict], out: Path):
             dict(
                 family="",
                 bits_per_byte=".4f",
+                median_source=".4f",
                 training_flops=".3g",
                 training_bytes=".3g",
                 flops_per_byte=".3g",

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -225,6 +226,8 @@ def read(point: Point, directory: Path) -> dict | None:
         name=point.name,
         **point.about,
         bits_per_byte=result["bits_per_byte"],
+        # Unlike the mean, not moved by one source of scripts that a model never saw.
+        median_source=statistics.median(s["bits_per_byte"] for s in result["sources"].values()),
         training_flops=flops.training,
         flops_per_byte=flops.model["total"],
         paper_flops_per_byte=flops.paper,

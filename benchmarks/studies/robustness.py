@@ -36,6 +36,10 @@ SPELLING_BYTES = {"laptop": 9_000_000, "gpu": 100_000_000, "pod": 100_000_000}  
 QUESTIONS, ITEMS = 100, 200
 # By what the prompt adds to a choice: likelihoods of a small model tell little but the choice.
 ACCURACY = "accuracy_mutual"
+ITEMS_SAID = (
+    f"{ITEMS} held-out passages, each with its own continuation and three of others. An answer is "
+    "right if its prompt adds most to the likelihood of its own continuation; chance is 0.25."
+)
 
 
 def plan(given: study.Settings, plain: Shared, spelling: Shared) -> list[Point]:
@@ -123,7 +127,7 @@ def report(rows: Sequence[dict], found: dict[str, dict], out: Path):
             {family: f["noise"]["bits_per_byte"] for family, f in plain.items()},
             "bits per byte of texts with noise",
         )
-        parts += ["## Noise", "![accuracy under noise](noise.png)"]
+        parts += ["## Noise", "![accuracy under noise](noise.png)", ITEMS_SAID]
         parts += ["![bits per byte under noise](bits.png)", noise_table(plain)]
         tasks = {family: f["tasks"] for family, f in plain.items()}
         parts += ["## Characters, without training on them", task_table(tasks)]
@@ -134,9 +138,11 @@ def report(rows: Sequence[dict], found: dict[str, dict], out: Path):
             "exact match, held-out words",
         )
         parts += ["## Spelling", "![exact match of spelling](spelling.png)", task_table(spelling)]
-    cost = dict(family="", mixture="", bits_per_byte=".4f", training_flops=".3g")
-    cost |= dict(training_bytes=".3g", flops_per_byte=".3g", patch_bytes=".2f")
-    cost |= dict(entropy_model_flops_per_byte=".3g", parameters_without_hash_tables=",")
+    cost = dict(family="", mixture="", bits_per_byte=".4f", median_source=".4f")
+    cost |= dict(training_flops=".3g", training_bytes=".3g", flops_per_byte=".3g")
+    cost |= dict(
+        patch_bytes=".2f", entropy_model_flops_per_byte=".3g", parameters_without_hash_tables=","
+    )
     parts += ["## The models", pages.table(rows, cost)]
     pages.write_page(out / "README.md", "Noise and spelling", *parts)
 

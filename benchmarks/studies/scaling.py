@@ -79,6 +79,7 @@ def report(rows: Sequence[dict], out: Path):
                 seeds="",
                 bits_per_byte=".4f",
                 deviation=".4f",
+                median_source=".4f",
                 training_flops=".3g",
                 training_bytes=".3g",
                 flops_per_byte=".3g",
@@ -106,7 +107,13 @@ def summary(rows: Sequence[dict]) -> dict[str, list[dict]]:
             deviation = float(np.std(bits, ddof=1)) if len(bits) > 1 else 0.0
             mean = {
                 name: float(np.mean([row[name] for row in several]))
-                for name in ("bits_per_byte", "training_flops", "training_bytes", "patch_bytes")
+                for name in (
+                    "bits_per_byte",
+                    "median_source",
+                    "training_flops",
+                    "training_bytes",
+                    "patch_bytes",
+                )
             }
             point = several[0] | mean | dict(seeds=len(several), deviation=deviation)
             found.setdefault(family, []).append(point)
