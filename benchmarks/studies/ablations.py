@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.studies import pages, study
-from benchmarks.studies.points import Point, with_bytes, with_settings
+from benchmarks.studies.points import Point, run_config, with_bytes, with_settings
 
 TRAINING_BYTES = {"laptop": 1.4e6, "gpu": 1e9, "pod": 1e11}
 PATCH = 4.5
 BASELINE = "baseline"
 TABLES = {"laptop": (1024, 65_536), "gpu": (10_000, 500_000), "pod": (100_000, 1_000_000)}
+NO_CROSS_ATTENTION = {"blt.cross_attention.encoder": False, "blt.cross_attention.decoder": False}
 CHANGES = {  # group -> change -> settings of the BLT
     "hash n-grams": {
         "none": {"blt.hash.sizes": ()},
@@ -23,9 +24,9 @@ CHANGES = {  # group -> change -> settings of the BLT
         "6-8": {"blt.hash.sizes": (6, 7, 8)},
     },
     "cross-attention": {
-        "none": {"blt.cross_attention.encoder": False, "blt.cross_attention.decoder": False},
+        "none": NO_CROSS_ATTENTION,
         "decoder": {"blt.cross_attention.encoder": False},
-        "encoder all layers": {"blt.cross_attention.all_layers_encoder": True},
+        "first decoder layer": {"blt.cross_attention.all_layers_decoder": False},
     },
     "vectors of a patch": {
         "k 1": {"blt.cross_attention.k": 1},
@@ -64,7 +65,7 @@ def plan(given: study.Settings) -> list[Point]:
     shared = study.prepare(given)
     baseline = shared.blt(BASELINE, target=PATCH, group=BASELINE, change=BASELINE)
     found = [baseline]
-    for group, changes in changes_of(given.size).items():
+    for group, changes in (changes_of(given.size) | rates(baseline)).items():
         for change, settings in changes.items():
             found.append(changed(baseline, group, change, settings))
             rule = settings.get("patching.rule")
@@ -92,6 +93,13 @@ def changes_of(size: str) -> dict[str, dict[str, dict]]:
         depths[f"{encoder} and {decoder}, no n-grams"] = layers | {"blt.hash.sizes": ()}
     found = CHANGES | {"layers of encoder and decoder": depths}
     return found | {"hash n-grams": CHANGES["hash n-grams"] | tables}
+
+
+def rates(baseline: Point) -> dict[str, dict[str, dict]]:
+    """A lower rate, as models without cross-attention need to stay stable at laptop size."""
+    rate = run_config(baseline).blt_training.optimizer.learning_rate
+    lower = {"blt_training.optimizer.learning_rate": rate / 3}
+    return {"rate": {"a third": lower, "a third, no cross-attention": lower | NO_CROSS_ATTENTION}}
 
 
 def changed(baseline: Point, group: str, change: str, settings: dict) -> Point:
