@@ -116,10 +116,11 @@ def report(rows: Sequence[dict], out: Path):
     for row in rows:
         row["change_in_bits"] = row["bits_per_byte"] - base["bits_per_byte"]
     groups = {}
-    for row in rows:
-        place = f"{row['group']}: {row['change']}" if row is not base else BASELINE
-        groups.setdefault(row["group"], {})[place] = row["bits_per_byte"]
-    pages.bars(out / "changes.png", groups, "bits per byte, held out", base["bits_per_byte"])
+    for row in (row for row in rows if row is not base):
+        groups.setdefault(row["group"], {})[row["change"]] = row["change_in_bits"]
+    if groups:
+        says = f"bits per byte beside the baseline's {base['bits_per_byte']:.3f}"
+        pages.changes(out / "changes.png", groups, says)
     pages.write_page(
         out / "README.md",
         "Ablations",

@@ -69,9 +69,9 @@ def curves(path: Path, series: dict[str, list[tuple]], x: str, y: str, log_x: bo
 
 
 def bars(path: Path, groups: dict[str, dict[str, float]], y: str, level: float | None = None):
-    """Bars as a PNG; groups: name of a bar's colour -> {place: value}. level: a dashed line."""
+    """Bars side by side as a PNG; groups: name of a colour -> {place: value}. level: a line."""
     places = list(dict.fromkeys(place for values in groups.values() for place in values))
-    figure, axes = _figure(width=max(6.5, 0.42 * len(places) * max(len(groups), 1)))
+    figure, axes = _figure(width=max(6.5, min(12, 0.4 * len(places))))
     wide = 0.8 / len(groups)
     for i, (name, values) in enumerate(groups.items()):
         at = [places.index(place) + wide * (i - (len(groups) - 1) / 2) for place in values]
@@ -85,16 +85,40 @@ def bars(path: Path, groups: dict[str, dict[str, float]], y: str, level: float |
     _finish(figure, axes, path, "", y)
 
 
-def _figure(width: float = 6.5):
+def changes(path: Path, groups: dict[str, dict[str, float]], x: str):
+    """Lying bars as a PNG, from zero to either side; groups: name of a colour -> {place: value}.
+
+    Linear up to 0.1 and logarithmic beyond, so that large changes leave room for small ones.
+    """
+    places = [place for values in groups.values() for place in values]
+    figure, axes = _figure(width=8, height=1 + 0.26 * len(places))
+    first = 0
+    for (name, values), colour in zip(groups.items(), COLOURS * len(groups), strict=False):
+        at = range(first, first + len(values))
+        drawn = axes.barh(at, list(values.values()), color=colour, label=name)
+        axes.bar_label(drawn, fmt="%+.3f", padding=3, fontsize=8)
+        first = at.stop
+    axes.set_yticks(range(len(places)), places)
+    axes.invert_yaxis()
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.margins(x=0.1)
+    axes.axvline(0, color="#555555", lw=1)
+    _finish(figure, axes, path, x, "", outside=True)
+
+
+def _figure(width: float = 6.5, height: float = 4.2):
     from matplotlib.figure import Figure  # late: it is no requirement
 
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _finish(figure, axes, path: Path, x: str, y: str):
+def _finish(figure, axes, path: Path, x: str, y: str, outside: bool = False):
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if outside:
+        figure.legend(fontsize=8, loc="outside upper center", ncols=4)
+    else:
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
