@@ -25,6 +25,8 @@ from bltjax.flops import flops_per_byte
 from tests import processes
 from tests.test_plan import settings
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 NO_LIBTPU = "libtpu is not installed: pip install -e '.[tpu]'"
 NO_PLUGIN = "the CUDA plugin is not installed: pip install -e '.[cuda]'"
 

@@ -176,6 +176,7 @@ def test_compile_time_is_of_lowering_and_compiling():
     assert row["seconds"] == pytest.approx(row["lower"] + row["compile"])
 
 
+@pytest.mark.slow
 def test_mfu_finds_where_the_time_goes():
     (row,) = run("mfu.py", *STEP, "--repeats=1", "--matrices=64,128", "--profile")["rows"]
     check_row(row, 64)

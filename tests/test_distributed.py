@@ -11,6 +11,8 @@ from bltjax.stopping import STOPPED
 from tests import processes
 from tests.processes import ended, free_port
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 SRUN = dict(SLURM_JOB_ID="1", SLURM_NTASKS="8", SLURM_PROCID="3", SLURM_LOCALID="3")
 STEP = dict(SRUN, SLURM_STEP_NODELIST="node[1-2]", SLURM_STEP_NUM_TASKS="8")
 GKE = dict(TPU_WORKER_ID="0", KUBERNETES_SERVICE_HOST="10.0.0.1")

@@ -18,6 +18,8 @@ from bltjax.config import MeshConfig, RunConfig, from_config_dict
 from bltjax.model import functional
 from tests import processes
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 # By which axes a weight is split, by name; norms and byte tables are whole on every chip.
 SPLIT = dict.fromkeys(("wq", "wk", "wv", "wo", "w1", "w2", "w3"), ("fsdp", "tensor")) | {
     "output": ("fsdp",),

@@ -24,8 +24,13 @@ from bltjax import command
 from bltjax.evaluation import characters, multiple_choice, noise
 from bltjax.files import replacing
 
-BUDGETS = {"laptop": 2.0e13, "gpu": 2e17, "pod": 4e20}  # training FLOPs of a point
-LEVEL, PATCH = 1, 4.5
+BUDGETS = {  # training FLOPs of a point
+    "plain": {"laptop": 2e13, "gpu": 2e17, "pod": 4e20},
+    "spelling": {"laptop": 4e13, "gpu": 2e17, "pod": 4e20},
+}
+# Spelling is learned late and suddenly: smaller models, that read more, come to it sooner.
+LEVELS = {"plain": 1, "spelling": 0}
+PATCH = 4.5
 HELD_OUT_BYTES = 1_000_000  # of documents that items are made of
 WORD_BYTES = 20_000_000  # of documents that words are taken from
 WORDS = {"laptop": 20_000, "gpu": 50_000, "pod": 50_000}  # the commonest of the training text
@@ -45,14 +50,15 @@ ITEMS_SAID = (
 def plan(given: study.Settings, plain: Shared, spelling: Shared) -> list[Point]:
     found = []
     for mixture, shared in (("plain", plain), ("spelling", spelling)):
-        blt = shared.blt(f"BLT-{mixture}", LEVEL, target=PATCH, family="BLT", mixture=mixture)
+        level, about = LEVELS[mixture], dict(mixture=mixture)
+        blt = shared.blt(f"BLT-{mixture}", level, target=PATCH, family="BLT", **about)
         bpe = width_for(
-            lambda dim, shared=shared, mixture=mixture: shared.tokens(
-                f"BPE-{mixture}", LEVEL, dim, family="BPE", mixture=mixture
+            lambda dim, shared=shared, level=level, about=about: shared.tokens(
+                f"BPE-{about['mixture']}", level, dim, family="BPE", **about
             ),
             account(blt).model["total"],
         )
-        found += [with_flops(point, BUDGETS[given.size]) for point in (blt, bpe)]
+        found += [with_flops(point, BUDGETS[mixture][given.size]) for point in (blt, bpe)]
     return found
 
 

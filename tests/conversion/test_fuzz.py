@@ -14,6 +14,8 @@ from bltjax.lazy import read_all
 from tests import directories
 from tests.weight_files import damaged
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 # Together more than 500 damages.
 KINDS = {
     "hf": 130,
@@ -141,7 +143,6 @@ def damage_index(path, rng):
     return f"index, {change}"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_told_or_harmless(pristine, tmp_path, kind):
     original, expected = pristine(kind)

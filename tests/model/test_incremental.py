@@ -17,6 +17,8 @@ from bltjax.model.cache import Room
 from bltjax.patching.buffers import buffers_from_starts
 from tests import golden
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 B, C = 4, 40  # rows, positions; windows are of 8
 BACK = 3  # positions that rows step back over, at most
 NEWLINE = 14
@@ -59,15 +61,10 @@ CONFIGS = {
 LINES = dataclasses.replace(ENTROPY, reset_at_newlines=True)
 CASES = [  # config, rule, positions at once, whether layers are apart
     (A, ENTROPY, 1, False),
-    *(
-        pytest.param(*case, marks=pytest.mark.long)
-        for case in (
-            ("mean pooling, grouped heads, windows", LINES, 7, True),
-            (WINDOWS, LINES, 16, False),
-            (NO_CROSS, dataclasses.replace(ENTROPY, max_patch_length=3), 7, True),
-            ("mean pooling, the other way", PatchingConfig(rule="static"), 16, True),
-        )
-    ),
+    ("mean pooling, grouped heads, windows", LINES, 7, True),
+    (WINDOWS, LINES, 16, False),
+    (NO_CROSS, dataclasses.replace(ENTROPY, max_patch_length=3), 7, True),
+    ("mean pooling, the other way", PatchingConfig(rule="static"), 16, True),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
