@@ -45,7 +45,7 @@ def test_the_page_of_scaling(tmp_path):
     scaling.report(pages.read_csv(tmp_path / "results.csv"), tmp_path)
     page = check_page(tmp_path, "curves.png")
     assert "At level 0, from best to worst: BPE 2.0000, bytes 2.2000." in page
-    assert "| bytes | 0 | 3 | 2.2000 | 0.2000 | 1.7000 |" in page
+    assert "| bytes | 0 | 3 | 0.2000 | 2.2000 | 1.7000 |" in page
 
 
 def test_the_page_of_fixed_inference(tmp_path):

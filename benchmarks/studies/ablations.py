@@ -127,18 +127,7 @@ def report(rows: Sequence[dict], out: Path):
         "![bits per byte of each change](changes.png)",
         pages.table(
             rows,
-            dict(
-                group="",
-                change="",
-                bits_per_byte=".4f",
-                change_in_bits="+.4f",
-                median_source=".4f",
-                training_flops=".3g",
-                flops_per_byte=".3g",
-                patch_bytes=".2f",
-                parameters=",",
-                parameters_without_hash_tables=",",
-            ),
+            dict(group="", change="", change_in_bits="+.4f") | pages.QUALITY | pages.COST,
         ),
         f"All read {base['training_bytes'] / 1e6:.2f} MB. One seed each: differences below the "
         "deviation over seeds that the study of scaling shows say nothing.",

@@ -65,18 +65,7 @@ def report(rows: Sequence[dict], out: Path):
         *pictures,
         pages.table(
             rows,
-            dict(
-                family="",
-                level="",
-                training_bytes=".3g",
-                bits_per_byte=".4f",
-                median_source=".4f",
-                flops_per_byte=".3g",
-                entropy_model_flops_per_byte=".3g",
-                patch_bytes=".2f",
-                parameters_without_hash_tables=",",
-                training_flops=".3g",
-            ),
+            dict(family="", level="") | pages.QUALITY | pages.COST,
         ),
         *seen(rows),
     )

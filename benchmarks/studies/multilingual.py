@@ -111,16 +111,7 @@ def report(rows: Sequence[dict], languages: Sequence[dict], out: Path):
         pages.table(languages, columns),
         pages.table(
             rows,
-            dict(
-                family="",
-                bits_per_byte=".4f",
-                median_source=".4f",
-                training_flops=".3g",
-                training_bytes=".3g",
-                flops_per_byte=".3g",
-                entropy_model_flops_per_byte=".3g",
-                patch_bytes=".2f",
-            ),
+            dict(family="") | pages.QUALITY | pages.COST,
         ),
         *seen(languages),
     )

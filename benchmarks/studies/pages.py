@@ -7,6 +7,18 @@ from pathlib import Path
 
 COLOURS = ("#1155aa", "#cc3333", "#2a8a3e", "#e08a00", "#7a3db8", "#555555", "#00a0a0", "#b0559a")
 
+# Columns of a table of points, as `table` takes them.
+QUALITY = dict(bits_per_byte=".4f", median_source=".4f")
+COST = dict(
+    training_flops=".3g",
+    training_bytes=".3g",
+    flops_per_byte=".3g",
+    entropy_model_flops_per_byte=".3g",
+    patch_bytes=".2f",
+    parameters=",",
+    parameters_without_hash_tables=",",
+)
+
 
 def write_csv(path: Path, rows: Sequence[dict]):
     """Rows under all of their keys, in order; a value that a row lacks is left empty."""

@@ -144,12 +144,8 @@ def report(rows: Sequence[dict], found: dict[str, dict], out: Path):
             "exact match, held-out words",
         )
         parts += ["## Spelling", "![exact match of spelling](spelling.png)", task_table(spelling)]
-    cost = dict(family="", mixture="", bits_per_byte=".4f", median_source=".4f")
-    cost |= dict(training_flops=".3g", training_bytes=".3g", flops_per_byte=".3g")
-    cost |= dict(
-        patch_bytes=".2f", entropy_model_flops_per_byte=".3g", parameters_without_hash_tables=","
-    )
-    parts += ["## The models", pages.table(rows, cost)]
+    columns = dict(family="", mixture="") | pages.QUALITY | pages.COST
+    parts += ["## The models", pages.table(rows, columns)]
     pages.write_page(out / "README.md", "Noise and spelling", *parts)
 
 

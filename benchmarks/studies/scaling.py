@@ -73,20 +73,7 @@ def report(rows: Sequence[dict], out: Path):
         "![bits per byte against training FLOPs](curves.png)",
         pages.table(
             means,
-            dict(
-                family="",
-                level="",
-                seeds="",
-                bits_per_byte=".4f",
-                deviation=".4f",
-                median_source=".4f",
-                training_flops=".3g",
-                training_bytes=".3g",
-                flops_per_byte=".3g",
-                entropy_model_flops_per_byte=".3g",
-                patch_bytes=".2f",
-                parameters_without_hash_tables=",",
-            ),
+            dict(family="", level="", seeds="", deviation=".4f") | pages.QUALITY | pages.COST,
         ),
         "Error bars and `deviation` are standard deviations over seeds. `slope` is of the straight "
         "line, by least squares, of log(bits per byte) over log(training FLOPs): -0.05 means that "
