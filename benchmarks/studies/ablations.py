@@ -124,7 +124,7 @@ def report(rows: Sequence[dict], out: Path):
     pages.write_page(
         out / "README.md",
         "Ablations",
-        "![bits per byte of each change](changes.png)",
+        *(["![bits per byte of each change](changes.png)"] if groups else []),
         pages.table(
             rows,
             dict(group="", change="", change_in_bits="+.4f") | pages.QUALITY | pages.COST,

@@ -63,10 +63,7 @@ def report(rows: Sequence[dict], out: Path):
         out / "README.md",
         "Equal FLOPs per byte",
         *pictures,
-        pages.table(
-            rows,
-            dict(family="", level="") | pages.QUALITY | pages.COST,
-        ),
+        pages.table(rows, dict(family="", level="") | pages.QUALITY | pages.COST),
         *seen(rows),
     )
 

@@ -109,10 +109,7 @@ def report(rows: Sequence[dict], languages: Sequence[dict], out: Path):
         "![bits per byte of each language](bits.png)",
         "![bytes per patch and per token of each language](sizes.png)",
         pages.table(languages, columns),
-        pages.table(
-            rows,
-            dict(family="") | pages.QUALITY | pages.COST,
-        ),
+        pages.table(rows, dict(family="") | pages.QUALITY | pages.COST),
         *seen(languages),
     )
 

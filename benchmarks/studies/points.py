@@ -164,7 +164,8 @@ def run(points: list[Point], directory: Path, jobs: int) -> list[str]:
                 del running[i]
                 if process.returncode or not is_finished(point, directory):
                     failed.add(point.name)
-                _tell(point, directory, time.monotonic() - since, len(left) - 1, started)
+                unfinished = sum(not is_finished(p, directory) for p in points) - len(failed)
+                _tell(point, directory, time.monotonic() - since, unfinished, started)
     finally:
         for _, process, _ in running.values():
             process.terminate()

@@ -28,7 +28,7 @@ BUDGETS = {  # training FLOPs of a point
     "plain": {"laptop": 2e13, "gpu": 2e17, "pod": 4e20},
     "spelling": {"laptop": 4e13, "gpu": 2e17, "pod": 4e20},
 }
-# Spelling is learned late and suddenly: smaller models, that read more, come to it sooner.
+# At equal cost a smaller model reads more words.
 LEVELS = {"plain": 1, "spelling": 0}
 PATCH = 4.5
 HELD_OUT_BYTES = 1_000_000  # of documents that items are made of
