@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from bltjax import command, flops
+from bltjax import command, flops, plan
 from bltjax.config import (
     BLTConfig,
     CrossAttentionConfig,
@@ -31,7 +31,6 @@ from bltjax.config import (
 )
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PATCH_BYTES = 4.5  # where a config leaves the mean patch to the text
 CONTEXT = 8192  # bytes, of the paper's scaling experiments
 LLAMA2_BYTES_PER_TOKEN, LLAMA2_VOCABULARY = 3.7, 32_000
 
@@ -91,7 +90,7 @@ def layer_parameters(model) -> int:
 def config_row(name: str) -> dict:
     """The account of a config of configs/."""
     config = read(name)
-    patch_bytes = patch_bytes_of(config)
+    patch_bytes = plan.mean_patch_bytes(config.patching)
     found = flops.run_flops(config, patch_bytes)
     return dict(
         config=name,
@@ -107,11 +106,6 @@ def config_row(name: str) -> dict:
     )
 
 
-def patch_bytes_of(config: RunConfig) -> float:
-    fixed = {"static": float(config.patching.patch_size), "byte": 1.0}
-    return fixed.get(config.patching.rule) or config.patching.target_patch_bytes or PATCH_BYTES
-
-
 def compiled_row(name: str, stage: str, chips: str | None) -> dict:
     """FLOPs of the compiled forward pass of one row on each device, and those that are needed.
 
@@ -120,7 +114,7 @@ def compiled_row(name: str, stage: str, chips: str | None) -> dict:
     """
     import jax  # late: for a topology it takes variables that are set before
 
-    from bltjax import compiled, plan, sharding, topology, traced
+    from bltjax import compiled, sharding, topology, traced
     from bltjax.model import functional
     from bltjax.patching.buffers import buffers_from_lengths
 
@@ -178,9 +172,9 @@ def flops_of_later_rounds(model, row_bytes: int, num_patches: int) -> int:
         stacks = [(model.transformer, row_bytes)]
     total = 0
     for stack, length in stacks:
-        plan = tiled_attention.plan_tiles(1, length, stack.num_heads, stack.window)
-        later = plan.rounds - plan.num_tiles // plan.together
-        total += stack.num_layers * 4 * stack.dim * plan.pairs_of_a_round * later
+        tiles = tiled_attention.plan_tiles(1, length, stack.num_heads, stack.window)
+        later = tiles.rounds - tiles.num_tiles // tiles.together
+        total += stack.num_layers * 4 * stack.dim * tiles.pairs_of_a_round * later
     return total
 
 

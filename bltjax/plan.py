@@ -86,6 +86,12 @@ def byte_lengths(model):
     return np.ones(model.vocab_size, np.int32) if isinstance(model, TokenModelConfig) else None
 
 
+def mean_patch_bytes(patching) -> float:
+    """Of a rule before it has met a text."""
+    fixed = {"static": patching.patch_size, "byte": 1}  # whatever mean is asked of other rules
+    return float(fixed.get(patching.rule) or patching.target_patch_bytes or PATCH_BYTES)
+
+
 def abstract_batch(config, stage: str) -> dict:
     """Shapes of a batch of a stage, on the mesh that is set."""
     import jax
@@ -95,9 +101,7 @@ def abstract_batch(config, stage: str) -> dict:
     from bltjax.patching.calibrate import row_bytes_for, row_patches_for
 
     _, training = config.trained(stage)
-    patching = config.patching
-    fixed = {"static": patching.patch_size, "byte": 1}  # whatever mean is asked of other rules
-    mean = fixed.get(patching.rule) or patching.target_patch_bytes or PATCH_BYTES
+    mean = mean_patch_bytes(config.patching)
     row_bytes = training.row_bytes or row_bytes_for(training.row_patches, mean)
     shape = training.batch_size, row_bytes
     names = "tokens", "targets", "document_ids"
