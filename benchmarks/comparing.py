@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from measuring import (
 )
 
 from bltjax import command, flops
-from bltjax.config import BLTConfig, OptimizerConfig, RunConfig, from_config_dict
+from bltjax.config import BLTConfig, OptimizerConfig, read_config
 
 CLOSE = {"float32": 1e-3, "bfloat16": 3e-2}  # how far two losses may be apart
 KEPT = dict(none="all", dots="results of linear layers and attention", full="inputs of layers")
@@ -86,14 +85,10 @@ def models() -> dict[str, tuple[BLTConfig, OptimizerConfig]]:
         names = ["small", "large"] if chosen.size == "all" else [chosen.size]
         found = {name: (SIZES[name], with_hash_updates(OPTIMIZER)) for name in names}
     else:
-        path = Path(chosen.config)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        run = from_config_dict(RunConfig, module.get_config())
+        run = read_config(chosen.config)
         # Without a schedule, so that both make the same updates.
         constant = dataclasses.replace(run.blt_training.optimizer, schedule="constant")
-        found = {path.stem: (run.blt, with_hash_updates(constant))}
+        found = {Path(chosen.config).stem: (run.blt, with_hash_updates(constant))}
     changes = dict(remat=chosen.remat, compute_dtype=chosen.dtype)
     return {n: (dataclasses.replace(m, **changes), o) for n, (m, o) in found.items()}
 

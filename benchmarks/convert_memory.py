@@ -5,7 +5,6 @@ blt_7b (21.3 GB; `--size=blt_7b`), converts it in a process of its own to `--for
 random pieces of the result. Needs twice that on disk below `--scratch`, and removes it.
 """
 
-import importlib.util
 import json
 import resource
 import shutil
@@ -21,7 +20,7 @@ import numpy as np
 from absl import app, flags
 
 from bltjax import command, formats, sharding
-from bltjax.config import PatchingConfig, RunConfig, from_config_dict
+from bltjax.config import PatchingConfig, read_config
 from bltjax.conversion.weights import Weights, flat
 from bltjax.model import functional
 
@@ -50,10 +49,7 @@ class Synthetic:
 
 
 def synthetic(name: str) -> Weights:
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    run = from_config_dict(RunConfig, module.get_config())
+    run = read_config(CONFIGS / f"{name}.py")
     abstract = dict(
         blt=functional.abstract_params(run.blt),
         entropy_model=functional.abstract_params(run.entropy_model),

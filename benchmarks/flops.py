@@ -12,7 +12,6 @@ Three tables and, last, a JSON line:
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -24,10 +23,9 @@ from bltjax.config import (
     BLTConfig,
     CrossAttentionConfig,
     MeshConfig,
-    RunConfig,
     TokenModelConfig,
     TransformerConfig,
-    from_config_dict,
+    read_config,
 )
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -89,7 +87,7 @@ def layer_parameters(model) -> int:
 
 def config_row(name: str) -> dict:
     """The account of a config of configs/."""
-    config = read(name)
+    config = read_config(CONFIGS / f"{name}.py")
     patch_bytes = plan.mean_patch_bytes(config.patching)
     found = flops.run_flops(config, patch_bytes)
     return dict(
@@ -118,7 +116,7 @@ def compiled_row(name: str, stage: str, chips: str | None) -> dict:
     from bltjax.model import functional
     from bltjax.patching.buffers import buffers_from_lengths
 
-    config = read(name)
+    config = read_config(CONFIGS / f"{name}.py")
     devices = jax.devices()[:1]
     if chips:
         devices = topology.topology_devices(chips)[1]
@@ -176,14 +174,6 @@ def flops_of_later_rounds(model, row_bytes: int, num_patches: int) -> int:
         later = tiles.rounds - tiles.num_tiles // tiles.together
         total += stack.num_layers * 4 * stack.dim * tiles.pairs_of_a_round * later
     return total
-
-
-def read(name: str) -> RunConfig:
-    path = CONFIGS / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"config_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(RunConfig, module.get_config())
 
 
 def print_rows(rows: list[dict]):

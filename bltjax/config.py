@@ -7,9 +7,13 @@
 
 import dataclasses
 import difflib
+import importlib.util
+import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_collections
 from ml_collections import config_dict
@@ -212,6 +216,24 @@ FREE_FIELDS = (
     "keep_every",
     "profile",
 )
+
+
+def read_config(
+    path: str | os.PathLike, settings: Mapping = types.MappingProxyType({})
+) -> RunConfig:
+    """The settings in a file of `configs/`, as the command line reads them.
+
+    `path` is what `--config=` takes: "configs/quickstart.py", or with what the file's get_config is
+    given, "configs/studies/blt.py:laptop". `settings` are those of `--config.NAME=VALUE`, such as
+    {"blt.remat": "full"}. Raises OSError, ValueError, and what the file raises.
+    """
+    name, *argument = os.fspath(path).split(":", 1)
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(*argument)
+    config.update_from_flattened_dict(settings or {})
+    return from_config_dict(RunConfig, config)
 
 
 def default_config(cls=RunConfig) -> ml_collections.ConfigDict:

@@ -1,10 +1,9 @@
 """The released models: their settings in configs/, and the published names and shapes."""
 
-import importlib.util
 import json
 from pathlib import Path
 
-from bltjax.config import RunConfig, from_config_dict
+from bltjax.config import read_config
 from tests import golden
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -12,10 +11,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def released(name):
     """The RunConfig of a file in configs/."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(RunConfig, module.get_config())
+    return read_config(CONFIGS / f"{name}.py")
 
 
 def expected_shapes(style, size):

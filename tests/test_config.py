@@ -18,6 +18,7 @@ from bltjax.config import (
     default_config,
     differences,
     from_config_dict,
+    read_config,
     to_config_dict,
     to_dict,
 )
@@ -291,6 +292,29 @@ def test_round_trip(path, monkeypatch):
     assert from_config_dict(RunConfig, to_config_dict(run)) == run
     assert from_config_dict(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
     assert differences(json.loads(json.dumps(to_dict(run))), to_dict(run)) == []
+
+
+def test_a_file_is_read_as_by_the_command_line(monkeypatch):
+    path = FILES[0].parent / "quickstart.py"
+    run = from_config_dict(RunConfig, parse(monkeypatch, "--config.blt.hash.vocab=7", path=path))
+    assert read_config(path, {"blt.hash.vocab": 7}) == run != read_config(path)
+
+
+def test_a_file_may_take_an_argument(tmp_path):
+    path = tmp_path / "sized.py"
+    path.write_text(
+        "from bltjax.config import default_config\n"
+        "def get_config(argument='small:1'):\n"
+        "    config = default_config()\n"
+        "    config.data.root = argument\n"
+        "    return config\n"
+    )
+    assert read_config(path).data.root == "small:1"
+    assert read_config(f"{path}:large:2").data.root == "large:2"
+    with pytest.raises(ValueError, match="config.data.rooot is not a setting; did you mean root"):
+        read_config(path, {"data.rooot": "x"})
+    with pytest.raises(OSError, match="missing.py"):
+        read_config(tmp_path / "missing.py")
 
 
 def test_differences_name_the_field_and_leave_out_free_ones():

@@ -1,7 +1,6 @@
 """Conversion: round trips to the bit, every problem told at once, nothing half-written."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import random
@@ -18,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import bltjax
+from benchmarks import convert_memory
 from bltjax import formats
 from bltjax.config import TransformerConfig
 from bltjax.conversion.fields import merged
@@ -528,14 +528,8 @@ def test_killed_conversions_leave_no_target_that_loads(tmp_path, format):
 
 def large_model(directory):
     """The quickstart's shapes in Meta's format, with synthetic values."""
-    spec = importlib.util.spec_from_file_location(
-        "convert_memory", ROOT / "benchmarks" / "convert_memory.py"
-    )
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    formats.plan(formats.cast(benchmark.synthetic("quickstart"), "float32"), "meta").write(
-        directory
-    )
+    weights = formats.cast(convert_memory.synthetic("quickstart"), "float32")
+    formats.plan(weights, "meta").write(directory)
 
 
 def test_command_prints_a_line_of_json(tmp_path):

@@ -24,10 +24,12 @@ from benchmarks.studies import (
 )
 from benchmarks.studies.points import Point, account, run_config
 from bltjax.data_config import SourceConfig
+from configs.studies import blt as blt_file
+from configs.studies import entropy as entropy_file
+from configs.studies import tokens as tokens_file
 from tests.processes import ROOT, environment
 
 SIZES = study.SIZES
-BLT, TOKENS = points.load_file("blt.py"), points.load_file("tokens.py")
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_a_wider_trunk_learns_more_slowly(size):
         given[0].blt_training.optimizer.learning_rate,
         given[1].token_training.optimizer.learning_rate,
     ]
-    assert rates == [BLT.RATE_TIMES_WIDTH[size] / 640] * 2
+    assert rates == [blt_file.RATE_TIMES_WIDTH[size] / 640] * 2
     assert given[0].blt.global_transformer.dim == given[1].token_model.transformer.dim == 640
 
 
@@ -82,14 +84,14 @@ def test_the_shared_entropy_model_is_a_run(size, tmp_path):
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("file", ["blt", "tokens", "entropy"])
+@pytest.mark.parametrize("file", [blt_file, tokens_file, entropy_file])
 def test_another_size_is_refused(file):
     with pytest.raises(ValueError, match="'phone' must be one of laptop, gpu, pod"):
-        points.load_file(f"{file}.py").get_config("phone")
+        file.get_config("phone")
 
 
 def test_files_of_records_or_directories_are_sources(tmp_path):
-    sources = points.load_file("entropy.py").sources
+    sources = entropy_file.sources
     for name in ("a.jsonl.gz", "b.parquet", "README.md", ".hidden.jsonl"):
         (tmp_path / name).touch()
     assert sources(tmp_path) == [tmp_path / "a.jsonl.gz", tmp_path / "b.parquet"]

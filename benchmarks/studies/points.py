@@ -5,7 +5,6 @@ where it stopped, as the trainer does.
 """
 
 import fcntl
-import importlib.util
 import json
 import math
 import os
@@ -16,10 +15,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from bltjax.config import RunConfig, from_config_dict
+from bltjax.config import RunConfig, read_config
 from bltjax.flops import TRAINING_FACTOR, RunFlops, run_flops
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "studies"
 WARMUP = 0.05  # of the steps
 POLL_SECONDS = 0.5
 STARTING_SECONDS = 45  # of a point, about: imports, compilation, evaluation
@@ -45,18 +45,7 @@ class Point(NamedTuple):
 
 def run_config(point: Point) -> RunConfig:
     """The settings of a point as its process reads them. Raises ValueError, KeyError."""
-    config = load_file(point.config.partition(":")[0]).get_config(point.config.partition(":")[2])
-    config.update_from_flattened_dict(point.settings)
-    return from_config_dict(RunConfig, config)
-
-
-def load_file(name: str):
-    """A file of configs/studies/ as a module, loaded by path as the command line does."""
-    path = ROOT / "configs" / "studies" / name
-    spec = importlib.util.spec_from_file_location(f"studies_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return read_config(CONFIGS / point.config, point.settings)
 
 
 def account(point: Point) -> RunFlops:
@@ -109,7 +98,7 @@ def width_for(make, flops_per_byte: float) -> Point:
 def command(point: Point, directory: Path) -> list[str]:
     """What runs a point."""
     given = [f"--config.{name}={_text(value)}" for name, value in point.settings.items()]
-    config = f"--config={ROOT / 'configs' / 'studies'}/{point.config}"
+    config = f"--config={CONFIGS}/{point.config}"
     workdir = f"--workdir={directory / point.name}"
     return [sys.executable, "-m", "bltjax.train", config, workdir, *given]
 

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.studies.points import ROOT, Point, environment, load_file
-from bltjax.config import DataConfig, PatchingConfig, RunConfig, SourceConfig, from_config_dict
+from benchmarks.studies.points import CONFIGS, ROOT, Point, environment
+from bltjax.config import DataConfig, PatchingConfig, SourceConfig, read_config
 from bltjax.data.finding import python_library_root
 from bltjax.data.sources import Document, list_units, read_unit
 from bltjax.files import replacing
+from configs.studies import tokens as tokens_file
 
 SAMPLE_BYTES = {"laptop": 12_000_000}  # with what a study adds; other sizes read the whole corpus
 LOOK_BYTES = 200_000_000  # of a source, among which its share is drawn
@@ -56,16 +57,15 @@ class Shared(NamedTuple):
 
     def tokens(self, name, level=0, dim=None, bytes_only=False, **about) -> Point:
         """A transformer over BPE tokens or over bytes, whose rows span those of the BLTs."""
-        file = load_file("tokens.py")
         arguments = f"{self.size},level={level}" + (f",dim={dim}" if dim else "")
         if bytes_only:
-            arguments, token_bytes = f"{arguments},vocab={file.BYTES_ONLY}", 1.0
+            arguments, token_bytes = f"{arguments},vocab={tokens_file.BYTES_ONLY}", 1.0
             settings = {"data.records": self.records}
         else:
             token_bytes = self.token_bytes
             path = str((self.directory / "tokenizer.json").absolute())
             settings = {"data.records": self.records, "tokenizer.path": path}
-        row = max(8, round(file.BATCH[self.size][1] / token_bytes / 8) * 8)
+        row = max(8, round(tokens_file.BATCH[self.size][1] / token_bytes / 8) * 8)
         settings["token_training.row_bytes"] = row
         about = dict(level=level) | about
         return Point(name, f"tokens.py:{arguments}", token_bytes, settings, about)
@@ -105,7 +105,7 @@ def prepare(
     arguments = [f"--config.{name}={value}" for name, value in (settings or {}).items()]
     for module in ("bltjax.train", "bltjax.preprocess"):
         _run(module, f"entropy.py:{size},corpus={text}", directory, arguments)
-    measured = _measure(directory, load_file("tokens.py").VOCABULARY[size])
+    measured = _measure(directory, tokens_file.VOCABULARY[size])
     with replacing(path) as file:
         file.write(json.dumps(measured | dict(made_of=asked)).encode())
     return assumed(directory, size)
@@ -159,8 +159,8 @@ def _text(directory, size, corpus, patterns, balanced, extra) -> str:
 
 def chosen_sources(corpus: str, patterns: list[str]) -> tuple[SourceConfig, ...]:
     """The sources of a corpus whose names match. Raises ValueError where none does."""
-    config = load_file("entropy.py").get_config(f"laptop,corpus={corpus}")
-    every = from_config_dict(RunConfig, config).data.named_sources()
+    config = read_config(f"{CONFIGS}/entropy.py:laptop,corpus={corpus}")
+    every = config.data.named_sources()
     found = [s for s in every if any(fnmatch.fnmatch(s.name, p) for p in patterns)]
     if not found:
         names = ", ".join(source.name for source in every)
@@ -200,7 +200,7 @@ def _read(source: SourceConfig) -> Iterator[tuple[str, bytes]]:
 
 def _run(module: str, config: str, directory: Path, arguments: list[str]):
     """A command of bltjax to its end, in DIRECTORY/entropy. Raises ValueError where it fails."""
-    path = f"--config={ROOT / 'configs' / 'studies'}/{config}"
+    path = f"--config={CONFIGS}/{config}"
     command = [sys.executable, "-m", module, path, f"--workdir={directory / 'entropy'}", *arguments]
     print(f"{module}: {config}", flush=True)
     with (directory / "entropy.log").open("ab") as log:
