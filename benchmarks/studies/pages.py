@@ -91,9 +91,6 @@ def bars(path: Path, groups: dict[str, dict[str, float]], y: str, level: float |
     if level is not None:
         axes.axhline(level, color="#555555", ls="--", lw=1)
     axes.set_xticks(range(len(places)), places, rotation=45, ha="right")
-    heights = [v for values in groups.values() for v in values.values()]
-    if min(heights) > 0.5 * max(heights):  # differences, rather than sizes
-        axes.set_ylim(bottom=min(heights) - 0.3 * (max(heights) - min(heights)) - 1e-6)
     _finish(figure, axes, path, "", y)
 
 
