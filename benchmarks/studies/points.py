@@ -199,7 +199,8 @@ def _tell(point: Point, directory: Path, seconds: float, left: int, started: flo
         result = json.loads((directory / point.name / "result.json").read_text())
         said = f"{result['bits_per_byte']:.4f} bits per byte"
     minutes = (time.monotonic() - started) / 60
-    print(f"{point.name}: {said} in {seconds:.0f} s; {left} left, {minutes:.1f} min", flush=True)
+    so_far = f"{left} left after {minutes:.1f} min"
+    print(f"{point.name}: {said} in {seconds:.0f} s; {so_far}", flush=True)
 
 
 def read(point: Point, directory: Path) -> dict | None:
