@@ -39,6 +39,7 @@ def test_the_page_of_scaling(tmp_path):
     found = scaling.summary(rows)
     assert found["bytes"][0]["bits_per_byte"] == pytest.approx(2.2)
     assert found["bytes"][0]["deviation"] == pytest.approx(0.2)
+    assert found["BPE"][0]["deviation"] is None  # of a single seed it is not known
     assert scaling.slope(found["BPE"]) == pytest.approx(-0.152, abs=1e-3)  # log 0.9 / log 2
     assert scaling.slope(found["bytes"]) is None
     pages.write_csv(tmp_path / "results.csv", rows)

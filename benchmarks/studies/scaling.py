@@ -61,7 +61,7 @@ def report(rows: Sequence[dict], out: Path):
     """curves.png and README.md of the rows of results.csv."""
     found = summary(rows)
     series = {
-        family: [(p["training_flops"], p["bits_per_byte"], p["deviation"]) for p in points]
+        family: [(p["training_flops"], p["bits_per_byte"], p["deviation"] or 0) for p in points]
         for family, points in found.items()
     }
     pages.curves(out / "curves.png", series, "training FLOPs", "bits per byte, held out")
@@ -75,9 +75,9 @@ def report(rows: Sequence[dict], out: Path):
             means,
             dict(family="", level="", seeds="", deviation=".4f") | pages.QUALITY | pages.COST,
         ),
-        "Error bars and `deviation` are standard deviations over seeds. `slope` is of the straight "
-        "line, by least squares, of log(bits per byte) over log(training FLOPs): -0.05 means that "
-        "twice the FLOPs take 3.4% of the bits.",
+        "Error bars and `deviation` are standard deviations over seeds, where there are several. "
+        "`slope` is of the straight line, by least squares, of log(bits per byte) over "
+        "log(training FLOPs): -0.05 means that twice the FLOPs take 3.4% of the bits.",
         pages.table(slopes, dict(family="", points="", slope=".4f")),
         *seen(found),
     )
@@ -91,7 +91,7 @@ def summary(rows: Sequence[dict]) -> dict[str, list[dict]]:
         for level in sorted({row["level"] for row in own}):
             several = [row for row in own if row["level"] == level]
             bits = [row["bits_per_byte"] for row in several]
-            deviation = float(np.std(bits, ddof=1)) if len(bits) > 1 else 0.0
+            deviation = float(np.std(bits, ddof=1)) if len(bits) > 1 else None
             mean = {
                 name: float(np.mean([row[name] for row in several]))
                 for name in (
