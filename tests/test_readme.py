@@ -39,6 +39,17 @@ def test_named_files_exist():
     assert listed == {name for name in package if not name.startswith("__")}
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", "launch/README.md", "benchmarks/README.md", "benchmarks/studies/README.md"]
+)
+def test_links_and_pictures_exist(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert links
+    for link in links:
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
 def test_config_table_matches_the_files():
     table = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE))
     assert table == {path.name for path in (ROOT / "configs").glob("*.py")}
