@@ -218,9 +218,7 @@ FREE_FIELDS = (
 )
 
 
-def read_config(
-    path: str | os.PathLike, settings: Mapping = types.MappingProxyType({})
-) -> RunConfig:
+def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> RunConfig:
     """The settings in a file of `configs/`, as the command line reads them.
 
     `path` is what `--config=` takes: "configs/quickstart.py", or with what the file's get_config is
