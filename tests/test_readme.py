@@ -39,9 +39,10 @@ def test_named_files_exist():
     assert listed == {name for name in package if not name.startswith("__")}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "launch/README.md", "benchmarks/README.md", "benchmarks/studies/README.md"]
-)
+PAGES = "README.md", "launch/README.md", "benchmarks/README.md", "benchmarks/studies/README.md"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_exist(page):
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\(([^)#:]+)\)", text)
