@@ -145,9 +145,9 @@ def memory(made, chip: Chip, compiled, refused: str | None) -> dict:
 
 def work(text: str, kernels: dict) -> dict:
     """FLOPs and bytes that a compiled program takes of a device, see `compiled.Cost`."""
-    from bltjax import compiled
+    from bltjax.compiled import read_cost
 
-    cost = compiled.read_cost(text, kernels)
+    cost = read_cost(text, kernels)
     largest = cost.largest_collective()
     return dict(
         compiled_flops=cost.flops + cost.kernel_flops,

@@ -85,10 +85,10 @@ def _patching(config):
 
 def _trace_prefill(config) -> Traced:
     """A piece of each prompt, with the patches that it has on average."""
-    plan, params, tokens, request = _generation(config)
-    num_bytes = plan.room.rows * plan.room.at_once
+    shape, params, tokens, request = _generation(config)
+    num_bytes = shape.room.rows * shape.room.at_once
     return Traced(
-        traced=decode.prefill.trace(plan, params, tokens, request),
+        traced=decode.prefill.trace(shape, params, tokens, request),
         num_bytes=num_bytes,
         model_flops=_forward_flops(config) * num_bytes,
         **_generation_bytes(params, tokens),
@@ -97,26 +97,26 @@ def _trace_prefill(config) -> Traced:
 
 def _trace_decode(config) -> Traced:
     """A byte of each row, and a patch of each."""
-    plan, params, tokens, request = _generation(config)
-    progress = jax.eval_shape(functools.partial(decode.prefill, plan), params, tokens, request)
+    shape, params, tokens, request = _generation(config)
+    progress = jax.eval_shape(functools.partial(decode.prefill, shape), params, tokens, request)
     steps = sharding.concrete(jax.eval_shape(lambda: jnp.int32(0)))
     return Traced(
-        traced=decode.decode.trace(plan, params, sharding.concrete(progress), request, steps),
-        num_bytes=plan.room.rows,
-        model_flops=_forward_flops(config, patch_bytes=1.0) * plan.room.rows,
+        traced=decode.decode.trace(shape, params, sharding.concrete(progress), request, steps),
+        num_bytes=shape.room.rows,
+        model_flops=_forward_flops(config, patch_bytes=1.0) * shape.room.rows,
         **_generation_bytes(params, progress),
     )
 
 
 def _generation(config):
-    """Plan, parameters, tokens and request of rows as long as in training, from types alone."""
+    """(program shape, parameters, tokens, request) of rows as long as in training, from types."""
     mesh = jax.sharding.get_mesh()
     rows = ROWS_PER_SHARD * sharding.num_row_shards(mesh)
     needed = config.entropy_model if config.patching.rule in ENTROPY_RULES else None
     length = generate.room_for(config.blt_training.row_bytes)
     configs = Configs(config.blt, needed, _patching(config))
     decoding = generate.Decoding(least_patch_bytes=LEAST_PATCH_BYTES)
-    plan = generate.make_plan(configs, rows, length, decoding)
+    shape = generate.make_plan(configs, rows, length, decoding)
     models = dict(blt=config.blt, entropy_model=needed)
     params = {n: functional.abstract_params(m) for n, m in models.items() if m is not None}
 
@@ -126,7 +126,7 @@ def _generation(config):
             row, row, row.astype(jnp.uint32), jnp.zeros((0, 1), jnp.int32), knobs(Sampling())
         )
 
-    return plan, *sharding.concrete((params, *jax.eval_shape(inputs)))
+    return shape, *sharding.concrete((params, *jax.eval_shape(inputs)))
 
 
 def _generation_bytes(params, state) -> dict[str, int]:

@@ -50,6 +50,7 @@ from bltjax.training.trained import (
     is_trained,
     token_params,
 )
+from bltjax.training.watching import peak_flops
 from bltjax.vocabulary import encode
 
 BASELINE_BYTES = 100_000_000  # that n-gram models are fitted on, about: they count in memory
@@ -171,7 +172,8 @@ def watch(config: RunConfig, model_config, layout: Layout, mean_patch_bytes: flo
     """What a stage tells of itself: useful FLOPs, traces, and the settings, for its checkpoints."""
     forward = flops_per_byte(model_config, layout.row_bytes, mean_patch_bytes)["total"]
     about = dict(config=to_dict(config), mesh=dict(jax.sharding.get_mesh().shape))
-    return Watch(TRAINING_FACTOR * forward, config.profile, about)
+    peak = peak_flops(model_config.compute_dtype)
+    return Watch(TRAINING_FACTOR * forward, peak, config.profile, about)
 
 
 def in_step_patching(

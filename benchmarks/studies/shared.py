@@ -214,7 +214,8 @@ def _run(module: str, config: str, directory: Path, arguments: list[str]):
 
 def _measure(directory: Path, vocabulary: int) -> dict:
     """Trains the tokenizer too, on training documents."""
-    from bltjax import corpus, tokenizer
+    from bltjax import tokenizer
+    from bltjax.corpus import sample_lengths
     from bltjax.data.records import open_store
 
     shared = Shared(directory, "", **ASSUMED)
@@ -224,7 +225,7 @@ def _measure(directory: Path, vocabulary: int) -> dict:
     held = held_out(shared, 1_000_000)
     ids = sum(len(made.encode(text, add_bos=False, add_eos=False)) for text in held)
     store = open_store(shared.records)
-    lengths = corpus.sample_lengths(PatchingConfig(rule="space"), store.shards())
+    lengths = sample_lengths(PatchingConfig(rule="space"), store.shards())
     sizes = {source: sum(s.num_bytes for s in store.shards(source)) for source in lengths}
     patches = sum(size / lengths[source].mean() for source, size in sizes.items())
     return dict(

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bltjax import formats, sharding, tokenizer
+from bltjax import formats, sharding
 from bltjax.config import PatchingConfig, RunConfig, TokenModelConfig, from_config_dict
 from bltjax.conversion.fields import read_json
 from bltjax.conversion.weights import Lengths, Weights, WeightsError, flat, value_problems
@@ -24,6 +24,8 @@ from bltjax.inference.ask import each
 from bltjax.inference.stepping import prepared
 from bltjax.model import functional
 from bltjax.progress import Advance, unwatched
+from bltjax.tokenizer import Tokenizer
+from bltjax.tokenizer import load as load_tokenizer
 from bltjax.tokens.generate import Prompt, generate
 from bltjax.tokens.score import score_continuations, score_documents
 from bltjax.training.trained import is_of_tokens, open_trained
@@ -62,7 +64,7 @@ def load(
         raise WeightsError(directory, problems)
     weights = formats.cast(Weights(None, None, PatchingConfig(), params), dtype)
     lengths = Lengths(row_bytes=run.token_training.row_bytes)
-    found = tokenizer.load(directory / TOKENIZER)
+    found = load_tokenizer(directory / TOKENIZER)
     return TokenModel(config, weights.params[STAGE], found, lengths, mesh)
 
 
@@ -76,7 +78,7 @@ class TokenModel:
         self,
         config: TokenModelConfig,
         params: dict,
-        tokenizer: tokenizer.Tokenizer,
+        tokenizer: Tokenizer,
         lengths: Lengths,
         mesh: jax.sharding.Mesh,
     ):

@@ -21,7 +21,7 @@ from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
 from bltjax.training.touched_rows import settle
-from bltjax.training.watching import Profiler, memory, peak_flops
+from bltjax.training.watching import Profiler, memory
 
 IN_FLIGHT = 2  # steps given to the devices before the host looks at what the oldest of them says
 MAX_SKIPPED = 20  # updates left out in a row before the run counts as lost
@@ -47,6 +47,7 @@ class Watch(NamedTuple):
     """What is told of a stage beside its loss."""
 
     flops_per_byte: float | None = None  # of training, for the model-FLOP utilisation
+    peak_flops: float | None = None  # FLOP/s of the mesh, to which the utilisation is relative
     profile: ProfileConfig | None = None
     about: dict | None = None  # kept in each checkpoint: the resolved config
 
@@ -94,8 +95,9 @@ def train(
         step_fn = make_train_step(
             model_config, config, optimizer, find_patches, len(data.sources), byte_lengths
         )
-        peak = watch.flops_per_byte and peak_flops(model_config.compute_dtype)
-        log = MetricsLog(workdir, stage, first_step, config.steps, watch.flops_per_byte, peak)
+        log = MetricsLog(
+            workdir, stage, first_step, config.steps, watch.flops_per_byte, watch.peak_flops
+        )
         profiler = Profiler(watch.profile, stage, workdir / "profile")
         run = _Run(stage, config, data, checkpoints, log, profiler, position, first_step)
         try:
