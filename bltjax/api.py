@@ -13,17 +13,13 @@ from bltjax import sharding
 from bltjax.checkpoints import formats, placing
 from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.evaluation.continuations import (
-    ContinuationScore,
-    score_continuations,
-    score_continuations_bytes,
-)
-from bltjax.evaluation.score import Score, score_bytes, score_documents
+from bltjax.evaluation.continuations import ContinuationScore, score_continuations
+from bltjax.evaluation.score import BLTScoring, ByteScoring, Score, score_documents
 from bltjax.evaluation.token_baseline import model as token_model
 from bltjax.evaluation.token_baseline.model import TokenModel
+from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.engine import Counts, generate, stream
-from bltjax.inference.model_steps import prepared
-from bltjax.inference.requests import ask, configure
+from bltjax.inference.requests import configure, make_requests
 from bltjax.model import functional
 from bltjax.patching.boundaries import entropy_segments, lengths_from_starts, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
@@ -163,7 +159,7 @@ class Model:
           stop: strings or bytes that end a text, and are left out of it.
           threshold: nats, instead of the trained one (rules by entropy): a higher one makes fewer
             patches, and generation cheaper.
-          max_drafts, batch_size, quorum, least_patch_bytes: of `inference.engine.Decoding`;
+          max_drafts, batch_size, quorum, min_patch_bytes: of `inference.engine.Decoding`;
             greedy text is the same whatever they are.
 
         Raises ValueError for values that make no sense. Warns where a text would be longer than
@@ -181,12 +177,10 @@ class Model:
         **options,
     ) -> tuple[list[bytes], Counts]:
         """As `generate`, and what it took: steps, patches, calls of the global stack, drafts."""
-        if isinstance(prompts, (str, bytes)):
-            raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
-        configs, options = self._generation(options)
-        asked = ask(prompts, max_new_bytes, seed, self.lengths.row_bytes)
+        decoder, options = self._generation(options)
+        requests = make_requests(decoder, prompts, max_new_bytes, seed, self.lengths.row_bytes)
         with jax.set_mesh(self.mesh):
-            return generate(configs, self._prepared_params, asked, **options)
+            return generate(decoder, self._generation_params, requests, **options)
 
     def stream(
         self, prompt: str | bytes, max_new_bytes: int = 64, seed: int = 0, **options
@@ -198,27 +192,22 @@ class Model:
         """
         if not isinstance(prompt, (str, bytes)):
             raise ValueError(f"prompt is a {type(prompt).__name__}: stream takes one str or bytes")
-        configs, options = self._generation(options)
-        (asked,) = ask([prompt], max_new_bytes, seed, self.lengths.row_bytes)
+        decoder, options = self._generation(options)
+        (request,) = make_requests(decoder, [prompt], max_new_bytes, seed, self.lengths.row_bytes)
         with jax.set_mesh(self.mesh):
-            pieces = stream(configs, self._prepared_params, asked, **options)
-        while True:
-            with jax.set_mesh(self.mesh):  # of the caller between two pieces
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+            return stream(decoder, self._generation_params, request, **options)
 
     @functools.cached_property
-    def _prepared_params(self) -> dict:
+    def _generation_params(self) -> dict:
         with jax.set_mesh(self.mesh):
-            return prepared(self.params)
+            return for_generation(self.params)
 
     def _generation(self, options: dict):
         if self.config is None:
             raise ValueError("this is an entropy model alone: generating needs a BLT")
         self._check_patches_can_be_found()
-        return configure(self.config, self.entropy_config, self.patching, **options)
+        decoder = BLTDecoder(self.config, self.entropy_config, self.patching)
+        return configure(decoder, **options)
 
     def score(
         self,
@@ -232,21 +221,8 @@ class Model:
         was trained where that is known, else 8192.
         """
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
-        options = dict(row_bytes=row_bytes, advance=advance)
         with jax.set_mesh(self.mesh):
-            if self.config is None:
-                params = self.params["entropy_model"]
-                return score_bytes(self.entropy_config, params, documents, **options)
-            self._check_patches_can_be_found()
-            return score_documents(
-                self.config,
-                self.params["blt"],
-                self.entropy_config,
-                self.params.get("entropy_model"),
-                self.patching,
-                documents,
-                **options,
-            )
+            return score_documents(self._scoring(), documents, row_bytes=row_bytes, advance=advance)
 
     def score_continuations(
         self,
@@ -260,21 +236,16 @@ class Model:
         `evaluation.continuations`. row_bytes: as of `score`.
         """
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
-        options = dict(row_bytes=row_bytes, advance=advance)
         with jax.set_mesh(self.mesh):
-            if self.config is None:
-                params = self.params["entropy_model"]
-                return score_continuations_bytes(self.entropy_config, params, pairs, **options)
-            self._check_patches_can_be_found()
-            return score_continuations(
-                self.config,
-                self.params["blt"],
-                self.entropy_config,
-                self.params.get("entropy_model"),
-                self.patching,
-                pairs,
-                **options,
-            )
+            return score_continuations(self._scoring(), pairs, row_bytes=row_bytes, advance=advance)
+
+    def _scoring(self) -> ByteScoring:
+        entropy_params = self.params.get("entropy_model")
+        if self.config is None:
+            return ByteScoring(self.entropy_config, entropy_params)
+        self._check_patches_can_be_found()
+        models = self.config, self.params["blt"], self.entropy_config, entropy_params
+        return BLTScoring(*models, self.patching)
 
     def _check_patches_can_be_found(self):
         if self.patching.rule in ENTROPY_RULES and self.entropy_config is None:

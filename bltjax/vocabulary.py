@@ -10,9 +10,9 @@ BYTE_OFFSET = 4  # Byte value b has id b + BYTE_OFFSET.
 VOCAB_SIZE = BYTE_OFFSET + 256
 
 
-def is_drawable(ids):
-    """Which ids a model may write: bytes, and the EOS that ends a text."""
-    return ((ids >= BYTE_OFFSET) & (ids < VOCAB_SIZE)) | (ids == EOS_ID)
+def is_drawable(ids, num_ids: int = VOCAB_SIZE):
+    """Returns which of `ids` a model may write: those with bytes, and the EOS that ends a text."""
+    return ((ids >= BYTE_OFFSET) & (ids < num_ids)) | (ids == EOS_ID)
 
 
 def encode(text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.ndarray:

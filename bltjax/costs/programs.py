@@ -16,16 +16,16 @@ from bltjax.config import ENTROPY_RULES, BLTConfig
 from bltjax.costs import memory_plan
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte
 from bltjax.inference import engine, loops
-from bltjax.inference.model_steps import Configs
-from bltjax.inference.row_state import Request
-from bltjax.inference.sampling import Sampling, knobs
+from bltjax.inference.decoders import BLTDecoder
+from bltjax.inference.row_state import RequestArrays
+from bltjax.inference.sampling import Sampling, sampling_arrays
 from bltjax.model import functional
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.state import abstract_state
 from bltjax.training.step import make_train_step
 
-ROWS_PER_SHARD, LEAST_PATCH_BYTES = 1, 2.0  # of texts that are generated
+ROWS_PER_SHARD, MIN_PATCH_BYTES = 1, 2.0  # of texts that are generated
 ANY_THRESHOLD = 1.0  # where the text decides it; the program is the same
 
 
@@ -87,7 +87,7 @@ def _patching(config):
 def _trace_prefill(config) -> Traced:
     """A piece of each prompt, with the patches that it has on average."""
     shape, params, tokens, request = _generation(config)
-    num_bytes = shape.room.rows * shape.room.at_once
+    num_bytes = shape.size.rows * shape.size.chunk
     return Traced(
         traced=loops.prefill.trace(shape, params, tokens, request),
         num_bytes=num_bytes,
@@ -103,8 +103,8 @@ def _trace_decode(config) -> Traced:
     steps = sharding.concrete(jax.eval_shape(lambda: jnp.int32(0)))
     return Traced(
         traced=loops.decode.trace(shape, params, sharding.concrete(progress), request, steps),
-        num_bytes=shape.room.rows,
-        model_flops=_forward_flops(config, patch_bytes=1.0) * shape.room.rows,
+        num_bytes=shape.size.rows,
+        model_flops=_forward_flops(config, patch_bytes=1.0) * shape.size.rows,
         **_generation_bytes(params, progress),
     )
 
@@ -114,17 +114,21 @@ def _generation(config):
     mesh = jax.sharding.get_mesh()
     rows = ROWS_PER_SHARD * sharding.num_row_shards(mesh)
     needed = config.entropy_model if config.patching.rule in ENTROPY_RULES else None
-    length = engine.room_for(config.blt_training.row_bytes)
-    configs = Configs(config.blt, needed, _patching(config))
-    decoding = engine.Decoding(least_patch_bytes=LEAST_PATCH_BYTES)
-    shape = engine.make_plan(configs, rows, length, decoding)
+    length = engine.num_positions(config.blt_training.row_bytes)
+    decoder = BLTDecoder(config.blt, needed, _patching(config))
+    decoding = engine.Decoding(min_patch_bytes=MIN_PATCH_BYTES)
+    shape = engine.make_shape(decoder, rows, length, decoding)
     models = dict(blt=config.blt, entropy_model=needed)
     params = {n: functional.abstract_params(m) for n, m in models.items() if m is not None}
 
     def inputs():
         row = sharding.shard_rows(jnp.zeros(rows, jnp.int32))
-        return sharding.shard_rows(jnp.zeros((rows, length), jnp.int32)), Request(
-            row, row, row.astype(jnp.uint32), jnp.zeros((0, 1), jnp.int32), knobs(Sampling())
+        return sharding.shard_rows(jnp.zeros((rows, length), jnp.int32)), RequestArrays(
+            row,
+            row,
+            row.astype(jnp.uint32),
+            jnp.zeros((0, 1), jnp.int32),
+            sampling_arrays(Sampling()),
         )
 
     return shape, *sharding.concrete((params, *jax.eval_shape(inputs)))

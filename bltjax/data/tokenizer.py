@@ -52,6 +52,12 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Tokenizer) and self.text == other.text
+
+    def __hash__(self) -> int:  # programs are compiled for a tokenizer
+        return hash(self.text)
+
     @property
     def digest(self) -> str:
         """Tells tokenizers apart: 16 hexadecimal digits."""

@@ -1,8 +1,8 @@
-"""How many nats a model needs for each document, whatever documents come with it.
+"""The scorer: how many nats a model needs for each document, whatever documents come with it.
 
-A document's bytes are scored in rows of their own. A row's shape follows from what is in it, and
-the number of rows in a batch from the shape, so the same numbers are added in the same order in
-any company: on CPU scores are equal bit for bit.
+A document is scored in rows of its own. A row's shape follows from what is in it, and the number of
+rows in a batch from the shape, so the same numbers are added in the same order in any company: on
+CPU scores are equal bit for bit.
 
 Row lengths are powers of two from 64, and patch columns 1, 1/2, ... 1/16 of the length. With rows
 of 8192 bytes at most 40 steps are ever compiled, or 8 for a model without patches; the entropy
@@ -12,8 +12,10 @@ the released one).
 
 import collections
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -31,102 +33,106 @@ from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.runtime.progress import Advance, unwatched
-from bltjax.vocabulary import BYTE_OFFSET, PAD_ID, encode
+from bltjax.vocabulary import BYTE_OFFSET, PAD_ID, VOCAB_SIZE, encode
 
 ROW_BYTES = 8192  # positions of a row, BOS and EOS among them
 BATCH_BYTES = 8192  # positions of a batch, per row shard
 _MAX_ROWS = 16  # of a batch, per row shard: a single short document should not cost a full batch
 _MIN_LENGTH = 64  # shorter documents are padded to it
 _MIN_COLUMNS = 1 / 16  # fewest patch columns of a row, as a share of its length
+TEXT = bytes, bytearray, memoryview, str
 _CHUNK_BATCHES = 128  # documents whose entropies are in memory at a time, in full batches
 
 
 class Score(NamedTuple):
-    """What a document costs under a model."""
+    """Cost of a document under a model."""
 
     nats: float  # -log p of its raw bytes, given BOS; EOS is not counted
     num_bytes: int
-    num_patches: int  # of BOS + bytes + EOS; 0 under a model without patches
+    num_patches: int  # of BOS + bytes + EOS; ids under a model of tokens, 0 under one of bytes
     bits_per_byte: float  # NaN without bytes
 
 
 class Packed(NamedTuple):
-    """A document that is ready for the model: its ids, patches (0: the model has none) and rows."""
+    """A document that is ready for a model: its ids, number of patches and rows."""
 
-    ids: np.ndarray
+    ids: np.ndarray  # int32 [S]
     num_patches: int
     rows: Iterable[Row]
 
 
+@dataclass
+class ByteScoring:
+    """A model of bytes without patches as the scorer needs it; other models are subclasses."""
+
+    config: EntropyModelConfig | BLTConfig
+    params: dict
+
+    num_ids = VOCAB_SIZE  # ids that exist; logits may have more
+    spare = 1  # positions of a row that a context leaves free
+    byte_lengths = np.repeat(np.int32([0, 1]), [BYTE_OFFSET, VOCAB_SIZE - BYTE_OFFSET])  # of ids
+
+    def encode(self, document: bytes | str) -> np.ndarray:
+        """Returns the ids int32 [S] of a document, from BOS to EOS."""
+        return encode(document)
+
+    def encode_pair(self, context: bytes | str, continuation: bytes | str):
+        """Returns the ids int32 [S] of both after BOS, and the index where the second begins."""
+        parts = encode(context, add_eos=False), encode(continuation, add_bos=False, add_eos=False)
+        return np.concatenate(parts), len(parts[0])
+
+    def pack(self, documents: Iterable[np.ndarray], row_length: int) -> Iterator[Packed]:
+        """Yields the ids [S] of each document in rows; a short one has a single row."""
+        for ids in documents:
+            yield Packed(ids, 0, pack_bytes([ids], _row_length(len(ids), row_length)))
+
+
+@dataclass
+class BLTScoring(ByteScoring):
+    """A byte latent transformer, with patches by `patching`, whose threshold is the trained one.
+
+    entropy_config, entropy_params: None under rules that need no entropies.
+    """
+
+    entropy_config: EntropyModelConfig | None
+    entropy_params: dict | None
+    patching: PatchingConfig
+
+    def pack(self, documents: Iterable[np.ndarray], row_length: int) -> Iterator[Packed]:
+        """Raises ValueError where the rule needs an entropy model and there is none."""
+        finder = self.entropy_config, self.entropy_params, self.patching
+        for chunk in _chunks(documents):
+            for ids, starts in zip(chunk, document_starts(*finder, chunk), strict=True):
+                length = _row_length(len(ids) + 1, row_length)  # + 1: patches cover one more
+                rows = pack_patches([(ids, starts)], length, length)
+                yield Packed(ids, int(starts.sum()), rows)
+
+
 def score_documents(
-    config: BLTConfig,
-    params,
-    entropy_config: EntropyModelConfig | None,
-    entropy_params,
-    patching: PatchingConfig,
+    model: ByteScoring,
     documents: Sequence[bytes | str],
     *,
     row_bytes: int = ROW_BYTES,
     advance: Advance = unwatched,
 ) -> list[Score]:
-    """The Score of each document under a byte latent transformer, on the mesh that is set.
+    """Returns the Score of each document under a model, on the mesh that is set.
 
     A document of more than `row_bytes` ids goes on in further rows, as it does in training: what
     came before a row is unknown to the model there, but not to the entropies, which are those of
-    the whole document. `patching.threshold` must be the one the model was trained with.
-    `entropy_config` may be None under rules that need no entropies. `advance` is told the number
-    of bytes of each batch that is done. Raises ValueError for documents that are not a sequence of
-    bytes or str, for a missing entropy model and for `row_bytes` below 8.
+    the whole document. `advance` is told the number of bytes of each batch that is done. Raises
+    ValueError for documents that are not a sequence of bytes or str, for a missing entropy model
+    and for `row_bytes` below 8.
     """
-    ids = map(encode, _checked(documents, row_bytes))
-    packed = patched_rows(entropy_config, entropy_params, patching, ids, row_bytes)
-    return _scores(config, params, packed, advance)
+    ids = map(model.encode, _checked(documents, row_bytes))
+    sizes, results = run_rows(_row_nats, model, ids, itertools.repeat(1), row_bytes, advance)
+    # A document's rows may come back in any order: fsum is exact, and the same in all.
+    totals = zip(map(math.fsum, results), sizes, strict=True)
+    return [_score(nats, *size) for nats, size in totals]
 
 
-def score_bytes(
-    config: EntropyModelConfig,
-    params,
-    documents: Sequence[bytes | str],
-    *,
-    row_bytes: int = ROW_BYTES,
-    advance: Advance = unwatched,
-) -> list[Score]:
-    """The Score of each document under a byte model without patches; see `score_documents`."""
-    ids = map(encode, _checked(documents, row_bytes))
-    return _scores(config, params, byte_rows(ids, row_bytes), advance)
-
-
-def patched_rows(
-    entropy_config: EntropyModelConfig | None,
-    entropy_params,
-    patching: PatchingConfig,
-    documents: Iterable[np.ndarray],
-    row_bytes: int,
-) -> Iterator[Packed]:
-    """The rows of each document's ids [S], in patches; a document of less than `row_bytes` has one.
-
-    Raises ValueError at once where the rule needs an entropy model and there is none.
-    """
-    _check_entropy_model(entropy_config, patching)
-    return (
-        packed
-        for ids in _chunks(documents)
-        for packed in _patched(
-            ids, document_starts(entropy_config, entropy_params, patching, ids), row_bytes
-        )
-    )
-
-
-def _patched(documents, starts, row_bytes: int) -> Iterator[Packed]:
-    for ids, s in zip(documents, starts, strict=True):
-        length = _row_length(len(ids) + 1, row_bytes)  # + 1: patches cover one more
-        yield Packed(ids, int(s.sum()), pack_patches([(ids, s)], length, length))
-
-
-def byte_rows(documents: Iterable[np.ndarray], row_bytes: int) -> Iterator[Packed]:
-    """The rows of each document's ids, for a model without patches."""
-    for ids in documents:
-        yield Packed(ids, 0, pack_bytes([ids], _row_length(len(ids), row_bytes)))
+def _score(nats: float, num_bytes: int, num_patches: int) -> Score:
+    bits = nats / math.log(2) / num_bytes if num_bytes else math.nan
+    return Score(nats, num_bytes, num_patches, bits)
 
 
 def document_starts(
@@ -135,11 +141,15 @@ def document_starts(
     patching: PatchingConfig,
     documents: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
-    """Where patches start in each document's ids [S]: bool [S], the first S of spec 2.1's N+1.
+    """Returns bool [S] for each document's ids [S]: patch starts, the first S of spec 2.1's N+1.
 
     Raises ValueError where the rule needs an entropy model and there is none.
     """
-    _check_entropy_model(entropy_config, patching)
+    if patching.rule in ENTROPY_RULES and entropy_config is None:
+        raise ValueError(
+            f"patching rule {patching.rule!r} needs an entropy model and there is none: "
+            "give entropy_model="
+        )
     entropies = [None] * len(documents)
     if patching.rule in ENTROPY_RULES:
         entropies = document_entropies(
@@ -155,7 +165,7 @@ def document_entropies(
     documents: Sequence[np.ndarray],
     reset_at_newlines: bool = False,
 ) -> list[np.ndarray]:
-    """float32 entropies [S] in nats of each document's ids [S], whatever documents come with it."""
+    """Returns float32 entropies [S] in nats of each document's ids [S], in any company the same."""
     # Windows of a longer document start with what its bytes look back on: at most a quarter.
     longest = _row_length(max(BATCH_BYTES, 4 * receptive_bytes(config)))
     by_length = collections.defaultdict(list)
@@ -181,13 +191,13 @@ _entropy_fn = functools.lru_cache(make_entropy_fn)  # one per model, so that it 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _row_nats(config, params, batch):
-    """Nats of the raw bytes that each row of a batch has as targets: float32 [B]."""
+    """Returns the nats of the targets with bytes of each row of a batch: float32 [B]."""
     nats = next_byte_nats(batch_logits(config, params, batch), batch["targets"])
     return jnp.sum(nats * raw_targets(batch), axis=1)
 
 
 def batch_logits(config, params, batch):
-    """Logits float32 [B, L, V] of a batch of rows, with patches or without."""
+    """Returns logits float32 [B, L, V] of a batch of rows, with patches or without."""
     inputs = [batch["document_ids"]]
     if "patch_lengths" in batch:
         inputs.insert(0, buffers_from_lengths(batch["patch_lengths"], batch["tokens"].shape[1]))
@@ -195,49 +205,64 @@ def batch_logits(config, params, batch):
 
 
 def raw_targets(batch):
-    """Which targets count: bytes, neither BOS nor EOS."""
+    """Returns which targets count: those with bytes, neither BOS nor EOS."""
     return batch["loss_mask"] & (batch["targets"] >= BYTE_OFFSET)
 
 
-def _scores(config, params, documents: Iterable[Packed], advance) -> list[Score]:
-    sizes, nats = [], []
+def run_rows(
+    step,
+    model: ByteScoring,
+    documents: Iterable[np.ndarray],
+    firsts: Iterable[int],
+    row_length: int,
+    advance: Advance,
+):
+    """Returns (bytes, patches) of each document, and a list of the results of its rows.
+
+    step: jitted (config, params, batch) -> pytree of arrays [B]. documents: ids [S] of each.
+    firsts: the first index of each document that is scored.
+    """
+    sizes, results = [], []
 
     def rows():
-        for ids, num_patches, document_rows in documents:
-            sizes.append((len(ids) - 2, num_patches))  # without BOS and EOS
-            nats.append([])
-            for row in document_rows:
-                # Not so in an empty document, or in a last row of EOS.
-                if raw_targets(row._asdict()).any():
-                    yield len(nats) - 1, trim(row)
+        for packed, first in zip(model.pack(documents, row_length), firsts, strict=False):
+            num_bytes = int(model.byte_lengths[packed.ids].sum())
+            sizes.append((num_bytes, packed.num_patches))
+            results.append([])
+            for row in _scored_rows(packed.rows, first):
+                yield len(results) - 1, trim(row)
 
-    for owners, num_bytes, row_nats in run_rows(_row_nats, config, params, rows()):
-        for owner, value in zip(owners, row_nats, strict=False):  # filled up with padding rows
-            nats[owner].append(float(value))
+    for owners, num_bytes, found in _run_batches(step, model, rows()):
+        for i, owner in enumerate(owners):
+            results[owner].append(jax.tree.map(lambda x, i=i: x[i], found))
         advance(num_bytes)
-    # A document's rows may come back in any order: fsum is exact, and the same in all.
-    totals = zip(map(math.fsum, nats), sizes, strict=True)
-    return [_score(total, *size) for total, size in totals]
+    return sizes, results
 
 
-def _score(nats: float, num_bytes: int, num_patches: int) -> Score:
-    bits = nats / math.log(2) / num_bytes if num_bytes else math.nan
-    return Score(nats, num_bytes, num_patches, bits)
+def _scored_rows(rows: Iterable[Row], first: int) -> Iterator[Row]:
+    """Yields the rows with a target among ids[first:] that has bytes, and masks other targets."""
+    position = 0  # in the document, of the row's first id
+    for row in rows:
+        targets_at = position + 1 + np.arange(len(row.tokens))
+        row = row._replace(loss_mask=raw_targets(row._asdict()) & (targets_at >= first))
+        if row.loss_mask.any():
+            yield row
+        position += np.count_nonzero(row.tokens != PAD_ID)
 
 
-def run_rows(step, config, params, rows: Iterator[tuple[int, Row]]):
-    """(document of each row, raw targets in all, step's result) of batches of rows of equal shape.
+def _run_batches(step, model: ByteScoring, rows: Iterator[tuple[int, Row]]):
+    """Yields (document of each row, bytes of their targets, results) of batches of equal shape.
 
-    step: jitted (config, params, batch) -> arrays [B]; a last batch is filled up, so that they may
-    be longer than the documents.
+    A last batch is filled up, so results may be longer than the documents.
     """
     running = collections.deque()
     for group in _groups(rows):
         owners, members = zip(*group, strict=True)
         (rows_of_batch,) = whole_batches(iter(members), _batch_size(len(members[0].tokens)))
         batch = as_batch(rows_of_batch)
-        result = step(config, params, sharding.put_batch(batch))
-        running.append((owners, int(raw_targets(batch).sum()), result))
+        num_bytes = int(model.byte_lengths[batch["targets"][raw_targets(batch)]].sum())
+        result = step(model.config, model.params, sharding.put_batch(batch))
+        running.append((owners, num_bytes, result))
         if len(running) > 1:  # the device is busy with one while the host makes the next
             yield _fetched(running.popleft())
     yield from map(_fetched, running)
@@ -249,7 +274,7 @@ def _fetched(batch):
 
 
 def _groups(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    """Rows of one shape, a batch at a time; what fills no batch comes last."""
+    """Yields rows of one shape, a batch at a time; batches that are not full come last."""
     waiting = collections.defaultdict(list)
     for owner, row in rows:
         shape = len(row.tokens), len(row.patch_lengths)
@@ -260,7 +285,7 @@ def _groups(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
 
 
 def trim(row: Row) -> Row:
-    """The row in the smallest shape of the list that holds its bytes and patches."""
+    """Returns the row in the smallest shape of the list that holds its ids and patches."""
     used = int(np.count_nonzero(row.tokens != PAD_ID))
     # Room for one more patch than bytes, the tail; packing gives no full row more than its length.
     length = _row_length(used + 1, len(row.tokens))
@@ -273,13 +298,13 @@ def trim(row: Row) -> Row:
 
 
 def _row_length(num_ids: int, row_bytes: int | None = None) -> int:
-    """The smallest power of two from 64 that holds `num_ids`, but at most `row_bytes`."""
+    """Returns the smallest power of two from 64 that holds `num_ids`, at most `row_bytes`."""
     length = max(_MIN_LENGTH, 1 << (num_ids - 1).bit_length())
     return length if row_bytes is None else min(length, row_bytes)
 
 
 def _num_columns(num_patches: int, length: int) -> int:
-    """The smallest of length, length / 2, length / 4, ... that holds `num_patches`."""
+    """Returns the smallest of length, length / 2, length / 4, ... that holds `num_patches`."""
     columns = length
     while columns > max(length * _MIN_COLUMNS, 2) and -(-columns // 2) >= num_patches:
         columns = -(-columns // 2)
@@ -292,7 +317,7 @@ def _batch_size(length: int) -> int:
 
 
 def _chunks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Ids of consecutive documents, so many that batches which are not full matter little."""
+    """Yields ids of consecutive documents, so many that unfilled batches matter little."""
     shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
     chunk, size = [], 0
     for ids in documents:
@@ -305,21 +330,18 @@ def _chunks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
         yield chunk
 
 
-def _check_entropy_model(entropy_config: EntropyModelConfig | None, patching: PatchingConfig):
-    if patching.rule in ENTROPY_RULES and entropy_config is None:
-        raise ValueError(
-            f"patching rule {patching.rule!r} needs an entropy model and there is none: "
-            "give entropy_model="
-        )
-
-
 def _checked(documents: Sequence[bytes | str], row_bytes: int) -> list[bytes | str]:
-    if isinstance(documents, (bytes, bytearray, memoryview, str)):
+    check_row(row_bytes)
+    if isinstance(documents, TEXT):
         raise ValueError(f"documents is one {type(documents).__name__}: give a list of documents")
-    if row_bytes < 8:
-        raise ValueError(f"row_bytes={row_bytes} must be at least 8")
     documents = list(documents)
     for i, document in enumerate(documents):
-        if not isinstance(document, (bytes, bytearray, memoryview, str)):
+        if not isinstance(document, TEXT):
             raise ValueError(f"documents[{i}] is {type(document).__name__}: give bytes or str")
     return documents
+
+
+def check_row(row_bytes: int):
+    """Raises ValueError for rows that are too short."""
+    if row_bytes < 8:
+        raise ValueError(f"row_bytes={row_bytes} must be at least 8")

@@ -1,7 +1,7 @@
-"""Prompts to text: rows of static shape around the loops of `loops.py`, and what comes out.
+"""The engine of generation: runs the loops of `loops.py` on batches of requests, for any decoder.
 
-Rooms come in few sizes, powers of two, so that few are compiled: a second prompt whose room is of
-the same size compiles nothing.
+Caches come in few sizes, powers of two, so that few programs are compiled: a second prompt whose
+cache is of the same size compiles nothing.
 """
 
 import math
@@ -13,55 +13,59 @@ import jax
 import numpy as np
 
 from bltjax import sharding
+from bltjax.inference.decoders import Decoder
 from bltjax.inference.loops import decode, prefill
-from bltjax.inference.model_steps import Configs
-from bltjax.inference.row_state import Plan, Request, out_of_patches
-from bltjax.inference.sampling import Sampling, knobs
-from bltjax.model.cache import Room
+from bltjax.inference.row_state import ProgramShape, RequestArrays
+from bltjax.inference.sampling import Sampling, sampling_arrays
+from bltjax.model.cache import CacheSize
 from bltjax.ops.cached_attention import BLOCK
 from bltjax.vocabulary import PAD_ID, encode
-from bltjax.vocabulary import decode as decode_ids
 
-AT_ONCE = 128  # positions of a prompt that are read at once
-SMALLEST_ROOM = 64
+CHUNK = 128  # positions of a prompt that are read at once
+MIN_POSITIONS = 64
 STREAM_STEPS = 16  # between looks at what has been written
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How generation goes about it; none of it changes what greedy generation yields."""
+    """Options of speed and memory; they do not change what greedy generation yields."""
 
     batch_size: int = 32  # rows at once
     max_drafts: int = 0  # bytes drafted past the end of a patch (self-speculation); 0: none
     quorum: float = 0.5  # share of the rows that wait before the global stack runs
-    least_patch_bytes: float = 1.0  # mean length of patches that there is room for; 1: of any
+    min_patch_bytes: float = 1.0  # mean length of patches that there is room for; 1: of any
 
     def __post_init__(self):
         for name, least in (("batch_size", 1), ("max_drafts", 0)):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{name}={value!r} must be a whole number from {least}")
-        if self.max_drafts >= AT_ONCE:
-            raise ValueError(f"max_drafts={self.max_drafts} must be less than {AT_ONCE}")
-        if not 1 <= self.least_patch_bytes < np.inf:
-            raise ValueError(f"least_patch_bytes={self.least_patch_bytes!r} must be 1 or more")
+        if self.max_drafts >= CHUNK:
+            raise ValueError(f"max_drafts={self.max_drafts} must be less than {CHUNK}")
+        if not 1 <= self.min_patch_bytes < np.inf:
+            raise ValueError(f"min_patch_bytes={self.min_patch_bytes!r} must be 1 or more")
         if not 0 < self.quorum <= 1:
             raise ValueError(f"quorum={self.quorum!r} must be above 0 and at most 1")
 
 
-class Prompt(NamedTuple):
-    """One row that is asked for."""
+class Request(NamedTuple):
+    """One prompt to continue."""
 
     ids: np.ndarray  # int32, BOS first
     max_new_bytes: int
     seed: int
 
+    @property
+    def max_length(self) -> int:
+        """Positions of a row whose every new id is a single byte."""
+        return len(self.ids) + self.max_new_bytes
+
 
 class Counts(NamedTuple):
-    """What a generation took."""
+    """Work that a generation took."""
 
     new_bytes: int = 0
-    steps: int = 0  # of the entropy model, encoder and decoder; a byte for each row in one
+    steps: int = 0  # of everything but the global stack; an id for each row in one
     patches: int = 0  # that the global stack read
     prompt_patches: int = 0  # those of them that the prompts held
     global_calls: int = 0  # of the global stack after the prompts, for all rows of a batch at once
@@ -73,157 +77,184 @@ class Counts(NamedTuple):
 
 
 def generate(
-    configs: Configs,
-    params: dict,  # of `model_steps.prepared`
-    prompts: Sequence[Prompt],
+    decoder: Decoder,
+    params: dict,  # of `decoders.for_generation`
+    requests: Sequence[Request],
     sampling: Sampling = Sampling(),
     stops: Sequence[bytes] = (),
     decoding: Decoding = Decoding(),
 ) -> tuple[list[bytes], Counts]:
-    """The continuation of each prompt, without EOS or stop string, and what it took."""
-    # Prompts of like length share a batch: the longest decides the room of all.
-    order = sorted(range(len(prompts)), key=lambda i: -_length(prompts[i]))
-    outputs, counts = [b""] * len(prompts), Counts()
+    """Returns the continuation of each prompt, without EOS or stop string, and what it took."""
+    # Prompts of like length share a batch: the longest decides the size of all.
+    order = sorted(range(len(requests)), key=lambda i: -requests[i].max_length)
+    outputs, counts = [b""] * len(requests), Counts()
     for start in range(0, len(order), decoding.batch_size):
         chosen = order[start : start + decoding.batch_size]
-        rows = _Rows(configs, params, [prompts[i] for i in chosen], sampling, stops, decoding)
-        while not rows.done:
-            rows.advance(rows.plan.room.positions * (decoding.max_drafts + 2))
-        texts = rows.texts()
+        own = [requests[i] for i in chosen]
+        batch = _Batch(decoder, params, own, sampling, stops, decoding)
+        while not batch.done:
+            batch.advance(batch.max_steps)
+        texts = batch.texts()
         for i, text in zip(chosen, texts, strict=True):
             outputs[i] = text
-        counts += rows.counts(texts)
+        counts += batch.counts(texts)
     return outputs, counts
 
 
 def stream(
-    configs: Configs,
-    params: dict,  # of `model_steps.prepared`
-    prompt: Prompt,
+    decoder: Decoder,
+    params: dict,  # of `decoders.for_generation`
+    request: Request,
     sampling: Sampling = Sampling(),
     stops: Sequence[bytes] = (),
     decoding: Decoding = Decoding(),
 ) -> Iterator[tuple[bytes, Counts]]:
-    """The continuation of one prompt as it comes, in pieces, and what it took so far.
+    """Yields the continuation of one prompt in pieces as they come, and what it took so far.
 
-    What may turn out to be the beginning of a stop string is held back.
+    An end that may turn out to begin a stop string is held back. All work is done on the mesh that
+    is set now, whatever the caller sets between two pieces.
     """
-    rows = _Rows(configs, params, [prompt], sampling, stops, decoding)
-    shown = 0
-    while True:
-        (text,), done = rows.texts(), rows.done
-        safe = len(text) if done else len(text) - _held_back(text, stops)
+    return _pieces(_Batch(decoder, params, [request], sampling, stops, decoding))
+
+
+def _pieces(batch: "_Batch") -> Iterator[tuple[bytes, Counts]]:
+    shown, done = 0, False
+    while not done:
+        with jax.set_mesh(batch.mesh):
+            (text,), done = batch.texts(), batch.done
+            counts = batch.counts([text])
+        safe = len(text) if done else len(text) - _held_back(text, batch.stops)
         if safe > shown or done:
-            yield text[shown:safe], rows.counts([text])
+            yield text[shown:safe], counts
             shown = safe
-        if done:
-            return
-        rows.advance(STREAM_STEPS)
+        if not done:
+            with jax.set_mesh(batch.mesh):
+                batch.advance(STREAM_STEPS)
 
 
-class _Rows:
-    """A batch on its way."""
+class _Batch:
+    """Rows of static shape that are being generated together."""
 
-    def __init__(self, configs, params, prompts, sampling, stops, decoding):
-        shards = sharding.num_row_shards(jax.sharding.get_mesh())
+    def __init__(self, decoder, params, requests, sampling, stops, decoding):
+        self.mesh = jax.sharding.get_mesh()
+        shards = sharding.num_row_shards(self.mesh)
         # Few numbers of rows, too, so that few are compiled.
-        num_rows = -(-min(_power_of_two(len(prompts)), decoding.batch_size) // shards) * shards
-        capacity = room_for(max(map(_length, prompts)) + decoding.max_drafts)
-        self.plan = make_plan(configs, num_rows, capacity, decoding)
-        self.params, self.prompts, self.stops = params, prompts, stops
-        empty = Prompt(encode(b"", add_eos=False), 0, 0)
-        filled = [*prompts, *[empty] * (num_rows - len(prompts))]
+        num_rows = -(-min(_power_of_two(len(requests)), decoding.batch_size) // shards) * shards
+        longest = max(request.max_length for request in requests)
+        capacity = num_positions(longest + decoding.max_drafts)
+        self.shape = make_shape(decoder, num_rows, capacity, decoding)
+        self.params, self.requests, self.stops = params, requests, stops
+        empty = Request(decoder.encode(b""), 0, 0)
+        filled = [*requests, *[empty] * (num_rows - len(requests))]
         tokens = np.full((num_rows, capacity), PAD_ID, np.int32)
-        for row, prompt in zip(tokens, filled, strict=True):
-            row[: len(prompt.ids)] = prompt.ids
-        lengths = np.array([len(p.ids) for p in filled], np.int32)
-        new = np.array([p.max_new_bytes for p in filled], np.int32)
-        seeds = np.array([p.seed for p in filled], np.uint32)
-        here = sharding.rows_of_process(num_rows)
-        tokens, *asked = sharding.put_batch(
-            [x[here] for x in (tokens, lengths, lengths + new, seeds)]
+        for row, request in zip(tokens, filled, strict=True):
+            row[: len(request.ids)] = request.ids
+        lengths = np.array([len(r.ids) for r in filled], np.int32)
+        limits = np.array([r.max_new_bytes for r in filled], np.int32)
+        seeds = np.array([r.seed for r in filled], np.uint32)
+        self.rows_here = sharding.rows_of_process(num_rows)
+        tokens, *numbers = self._put_rows(tokens, lengths, limits, seeds)
+        self.arrays = RequestArrays(
+            *numbers,
+            stops=sharding.put_whole(_stop_table(stops if decoder.ids_are_bytes else ())),
+            sampling=sharding.put_whole(jax.tree.map(np.asarray, sampling_arrays(sampling))),
         )
-        self.request = Request(
-            *asked,
-            stops=sharding.put_whole(_stop_table(stops)),
-            knobs=sharding.put_whole(jax.tree.map(np.asarray, knobs(sampling))),
-        )
-        self.progress = prefill(self.plan, params, tokens, self.request)
+        self.progress = prefill(self.shape, params, tokens, self.arrays)
+
+    def _put_rows(self, *arrays):
+        return sharding.put_batch([x[self.rows_here] for x in arrays])
 
     @property
     def done(self) -> bool:
         return bool(np.all(sharding.on_host(self.progress.done)))
 
+    @property
+    def max_steps(self) -> int:
+        """Steps to make at once: of ids that are not bytes the host looks for stop strings."""
+        if self.stops and not self.shape.decoder.ids_are_bytes:
+            return STREAM_STEPS
+        return self.shape.size.positions * (self.shape.max_drafts + 2)
+
     def advance(self, steps: int):
+        """Makes at most so many steps."""
         limit = sharding.put_whole(np.int32(steps))
-        self.progress = decode(self.plan, self.params, self.progress, self.request, limit)
+        self.progress = decode(self.shape, self.params, self.progress, self.arrays, limit)
+        if self.stops and not self.shape.decoder.ids_are_bytes:
+            done = np.array(sharding.on_host(self.progress.done))
+            for i, text in enumerate(self._uncut_texts()):
+                done[i] |= self._cut(text) != text
+            (done,) = self._put_rows(done)
+            self.progress = self.progress._replace(done=done)
 
     def texts(self) -> list[bytes]:
-        """What has been written of each prompt, drafts left out.
+        """Returns the text of each row so far, drafts left out.
 
         Raises ValueError where a text has more patches than there is room for.
         """
-        self._check_room()
-        progress = self.progress
-        tokens, lengths, anchors = sharding.on_host(
-            (progress.state.record.tokens, progress.length, progress.anchor)
-        )
-        ends = np.where(anchors >= 0, anchors + 1, lengths)
-        rows = zip(self.prompts, tokens, ends, strict=False)  # those filled up have no prompt
-        return [self._text(row[len(prompt.ids) : end]) for prompt, row, end in rows]
-
-    def _check_room(self):
-        room = self.plan.room
-        if room.patches < room.positions:
-            full = sharding.on_host(out_of_patches(self.progress.state, self.progress.length))
-            if full[: len(self.prompts)].any():
+        size, decoder = self.shape.size, self.shape.decoder
+        if size.patches < size.positions:
+            full = decoder.out_of_patches(self.progress.state, self.progress.length)
+            if sharding.on_host(full)[: len(self.requests)].any():
                 raise ValueError(
-                    f"a text has more than the {room.patches} patches that there is room for: "
-                    "lower least_patch_bytes, down to 1"
+                    f"a text has more than the {size.patches} patches that there is room for: "
+                    "lower min_patch_bytes, down to 1"
                 )
+        return [self._cut(text) for text in self._uncut_texts()]
 
-    def _text(self, ids) -> bytes:
-        text = decode_ids(ids, cut_at_eos=True)
+    def _uncut_texts(self) -> list[bytes]:
+        progress = self.progress
+        tokens, ends = sharding.on_host((progress.state.tokens, progress.length))
+        if progress.drafting is not None:
+            anchors = sharding.on_host(progress.drafting.anchor)
+            ends = np.where(anchors >= 0, anchors + 1, ends)
+        rows = zip(self.requests, tokens, ends, strict=False)  # those filled up have no request
+        return [
+            self.shape.decoder.decode(row[len(r.ids) : end])[: r.max_new_bytes]
+            for r, row, end in rows
+        ]
+
+    def _cut(self, text: bytes) -> bytes:
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         return text[: min(found, default=None)]
 
     def counts(self, texts: list[bytes]) -> Counts:
-        """What `texts` took."""
-        counts, patches = sharding.on_host(
-            (self.progress.counts, self.progress.state.blt.num_patches)
-        )
-        rows = len(self.prompts)
+        """Returns the work that `texts` took."""
+        progress, drafting = self.progress, self.progress.drafting
+
+        def total(of_rows):
+            return int(sharding.on_host(of_rows)[: len(self.requests)].sum())
+
         return Counts(
             new_bytes=sum(map(len, texts)),
-            steps=int(counts["steps"]),
-            patches=int(patches[:rows].sum()),
-            prompt_patches=int(counts["prompt_patches"][:rows].sum()),
-            global_calls=int(counts["global_calls"]),
-            drafted=int(counts["drafted"][:rows].sum()),
-            accepted=int(counts["accepted"][:rows].sum()),
+            steps=int(sharding.on_host(progress.num_steps)),
+            patches=total(self.shape.decoder.num_patches(progress.state)),
+            prompt_patches=total(progress.prompt_patches),
+            global_calls=int(sharding.on_host(progress.num_global_calls)),
+            drafted=total(drafting.num_drafted) if drafting else 0,
+            accepted=total(drafting.num_accepted) if drafting else 0,
         )
 
 
-def make_plan(configs, rows: int, positions: int, decoding: Decoding = Decoding()) -> Plan:
-    """The programs for so many rows with room for so many positions."""
-    # A row may step back over its drafts and over the byte that they follow.
-    patches = math.ceil(positions / decoding.least_patch_bytes / BLOCK) * BLOCK
-    at_once = min(AT_ONCE, positions)
-    room = Room(rows, positions, min(patches, positions), at_once, decoding.max_drafts + 1)
-    return Plan(configs, room, decoding.max_drafts, decoding.quorum)
+def make_shape(decoder: Decoder, rows: int, positions: int, decoding: Decoding) -> ProgramShape:
+    """Returns the shape of the programs for so many rows of so many positions."""
+    patches = math.ceil(positions / decoding.min_patch_bytes / BLOCK) * BLOCK
+    size = CacheSize(
+        rows=rows,
+        positions=positions,
+        patches=min(patches, positions),
+        chunk=min(CHUNK, positions),
+        max_rewind=decoding.max_drafts + 1,  # the drafts, and the byte that they follow
+    )
+    return ProgramShape(decoder, size, decoding.max_drafts, decoding.quorum)
 
 
-def room_for(positions: int) -> int:
-    """Positions that a row has room for, where it needs so many: one of few sizes."""
-    return max(SMALLEST_ROOM, _power_of_two(positions))
-
-
-def _length(prompt: Prompt) -> int:
-    return len(prompt.ids) + prompt.max_new_bytes
+def num_positions(needed: int) -> int:
+    """Returns the smallest of the few sizes that has room for `needed` positions."""
+    return max(MIN_POSITIONS, _power_of_two(needed))
 
 
 def _stop_table(stops: Sequence[bytes]) -> np.ndarray:
-    """Ids int32 [S, m], of few sizes; -1 before shorter ones, and rows of -2, which nothing is."""
+    """Returns ids int32 [S, m] of few sizes: -1 before shorter ones, rows of -2 to fill it up."""
     if not stops:
         return np.zeros((0, 1), np.int32)
     longest = _power_of_two(max(map(len, stops)))
@@ -239,7 +270,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _held_back(text: bytes, stops: Sequence[bytes]) -> int:
-    """Length of the longest end of a text that a stop string begins with."""
+    """Returns the length of the longest end of a text that a stop string begins with."""
     longest = min(len(text), max(map(len, stops), default=1) - 1)
     ends = (n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stops))
     return next(ends, 0)

@@ -1,7 +1,7 @@
 """Generation by recomputing the whole prefix for every byte: slow, and exact by construction.
 
-The buffers have a static shape and the loop runs on the device, so there is one compilation for
-any prompt that fits. This is the reference that cached decoding must equal.
+Cached decoding must equal this reference. The buffers have a static shape and the loop runs on the
+device, so there is one compilation for any prompt that fits.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.inference.sampling import Sampling, distribution, draw, knobs, row_keys
+from bltjax.inference.sampling import Sampling, distribution, draw, row_keys, sampling_arrays
 from bltjax.model import functional
 from bltjax.patching.boundaries import entropy_segments, patch_starts
 from bltjax.patching.buffers import buffers_from_starts
@@ -23,7 +23,7 @@ from bltjax.vocabulary import EOS_ID, PAD_ID, VOCAB_SIZE, decode, encode
 def row_patch_starts(
     patching: PatchingConfig, entropy_config: EntropyModelConfig, entropy_params, tokens
 ):
-    """Patch starts bool [B, L+1] and entropies float32 [B, L] of tokens int32 [B, L].
+    """Returns patch starts bool [B, L+1] and entropies float32 [B, L] of tokens int32 [B, L].
 
     Rules that need no entropies run no entropy model, and the entropies are then None.
     """
@@ -38,9 +38,9 @@ def row_patch_starts(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
-    config, entropy_config, patching, params, entropy_params, tokens, length, stop, knobs, seed
+    config, entropy_config, patching, params, entropy_params, tokens, length, stop, sampling, seed
 ):
-    """tokens int32 [L] filled to `length` -> filled to EOS or `stop`, and the new length."""
+    """Continues tokens int32 [L], filled to `length`, to EOS or `stop`; returns the length too."""
 
     def next_logits(tokens, length):
         rows = sharding.one_per_shard(tokens)
@@ -57,7 +57,7 @@ def _generate(
         tokens, length = carry
         logits = next_logits(tokens, length)[None, :VOCAB_SIZE]
         seen = jnp.zeros_like(logits, bool)
-        log_p = distribution(logits, knobs, seen, ~seen)
+        log_p = distribution(logits, sampling, seen, ~seen)
         keys = row_keys(seed, length[None], *(jnp.zeros(1, jnp.int32),) * 2)  # as plain decoding
         return tokens.at[length].set(draw(log_p, keys)[0]), length + 1
 
@@ -76,7 +76,7 @@ def generate_by_recompute(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> bytes:
-    """The continuation of one prompt, ended by EOS or after `max_new_bytes`.
+    """Returns the continuation of one prompt, ended by EOS or after `max_new_bytes`.
 
     temperature 0 is greedy. Patches are found afresh for every byte with `patching`; its threshold
     must be the one the model was trained with.
@@ -95,7 +95,7 @@ def generate_by_recompute(
         tokens,
         len(ids),
         stop,
-        knobs(Sampling(temperature=temperature)),
+        sampling_arrays(Sampling(temperature=temperature)),
         jnp.full(1, seed, jnp.uint32),
     )
     return decode(np.asarray(tokens)[len(ids) : int(length)])

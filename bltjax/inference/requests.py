@@ -1,4 +1,4 @@
-"""What callers ask of generation, checked: options by name, and numbers for each prompt."""
+"""Requests as callers make them, checked: options by name, and numbers for each prompt."""
 
 import dataclasses
 import warnings
@@ -6,75 +6,93 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.inference.engine import Decoding, Prompt
-from bltjax.inference.model_steps import Configs
+from bltjax.config import ENTROPY_RULES
+from bltjax.inference.decoders import Decoder
+from bltjax.inference.engine import Decoding, Request
 from bltjax.inference.sampling import Sampling
-from bltjax.vocabulary import encode
 
 
 def configure(
-    config: BLTConfig,
-    entropy_config: EntropyModelConfig | None,
-    patching: PatchingConfig,
+    decoder: Decoder,
     *,
     stop: str | bytes | Sequence[str | bytes] = (),
     threshold: float | None = None,
     **options,
-) -> tuple[Configs, dict]:
-    """Configs and options of `engine.generate`; the options are fields of Sampling and Decoding.
+) -> tuple[Decoder, dict]:
+    """Returns the decoder and the options of `engine.generate`.
 
-    Raises ValueError for an option that there is not, or a value that makes no sense.
+    options: fields of Sampling and Decoding. threshold: in the place of the decoder's own. Raises
+    ValueError for an unknown option, or a value that makes no sense.
     """
     if threshold is not None:
-        if patching.rule not in ENTROPY_RULES:
-            raise ValueError(f"threshold={threshold}: the patching rule {patching.rule!r} has none")
-        patching = dataclasses.replace(patching, threshold=threshold)
-        if problems := patching.problems("patching"):
-            raise ValueError("; ".join(problems))
-    of_sampling, of_decoding = (
-        {
-            field.name: options.pop(field.name)
-            for field in dataclasses.fields(cls)
-            if field.name in options
-        }
+        decoder = _with_threshold(decoder, threshold)
+    sampling, decoding = (
+        cls(**{f.name: options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options})
         for cls in (Sampling, Decoding)
     )
     if options:
         raise ValueError(f"unknown option {min(options)!r}: Model.generate tells which there are")
+    if sampling.valid_utf8 and not decoder.ids_are_bytes:
+        raise ValueError(
+            "valid_utf8=True needs a model of bytes, as tokens may hold half a character: decode "
+            'the text with errors="replace" instead'
+        )
     stops = [stop] if isinstance(stop, (str, bytes)) else stop
     stops = [s.encode("utf-8", "ignore") if isinstance(s, str) else s for s in stops]
     if b"" in stops:
         raise ValueError("stop holds an empty string, with which every text ends: leave it out")
-    needed = entropy_config if patching.rule in ENTROPY_RULES else None
-    return Configs(config, needed, patching), dict(
-        sampling=Sampling(**of_sampling), stops=stops, decoding=Decoding(**of_decoding)
-    )
+    return decoder, dict(sampling=sampling, stops=stops, decoding=decoding)
 
 
-def ask(prompts: Sequence[str | bytes], max_new_bytes, seed, trained: int | None) -> list[Prompt]:
-    """A row for each prompt; max_new_bytes and seed: one number, or one for each.
+def _with_threshold(decoder: Decoder, threshold: float) -> Decoder:
+    patching = getattr(decoder, "patching", None)
+    if patching is None:
+        raise ValueError(f"threshold={threshold}: a model of tokens has no patches")
+    if patching.rule not in ENTROPY_RULES:
+        raise ValueError(f"threshold={threshold}: the patching rule {patching.rule!r} has none")
+    patching = dataclasses.replace(patching, threshold=threshold)
+    if problems := patching.problems("patching"):
+        raise ValueError("; ".join(problems))
+    return dataclasses.replace(decoder, patching=patching)
 
-    trained: bytes of a row in training, where known; warns of texts that may get longer.
+
+def make_requests(
+    decoder: Decoder,
+    prompts: Sequence[str | bytes],
+    max_new_bytes: int | Sequence[int],
+    seed: int | Sequence[int],
+    trained: int | None,
+) -> list[Request]:
+    """Returns a request for each prompt; max_new_bytes and seed: one number, or one for each.
+
+    trained: positions of a row in training, where known; warns of texts that may get longer. Raises
+    ValueError for prompts that are no list of str or bytes, and for numbers that make no sense.
     """
-    many = each("max_new_bytes", max_new_bytes, len(prompts), 2**30)
-    seeds = each("seed", seed, len(prompts), 2**32)
-    rows = [
-        Prompt(encode(prompt, add_eos=False), *numbers)
-        for prompt, *numbers in zip(prompts, many, seeds, strict=True)
+    if isinstance(prompts, (str, bytes)):
+        raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, (str, bytes, bytearray, memoryview)):
+            raise ValueError(f"prompts[{i}] is {type(prompt).__name__}: give bytes or str")
+    limits = _each("max_new_bytes", max_new_bytes, len(prompts), 2**30)
+    seeds = _each("seed", seed, len(prompts), 2**32)
+    requests = [
+        Request(decoder.encode(prompt), *numbers)
+        for prompt, *numbers in zip(prompts, limits, seeds, strict=True)
     ]
-    longest = max((len(row.ids) + row.max_new_bytes for row in rows), default=0)
+    # How many tokens a number of bytes takes is not known before.
+    lengths = [r.max_length if decoder.ids_are_bytes else len(r.ids) for r in requests]
+    longest, unit = max(lengths, default=0), "bytes" if decoder.ids_are_bytes else "tokens"
     if trained is not None and longest > trained:
         warnings.warn(
-            f"a text may get {longest} bytes long, and the model was trained on {trained}: "
+            f"a text may get {longest} {unit} long, and the model was trained on {trained}: "
             "shorten the prompt or lower max_new_bytes to stay within what it has seen",
             stacklevel=4,
         )
-    return rows
+    return requests
 
 
-def each(name: str, value, count: int, limit: int) -> list[int]:
-    """One number for each prompt, from one for all or one for each."""
+def _each(name: str, value, count: int, limit: int) -> list[int]:
+    """Returns a number below `limit` for each prompt, from one for all or one for each."""
     values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * count
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} values for {count} prompts: give one for each")

@@ -10,148 +10,139 @@ the same distribution (`sampling.leftover`). How many drafts a row makes follows
 import jax
 import jax.numpy as jnp
 
-from bltjax.inference import model_steps
 from bltjax.inference.row_state import (
     ACCEPT,
     NEVER,
-    Plan,
+    Drafting,
+    ProgramShape,
     Progress,
-    Request,
     append,
     close_all,
-    counted,
+    enough_wait,
     finishes,
     next_distributions,
-    quorum,
-    take_each,
 )
 from bltjax.inference.sampling import leftover, row_keys
 from bltjax.ops.slots import below, on_rows, read_positions, span
 
-PATCHES_AT_ONCE = 2  # that drafts completed, in a call of the global stack
+PATCHES_PER_CALL = 2  # that drafts completed, in a call of the global stack
 
 
-def drafting_step(plan: Plan, params, request: Request, progress: Progress) -> Progress:
-    """A byte, or a draft of one, for each row that does not wait to have its drafts verified."""
-    drafting = progress.anchor >= 0
-    goes_on = ~progress.done & ~_stalled(request, progress)
-    progress = progress._replace(draft_log_p=on_rows(_note_draft, *_draft_slots(progress, goes_on)))
-    progress = append(plan, params, request, progress, goes_on)
-    last = progress.length - 1
-    finished = finishes(request, progress.state, progress.length[:, None])[:, 0]
-    done = progress.done | (finished & ~drafting)
-    starts = (model_steps.num_waiting(progress.state, last) > 0) & ~drafting & ~done
-    progress = progress._replace(done=done, anchor=jnp.where(starts, last, progress.anchor))
-    stalled = _stalled(request, progress)
-    calls = quorum(plan, stalled, done)
+def drafting_step(shape: ProgramShape, params, request, progress: Progress) -> Progress:
+    """Appends a byte, or a draft of one, to each row that has no drafts to be verified."""
+    is_drafting = progress.drafting.anchor >= 0
+    goes_on = ~progress.done & ~_awaits_verification(shape, request, progress)
+    progress = progress._replace(drafting=_note_distributions(progress, goes_on))
+    progress = append(shape, params, request, progress, goes_on)
+    drafting, last = progress.drafting, progress.length - 1
+    finished = finishes(shape, request, progress.state, progress.length[:, None])[:, 0]
+    done = progress.done | (finished & ~is_drafting)
+    starts = (shape.decoder.num_waiting(progress.state, last) > 0) & ~is_drafting & ~done
+    drafting = drafting._replace(anchor=jnp.where(starts, last, drafting.anchor))
+    progress = progress._replace(done=done, drafting=drafting)
+    waits = _awaits_verification(shape, request, progress)
     progress = jax.lax.cond(
-        calls,
-        lambda progress: _verify(plan, params, request, progress, stalled),
+        enough_wait(shape, waits, done),
+        lambda progress: _verify(shape, params, request, progress, waits),
         lambda progress: progress,
         progress,
     )
-    settled = stalled | done  # these know what follows, or wait to
+    settled = waits | done  # these know the next distribution, or wait for it
     return jax.lax.cond(
         settled.all(),
         lambda progress: progress,
-        lambda progress: _predict_one(plan, params, request, progress, ~settled),
+        lambda progress: _predict_one(shape, params, request, progress, ~settled),
         progress,
     )
 
 
-def _predict_one(plan, params, request, progress, rows) -> Progress:
-    last = progress.length - 1
+def _predict_one(shape: ProgramShape, params, request, progress: Progress, rows) -> Progress:
+    last, seen = progress.length - 1, progress.first_seen
     count = rows.astype(jnp.int32)
-    logits, state = model_steps.predict(plan.configs, params, progress.state, last, count, 1)
-    log_p = next_distributions(request, state, progress.length, logits, progress.first_seen)[:, 0]
+    logits, state = shape.decoder.predict(params, progress.state, last, count, 1)
+    log_p = next_distributions(shape, request, state, progress.length, logits, seen)[:, 0]
+    drafting = progress.drafting
     return progress._replace(
         state=state,
         next_log_p=jnp.where(rows[:, None], log_p, progress.next_log_p),
-        redraw=progress.redraw & ~rows,
+        drafting=drafting._replace(redraw=drafting.redraw & ~rows),
     )
 
 
-def _verify(plan, params, request, progress, rows) -> Progress:
-    """Lets the drafts of some rows stand as far as the full model would have drawn them."""
+def _verify(shape: ProgramShape, params, request, progress: Progress, rows) -> Progress:
+    """Keeps the drafts of some rows as far as the full model would have drawn them."""
+    decoder, drafting, max_drafts = shape.decoder, progress.drafting, shape.max_drafts
     last = progress.length - 1
-    drafts = jnp.where(rows, last - progress.anchor, 0)
-    first = jnp.where(rows, progress.anchor, last)
-    state, calls = close_all(plan, params, progress.state, last, 2, rows)
+    drafts = jnp.where(rows, last - drafting.anchor, 0)
+    first = jnp.where(rows, drafting.anchor, last)
+    state, calls = close_all(shape, params, progress.state, last, PATCHES_PER_CALL, rows)
     count = jnp.where(rows, drafts + 1, 0)
-    logits, state = model_steps.predict(
-        plan.configs, params, state, first, count, plan.max_drafts + 1
-    )
-    target = next_distributions(request, state, first + 1, logits, progress.first_seen)
-    positions = span(first + 1, 0, plan.max_drafts)
-    tokens = read_positions(state.record.tokens, positions)
-    ends = finishes(request, state, positions + 1)
+    logits, state = decoder.predict(params, state, first, count, max_drafts + 1)
+    target = next_distributions(shape, request, state, first + 1, logits, progress.first_seen)
+    positions = span(first + 1, 0, max_drafts)
+    tokens = read_positions(state.tokens, positions)
+    ends = finishes(shape, request, state, positions + 1)
     accepted, next_log_p = on_rows(
-        _accept,
-        tokens,
-        target,
-        progress.draft_log_p,
-        drafts,
-        request.seeds,
-        first,
-        progress.rounds,
+        _accept, tokens, target, drafting.log_p, drafts, request.seeds, first, drafting.rounds
     )
-    stand = below(accepted, plan.max_drafts)
+    stand = below(accepted, max_drafts)
     done = (stand & ends).any(axis=1)
     kept = jnp.where(done, jnp.argmax(stand & ends, axis=1) + 1, accepted)
     length = jnp.where(rows, first + 1 + kept, progress.length)
-    whole = accepted == drafts
-    limit = jnp.where(whole, jnp.minimum(2 * progress.draft_limit, plan.max_drafts), accepted + 1)
+    all_stand = accepted == drafts
+    limit = jnp.where(all_stand, jnp.minimum(2 * drafting.limit, max_drafts), accepted + 1)
     forgotten = progress.first_seen >= length[:, None]
-    counts = progress.counts
     return progress._replace(
-        state=model_steps.step_back(state, length - 1),
+        state=decoder.rewind(state, length - 1),
         length=length,
         next_log_p=jnp.where(rows[:, None], next_log_p, progress.next_log_p),
-        redraw=jnp.where(rows, ~whole, progress.redraw),
         done=progress.done | (rows & done),
         first_seen=jnp.where(forgotten, NEVER, progress.first_seen),
-        anchor=jnp.where(rows, -1, progress.anchor),
-        draft_limit=jnp.where(rows, limit, progress.draft_limit),
-        rounds=progress.rounds + rows,
-        counts=counted(counts, global_calls=calls, drafted=drafts, accepted=kept * rows),
+        num_global_calls=progress.num_global_calls + calls,
+        drafting=Drafting(
+            anchor=jnp.where(rows, -1, drafting.anchor),
+            log_p=drafting.log_p,
+            limit=jnp.where(rows, limit, drafting.limit),
+            rounds=drafting.rounds + rows,
+            redraw=jnp.where(rows, ~all_stand, drafting.redraw),
+            num_drafted=drafting.num_drafted + drafts,
+            num_accepted=drafting.num_accepted + kept * rows,
+        ),
     )
 
 
 def _accept(tokens, target, drafted, num_drafts, seeds, first, rounds):
-    """How many drafts of each row stand, int32 [B], and what the id after them is drawn from.
+    """Returns int32 [B], how many drafts of each row stand, and the distribution of the next id.
 
     tokens int32 [B, k] were drawn from drafted [B, k, V]; target [B, k + 1, V].
     """
     keys = row_keys(seeds, first, rounds, jnp.full_like(first, ACCEPT))
     uniform = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
-    of_drafts = (
-        jnp.take_along_axis(x[:, : tokens.shape[1]], tokens[..., None], -1)[..., 0]
+    target_p, drafted_p = (
+        jnp.exp(jnp.take_along_axis(x[:, : tokens.shape[1]], tokens[..., None], -1)[..., 0])
         for x in (target, drafted)
     )
-    target_p, drafted_p = map(jnp.exp, of_drafts)
     fits = (uniform * drafted_p < target_p) & below(num_drafts, tokens.shape[1])
     accepted = jnp.cumprod(fits, axis=1).sum(axis=1).astype(jnp.int32)
+    take_each = jax.vmap(lambda row, i: row[i])
     following = take_each(target, accepted)
     refused = take_each(drafted, jnp.minimum(accepted, tokens.shape[1] - 1))
     left = jnp.where((accepted < num_drafts)[:, None], leftover(following, refused), following)
     return accepted, left
 
 
-def _stalled(request, progress):
-    """Rows whose drafts are as many as they may be, or reach an end."""
-    drafts = progress.length - 1 - progress.anchor
-    ends = finishes(request, progress.state, progress.length[:, None])[:, 0] & (drafts > 0)
-    return (progress.anchor >= 0) & ((drafts >= progress.draft_limit) | ends) & ~progress.done
+def _awaits_verification(shape: ProgramShape, request, progress: Progress):
+    """Returns bool [B]: rows whose drafts are as many as they may be, or reach an end."""
+    drafting = progress.drafting
+    drafts = progress.length - 1 - drafting.anchor
+    ends = finishes(shape, request, progress.state, progress.length[:, None])[:, 0] & (drafts > 0)
+    return (drafting.anchor >= 0) & ((drafts >= drafting.limit) | ends) & ~progress.done
 
 
-def _draft_slots(progress, goes_on):
-    """Where the distribution of the next draft is kept; outside for rows that make none."""
-    slots = progress.length - 1 - progress.anchor
-    slots = jnp.where(goes_on & (progress.anchor >= 0), slots, progress.draft_log_p.shape[1])
-    return progress.draft_log_p, progress.next_log_p, slots
-
-
-def _note_draft(kept, log_p, slots):
-    return jax.vmap(lambda kept, log_p, slot: kept.at[slot].set(log_p, mode="drop"))(
-        kept, log_p, slots
-    )
+def _note_distributions(progress: Progress, rows) -> Drafting:
+    """Keeps the distributions that the next drafts of some rows are drawn from."""
+    drafting = progress.drafting
+    index = progress.length - 1 - drafting.anchor
+    index = jnp.where(rows & (drafting.anchor >= 0), index, drafting.log_p.shape[1])
+    note = jax.vmap(lambda kept, log_p, i: kept.at[i].set(log_p, mode="drop"))
+    return drafting._replace(log_p=on_rows(note, drafting.log_p, progress.next_log_p, index))

@@ -1,7 +1,7 @@
 """UTF-8 as a machine of eight states (Unicode 15, table 3-7), for text that must stay valid.
 
-The state after some bytes is how the character that they end in may go on. It depends on four bytes
-at most, so it is found from the text and need not be kept.
+The state after some bytes says how the character that they end in may go on. It depends on four
+bytes at most, so it is found from the text and need not be kept.
 """
 
 import jax
@@ -37,11 +37,11 @@ _TO_COME = [0, 1, 2, 3, 2, 2, 3, 3]  # bytes that complete the character
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """State after each id, and bytes that are then to come (-1: the id may not follow)."""
+    """Returns the state after each id, and bytes that are then to come (-1: it may not follow)."""
     after = np.zeros((len(_RULES), VOCAB_SIZE), np.int32)
     to_come = np.full((len(_RULES), VOCAB_SIZE), -1, np.int32)
     for state, rules in _RULES.items():
-        # What may not follow starts anew, as decoders that replace bad bytes do.
+        # A byte that may not follow starts anew, as decoders that replace bad bytes have it.
         for bytes_, then in (_RULES[START] | rules if state else rules).items():
             after[state, [b + BYTE_OFFSET for b in bytes_]] = then
         for bytes_, then in rules.items():
@@ -54,7 +54,7 @@ _AFTER, _BYTES_TO_COME = _tables()
 
 
 def state_after(last: jax.Array) -> jax.Array:
-    """States int32 [...] after the last LONGEST ids of a text, int32 [..., LONGEST]."""
+    """Returns states int32 [...] after the last LONGEST ids of a text, int32 [..., LONGEST]."""
     table, state = jnp.asarray(_AFTER), jnp.zeros_like(last[..., 0])
     for i in range(LONGEST):
         state = table[state, last[..., i]]
@@ -62,9 +62,9 @@ def state_after(last: jax.Array) -> jax.Array:
 
 
 def may_follow(state: jax.Array, room: jax.Array) -> jax.Array:
-    """bool [..., V]: ids that may come in states [...] and can be completed in `room` bytes [...].
+    """Returns bool [..., V]: ids that may come in states [...], with `room` for bytes [...].
 
-    In the middle of a character that the room does not hold, it may still go on.
+    A character that has begun may go on, even where the room does not hold it.
     """
     to_come = jnp.asarray(_BYTES_TO_COME)[state]
     fits = (to_come < room[..., None]) | (state[..., None] != START)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bltjax import sharding
-from bltjax.config import BLTConfig, EntropyModelConfig, TokenModelConfig
+from bltjax.config import BLTConfig, EntropyModelConfig
 from bltjax.model import incremental
 from bltjax.model.blt import BLT
 from bltjax.model.entropy_model import EntropyModel
@@ -49,14 +49,14 @@ def intermediates(config, params, tokens, *inputs, **known) -> dict:
     return _merged(config, params)(tokens, *inputs, **known)
 
 
-def read_entropies(config: EntropyModelConfig, params: dict, *inputs):
-    """`incremental.read_entropies` with these parameters."""
-    return incremental.read_entropies(_merged(config, params), *inputs)
-
-
-def read_tokens(config: TokenModelConfig, params: dict, *inputs):
+def read_tokens(config: EntropyModelConfig, params: dict, *inputs):
     """`incremental.read_tokens` with these parameters."""
     return incremental.read_tokens(_merged(config, params), *inputs)
+
+
+def token_logits(config: EntropyModelConfig, params: dict, states):
+    """`incremental.token_logits` with these parameters."""
+    return incremental.token_logits(_merged(config, params), states)
 
 
 def read_bytes(config: BLTConfig, params: dict, *inputs):

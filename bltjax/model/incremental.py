@@ -1,7 +1,7 @@
-"""The models a few positions at a time, on caches; together they equal a full pass (spec 9.2).
+"""The models on a few positions at a time, with caches; together they equal a full pass (spec 9.2).
 
-`read_entropies` and `read_bytes` take positions as they come, `close_patches` runs the global stack
-on patches that are complete, and `predict` gives the logits of positions whose patches are closed.
+`read_tokens` and `read_bytes` take positions as they come, `close_patches` runs the global stack on
+patches that are complete, and `predict` gives the logits of positions whose patches are closed.
 All writes are by position: to read a position again changes nothing, and a row steps back by
 reading earlier positions again.
 
@@ -29,25 +29,12 @@ from bltjax.ops.cached_attention import (
 )
 from bltjax.ops.rotary import angles_at
 from bltjax.ops.slots import below, read_slots, span, write_slots
-from bltjax.patching.entropy import next_byte_entropy
 
 
-def read_entropies(model: EntropyModel, cache: Stack, tokens, first, count, line_starts):
-    """Entropies float32 [B, T], in nats, after tokens int32 [B, T], and the cache with these.
+def read_tokens(model: EntropyModel, cache: Stack, tokens, first, count, line_starts=0):
+    """Returns states [B, T, E] of the last layer after tokens int32 [B, T], and the new cache.
 
-    line_starts int32 [B, T]: the first position that each may see.
-    """
-    stack = model.config.transformer
-    x = model.tok_embeddings(tokens, model.config.compute_dtype)
-    attend = _ring_attention(stack, first, count, tokens.shape[1], line_starts)
-    x, cache = _run_blocks(model.layers, stack, x, cache, first, attend)
-    return next_byte_entropy(model.output(model.norm(x)).astype(jnp.float32)), cache
-
-
-def read_tokens(model: EntropyModel, cache: Stack, tokens, first, count):
-    """Logits float32 [B, V] after the last new token of int32 [B, T], and the cache with these.
-
-    Of the model of tokens, which is an entropy model that may see everything before.
+    line_starts int32 [B, T]: the first position that each may see, with a window.
     """
     stack = model.config.transformer
     x = model.tok_embeddings(tokens, model.config.compute_dtype)
@@ -55,18 +42,21 @@ def read_tokens(model: EntropyModel, cache: Stack, tokens, first, count):
     def attend(q, k, v, kept):
         if stack.window is None:
             return store_attention(q, k, v, *kept, first, count)
-        return _ring_attention(stack, first, count, tokens.shape[1])(q, k, v, kept)
+        return _ring_attention(stack, first, count, tokens.shape[1], line_starts)(q, k, v, kept)
 
-    x, cache = _run_blocks(model.layers, stack, x, cache, first, attend)
-    last = read_slots(x, jnp.maximum(count - 1, 0)[:, None])
-    return model.output(model.norm(last)).astype(jnp.float32)[:, 0], cache
+    return _run_blocks(model.layers, stack, x, cache, first, attend)
+
+
+def token_logits(model: EntropyModel, states):
+    """Returns logits float32 [B, T, V] from states [B, T, E] of `read_tokens`."""
+    return model.output(model.norm(states)).astype(jnp.float32)
 
 
 def read_bytes(model: BLT, cache: BLTCache, tokens, before, first, count, opens) -> BLTCache:
-    """The cache with what the encoder makes of tokens int32 [B, T].
+    """Runs the encoder on tokens int32 [B, T], and returns the cache with its results.
 
-    before: int32 [B, n]: the ids before them, 0 where there are none, as many as n-grams reach back
-    (`ngram_reach`). opens: bool [B, T]: a patch starts here.
+    before: int32 [B, n]: the `ngram_reach` ids before them, 0 where there are none. opens:
+    bool [B, T]: a patch starts here.
     """
     config, encoder, cross = model.config, model.local_encoder, model.config.cross_attention
     tables = model.encoder_hash_tok_embedding if config.hash.sizes else None
@@ -100,12 +90,12 @@ def read_bytes(model: BLT, cache: BLTCache, tokens, before, first, count, opens)
 
 
 def ngram_reach(config) -> int:
-    """How many ids before a position its n-grams hold."""
+    """Returns the number of ids before a position that its longest n-gram holds."""
     return max(config.hash.sizes, default=1) - 1
 
 
 def close_patches(model: BLT, cache: BLTCache, starts, ends, seen_from, count) -> BLTCache:
-    """The cache after the global stack has read the next `count` int32 [B] patches, M at most.
+    """Runs the global stack on the next `count` int32 [B] patches, and returns the new cache.
 
     starts, ends: int32 [B, M], their positions, the end not included. seen_from: the first position
     that a patch reads, with the encoder's window of patches.
@@ -125,13 +115,15 @@ def close_patches(model: BLT, cache: BLTCache, starts, ends, seen_from, count) -
         stack.layers, config.global_transformer, patches, cache.patch, first, attend
     )
     cache = cache._replace(patch=stores, num_patches=first + count)
-    return _offer(model.local_decoder, cache, patches, span(first, 0, starts.shape[1]), valid)
+    return _add_decoder_patches(
+        model.local_decoder, cache, patches, span(first, 0, starts.shape[1]), valid
+    )
 
 
 def predict(model: BLT, cache: BLTCache, num_new: int, first, count, patch_numbers):
-    """Logits float32 [B, T, V] of T = num_new positions that were read, and the cache.
+    """Returns logits float32 [B, T, V] of T = num_new positions that were read, and the cache.
 
-    patch_numbers: int32 [B, T]: the patch that each position reads; it must have been closed.
+    patch_numbers: int32 [B, T]: the closed patch that each position reads.
     """
     config, decoder = model.config, model.local_decoder
     local, cross = config.local_decoder, config.cross_attention
@@ -161,10 +153,10 @@ def predict(model: BLT, cache: BLTCache, num_new: int, first, count, patch_numbe
 
 
 def _run_blocks(layers, stack, x, cache, first, attend, before=None, states=None):
-    """x [B, T, E] through the blocks of a stack, and the stack's cache.
+    """Returns x [B, T, E] after the blocks of a stack, and the stack's cache.
 
     attend(q, k, v, kept): the result and the cache of a layer with the new keys and values.
-    before(index, x) comes before each block; its result is put into `states`.
+    before(index, x) runs before each block; what each block yields is added to `states`.
     """
     angles = angles_at(span(first, 0, x.shape[1]), stack.head_width, stack.rope_theta)
     kept = []
@@ -183,6 +175,7 @@ def _run_blocks(layers, stack, x, cache, first, attend, before=None, states=None
 
 
 def _ring_attention(stack, first, count, num_new, earliest=0):
+    """Returns attention over the window of a stack, from the positions `earliest` on."""
     earliest = jnp.maximum(earliest, span(first, 0, num_new) - stack.window + 1)
 
     def attend(q, k, v, kept):
@@ -192,21 +185,21 @@ def _ring_attention(stack, first, count, num_new, earliest=0):
 
 
 def _slots(positions, count, num_slots):
-    """Slots of the first `count` positions, or of a single one; the others are put outside."""
+    """Returns cache slots of the first `count` positions, or of a single one; others: past all."""
     meant = positions < positions[:, :1] + count[:, None]
     return jnp.where(meant | (positions.shape[1] == 1), positions % num_slots, num_slots)
 
 
 def _write(kept: KeysValues, new, slots) -> KeysValues:
-    """new: keys, values [B, M, G, D]; slots [B, M]."""
+    """Writes new keys and values [B, M, G, D] into cache slots [B, M]."""
     new = (jnp.swapaxes(x, 1, 2) for x in new)
     return KeysValues(*(write_slots(x, y, slots) for x, y in zip(kept, new, strict=True)))
 
 
 def _pool_on(mode, last, h, opens):
-    """Of each position [B, T]: its patch's bytes so far, pooled; the sum for "mean".
+    """Pools the bytes of each position's patch so far; for "mean" the result is their sum.
 
-    last [B, 1, E]: that of the position before. h float32 [B, T, E].
+    last [B, 1, E]: the result for the position before. h float32 [B, T, E].
     """
     operation = {"max": jnp.maximum, "min": jnp.minimum, "mean": jnp.add}[mode]
 
@@ -221,7 +214,7 @@ def _pool_on(mode, last, h, opens):
 
 
 def _encode_patches(model: BLT, cache, starts, ends, seen_from):
-    """Patches [B, M, patch_width] as the encoder hands them to the global stack."""
+    """Returns patches [B, M, patch_width] as the encoder hands them to the global stack."""
     config, encoder, cross = model.config, model.local_encoder, model.config.cross_attention
     pooled = read_slots(cache.pooled, (ends - 1) % cache.pooled.shape[1])
     if config.pooling == "mean":
@@ -240,8 +233,8 @@ def _encode_patches(model: BLT, cache, starts, ends, seen_from):
     return widen(patches, cross.k)
 
 
-def _offer(decoder, cache: BLTCache, patches, numbers, valid) -> BLTCache:
-    """The cache with what the decoder reads of new global states [B, M, G]."""
+def _add_decoder_patches(decoder, cache: BLTCache, patches, numbers, valid) -> BLTCache:
+    """Returns the cache with the decoder's keys and values of new global states [B, M, G]."""
     config, cross = decoder.config, decoder.config.cross_attention
     if config.has_decoder_projection:
         patches = decoder.patch_embedding_projection(patches)
@@ -262,7 +255,7 @@ def _offer(decoder, cache: BLTCache, patches, numbers, valid) -> BLTCache:
 
 
 def _patch_slots(num_slots, cross, patch_numbers):
-    """Slots int32, and whether there is anything in them, [B, T, W * K] of W patches back."""
+    """Returns cache slots int32 [B, T, W * K] of the last W patches, and which hold anything."""
     seen = span(patch_numbers, 1 - (cross.window_decoder or 1), 1)
     slots = span(seen % (num_slots // cross.k) * cross.k, 0, cross.k)
     visible = jnp.broadcast_to((seen >= 0)[..., None], slots.shape)

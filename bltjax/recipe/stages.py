@@ -40,10 +40,10 @@ from bltjax.data.batches.rows import utilisation
 from bltjax.data.records.store import Documents, Store
 from bltjax.evaluation.bits_per_byte import evaluate
 from bltjax.evaluation.ngram_baselines import baselines
+from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.engine import generate
-from bltjax.inference.model_steps import prepared
 from bltjax.inference.reference import row_patch_starts
-from bltjax.inference.requests import ask, configure
+from bltjax.inference.requests import configure, make_requests
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts
 from bltjax.recipe import corpus, token_corpus
@@ -272,11 +272,11 @@ def show_sample(config: RunConfig, workdir: Path, patching: PatchingConfig, resu
             patching, threshold=json.loads(stored.read_text())["threshold"]
         )
     models = dict(blt=params) | ({} if entropy is None else dict(entropy_model=entropy))
-    configs, options = configure(
-        config.blt, entropy_config, patching, temperature=settings.temperature
-    )
-    row = ask([settings.prompt], settings.sample_bytes, 0, config.blt_training.row_bytes)
-    (continuation,), _ = generate(configs, prepared(models), row, **options)
+    decoder = BLTDecoder(config.blt, entropy_config, patching)
+    decoder, options = configure(decoder, temperature=settings.temperature)
+    prompt, length = [settings.prompt], config.blt_training.row_bytes
+    requests = make_requests(decoder, prompt, settings.sample_bytes, 0, length)
+    (continuation,), _ = generate(decoder, for_generation(models), requests, **options)
     text = settings.prompt + continuation.decode("utf-8", errors="replace")
     print(f"sample:\n{text}\n", flush=True)
 

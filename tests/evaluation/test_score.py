@@ -22,7 +22,12 @@ from bltjax.config import (
 from bltjax.data.batches.packing import pack_bytes, pack_patches
 from bltjax.data.records.entropies import receptive_bytes
 from bltjax.evaluation import score as module
-from bltjax.evaluation.score import document_entropies, score_bytes, score_documents
+from bltjax.evaluation.score import (
+    BLTScoring,
+    ByteScoring,
+    document_entropies,
+    score_documents,
+)
 from bltjax.model import functional
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.buffers import buffers_from_lengths, buffers_from_starts
@@ -64,15 +69,8 @@ def params(config):
 
 
 def score(documents, rule="entropy", **settings):
-    return score_documents(
-        CONFIG,
-        params(CONFIG),
-        ENTROPY_CONFIG,
-        params(ENTROPY_CONFIG),
-        RULES[rule],
-        documents,
-        **settings,
-    )
+    models = CONFIG, params(CONFIG), ENTROPY_CONFIG, params(ENTROPY_CONFIG)
+    return score_documents(BLTScoring(*models, RULES[rule]), documents, **settings)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -245,15 +243,8 @@ def test_the_same_scores_on_a_mesh(use_mesh, monkeypatch):
         return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params(config), shapes)
 
     with use_mesh(2, 2, 2):
-        found = score_documents(
-            CONFIG,
-            placed(CONFIG),
-            ENTROPY_CONFIG,
-            placed(ENTROPY_CONFIG),
-            RULES["entropy"],
-            documents,
-            row_bytes=64,
-        )
+        models = CONFIG, placed(CONFIG), ENTROPY_CONFIG, placed(ENTROPY_CONFIG)
+        found = score_documents(BLTScoring(*models, RULES["entropy"]), documents, row_bytes=64)
     for one, other in zip(expected, found, strict=True):
         assert other.nats == pytest.approx(one.nats, abs=1e-4 * max(one.num_bytes, 1), rel=0)
         assert other[1:3] == one[1:3]
@@ -261,8 +252,8 @@ def test_the_same_scores_on_a_mesh(use_mesh, monkeypatch):
 
 def test_a_byte_model_alone():
     documents, seen = [TEXT, TEXT[:62], b"a", b""], []
-    weights = params(ENTROPY_CONFIG)
-    scores = score_bytes(ENTROPY_CONFIG, weights, documents, row_bytes=128, advance=seen.append)
+    model = ByteScoring(ENTROPY_CONFIG, params(ENTROPY_CONFIG))
+    scores = score_documents(model, documents, row_bytes=128, advance=seen.append)
     for document, found in zip(documents, scores, strict=True):
         expected = 0.0
         for row in pack_bytes([encode(document)], 128):
@@ -273,20 +264,21 @@ def test_a_byte_model_alone():
         assert found.nats == close(document, expected)
         assert (found.num_bytes, found.num_patches) == (len(document), 0)
     assert sum(seen) == sum(map(len, documents))
-    alone = score_bytes(ENTROPY_CONFIG, weights, [TEXT], row_bytes=128)
+    alone = score_documents(model, [TEXT], row_bytes=128)
     assert alone == [scores[0]]
 
 
 def test_rules_without_entropies_need_no_entropy_model():
-    patching = RULES["space"]
-    found = score_documents(CONFIG, params(CONFIG), None, None, patching, ["two words"])
+    model = BLTScoring(CONFIG, params(CONFIG), None, None, RULES["space"])
+    found = score_documents(model, ["two words"])
     assert found == score(["two words"], "space")
     assert score([]) == []
 
 
 def test_errors_name_the_remedy():
     with pytest.raises(ValueError, match=r"rule 'entropy' needs .*: give entropy_model="):
-        score_documents(CONFIG, params(CONFIG), None, None, RULES["entropy"], ["text"])
+        model = BLTScoring(CONFIG, params(CONFIG), None, None, RULES["entropy"])
+        score_documents(model, ["text"])
     with pytest.raises(ValueError, match="documents is one str: give a list of documents"):
         score("text")
     with pytest.raises(ValueError, match=r"documents\[1\] is int: give bytes or str"):

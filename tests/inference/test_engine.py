@@ -14,11 +14,11 @@ import pytest
 import bltjax
 from bltjax import sharding
 from bltjax.config import MeshConfig, PatchingConfig
-from bltjax.inference import model_steps
+from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.engine import generate, stream
 from bltjax.inference.loops import decode, prefill
 from bltjax.inference.reference import generate_by_recompute
-from bltjax.inference.requests import ask, configure
+from bltjax.inference.requests import configure, make_requests
 from bltjax.model import functional
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.entropy import next_byte_entropy
@@ -60,18 +60,19 @@ class Tiny:
         self.patching, self.params = model.patching, model.params
         return self
 
-    def prepared(self):
-        return model_steps.prepared(self.params)
+    @property
+    def decoder(self):
+        return BLTDecoder(self.config, self.entropy_config, self.patching)
 
     def generate(self, texts, max_new_bytes, seed=0, **options):
-        configs, options = configure(self.config, self.entropy_config, self.patching, **options)
-        rows = ask(texts, max_new_bytes, seed, None)
-        return generate(configs, self.prepared(), rows, **options)
+        decoder, options = configure(self.decoder, **options)
+        requests = make_requests(decoder, texts, max_new_bytes, seed, None)
+        return generate(decoder, for_generation(self.params), requests, **options)
 
     def stream(self, text, max_new_bytes, **options):
-        configs, options = configure(self.config, self.entropy_config, self.patching, **options)
-        (row,) = ask([text], max_new_bytes, 0, None)
-        return stream(configs, self.prepared(), row, **options)
+        decoder, options = configure(self.decoder, **options)
+        (request,) = make_requests(decoder, [text], max_new_bytes, 0, None)
+        return stream(decoder, for_generation(self.params), request, **options)
 
     def recompute(self, text, max_new_bytes, **options):
         models = self.config, self.params["blt"], self.entropy_config, self.params["entropy_model"]
@@ -233,8 +234,8 @@ def test_a_higher_threshold_makes_fewer_patches(tiny):
 @pytest.mark.slow
 def test_a_text_that_runs_out_of_room_for_patches_is_refused(tiny):
     text = bytes(range(180))  # 181 ids in room for 256 positions and 128 patches
-    with pytest.raises(ValueError, match=r"more than the 128 patches .* least_patch_bytes"):
-        tiny.generate([text], 1, threshold=1.0, least_patch_bytes=2.0)
+    with pytest.raises(ValueError, match=r"more than the 128 patches .* min_patch_bytes"):
+        tiny.generate([text], 1, threshold=1.0, min_patch_bytes=2.0)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_a_text_that_runs_out_of_room_for_patches_is_refused(tiny):
         (dict(max_new_bytes=1, batch_size=0), "batch_size=0 must be a whole number from 1"),
         (dict(max_new_bytes=1, max_drafts=128), "max_drafts=128 must be less than 128"),
         (dict(max_new_bytes=1, quorum=0.0), "quorum=0.0 must be above 0"),
-        (dict(max_new_bytes=1, least_patch_bytes=0.5), "least_patch_bytes=0.5 must be 1 or more"),
+        (dict(max_new_bytes=1, min_patch_bytes=0.5), "min_patch_bytes=0.5 must be 1 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tiny, wrong, said):

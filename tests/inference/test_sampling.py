@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from bltjax.inference import sampling
-from bltjax.inference.sampling import Sampling, knobs, leftover, row_keys
+from bltjax.inference.sampling import Sampling, leftover, row_keys, sampling_arrays
 from bltjax.inference.self_speculation import _accept
 from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE
 
@@ -78,7 +78,7 @@ def test_distribution(chosen, spread, num_allowed, seed):
     seen = rng.random(VOCAB_SIZE) < 0.2
     allowed = np.isin(np.arange(VOCAB_SIZE), rng.permutation(VOCAB_SIZE)[:num_allowed])
     allowed[EOS_ID] = True
-    log_p = distribution(logits, knobs(chosen), seen, allowed)
+    log_p = distribution(logits, sampling_arrays(chosen), seen, allowed)
     assert log_p.dtype == jnp.float32
     expected = expected_distribution(logits, chosen, seen, allowed)
     found = np.exp(np.asarray(log_p, np.float64))
@@ -91,7 +91,7 @@ def test_only_bytes_and_eos_can_be_drawn(temperature):
     logits = np.zeros(VOCAB_SIZE, np.float32)
     logits[WITHOUT_BYTES] = 50
     logits[EOS_ID] = 1
-    chosen = knobs(Sampling(temperature=temperature))
+    chosen = sampling_arrays(Sampling(temperature=temperature))
     p = np.exp(distribution(logits, chosen, ~ALL, ALL))
     assert not p[WITHOUT_BYTES].any()
     assert p.argmax() == EOS_ID and p[EOS_ID] == (1 if temperature < 1 else p.max())
@@ -99,7 +99,7 @@ def test_only_bytes_and_eos_can_be_drawn(temperature):
 
 def test_no_limit_takes_nothing_away():
     """Rounding in sums of probabilities must not cut the tail where only another limit is set."""
-    chosen = knobs(Sampling(temperature=1, min_p=1e-30))
+    chosen = sampling_arrays(Sampling(temperature=1, min_p=1e-30))
     for seed in range(20):
         logits = np.random.default_rng(seed).normal(0, 3, VOCAB_SIZE).astype(np.float32)
         drawable = np.isfinite(distribution(logits, chosen, ~ALL, ALL)).sum()
@@ -110,7 +110,7 @@ def test_rows_of_a_batch_are_their_own():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (2, 3, VOCAB_SIZE)).astype(np.float32)
     seen = rng.random(logits.shape) < 0.1
-    chosen = knobs(Sampling(1.5, 0.7, 20, 0.9, 0.01))
+    chosen = sampling_arrays(Sampling(1.5, 0.7, 20, 0.9, 0.01))
     found = distribution(logits, chosen, seen, np.ones_like(seen))
     for i in np.ndindex(2, 3):
         np.testing.assert_allclose(found[i], distribution(logits[i], chosen, seen[i], ALL), 1e-6)
@@ -137,11 +137,13 @@ def test_errors_name_the_value_and_the_remedy(settings, message):
 
 def test_other_values_compile_nothing():
     for value in (0.5, 0.7):
-        distribution(np.zeros(VOCAB_SIZE, np.float32), knobs(Sampling(temperature=value)), ALL, ALL)
+        distribution(
+            np.zeros(VOCAB_SIZE, np.float32), sampling_arrays(Sampling(temperature=value)), ALL, ALL
+        )
         if value == 0.5:
             compiled = distribution._cache_size()
     assert distribution._cache_size() == compiled
-    assert len(knobs(Sampling())) == len(dataclasses.fields(Sampling))
+    assert len(sampling_arrays(Sampling())) == len(dataclasses.fields(Sampling))
 
 
 def assert_drawn_from(counts, p):
@@ -161,7 +163,7 @@ def test_draws(chosen):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, VOCAB_SIZE).astype(np.float32)
     seen = rng.random(VOCAB_SIZE) < 0.3
-    log_p = distribution(logits, knobs(chosen), seen, ALL)
+    log_p = distribution(logits, sampling_arrays(chosen), seen, ALL)
     keys = row_keys(jnp.arange(DRAWS, dtype=jnp.uint32), jnp.full(DRAWS, 7))
     ids = draw(jnp.broadcast_to(log_p, (DRAWS, VOCAB_SIZE)), keys)
     assert ids.dtype == jnp.int32

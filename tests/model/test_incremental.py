@@ -10,10 +10,10 @@ import pytest
 
 from bltjax import sharding
 from bltjax.config import CrossAttentionConfig, HashConfig, PatchingConfig
-from bltjax.inference import model_steps
+from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.reference import row_patch_starts
 from bltjax.model import functional
-from bltjax.model.cache import Room
+from bltjax.model.cache import CacheSize
 from bltjax.patching.buffers import buffers_from_starts
 from tests import golden
 
@@ -59,7 +59,7 @@ CONFIGS = {
     "mean pooling, the other way": changed(A, pooling="mean", cross_attention=ONLY_DECODER),
 }
 LINES = dataclasses.replace(ENTROPY, reset_at_newlines=True)
-CASES = [  # config, rule, positions at once, whether layers are apart
+CASES = [  # config, rule, positions of a piece, whether layers are apart
     (A, ENTROPY, 1, False),
     ("mean pooling, grouped heads, windows", LINES, 7, True),
     (WINDOWS, LINES, 16, False),
@@ -97,16 +97,16 @@ def text():
     return tokens
 
 
-def full_pass(configs, params):
+def full_pass(decoder, params):
     """Logits, entropies (or None) and patch starts."""
 
     @jax.jit
     def run(params, tokens):
         starts, entropies = row_patch_starts(
-            configs.patching, configs.entropy_model, params["entropy_model"], tokens
+            decoder.patching, decoder.entropy_model, params["entropy_model"], tokens
         )
         patches = buffers_from_starts(starts, C + 1)
-        return functional.apply(configs.blt, params["blt"], tokens, patches), entropies, starts
+        return functional.apply(decoder.blt, params["blt"], tokens, patches), entropies, starts
 
     return jax.tree.map(np.asarray, run(params, sharding.put_batch(text())))
 
@@ -136,29 +136,29 @@ def random_pieces(num_new):
     return [np.stack(x) for x in zip(*steps, strict=True)]
 
 
-def in_pieces(configs, params, num_new):
+def in_pieces(decoder, params, num_new):
     """Logits, and the state at the end."""
-    room = Room(rows=B, positions=C, patches=C, at_once=max(num_new, BACK + 1), steps_back=BACK)
+    size = CacheSize(rows=B, positions=C, patches=C, chunk=max(num_new, BACK + 1), max_rewind=BACK)
 
     def step(params, state, piece):
         tokens, first, count = piece
         last = first + count - 1
-        state = state._replace(record=state.record._replace(tokens=tokens))
-        back = model_steps.step_back(state, jnp.maximum(first - 1, 0)).blt.num_patches
+        state = state.with_tokens(tokens)
+        back = decoder.rewind(state, jnp.maximum(first - 1, 0)).blt.num_patches
         back = jnp.where(first > 0, back, 0)
         state = state._replace(blt=state.blt._replace(num_patches=back))
-        state = model_steps.read(configs, params, state, first, count, num_new)
+        state = decoder.read(params, state, first, count, num_new)
         state = jax.lax.while_loop(
-            lambda state: (model_steps.num_waiting(state, last) > 0).any(),
-            lambda state: model_steps.close(configs, params, state, last, 2),
+            lambda state: (decoder.num_waiting(state, last) > 0).any(),
+            lambda state: decoder.close(params, state, last, 2),
             state,
         )
-        logits, state = model_steps.predict(configs, params, state, first, count, num_new)
+        logits, state = decoder.predict(params, state, first, count, num_new)
         return state, logits
 
     @jax.jit
     def run(params, *pieces):
-        state = model_steps.new_state(configs, room, pieces[0][0])
+        state = decoder.new_state(size, pieces[0][0])
         return jax.lax.scan(functools.partial(step, params), state, pieces)
 
     *pieces, of_text = random_pieces(num_new)
@@ -178,13 +178,13 @@ def in_pieces(configs, params, num_new):
 @pytest.mark.parametrize("name, patching, num_new, apart", CASES)
 def test_pieces_equal_the_full_pass(name, patching, num_new, apart):
     config, params = models(name)
-    configs = model_steps.Configs(config, ENTROPY_CONFIG, patching)
-    expected, entropies, starts = full_pass(configs, params)
+    decoder = BLTDecoder(config, ENTROPY_CONFIG, patching)
+    expected, entropies, starts = full_pass(decoder, params)
     if apart:
-        params = model_steps.prepared(jax.tree.map(jnp.asarray, params))
+        params = for_generation(jax.tree.map(jnp.asarray, params))
         layers = params["blt"]["local_decoder"]["layers"]
         assert isinstance(layers, tuple) and len(layers) == config.local_decoder.num_layers
-    logits, state = in_pieces(configs, params, num_new)
+    logits, state = in_pieces(decoder, params, num_new)
     assert expected.std() > 0.1
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
     if entropies is not None:

@@ -172,7 +172,7 @@ def test_a_run_of_it_loads_as_a_token_model(whole):
 
 def test_commands_of_bytes_say_what_is_wrong(whole):
     model = bltjax.load(whole[0])
-    for name in ("patching", "patch_lengths", "stream"):
+    for name in ("patching", "patch_lengths"):
         with pytest.raises(ValueError, match="this is a token model"):
             getattr(model, name)
 

@@ -1,14 +1,12 @@
 """The token model of a training run from Python: generate, score, logits.
 
-What it yields has the shape of what `api.Model` yields, so that one harness measures both.
+It answers as `api.Model` does, so that one harness measures both.
 """
 
 import dataclasses
 import functools
-import math
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -22,12 +20,11 @@ from bltjax.checkpoints.weights import Lengths, Weights, WeightsError, flat, val
 from bltjax.config import PatchingConfig, RunConfig, TokenModelConfig, from_config_dict
 from bltjax.data.tokenizer import Tokenizer
 from bltjax.data.tokenizer import load as load_tokenizer
-from bltjax.evaluation.continuations import ContinuationScore
-from bltjax.evaluation.score import Score
-from bltjax.evaluation.token_baseline.generate import Prompt, generate
-from bltjax.evaluation.token_baseline.score import score_continuations, score_documents
-from bltjax.inference.model_steps import prepared
-from bltjax.inference.requests import each
+from bltjax.evaluation.continuations import ContinuationScore, score_continuations
+from bltjax.evaluation.score import ByteScoring, Score, score_documents
+from bltjax.inference.decoders import PlainDecoder, for_generation
+from bltjax.inference.engine import Counts, generate, stream
+from bltjax.inference.requests import configure, make_requests
 from bltjax.model import functional
 from bltjax.runtime.progress import Advance, unwatched
 
@@ -36,7 +33,7 @@ STAGE, TOKENIZER = "token_model", "tokenizer.json"  # in the working directory o
 
 
 def is_token_run(path: str | os.PathLike) -> bool:
-    """Whether a directory is that of a run with a token model, and without a BLT."""
+    """Returns whether a directory is that of a run with a token model, and without a BLT."""
     return is_of_tokens((), Path(path)) and not (Path(path) / formats.MODEL).exists()
 
 
@@ -47,7 +44,7 @@ def load(
     compute_dtype: str | None = None,
     advance: Advance = unwatched,
 ) -> "TokenModel":
-    """The token model of a run, the newest checkpoint; arguments are those of `api.load`.
+    """Returns the token model of a run, the newest checkpoint; arguments are those of `api.load`.
 
     Raises ValueError that lists every problem of the directory, or OSError without its tokenizer.
     """
@@ -84,6 +81,7 @@ class TokenModel:
         mesh: jax.sharding.Mesh,
     ):
         self.config, self.tokenizer, self.lengths, self.mesh = config, tokenizer, lengths, mesh
+        tokenizer.byte_lengths(config.vocab_size)  # raises where the model has too few ids
         with jax.set_mesh(mesh):
             abstract = jax.tree.map(
                 lambda a, leaf: jax.ShapeDtypeStruct(a.shape, leaf.dtype, sharding=a.sharding),
@@ -98,13 +96,14 @@ class TokenModel:
         row_bytes: int | None = None,
         advance: Advance = unwatched,
     ) -> list[Score]:
-        """nats, bytes, ids (as patches) and bits per byte of each document.
+        """Returns nats, bytes, ids (as patches) and bits per byte of each document.
 
-        row_bytes: ids of a row; a longer document is scored in several. None: as in training.
+        row_bytes: ids of a row; a longer document is scored in several, without sight of the row
+        before, as in training. None: as in training.
         """
-        documents = [_bytes_of(d, f"documents[{i}]") for i, d in enumerate(_many(documents))]
+        row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
         with jax.set_mesh(self.mesh):
-            return score_documents(*self._model, documents, self._row(row_bytes), advance)
+            return score_documents(self._scoring, documents, row_bytes=row_bytes, advance=advance)
 
     def score_continuations(
         self,
@@ -112,15 +111,10 @@ class TokenModel:
         row_bytes: int | None = None,
         advance: Advance = unwatched,
     ) -> list[ContinuationScore]:
-        """nats, bytes and is_greedy of each continuation after its context, in any company."""
-        for i, pair in enumerate(pairs):
-            if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
-                raise ValueError(f"pairs[{i}] is {pair!r}: give (context, continuation)")
-        texts = [
-            tuple(_bytes_of(text, f"pairs[{i}]") for text in pair) for i, pair in enumerate(pairs)
-        ]
+        """Returns nats, bytes and is_greedy of each continuation after its context."""
+        row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
         with jax.set_mesh(self.mesh):
-            return score_continuations(*self._model, texts, self._row(row_bytes), advance)
+            return score_continuations(self._scoring, pairs, row_bytes=row_bytes, advance=advance)
 
     def generate(
         self,
@@ -128,41 +122,33 @@ class TokenModel:
         max_new_bytes: int | Sequence[int] = 64,
         temperature: float = 0.0,
         seed: int | Sequence[int] = 0,
-        stop: Text | Sequence[Text] = (),
-        batch_size: int = 32,
+        **options,
     ) -> list[bytes]:
-        """The continuation of each prompt, without it, ended by EOS or after `max_new_bytes`.
+        """Returns the continuation of each prompt, ended by EOS or after `max_new_bytes`.
 
-        stop: strings or bytes that end a text, and are left out of it. max_new_bytes, seed: one
-        for all prompts, or one for each. A last token is cut where it is too long. Raises
+        options: those of `api.Model.generate` that need neither bytes nor patches. max_new_bytes,
+        seed: one for all prompts, or one for each. A last token is cut where it is too long. Raises
         ValueError for values that make no sense. Warns where a prompt is longer than a row.
         """
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature={temperature!r} must be a number 0 or more")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be a whole number from 1")
-        texts = [_bytes_of(prompt, f"prompts[{i}]") for i, prompt in enumerate(_many(prompts))]
-        stops = [stop] if isinstance(stop, Text) else stop
-        stops = [_bytes_of(s, "stop") for s in stops]
-        if b"" in stops:
-            raise ValueError("stop holds an empty string, with which every text ends: leave it out")
-        limits = each("max_new_bytes", max_new_bytes, len(texts), 2**30)
-        seeds = each("seed", seed, len(texts), 2**32)
-        ids = [self.tokenizer.encode(text, add_eos=False) for text in texts]
-        longest, trained = max(map(len, ids), default=0), self.lengths.row_bytes
-        if longest > trained:
-            warnings.warn(
-                f"a prompt has {longest} tokens, and the model was trained on {trained}: shorten "
-                "it to stay within what it has seen",
-                stacklevel=2,
-            )
-        asked = [Prompt(*row) for row in zip(ids, limits, seeds, strict=True)]
+        decoder, options = configure(self._decoder, temperature=temperature, **options)
+        requests = make_requests(decoder, prompts, max_new_bytes, seed, self.lengths.row_bytes)
         with jax.set_mesh(self.mesh):
-            model = self.config, self._prepared_params, self.tokenizer
-            return generate(*model, asked, temperature, stops, batch_size)
+            return generate(decoder, self._generation_params, requests, **options)[0]
+
+    def stream(
+        self, prompt: Text, max_new_bytes: int = 64, seed: int = 0, **options
+    ) -> Iterator[tuple[bytes, Counts]]:
+        """Yields the continuation of one prompt in pieces as they come, with the counts so far."""
+        decoder, options = configure(self._decoder, **options)
+        (request,) = make_requests(decoder, [prompt], max_new_bytes, seed, self.lengths.row_bytes)
+        with jax.set_mesh(self.mesh):
+            return stream(decoder, self._generation_params, request, **options)
 
     def logits(self, tokens) -> np.ndarray:
-        """float32 [B, N, V] logits of the ids after ids int [B, N]; each shape is compiled once."""
+        """Returns float32 [B, N, V] logits of the ids after ids int [B, N].
+
+        Each shape is compiled once.
+        """
         tokens = np.asarray(tokens, np.int32)
         with jax.set_mesh(self.mesh):
             filled = -len(tokens) % sharding.num_row_shards(self.mesh)
@@ -172,41 +158,58 @@ class TokenModel:
 
     @property
     def patching(self):
-        """Not there, as what asks for it should hear in a sentence."""
-        raise ValueError("this is a token model: it has no patches and no stream of bytes")
+        """Raises ValueError, as there are no patches."""
+        raise ValueError("this is a token model: it has no patches")
 
-    stream = patch_lengths = patching
+    patch_lengths = patching
 
     @property
-    def _model(self):
-        return self.config, self.params, self.tokenizer
+    def _scoring(self) -> "TokenScoring":
+        return TokenScoring(self.config, self.params, self.tokenizer)
+
+    @property
+    def _decoder(self) -> PlainDecoder:
+        return PlainDecoder(self.config, self.tokenizer)
 
     @functools.cached_property
-    def _prepared_params(self) -> dict:
+    def _generation_params(self) -> dict:
         with jax.set_mesh(self.mesh):
-            return prepared({"token_model": self.params})["token_model"]
+            return for_generation(self.params)
 
-    def _row(self, row_bytes: int | None) -> int:
-        row = self.lengths.row_bytes if row_bytes is None else row_bytes
-        if row < 8:
-            raise ValueError(f"row_bytes={row} must be at least 8")
-        return row
+
+@dataclasses.dataclass
+class TokenScoring(ByteScoring):
+    """A token model as the scorer needs it. Patches of a document are its ids, BOS and EOS too."""
+
+    tokenizer: Tokenizer
+
+    spare = 0
+
+    def __post_init__(self):
+        self.num_ids, self.byte_lengths = len(self.tokenizer), self.tokenizer.byte_lengths()
+
+    def encode(self, document: Text) -> np.ndarray:
+        """Returns the ids int32 [S] of a document, from BOS to EOS."""
+        return self.tokenizer.encode(document)
+
+    def encode_pair(self, context: bytes, continuation: bytes):
+        """Finds the ids of the continuation as lm-eval does.
+
+        They are those of both texts together, without as many as the context alone has; blanks at
+        the end of the context count as the continuation's.
+        """
+        ids = self.tokenizer.encode(context + continuation, add_eos=False)
+        first = len(self.tokenizer.encode(context.rstrip(), add_eos=False))
+        if continuation:  # the two may join into fewer ids than the context has
+            first = max(min(first, len(ids) - 1), 1)
+        return ids, first
+
+    def pack(self, documents, row_length: int):
+        """Yields the ids [S] of each document in rows of at most `row_length` ids."""
+        for packed in super().pack(documents, row_length):
+            yield packed._replace(num_patches=len(packed.ids))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens):
     return functional.apply(config, params, tokens)
-
-
-def _many(texts: Sequence[Text]) -> Sequence[Text]:
-    if isinstance(texts, Text):
-        raise ValueError(f"one {type(texts).__name__} was given: give a list of them")
-    return texts
-
-
-def _bytes_of(text: Text, name: str) -> bytes:
-    if isinstance(text, str):
-        return text.encode("utf-8", errors="ignore")
-    if not isinstance(text, (bytes, bytearray, memoryview)):
-        raise ValueError(f"{name} is {type(text).__name__}: give bytes or str")
-    return bytes(text)

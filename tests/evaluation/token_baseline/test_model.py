@@ -11,6 +11,7 @@ from bltjax.checkpoints.weights import Lengths
 from bltjax.config import TokenModelConfig, TransformerConfig
 from bltjax.data import tokenizer
 from bltjax.evaluation.token_baseline.model import TokenModel
+from bltjax.inference.loops import decode
 from bltjax.model import functional
 from bltjax.vocabulary import BYTE_OFFSET, EOS_ID
 
@@ -190,6 +191,38 @@ def test_draws_follow_from_the_seed_alone(model):
     assert one == same
 
 
+def test_filters_of_sampling_apply_to_tokens(model):
+    """Each of them, at its narrowest, leaves the most probable token alone."""
+    greedy = model.generate(PROMPTS, 16)
+    for narrow in (dict(top_k=1), dict(top_p=1e-6), dict(min_p=1.0)):
+        assert model.generate(PROMPTS, 16, temperature=1.5, seed=1, **narrow) == greedy
+    penalised = model.generate(PROMPTS, 16, repetition_penalty=1e6)
+    assert penalised != greedy
+    ids = TRAINED.encode(penalised[0]).tolist()
+    assert len(ids) == len(set(ids))
+
+
+def test_a_stream_is_the_text_in_pieces(model):
+    (text,) = model.generate(PROMPTS[:1], 150)
+    pieces = list(model.stream(PROMPTS[0], 150, stop=[b"not there"]))
+    assert b"".join(piece for piece, _ in pieces) == text and len(pieces) > 2
+    counts = pieces[-1][1]
+    assert counts.new_bytes == len(text) == 150 and 0 < counts.steps < 150
+    assert counts.patches == counts.global_calls == 0
+    stop = text[70:74]
+    cut = b"".join(piece for piece, _ in model.stream(PROMPTS[0], 150, stop=stop))
+    assert cut == text[: text.find(stop)]
+
+
+def test_equal_tokenizers_share_programs(model):
+    model.generate(["x"], 3)
+    before = decode._cache_size()
+    other = copy.copy(model)
+    other.tokenizer = tokenizer.Tokenizer(TRAINED.text)
+    assert other.generate(["x"], 3) == model.generate(["x"], 3)
+    assert decode._cache_size() == before and tokenizer.train(WORDS, 280) != TRAINED
+
+
 @pytest.mark.long
 def test_a_mesh_changes_nothing(model, use_mesh):
     with use_mesh(2, 1, 2):
@@ -202,13 +235,17 @@ def test_a_mesh_changes_nothing(model, use_mesh):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(prompts="text"), "one str was given: give a list"),
+        (dict(prompts="text"), "prompts is one str: give a list"),
         (dict(prompts=[3]), r"prompts\[0\] is int: give bytes or str"),
         (dict(prompts=["x"], temperature=-1.0), "temperature=-1.0 must be a number 0 or more"),
         (dict(prompts=["x"], max_new_bytes=-1), "max_new_bytes=-1 must be a whole number"),
         (dict(prompts=["x"], seed=[1, 2]), "seed has 2 values for 1 prompts"),
         (dict(prompts=["x"], stop=""), "stop holds an empty string"),
         (dict(prompts=["x"], batch_size=0), "batch_size=0 must be"),
+        (dict(prompts=["x"], valid_utf8=True), "valid_utf8=True needs a model of bytes"),
+        (dict(prompts=["x"], threshold=1.0), "threshold=1.0: a model of tokens has no patches"),
+        (dict(prompts=["x"], top_k=0), "top_k=0 must be a whole number"),
+        (dict(prompts=["x"], tempo=1), "unknown option 'tempo'"),
     ],
     ids=str,
 )
@@ -218,7 +255,7 @@ def test_what_makes_no_sense_is_refused(model, arguments, message):
 
 
 def test_texts_that_are_none_are_refused(model):
-    with pytest.raises(ValueError, match="one bytes was given"):
+    with pytest.raises(ValueError, match="documents is one bytes: give a list"):
         model.score(b"text")
     with pytest.raises(ValueError, match=r"pairs\[0\] is 'ab': give \(context, continuation\)"):
         model.score_continuations(["ab"])
@@ -226,5 +263,5 @@ def test_texts_that_are_none_are_refused(model):
         model.score([b"text"], row_bytes=7)
     short = copy.copy(model)
     short.lengths = Lengths(row_bytes=16)
-    with pytest.warns(UserWarning, match="has 21 tokens, and the model was trained on 16"):
+    with pytest.warns(UserWarning, match="may get 21 tokens long, and the model was trained on 16"):
         short.generate([b"\xff" * 20, "x"], 1)
