@@ -1,22 +1,22 @@
-"""How good a model is: `python -m bltjax.evaluate --checkpoint=DIR --data=PATH`, and named tasks.
+"""Measures a model: `bltjax evaluate --checkpoint=DIR --data=PATH`, and named tasks.
 
 PATH is a file, or a directory of which every file that is not hidden is a document, or holds one
 in each line (.jsonl, .ndjson, also .gz and .zst). Its top-level directories, and files of lines
-beside them, are the sources that are told apart; so are languages, where lines name theirs.
-Prints a table of bits per byte, with xz for scale. Further parts, with --data or without:
+beside them, are the sources, with a result each; so are languages, where lines name theirs. Prints
+a table of bits per byte, with xz for scale. Further parts, with --data or without:
 
     --suites=characters,noise   questions about characters; multiple choice from --data, with noise
     --samples=N                 how much of what the model writes is valid UTF-8
     --tasks=a,b                 tasks of lm-evaluation-harness, of the hub or of --tasks_path=DIR
 
-All of it is JSON in the last line.
+The last line is all of it as JSON.
 """
 
 import json
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
 from bltjax.evaluation import suites
@@ -47,8 +47,7 @@ def run(chosen) -> dict:
 
 
 def main(argv):
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}: give --checkpoint and --data")
+    cli.no_arguments(argv, "give --checkpoint and --data")
     chosen = flags.FLAGS
     parts = (chosen.data, chosen.suites, chosen.samples, chosen.tasks)
     if chosen.checkpoint is None or not any(parts):
@@ -72,9 +71,8 @@ def _without_nan(value):
     return json_number(value) if isinstance(value, float) else value
 
 
-def _define_flags():
+def define_flags():
     cli.define_model_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_string("data", None, "A file, or a directory of files.")
     flags.DEFINE_list("suites", [], f"Further parts, see above: {', '.join(suites.SUITES)}.")
     flags.DEFINE_integer("samples", 0, "Texts to draw from the model.", 0)
@@ -88,5 +86,4 @@ def _define_flags():
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main, define_flags)

@@ -1,8 +1,8 @@
-"""How a model cuts a text into patches: `python -m bltjax.patches --checkpoint=DIR --input=FILE`.
+"""Shows the patches of a text: `bltjax patches --checkpoint=DIR --input=FILE`.
 
-Shows the text with its patches, how long they are, and, with --png and --html, how hard each byte
-was. Of a folder it prints a table instead: bytes per patch of each of its subfolders (languages,
-sources) and files. Any bytes are text; all of it is JSON in the last line.
+Prints the text with its patches, their lengths, and, with --png and --html, the entropy of each
+byte. For a folder it prints a table: bytes per patch of each subfolder (a language, a source) and
+file. Any bytes are text. The last line is all of it as JSON.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
 from bltjax.config import ENTROPY_RULES, PatchingConfig
@@ -113,9 +113,8 @@ def _colour(when: str) -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
-def _define_flags():
+def define_flags():
     cli.define_model_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_string("input", None, "A file, a folder of files, or - for standard input.")
     flags.DEFINE_string("png", None, "Draw the entropy of each byte, with patches and threshold.")
     flags.DEFINE_string("html", None, "Write a page with coloured patches and their values.")
@@ -125,5 +124,4 @@ def _define_flags():
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main, define_flags)

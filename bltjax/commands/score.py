@@ -1,4 +1,4 @@
-"""What texts cost under a model: `python -m bltjax.score --checkpoint=DIR --input=FILE`.
+"""Scores texts: `bltjax score --checkpoint=DIR --input=FILE`.
 
 Prints nats, bits per byte, bytes and patches of each document, and all of it as JSON in the last
 line. Documents are any bytes; a document's score does not depend on the others.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
 from bltjax.runtime.progress import Progress
@@ -94,14 +94,12 @@ def _bits_per_byte(nats: float, num_bytes: int) -> float:
     return nats / math.log(2) / num_bytes if num_bytes else math.nan
 
 
-def _define_flags():
+def define_flags():
     cli.define_model_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_string("input", None, "A file, which is one document; - is standard input.")
     flags.DEFINE_bool("lines", False, "Each line is a document, without its newline.")
     flags.DEFINE_bool("show_patches", False, "Print each text too, cut with | at its patches.")
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main, define_flags)

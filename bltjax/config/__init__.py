@@ -19,6 +19,7 @@ from bltjax.config.model import (
 from bltjax.config.patching import ENTROPY_RULES, PATCHING_RULES, PatchingConfig
 from bltjax.config.reading import (
     FREE_FIELDS,
+    config_path,
     default_config,
     differences,
     from_config_dict,
@@ -60,6 +61,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainingConfig",
     "TransformerConfig",
+    "config_path",
     "default_config",
     "differences",
     "from_config_dict",

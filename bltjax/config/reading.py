@@ -30,14 +30,41 @@ FREE_FIELDS = (
 )
 
 
-def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> RunConfig:
-    """The settings in a file of `configs/`, as the command line reads them.
+# In a wheel configs/ lies inside the package, in a checkout beside it.
+CONFIGS = tuple(Path(__file__).parents[up] / "configs" for up in (1, 2))
 
-    `path` is what `--config=` takes: "configs/quickstart.py", or with what the file's get_config is
-    given, "configs/studies/blt.py:laptop". `settings` are those of `--config.NAME=VALUE`, such as
-    {"blt.remat": "full"}. Raises OSError, ValueError, and what the file raises.
+
+def config_path(name: str) -> str:
+    """Returns the file of a config: of a path, or of a name such as "quickstart".
+
+    What follows a colon is for the file's get_config and stays: "studies/blt:laptop". Raises
+    FileNotFoundError that lists the names.
     """
-    name, *argument = os.fspath(path).split(":", 1)
+    path, colon, argument = name.partition(":")
+    candidates = [Path(path), *(d / f"{path.removesuffix('.py')}.py" for d in CONFIGS)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return f"{candidate}{colon}{argument}"
+    names = sorted(
+        {p.relative_to(d).with_suffix("").as_posix() for d in CONFIGS for p in d.rglob("*.py")}
+    )
+    raise FileNotFoundError(
+        f"{path!r} is neither a file nor the name of a config: give the path of a file, or one of "
+        f"{', '.join(names)}"
+    )
+
+
+def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> RunConfig:
+    """Reads the settings in a config file, as the command line reads them.
+
+    Args:
+      path: what `--config=` takes, a name or a file: "quickstart", "configs/quickstart.py", or with
+        an argument for the file's get_config "studies/blt:laptop".
+      settings: those of `--config.NAME=VALUE`, such as {"blt.remat": "full"}.
+
+    Raises OSError, ValueError, and what the file raises.
+    """
+    name, *argument = config_path(os.fspath(path)).split(":", 1)
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

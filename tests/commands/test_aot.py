@@ -192,7 +192,7 @@ def fail(*_):
     raise JaxRuntimeError("INTERNAL: no")
 aot.compile_program = fail
 aot._define_flags()
-app.run(aot.main, flags_parser=command.parse_run)
+app.run(aot.main, flags_parser=command.parse)
 """
 
 

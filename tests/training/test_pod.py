@@ -217,7 +217,7 @@ def put_batch(batch):
     return put(batch)
 sharding.put_batch = put_batch
 train._define_flags()
-app.run(train.main, flags_parser=command.parse_run)
+app.run(train.main, flags_parser=command.parse)
 """
 ON_FIRE = 'raise RuntimeError("the disk of this machine is on fire")'
 FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"  # of this process's files
