@@ -15,8 +15,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from bltjax import command
-from bltjax.data import records
+from bltjax import cli
+from bltjax.data.records import store as records
 from bltjax.patching.calibrate import RULES, ScoreHistogram
 
 BLOCK = 16_384
@@ -43,10 +43,10 @@ def by_blocks(store: records.Store) -> list[ScoreHistogram]:
 def main(argv):
     chosen = flags.FLAGS
     if len(argv) > 1 or chosen.records is None:
-        command.fail("give --records=DIR, and nothing else but flags")
+        cli.fail("give --records=DIR, and nothing else but flags")
     store, result = records.open_store(Path(chosen.records)), {}
     if not all(records.has_entropies(shard) for shard in store.all_shards):
-        command.fail(f"{chosen.records} lacks entropies: run bltjax.preprocess first")
+        cli.fail(f"{chosen.records} lacks entropies: run bltjax.preprocess first")
     for name, split in (("blocks", by_blocks), ("documents", by_documents)):
         seen, held_out = split(store)
         print(
@@ -68,4 +68,4 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("records", None, "A directory of records with entropies.")
     flags.DEFINE_list("targets", ["4.5", "6", "8"], "Bytes of the mean patch.")
-    app.run(main, flags_parser=command.parse)
+    app.run(main, flags_parser=cli.parse)

@@ -26,8 +26,9 @@ from measuring import (
     with_hash_updates,
 )
 
-from bltjax import command, flops
+from bltjax import cli
 from bltjax.config import BLTConfig, OptimizerConfig, read_config
+from bltjax.costs import flops
 
 CLOSE = {"float32": 1e-3, "bfloat16": 3e-2}  # how far two losses may be apart
 KEPT = dict(none="all", dots="results of linear layers and attention", full="inputs of layers")
@@ -60,7 +61,7 @@ def compare(benchmark: str, task: str):
     """Measures --shapes of --size and prints them; task: forward or train, see worker.py."""
     chosen, rows, versions = flags.FLAGS, [], {}
     if chosen.against and not (installed("torch") and installed("transformers")):
-        command.fail(f"--against={THEIRS} needs torch and transformers: make oracle installs them")
+        cli.fail(f"--against={THEIRS} needs torch and transformers: make oracle installs them")
     shapes = {text: parse_shape(text) for text in chosen.shapes}
     try:
         for size, (model, optimizer) in models().items():
@@ -70,7 +71,7 @@ def compare(benchmark: str, task: str):
                     rows += [{"size": size, "shape": text} | row for row in found]
                     print_table(COLUMNS, rows[-len(found) :])
     except WorkerError as error:
-        command.fail(error)
+        cli.fail(error)
     print()
     print_table(COLUMNS, rows)
     names = "dtype", "remat", "hash_updates", "attention", "checkpointing", "apart"
@@ -172,7 +173,7 @@ def check_same_logits(model, scratch: Path):
             found[who] = np.array(worker.ask("logits_sample"))
     difference = np.abs(found[OURS] - found[THEIRS]).max()
     if not difference <= CLOSE["float32"]:
-        command.fail(
+        cli.fail(
             f"logits differ by {difference:.2g}: the two do not compute the same, so "
             "nothing was timed"
         )
@@ -182,7 +183,7 @@ def check_same_logits(model, scratch: Path):
 def check_same_platform(platforms: list[str]):
     """Ends the command unless all are the same; ours is the first."""
     if len(set(platforms)) > 1:
-        command.fail(
+        cli.fail(
             f"{OURS} runs on {platforms[0]} and {THEIRS} on {platforms[1]}, which is no comparison:"
             " .venv/bin/pip install -e '.[cuda]' and a CUDA build of torch, or hide the GPU with "
             "CUDA_VISIBLE_DEVICES= JAX_PLATFORMS=cpu"
@@ -213,7 +214,7 @@ def check_same_losses(runs: dict[str, dict]):
     """Ends the command unless the losses before and after the first update agree."""
     for number, pair in enumerate(zip(*(run["losses"] for run in runs.values()), strict=True)):
         if not abs(pair[0] - pair[1]) <= CLOSE[flags.FLAGS.dtype]:
-            command.fail(
+            cli.fail(
                 f"losses of step {number} are {pair[0]:.5f} and {pair[1]:.5f}: the two "
                 "do not train the same, so the times mean nothing"
             )

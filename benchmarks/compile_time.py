@@ -13,7 +13,7 @@ import measuring
 import numpy as np
 from absl import app, flags
 
-from bltjax import command
+from bltjax import cli
 
 
 def main(_):
@@ -28,7 +28,7 @@ def main(_):
                 {n: lambda n=n: compile_once(n, batch, versions) for n in depths}, chosen.repeats
             )
         except measuring.WorkerError as error:
-            command.fail(error)
+            cli.fail(error)
     rows = [
         {"layers": n}
         | {part: measuring.median([t[part] for t in times]) for part in times[0]}

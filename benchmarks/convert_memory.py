@@ -19,9 +19,10 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
-from bltjax import command, formats, sharding
+from bltjax import cli, sharding
+from bltjax.checkpoints import formats
+from bltjax.checkpoints.weights import Weights, flat
 from bltjax.config import PatchingConfig, read_config
-from bltjax.conversion.weights import Weights, flat
 from bltjax.model import functional
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -90,7 +91,7 @@ def main(_):
             started = time.perf_counter()
             command = [sys.executable, "-m", "bltjax.convert", f"--source={scratch / 'source'}"]
             command += [f"--target={scratch / 'target'}", f"--format={chosen.format}"]
-            subprocess.run(command, check=True, cwd=CONFIGS.parent)
+            subprocess.run(cli, check=True, cwd=CONFIGS.parent)
             seconds = time.perf_counter() - started
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
             wrong = pieces_differ(weights.params, formats.read(scratch / "target").params)
@@ -120,4 +121,4 @@ def _define_flags():
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main, flags_parser=command.parse)
+    app.run(main, flags_parser=cli.parse)

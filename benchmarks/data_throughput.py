@@ -20,13 +20,13 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from bltjax import command, sharding
+from bltjax import cli, sharding
 from bltjax.config import DataConfig, PatchingConfig
-from bltjax.data import records
-from bltjax.data.lanes import Layout
-from bltjax.data.mixture import Shuffled
-from bltjax.data.pipeline import as_batch, batches
-from bltjax.data.sources import list_units, read_unit
+from bltjax.data.batches.lanes import Layout
+from bltjax.data.batches.loader import as_batch, batches
+from bltjax.data.batches.order import Shuffled
+from bltjax.data.records import store as records
+from bltjax.data.sources.units import list_units, read_unit
 from bltjax.vocabulary import BYTE_OFFSET
 
 ROW_BYTES, ROW_PATCHES, BATCH_SIZE = 8192, 1792, 8
@@ -123,7 +123,7 @@ def packed(documents, layout: Layout, num_bytes: int):
 
 def main(argv):
     if len(argv) > 1:
-        command.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
+        cli.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
     if hasattr(os, "sched_setaffinity"):  # not on macOS
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core
     documents, repeats = library(flags.FLAGS.megabytes), flags.FLAGS.repeats
@@ -173,4 +173,4 @@ def measure(kind: str, write, documents, size: int, scratch: Path, repeats: int)
 if __name__ == "__main__":
     flags.DEFINE_float("megabytes", 8.0, "Of text.", 0.1)
     flags.DEFINE_integer("repeats", 5, "Runs of which the median is taken.", 1)
-    app.run(main, flags_parser=command.parse)
+    app.run(main, flags_parser=cli.parse)

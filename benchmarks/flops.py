@@ -18,7 +18,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from bltjax import command, flops, plan
+from bltjax import cli
 from bltjax.config import (
     BLTConfig,
     CrossAttentionConfig,
@@ -27,6 +27,7 @@ from bltjax.config import (
     TransformerConfig,
     read_config,
 )
+from bltjax.costs import flops, memory_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONTEXT = 8192  # bytes, of the paper's scaling experiments
@@ -88,7 +89,7 @@ def layer_parameters(model) -> int:
 def config_row(name: str) -> dict:
     """The account of a config of configs/."""
     config = read_config(CONFIGS / f"{name}.py")
-    patch_bytes = plan.mean_patch_bytes(config.patching)
+    patch_bytes = memory_plan.mean_patch_bytes(config.patching)
     found = flops.run_flops(config, patch_bytes)
     return dict(
         config=name,
@@ -108,11 +109,12 @@ def compiled_row(name: str, stage: str, chips: str | None) -> dict:
     """FLOPs of the compiled forward pass of one row on each device, and those that are needed.
 
     On TPUs attention is a kernel; elsewhere it is a loop that a compiled program counts as one
-    round (see bltjax/compiled.py), so that the others are added.
+    round (see bltjax/costs/hlo_cost.py), so that the others are added.
     """
     import jax  # late: for a topology it takes variables that are set before
 
-    from bltjax import compiled, sharding, topology, traced
+    from bltjax import sharding
+    from bltjax.costs import hlo_cost, jaxpr_flops, topology
     from bltjax.model import functional
     from bltjax.patching.buffers import buffers_from_lengths
 
@@ -133,12 +135,12 @@ def compiled_row(name: str, stage: str, chips: str | None) -> dict:
         return functional.apply(model, params, tokens, *patches)
 
     with jax.set_mesh(mesh):
-        batch = sharding.concrete(plan.abstract_batch(config, stage))
+        batch = sharding.concrete(memory_plan.abstract_batch(config, stage))
         inputs = [batch[name] for name in ("tokens", "patch_lengths") if name in batch]
         params = sharding.concrete(functional.abstract_params(model))
         program = jax.jit(forward).trace(params, *inputs)
         text = program.lower().compile().as_text()
-    cost = compiled.read_cost(text, traced.Work(program.jaxpr).kernels)
+    cost = hlo_cost.read_cost(text, jaxpr_flops.Work(program.jaxpr).kernels)
     row_bytes = batch["tokens"].shape[1]
     num_patches = batch["patch_lengths"].shape[1] if stage == "blt" else row_bytes
     needed = flops.flops_per_byte(model, row_bytes, row_bytes / num_patches)["total"]
@@ -161,7 +163,7 @@ def flops_of_later_rounds(model, row_bytes: int, num_patches: int) -> int:
 
     The first is of every group of tiles, since these are a loop of known length.
     """
-    from bltjax.ops import tiled_attention
+    from bltjax.ops.kernels import tiled_attention
 
     if isinstance(model, BLTConfig):
         stacks = [(model.local_encoder, row_bytes), (model.local_decoder, row_bytes)]
@@ -194,15 +196,15 @@ def print_rows(rows: list[dict]):
 
 def main(argv):
     if len(argv) > 1:
-        command.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
+        cli.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
     chosen = flags.FLAGS
     if chosen.topology:
-        from bltjax.aot import ENVIRONMENT
+        from bltjax.commands.aot import ENVIRONMENT
 
         os.environ.update(ENVIRONMENT)  # before JAX is imported
     for name in [*chosen.configs, *chosen.compile]:
         if not (CONFIGS / f"{name}.py").exists():
-            command.fail(f"there is no configs/{name}.py: give names of files there")
+            cli.fail(f"there is no configs/{name}.py: give names of files there")
     result = dict(paper=paper_rows(), configs=[config_row(name) for name in chosen.configs])
     print_rows(result["paper"])
     print_rows(result["configs"])
@@ -223,4 +225,4 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "topology", None, "For which chips, such as v5e:2x2; default: for this one."
     )
-    app.run(main, flags_parser=command.parse)
+    app.run(main, flags_parser=cli.parse)

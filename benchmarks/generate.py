@@ -25,7 +25,7 @@ import measuring
 import numpy as np
 from absl import app, flags
 
-from bltjax import command
+from bltjax import cli
 from bltjax.config import EntropyModelConfig, TransformerConfig, to_dict
 
 ENTROPY_MODEL = EntropyModelConfig(TransformerConfig(256, 2, 4, window=512, rope_theta=10_000.0))
@@ -63,7 +63,7 @@ def main(_):
                 if peer:
                     peer.__exit__()
     except measuring.WorkerError as error:
-        command.fail(error)
+        cli.fail(error)
     print()
     measuring.print_table(COLUMNS, rows)
     options = dict(size=chosen.size, max_drafts=chosen.max_drafts, quorum=chosen.quorum)

@@ -22,8 +22,8 @@ import measuring
 import numpy as np
 from absl import app, flags
 
-from bltjax import command
-from bltjax.training_config import UPDATES
+from bltjax import cli
+from bltjax.config.training import UPDATES
 
 COLUMNS = {"tables": "", "updates": "", "ms a step": ".1f", "temporary GiB": ".2f"}
 COLUMNS |= {"peak GiB": ".2f"}
@@ -125,7 +125,7 @@ def in_turns(size: str, versions: dict) -> list[dict]:
             arguments = [*sys.argv, f"--measure={kind}", f"--tables={size}"]
             done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                command.fail(f"{kind} updates of --tables={size} ended with {done.returncode}")
+                cli.fail(f"{kind} updates of --tables={size} ended with {done.returncode}")
             found.append(json.loads(done.stdout.splitlines()[-1]))
             versions |= found[-1]["about"]
     return [

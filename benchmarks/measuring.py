@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from bltjax import command
+from bltjax import cli
 from bltjax.config import (
     BLTConfig,
     CrossAttentionConfig,
@@ -24,8 +24,8 @@ from bltjax.config import (
     TransformerConfig,
     to_dict,
 )
-from bltjax.model_config import DTYPES, REMAT_MODES
-from bltjax.training_config import UPDATES
+from bltjax.config.model import DTYPES, REMAT_MODES
+from bltjax.config.training import UPDATES
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET
 
 ROOT = Path(__file__).parents[1]
@@ -73,12 +73,12 @@ def define_model_flags(size: str):
 
 def parse(argv):
     """absl's parser, for scripts that take flags and nothing else."""
-    rest = command.parse(argv)
+    rest = cli.parse(argv)
     if len(rest) > 1:
-        command.fail(f"unexpected argument {rest[1]!r}: only flags are taken")
+        cli.fail(f"unexpected argument {rest[1]!r}: only flags are taken")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if flags.FLAGS.threads > available:
-        command.fail(
+        cli.fail(
             f"--threads={flags.FLAGS.threads} is above the {available} cores of this "
             "machine: lower it"
         )
@@ -92,7 +92,7 @@ def parse_shape(text: str) -> tuple[int, int]:
     except ValueError:
         rows = length = 0
     if rows < 1 or length < 16:
-        command.fail(f"--shapes holds {text!r}: write ROWSxBYTES, at least 1x16")
+        cli.fail(f"--shapes holds {text!r}: write ROWSxBYTES, at least 1x16")
     return rows, length
 
 

@@ -1,11 +1,11 @@
 """Model-FLOP utilisation of a training step: `python benchmarks/mfu.py`.
 
-The FLOPs that the model needs (`bltjax/flops.py`: forward three times, nothing that is computed
-again) over those of plain matrix products in the same time. The products are timed in turns with
-the steps, XLA's in the same process and PyTorch's, where it is installed and runs on the same kind
-of device, in another; the fastest of all sizes and of both counts. --profile also tells where the
-time of a step goes: by part of the model and function of bltjax, forward and backward, and how much
-of it is matrix products. Prints tables and, last, a JSON line.
+The FLOPs that the model needs (`bltjax/costs/flops.py`: forward three times, nothing that is
+computed again) over those of plain matrix products in the same time. The products are timed in
+turns with the steps, XLA's in the same process and PyTorch's, where it is installed and runs on the
+same kind of device, in another; the fastest of all sizes and of both counts. --profile also tells
+where the time of a step goes: by part of the model and function of bltjax, forward and backward,
+and how much of it is matrix products. Prints tables and, last, a JSON line.
 
     python benchmarks/mfu.py --profile
 """
@@ -21,7 +21,8 @@ import measuring
 import numpy as np
 from absl import app, flags
 
-from bltjax import command, flops
+from bltjax import cli
+from bltjax.costs import flops
 
 PACKAGE = measuring.ROOT / "bltjax"
 PARTS = {  # by the files that a frame of an operation's trace is in
@@ -50,7 +51,7 @@ def main(_):
             if chosen.profile:
                 print_places(places)
     except measuring.WorkerError as error:
-        command.fail(error)
+        cli.fail(error)
     columns = {"size": "", "shape": "", "step s": ".3f", "bytes/s": ",.0f", "model GFLOP": ",.0f"}
     columns |= {"GFLOP/s": ",.1f", "XLA GFLOP/s": ",.1f", "torch GFLOP/s": ",.1f"}
     columns |= {"peak of": "", "MFU": ".1%"}

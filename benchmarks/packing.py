@@ -4,10 +4,10 @@ DIR is a store that `bltjax.preprocess` made. The threshold is calibrated to --t
 all documents are packed once in one shuffled order, and what is not text is weighed as the compute
 that it takes: bytes 26%, patches 74%, as in an 8B model. Recipes:
 
-    ours                 two budgets, 32 documents open (bltjax/data/packing.py)
+    ours                 two budgets, 32 documents open (bltjax/data/batches/packing.py)
     in one stream        two budgets, documents one after the other
     a document a row     the budgets of `ours`; what is longer goes on in further rows
-    published            4,096 patches in 24,576 bytes, cut and padded (bltjax/data/published.py)
+    published            4,096 patches in 24,576 bytes, cut and padded (batches/published_rows.py)
     published, shorter   the same at the row's length
     fixed patches        as many patches as the row's length holds on average, cut
 
@@ -23,21 +23,16 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags
 
-from bltjax import command
+from bltjax import cli
 from bltjax.config import PatchingConfig
-from bltjax.data import records
-from bltjax.data.lanes import Lane, Layout
-from bltjax.data.mixture import Shuffled
-from bltjax.data.packing import pack_patches
-from bltjax.data.published import Batch, pack_sequences, patch_sequences
-from bltjax.data.rows import Row
+from bltjax.data.batches.lanes import Lane, Layout
+from bltjax.data.batches.order import Shuffled
+from bltjax.data.batches.packing import pack_patches
+from bltjax.data.batches.published_rows import Batch, pack_sequences, patch_sequences
+from bltjax.data.batches.rows import Row
+from bltjax.data.records import store as records
 from bltjax.patching.boundaries import lengths_from_starts, patch_starts
-from bltjax.patching.calibrate import (
-    BYTE_COMPUTE,
-    PATCH_COMPUTE,
-    ScoreHistogram,
-    row_patches_for,
-)
+from bltjax.patching.calibrate import BYTE_COMPUTE, PATCH_COMPUTE, ScoreHistogram, row_patches_for
 from bltjax.vocabulary import PAD_ID, encode
 
 BATCH = 8  # rows that are padded together in the published recipe
@@ -117,11 +112,11 @@ def published(patched: Patched, row_bytes: int, row_patches: int) -> Sums:
 def main(argv):
     chosen = flags.FLAGS
     if len(argv) > 1 or chosen.records is None:
-        command.fail("give --records=DIR, and nothing else but flags")
+        cli.fail("give --records=DIR, and nothing else but flags")
     store = records.open_store(Path(chosen.records))
     shards = store.shards()
     if not all(records.has_entropies(shard) for shard in shards):
-        command.fail(f"{chosen.records} lacks entropies: run bltjax.preprocess first")
+        cli.fail(f"{chosen.records} lacks entropies: run bltjax.preprocess first")
     counts = ScoreHistogram()
     for part in records.score_histogram(shards).values():
         counts.merge(part)
@@ -160,4 +155,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("records", None, "A directory of records with entropies.")
     flags.DEFINE_float("target", 4.5, "Bytes of the mean patch.")
     flags.DEFINE_list("row_bytes", ["8192", "16384"], "Lengths of rows.")
-    app.run(main, flags_parser=command.parse)
+    app.run(main, flags_parser=cli.parse)

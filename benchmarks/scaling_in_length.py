@@ -22,7 +22,7 @@ import measuring
 import numpy as np
 from absl import app, flags
 
-from bltjax import command
+from bltjax import cli
 
 PROGRAMS = {"local": "local", "step": "train"}  # as worker.py calls them
 FITTED = ("step s", "grown MB", "temp MB")
@@ -32,14 +32,14 @@ def main(_):
     chosen, versions, rows, exponents = flags.FLAGS, {}, [], {}
     lengths = [int(n) for n in chosen.lengths]
     if len(lengths) < 2:
-        command.fail(f"--lengths={','.join(chosen.lengths)} is no line to fit: give two or more")
+        cli.fail(f"--lengths={','.join(chosen.lengths)} is no line to fit: give two or more")
     columns = {"program": "", "bytes": ",", "patches": ",", "step s": ".3f", "bytes/s": ",.0f"}
     columns |= {"peak MB": ",.0f", "grown MB": ",.0f", "temp MB": ",.0f"}
     for program in chosen.programs:
         try:
             found = [measure(program, length, versions) for length in lengths]
         except measuring.WorkerError as error:
-            command.fail(error)
+            cli.fail(error)
         exponents[program] = {
             name: measuring.exponent(lengths, [row[name] for row in found]) for name in FITTED
         }

@@ -20,8 +20,8 @@ import measuring
 from absl import app, flags
 
 import bltjax
-from bltjax import command
-from bltjax.data.records import Documents, open_store
+from bltjax import cli
+from bltjax.data.records.store import Documents, open_store
 
 DRAFTS = {"rows": "", "temperature": ".1f", "drafts": "", "accepted": ".0%", "calls": ""}
 DRAFTS |= {"calls saved": ".0%", "bytes/s": ",.0f", "speed": ".2f"}
@@ -31,13 +31,13 @@ THRESHOLDS |= {"bits/byte": ".4f"}
 
 def main(argv):
     if len(argv) > 1:
-        command.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
+        cli.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
     chosen = flags.FLAGS
     try:
         model = bltjax.load(chosen.checkpoint)
         texts = held_out(Path(chosen.checkpoint) / "records", chosen.documents)
     except (OSError, ValueError) as error:
-        command.fail(error)
+        cli.fail(error)
     prompts = [text[: chosen.prompt] for text in texts]
     drafts = []
     for rows in map(int, chosen.batches):
@@ -84,7 +84,7 @@ def with_drafts(model, prompts, rows: int, temperature: float) -> list[dict]:
     for number in numbers:
         texts, counts, _ = found[number][0]
         if temperature == 0 and texts != plain_texts:
-            command.fail(f"greedy text with {number} drafts is another than without")
+            cli.fail(f"greedy text with {number} drafts is another than without")
         seconds = measuring.median([run[2] for run in found[number]])
         row = options | dict(drafts=number, calls=counts.global_calls)
         row["accepted"] = counts.accepted / counts.drafted if number else None
@@ -129,4 +129,4 @@ def define_flags():
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=command.parse)
+    app.run(main, flags_parser=cli.parse)

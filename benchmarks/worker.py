@@ -67,7 +67,7 @@ class Ours(Process):
         super().__init__()
 
     def about(self) -> dict:
-        from bltjax.training.watching import peak_flops
+        from bltjax.costs.peak import peak_flops
 
         device = self.jax.devices()[0]
         found = dict(platform=device.platform, jax=self.jax.__version__, device=device.device_kind)
@@ -106,13 +106,13 @@ class Ours(Process):
         return {}
 
     def _parameters(self):
-        from bltjax import formats, sharding
+        from bltjax.checkpoints import formats, placing
         from bltjax.model import functional
 
         if self.weights is None:
             return functional.init(self.model, self.jax.random.key(0))
         stored = formats.read(Path(self.weights)).params["blt"]
-        return sharding.put_lazy(stored, functional.abstract_params(self.model))
+        return placing.put_lazy(stored, functional.abstract_params(self.model))
 
     def _forward(self, _):
         from bltjax.model import functional
@@ -210,9 +210,9 @@ class Ours(Process):
 
     def export(self, directory: str) -> dict:
         """Writes the parameters as `transformers` reads them."""
-        from bltjax import formats
+        from bltjax.checkpoints import formats
+        from bltjax.checkpoints.weights import Weights
         from bltjax.config import PatchingConfig
-        from bltjax.conversion.weights import Weights
 
         params = self.jax.tree.map(np.asarray, self.params)
         weights = Weights(self.model, None, PatchingConfig(), dict(blt=params))
@@ -404,9 +404,9 @@ class Writer(Process):
 
     def draw(self, directory: str, model: dict, entropy_model: dict, threshold: float) -> dict:
         """Writes random weights as `transformers` reads them; special ids are never the best."""
-        from bltjax import formats
+        from bltjax.checkpoints import formats
+        from bltjax.checkpoints.weights import Weights
         from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig, from_config_dict
-        from bltjax.conversion.weights import Weights
         from bltjax.model import functional
 
         blt = from_config_dict(BLTConfig, model)

@@ -6,8 +6,10 @@ See `bltjax.api` for what a model can do.
 """
 
 import importlib
+import os
 
-__version__ = "0.1.0"
+# `python -m bltjax.train` runs bltjax/commands/train.py, and so for each command.
+__path__.append(os.path.join(os.path.dirname(__file__), "commands"))
 
 _FROM_API = ("Model", "Score", "load")
 
@@ -15,11 +17,11 @@ _FROM_API = ("Model", "Score", "load")
 def __getattr__(name: str):
     """`bltjax.load` and its classes, imported when they are asked for: JAX takes seconds."""
     if name in _FROM_API:
-        from bltjax import api
-
-        return getattr(api, name)
-    if name == "convert":  # the module: bltjax.convert.convert(source, target, format)
-        return importlib.import_module("bltjax.convert")
+        return getattr(importlib.import_module("bltjax.api"), name)
+    if name == "convert":  # bltjax.convert.convert(source, target, format)
+        return importlib.import_module("bltjax.checkpoints.pytorch.convert")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("bltjax")
     raise AttributeError(f"module 'bltjax' has no attribute {name!r}")
 
 

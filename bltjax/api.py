@@ -9,25 +9,26 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from bltjax import formats, sharding
+from bltjax import sharding
+from bltjax.checkpoints import formats, placing
+from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.conversion.weights import Lengths, Weights
 from bltjax.evaluation.continuations import (
     ContinuationScore,
     score_continuations,
     score_continuations_bytes,
 )
 from bltjax.evaluation.score import Score, score_bytes, score_documents
-from bltjax.inference.ask import ask, configure
-from bltjax.inference.generate import Counts, generate, stream
-from bltjax.inference.stepping import prepared
+from bltjax.evaluation.token_baseline import model as token_model
+from bltjax.evaluation.token_baseline.model import TokenModel
+from bltjax.inference.engine import Counts, generate, stream
+from bltjax.inference.model_steps import prepared
+from bltjax.inference.requests import ask, configure
 from bltjax.model import functional
 from bltjax.patching.boundaries import entropy_segments, lengths_from_starts, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.patching.entropy import next_byte_entropy
-from bltjax.progress import Advance, unwatched
-from bltjax.tokens import model as token_model
-from bltjax.tokens.model import TokenModel
+from bltjax.runtime.progress import Advance, unwatched
 
 __all__ = ["Model", "Score", "load"]
 
@@ -96,7 +97,7 @@ class Model:
         self.mesh = mesh
         with jax.set_mesh(mesh):
             self.params = {
-                name: sharding.put_lazy(tree, _abstract(getattr(weights, name), tree))
+                name: placing.put_lazy(tree, _abstract(getattr(weights, name), tree))
                 for name, tree in weights.params.items()
             }
 
@@ -162,7 +163,7 @@ class Model:
           stop: strings or bytes that end a text, and are left out of it.
           threshold: nats, instead of the trained one (rules by entropy): a higher one makes fewer
             patches, and generation cheaper.
-          max_drafts, batch_size, quorum, least_patch_bytes: of `inference.generate.Decoding`;
+          max_drafts, batch_size, quorum, least_patch_bytes: of `inference.engine.Decoding`;
             greedy text is the same whatever they are.
 
         Raises ValueError for values that make no sense. Warns where a text would be longer than

@@ -20,10 +20,9 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, PartitionSpec, reshard
 
-from bltjax import lazy
-from bltjax.config import BLTConfig, EntropyModelConfig, MeshConfig, TransformerConfig
-from bltjax.model_config import SHARED_TABLE
-from bltjax.ops import row_exchange
+from bltjax import sharding
+from bltjax.config import BLTConfig, EntropyModelConfig, MeshConfig, RunConfig, TransformerConfig
+from bltjax.config.model import SHARED_TABLE
 
 MESH_AXES = ("data", "fsdp", "tensor")
 _RULES = {
@@ -195,27 +194,6 @@ def table_spec(rows: int, dim: int) -> PartitionSpec:
     )
 
 
-def lookup_sum(tables: jax.Array, ids: jax.Array, dtype) -> jax.Array:
-    """Sum over T tables [T, rows, E], laid out by `table_spec`, of their rows `ids` [B, L, T].
-
-    -> [B, L, E] in `dtype`. Chips ask the owners for the rows that they need, once for each, and
-    the gradient goes back the same way: neither tables nor their gradients travel. Only those of
-    whole rows are added up over the chips.
-    """
-    _, owners, features = jax.typeof(tables).sharding.spec
-    batch = batch_spec(3)
-
-    def of_chip(tables, ids):
-        if owners is not None:
-            return row_exchange.exchange_lookup_sum(tables, ids, dtype, owners)
-        if batch[0] is not None:
-            tables = jax.lax.pcast(tables, batch[0], to="varying")
-        return row_exchange.lookup_sum(tables, ids, dtype)
-
-    out = PartitionSpec(batch[0], None, features)
-    return reshard(jax.shard_map(of_chip, out_specs=out)(tables, ids), batch)
-
-
 def shard_rows(tree):
     """A pytree of arrays [B, ...] with rows sharded over the mesh, inside jit or out."""
     return jax.tree.map(lambda x: reshard(x, batch_spec(jnp.ndim(x))), tree)
@@ -315,55 +293,31 @@ def concrete(tree):
     return jax.tree.map(place, tree)
 
 
-def put_lazy(tree: dict, abstract: dict) -> dict:
-    """A nested dict of lazy arrays on the devices of the mesh that is set, as `abstract` says.
+def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
+    """Rows are split over the mesh, so each stage's batch must divide. Raises ValueError."""
+    settings = dict(
+        entropy_model="entropy_training",
+        blt="blt_training",
+        token_model="token_training",
+        evaluate="evaluation",
+    )
+    shards = sharding.num_row_shards(mesh)
+    for name in (settings[stage] for stage in config.stages if stage in settings):
+        size = getattr(config, name).batch_size
+        parts = getattr(getattr(config, name), "accumulation_steps", 1)
+        if size % (shards * parts):
+            each = f" in each of {name}.accumulation_steps={parts} parts" if parts > 1 else ""
+            raise ValueError(
+                f"{name}.batch_size={size} is not divisible by the {shards} row shards of "
+                f"mesh={dict(mesh.shape)}{each}: change one"
+            )
 
-    abstract: ShapeDtypeStructs, as from `functional.abstract_params`; arrays become of its dtypes.
-    Each process reads what its devices hold, once, a device at a time. Raises ValueError that names
-    what is missing, not expected, or of another shape.
-    """
-    expected = {".".join(path): tuple(x.shape) for path, x in lazy.tree_leaves(abstract)}
-    given = {".".join(path): tuple(x.shape) for path, x in lazy.tree_leaves(tree)}
-    found = [
-        f"{name} is {given.get(name, 'missing')} instead of {expected.get(name, 'absent')}"
-        for name in expected | given
-        if given.get(name) != expected.get(name)
-    ]
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+
+def check_hash_updates(config: RunConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
+    """Rows that are touched are found on one device. Raises ValueError."""
+    touched = config.blt_training.optimizer.hash_updates == "touched"
+    if touched and "blt" in config.stages and mesh.size > 1:
         raise ValueError(
-            f"the weights are of another model: {'; '.join(found[:3])}{more}; "
-            "give the configuration that they were trained with"
+            f"blt_training.optimizer.hash_updates='touched' is for one device, and mesh="
+            f"{dict(mesh.shape)} has {mesh.size}: choose 'dense', large batches read most rows"
         )
-    return jax.tree.map(_put_leaf, tree, concrete(abstract))
-
-
-def _put_leaf(array: lazy.LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
-    devices_of = {}  # by piece; several may hold the same
-    for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
-        spans = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
-        devices_of.setdefault(spans, []).append(device)
-    placed = []
-    for spans, devices in devices_of.items():
-        piece = _read_piece(array, spans, target.dtype)
-        # Waits, so that the host holds no other piece while this one is on its way.
-        placed += jax.block_until_ready([jax.device_put(piece, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(target.shape, target.sharding, placed)
-
-
-def _read_piece(array: lazy.LazyArray, spans, dtype) -> np.ndarray:
-    """array[start:stop for each of spans] in another dtype, without a second copy of it."""
-    piece = _aligned_empty([stop - start for start, stop in spans], dtype)
-    for block in lazy.blocks(piece):
-        piece[block] = array[
-            tuple(slice(b.start + s[0], b.stop + s[0]) for b, s in zip(block, spans, strict=True))
-        ]
-    return piece
-
-
-def _aligned_empty(shape, dtype) -> np.ndarray:
-    """As np.empty, where XLA wants it: as an array of a CPU device it is not copied."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)

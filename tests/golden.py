@@ -20,7 +20,7 @@ from bltjax.config import (
     TransformerConfig,
 )
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parent / "golden_data" / "golden"
 MODELS = (
     "meta_A_1b_like",
     "meta_B_7b_like",

@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 
-from bltjax import lazy
+from bltjax.checkpoints import lazy_arrays
 from tests.weight_files import assert_same
 
 STORAGES = {  # torch's storage: what safetensors calls its dtype
@@ -53,7 +53,7 @@ def read(tree):
         return {name: read(value) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(map(read, tree))
-    return lazy.read_all(tree) if hasattr(tree, "shape") else tree
+    return lazy_arrays.read_all(tree) if hasattr(tree, "shape") else tree
 
 
 def assert_trees_same(tree, expected):

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bltjax.data import records, sources
-from bltjax.data.sources import Bad, Document, Unit
-from bltjax.data_config import DataConfig, SourceConfig
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.data.records import store as records
+from bltjax.data.sources import units as sources
+from bltjax.data.sources.units import Bad, Document, Unit
 
 LANGUAGES = ("en", "de", "")
 

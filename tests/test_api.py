@@ -13,9 +13,9 @@ import pytest
 
 import bltjax
 from bltjax import sharding
+from bltjax.checkpoints.pytorch.convert import convert
+from bltjax.checkpoints.weights import WeightsError
 from bltjax.config import MeshConfig
-from bltjax.conversion.weights import WeightsError
-from bltjax.convert import convert
 from bltjax.vocabulary import encode
 from tests import directories, golden, processes
 

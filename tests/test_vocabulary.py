@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bltjax import vocabulary
 
-GOLDEN = pathlib.Path(__file__).parent / "data" / "golden"
+GOLDEN = pathlib.Path(__file__).parent / "golden_data" / "golden"
 CASES = json.loads((GOLDEN / "meta_tokenizer_hash_patch_cases.json").read_text())["tokenizer"]
 
 

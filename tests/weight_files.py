@@ -6,8 +6,8 @@ import random
 import numpy as np
 from hypothesis import strategies as st
 
-from bltjax import lazy
-from bltjax.conversion.safetensors_files import DTYPES
+from bltjax.checkpoints import lazy_arrays
+from bltjax.checkpoints.pytorch.safetensors_files import DTYPES
 
 KINDS = sorted(DTYPES)
 LIBRARY_KINDS = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "BOOL"]
@@ -44,7 +44,7 @@ def assert_same(array, expected):
 def assert_all_same(tensors, expected):
     assert tensors.keys() == expected.keys()
     for name, array in expected.items():
-        assert_same(lazy.read_all(tensors[name]), array)
+        assert_same(lazy_arrays.read_all(tensors[name]), array)
 
 
 ARRAYS = {
@@ -58,7 +58,7 @@ ARRAYS = {
 def assert_honest(tensors):
     """A damaged name is another name; what has its own name still is the same tensor."""
     for name in tensors.keys() & ARRAYS.keys():
-        assert_same(lazy.read_all(tensors[name]), ARRAYS[name])
+        assert_same(lazy_arrays.read_all(tensors[name]), ARRAYS[name])
     assert len(tensors) <= len(ARRAYS)
 
 

@@ -15,9 +15,11 @@ from absl import app
 from benchmarks.studies import pages, study
 from benchmarks.studies.points import Point, account, width_for, with_flops
 from benchmarks.studies.shared import Shared
-from bltjax import command, corpus, tokenizer
+from bltjax import cli
 from bltjax.config import PatchingConfig
-from bltjax.data.records import Documents, open_store
+from bltjax.data import tokenizer
+from bltjax.data.records.store import Documents, open_store
+from bltjax.recipe import entropies
 
 BUDGETS = {"laptop": 3.2e13, "gpu": 2e17, "pod": 4e20}  # training FLOPs of a point
 LEVEL, PATCH = 1, 4.5
@@ -63,7 +65,7 @@ def patch_sizes(given: study.Settings, shared: Shared) -> dict[str, float]:
         return {}
     patching = PatchingConfig(threshold=json.loads(path.read_text())["threshold"])
     shards = open_store(shared.records).shards()
-    lengths = corpus.sample_lengths(patching, shards)
+    lengths = entropies.sample_lengths(patching, shards)
     return {source: float(own.mean()) for source, own in lengths.items()}
 
 
@@ -146,4 +148,4 @@ def main(argv):
 
 if __name__ == "__main__":
     study.define_flags()
-    app.run(main, flags_parser=command.parse)
+    app.run(main, flags_parser=cli.parse)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bltjax.config import RunConfig, read_config
-from bltjax.flops import TRAINING_FACTOR, RunFlops, run_flops
+from bltjax.costs.flops import TRAINING_FACTOR, RunFlops, run_flops
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "studies"
@@ -238,7 +238,7 @@ def print_plan(points: list[Point], directory: Path, jobs: int, flops_per_second
     import jax  # late: a study may run without, its points have their own
 
     from bltjax import sharding
-    from bltjax.flops import parameter_report
+    from bltjax.costs.flops import parameter_report
     from bltjax.model import functional
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

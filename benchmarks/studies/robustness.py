@@ -20,9 +20,9 @@ from benchmarks.studies import pages, study
 from benchmarks.studies import shared as sharing
 from benchmarks.studies.points import Point, account, width_for, with_flops
 from benchmarks.studies.shared import Shared
-from bltjax import command
+from bltjax import cli
 from bltjax.evaluation import characters, multiple_choice, noise
-from bltjax.files import replacing
+from bltjax.runtime.files import replacing
 
 BUDGETS = {  # training FLOPs of a point
     "plain": {"laptop": 2e13, "gpu": 2e17, "pod": 4e20},
@@ -205,4 +205,4 @@ def main(argv):
 
 if __name__ == "__main__":
     study.define_flags()
-    app.run(main, flags_parser=command.parse)
+    app.run(main, flags_parser=cli.parse)

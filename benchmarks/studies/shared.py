@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from benchmarks.studies.points import CONFIGS, ROOT, Point, environment
 from bltjax.config import DataConfig, PatchingConfig, SourceConfig, read_config
-from bltjax.data.finding import python_library_root
-from bltjax.data.sources import Document, list_units, read_unit
-from bltjax.files import replacing
+from bltjax.data.sources.files import python_library_root
+from bltjax.data.sources.units import Document, list_units, read_unit
+from bltjax.runtime.files import replacing
 from configs.studies import tokens as tokens_file
 
 SAMPLE_BYTES = {"laptop": 12_000_000}  # with what a study adds; other sizes read the whole corpus
@@ -122,7 +122,7 @@ def training_text(shared: Shared, num_bytes: int) -> list[bytes]:
 
 
 def _documents(shared: Shared, part: str, num_bytes: int) -> list[bytes]:
-    from bltjax.data.records import Documents, open_store
+    from bltjax.data.records.store import Documents, open_store
 
     every = Documents(open_store(shared.records).shards(part=part))
     found, size = [], 0
@@ -214,8 +214,9 @@ def _run(module: str, config: str, directory: Path, arguments: list[str]):
 
 def _measure(directory: Path, vocabulary: int) -> dict:
     """Trains the tokenizer too, on training documents."""
-    from bltjax import corpus, tokenizer
-    from bltjax.data.records import open_store
+    from bltjax.data import tokenizer
+    from bltjax.data.records.store import open_store
+    from bltjax.recipe.entropies import sample_lengths
 
     shared = Shared(directory, "", **ASSUMED)
     texts = training_text(shared, TOKENIZER_BYTES)
@@ -224,7 +225,7 @@ def _measure(directory: Path, vocabulary: int) -> dict:
     held = held_out(shared, 1_000_000)
     ids = sum(len(made.encode(text, add_bos=False, add_eos=False)) for text in held)
     store = open_store(shared.records)
-    lengths = corpus.sample_lengths(PatchingConfig(rule="space"), store.shards())
+    lengths = sample_lengths(PatchingConfig(rule="space"), store.shards())
     sizes = {source: sum(s.num_bytes for s in store.shards(source)) for source in lengths}
     patches = sum(size / lengths[source].mean() for source, size in sizes.items())
     return dict(

@@ -18,7 +18,8 @@ from absl import app, flags
 from benchmarks.studies import pages, points, shared
 from benchmarks.studies.points import Point
 from benchmarks.studies.shared import Shared
-from bltjax import command, stopping
+from bltjax import cli
+from bltjax.runtime import signals
 
 SIZES = ("laptop", "gpu", "pod")
 # Of a point in training: measured on one of two busy EPYC cores, where BLTs had 26 to 41 GFLOP/s
@@ -54,9 +55,9 @@ def settings() -> Settings:
     """The flags, checked; ends the command with a line where they are wrong."""
     given = flags.FLAGS
     if given.workdir is None:
-        command.fail("give --workdir=DIR")
+        cli.fail("give --workdir=DIR")
     if importlib.util.find_spec("matplotlib") is None:
-        command.fail("studies draw pictures: pip install -e '.[plots,tokens]'")
+        cli.fail("studies draw pictures: pip install -e '.[plots,tokens]'")
     directory = Path(given.workdir)
     return Settings(
         directory=directory,
@@ -87,7 +88,7 @@ def carry_out(given: Settings, planned: Sequence[Point]) -> list[dict]:
     failed = points.run(list(planned), directory, given.jobs)
     rows = [row for point in planned if (row := points.read(point, directory))]
     if not rows:
-        command.fail(f"every point failed: look into {directory}/*.log")
+        cli.fail(f"every point failed: look into {directory}/*.log")
     given.out.mkdir(parents=True, exist_ok=True)
     pages.write_csv(given.out / "results.csv", rows)
     if failed:
@@ -114,22 +115,22 @@ def main(
             finish(given, rows)
 
     define_flags()
-    app.run(run, flags_parser=command.parse)
+    app.run(run, flags_parser=cli.parse)
 
 
 def check(argv):
     if len(argv) > 1:
-        command.fail(f"unexpected argument {argv[1]!r}: give --workdir, and nothing else but flags")
+        cli.fail(f"unexpected argument {argv[1]!r}: give --workdir, and nothing else but flags")
 
 
 @contextlib.contextmanager
 def guarded():
     """What a user can mend, and a signal, end the command with a line."""
     try:
-        with stopping.interrupting():
+        with signals.interrupting():
             yield
-    except stopping.Stopped as stopped:
+    except signals.Stopped as stopped:
         print(stopped, file=sys.stderr)
-        sys.exit(stopping.STOPPED)
+        sys.exit(signals.STOPPED)
     except (ValueError, OSError) as error:
-        command.fail(error)
+        cli.fail(error)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from bltjax import sharding
-from bltjax.data.pipeline import as_batch
-from bltjax.data.rows import Row
+from bltjax.data.batches.loader import as_batch
+from bltjax.data.batches.rows import Row
 
 
 def evaluate(eval_step, params, batches: Iterator[Row], sources: Sequence[str], *frozen) -> dict:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.data.rows import Row
+from bltjax.data.batches.rows import Row
 from bltjax.evaluation.score import (
     ROW_BYTES,
     Packed,
@@ -27,7 +27,7 @@ from bltjax.evaluation.score import (
     trim,
 )
 from bltjax.ops.cross_entropy import next_byte_nats
-from bltjax.progress import Advance, unwatched
+from bltjax.runtime.progress import Advance, unwatched
 from bltjax.vocabulary import PAD_ID, encode, is_drawable
 
 Text = str | bytes

@@ -9,9 +9,9 @@ import os
 from collections.abc import Sequence
 
 import bltjax
-from bltjax.evaluation import requests as answers
+from bltjax.evaluation import harness_requests as answers
 from bltjax.evaluation.noise import check_where, noisy
-from bltjax.progress import Progress
+from bltjax.runtime.progress import Progress
 
 try:
     import lm_eval

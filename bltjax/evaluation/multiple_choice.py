@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.progress import Advance, unwatched
+from bltjax.runtime.progress import Advance, unwatched
 
 ACCURACIES = ("accuracy", "accuracy_per_byte", "accuracy_mutual")
 _SPACE = b" \n\t"

@@ -22,15 +22,15 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.data.entropies import corpus_entropies, make_entropy_fn, receptive_bytes
-from bltjax.data.packing import pack_bytes, pack_patches
-from bltjax.data.pipeline import as_batch, whole_batches
-from bltjax.data.rows import Row
+from bltjax.data.batches.loader import as_batch, whole_batches
+from bltjax.data.batches.packing import pack_bytes, pack_patches
+from bltjax.data.batches.rows import Row
+from bltjax.data.records.entropies import corpus_entropies, make_entropy_fn, receptive_bytes
 from bltjax.model import functional
 from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
-from bltjax.progress import Advance, unwatched
+from bltjax.runtime.progress import Advance, unwatched
 from bltjax.vocabulary import BYTE_OFFSET, PAD_ID, encode
 
 ROW_BYTES = 8192  # positions of a row, BOS and EOS among them

@@ -8,9 +8,9 @@ from flax import nnx
 from bltjax.config import BLTConfig
 from bltjax.model.embeddings import embed_bytes
 from bltjax.model.global_transformer import GlobalTransformer
+from bltjax.model.hash_tables import HashTables
 from bltjax.model.local_decoder import LocalDecoder
 from bltjax.model.local_encoder import LocalEncoder
-from bltjax.model.parameters import HashTables
 from bltjax.patching.boundaries import document_segments
 from bltjax.vocabulary import EOS_ID
 

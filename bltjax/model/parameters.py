@@ -87,19 +87,6 @@ class Embedding(nnx.Module):
         return sharding.lookup(self.weight[...], ids).astype(dtype)
 
 
-class HashTables(nnx.Module):
-    """The n-gram tables of all sizes and functions in one array [T, rows, dim] (spec 4.2)."""
-
-    def __init__(self, num_tables, rows, dim, *, std, key):
-        self.weight = nnx.Param(
-            truncated_normal(key, (num_tables, rows, dim), std, sharding.table_spec(rows, dim))
-        )
-
-    def __call__(self, ids, dtype):
-        """ids int32 [B, L, T] -> their sum [B, L, dim], added up in float32."""
-        return sharding.lookup_sum(self.weight[...], ids, dtype)
-
-
 class RMSNorm(nnx.Module):
     def __init__(self, dim, eps):
         self.eps = eps

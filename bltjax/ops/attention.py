@@ -10,9 +10,9 @@ Letters: B rows, L bytes, P patches, K vectors per patch, H heads, G key/value h
 import jax
 import jax.numpy as jnp
 
+from bltjax.ops.kernels.splash_attention import splash_attention
+from bltjax.ops.kernels.tiled_attention import tiled_attention
 from bltjax.ops.pooling import segment_max, segment_sum, take_patches
-from bltjax.ops.splash_attention import splash_attention
-from bltjax.ops.tiled_attention import tiled_attention
 
 _MASKED = -1e30  # finite, so that two fully masked parts can be merged without NaN
 

@@ -11,24 +11,24 @@ import jax
 import numpy as np
 
 from bltjax import sharding
+from bltjax.checkpoints.training_state import Checkpoints
 from bltjax.config import ProfileConfig, TrainingConfig
-from bltjax.data.lanes import Layout
-from bltjax.data.pipeline import as_batch, batches
-from bltjax.stopping import Stopped, noticing
-from bltjax.training.checkpoint import Checkpoints
+from bltjax.data.batches.lanes import Layout
+from bltjax.data.batches.loader import as_batch, batches
+from bltjax.runtime.signals import Stopped, noticing
 from bltjax.training.metrics import MetricsLog, SourceMeter
 from bltjax.training.optimizer import make_optimizer
+from bltjax.training.profiling import Profiler, memory
+from bltjax.training.sparse_hash_updates import settle
 from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
-from bltjax.training.touched_rows import settle
-from bltjax.training.watching import Profiler, memory, peak_flops
 
 IN_FLIGHT = 2  # steps given to the devices before the host looks at what the oldest of them says
 MAX_SKIPPED = 20  # updates left out in a row before the run counts as lost
 
 
 class TrainingData(NamedTuple):
-    """What a stage reads: documents in their order (`data.mixture`), and rows made of them."""
+    """Documents in their order (`data.batches.order`), and the layout of the rows made of them."""
 
     documents: Any  # places -> (source number, document)
     layout: Layout
@@ -37,7 +37,7 @@ class TrainingData(NamedTuple):
 
 
 class InStep(NamedTuple):
-    """For rows without patches: `in_step.make_patch_finder` and the entropy model's parameters."""
+    """For rows without patches: the result of `make_patch_finder` and the entropy parameters."""
 
     find_patches: Any
     entropy_params: dict | None
@@ -47,6 +47,7 @@ class Watch(NamedTuple):
     """What is told of a stage beside its loss."""
 
     flops_per_byte: float | None = None  # of training, for the model-FLOP utilisation
+    peak_flops: float | None = None  # FLOP/s of the mesh, to which the utilisation is relative
     profile: ProfileConfig | None = None
     about: dict | None = None  # kept in each checkpoint: the resolved config
 
@@ -94,8 +95,9 @@ def train(
         step_fn = make_train_step(
             model_config, config, optimizer, find_patches, len(data.sources), byte_lengths
         )
-        peak = watch.flops_per_byte and peak_flops(model_config.compute_dtype)
-        log = MetricsLog(workdir, stage, first_step, config.steps, watch.flops_per_byte, peak)
+        log = MetricsLog(
+            workdir, stage, first_step, config.steps, watch.flops_per_byte, watch.peak_flops
+        )
         profiler = Profiler(watch.profile, stage, workdir / "profile")
         run = _Run(stage, config, data, checkpoints, log, profiler, position, first_step)
         try:

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bltjax.files import replacing
-from bltjax.training.watching import num_chips
+from bltjax.runtime.files import replacing
+from bltjax.training.profiling import num_chips
 
 
 class SourceMeter:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bltjax.config import OptimizerConfig
-from bltjax.model_config import HASH_TABLES
+from bltjax.config.model import HASH_TABLES
 
 PARTS = {  # by the first word of a parameter's name
     "global_transformer": "global",

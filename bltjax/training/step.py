@@ -14,11 +14,11 @@ from bltjax import sharding
 from bltjax.config import TrainingConfig
 from bltjax.model import functional
 from bltjax.patching.buffers import buffers_from_lengths
-from bltjax.training import touched_rows
-from bltjax.training.heap import give_back_after_compiling
-from bltjax.training.in_step import patch_counts
+from bltjax.runtime.heap import give_back_after_compiling
+from bltjax.training import sparse_hash_updates
 from bltjax.training.loss import bits_per_byte, loss_sums
 from bltjax.training.optimizer import HASH_TABLES, learning_rate
+from bltjax.training.patch_finder import patch_counts
 from bltjax.training.state import Health, TrainState
 from bltjax.vocabulary import PAD_ID
 
@@ -36,7 +36,7 @@ def make_train_step(
     """jitted (state, batch) -> (state, metrics); the old state's memory is reused.
 
     The loss is the mean over the targets of the batch, however many parts it goes through the
-    devices in. With `find_patches`, from `in_step.make_patch_finder`, the step is (state, batch,
+    devices in. With `find_patches`, from `make_patch_finder`, the step is (state, batch,
     entropy_params) and its metrics tell how many patches did not fit. A batch may hold int32 [B]
     `stop`; the metrics then have its maximum. byte_lengths: of `loss_sums`, where ids are tokens.
     """
@@ -97,13 +97,13 @@ def make_train_step(
         if HASH_TABLES not in state.params:
             return train_step(state, batch, entropy_params)
         tables = state.params[HASH_TABLES]["weight"]
-        ids, places = touched_rows.find_rows(model_config.hash, batch["tokens"], tables)
-        rows = touched_rows.catch_up(config, touched_rows.take_rows(state, ids))
+        ids, places = sparse_hash_updates.find_rows(model_config.hash, batch["tokens"], tables)
+        rows = sparse_hash_updates.catch_up(config, sparse_hash_updates.take_rows(state, ids))
         new, metrics = train_step(rows, batch | dict(ngram_places=places), entropy_params)
         if can_skip:  # what was caught up is left out too: ids beyond the last row write nothing
             beyond = ids + tables.shape[0] * tables.shape[1]
             ids = jnp.where(new.health.skipped_in_a_row > 0, beyond, ids)
-        return touched_rows.put_rows(state, new, ids), metrics
+        return sparse_hash_updates.put_rows(state, new, ids), metrics
 
     dense = config.optimizer.hash_updates == "dense"
     return jax.jit(train_step if dense else touched_step, donate_argnums=0)
@@ -187,7 +187,7 @@ def batch_sums(
     known = {}
     if "ngram_places" in batch:  # then params hold rows of the tables
         rows, dtype = params[HASH_TABLES]["weight"], model_config.compute_dtype
-        known["ngrams"] = touched_rows.sum_rows(rows, batch["ngram_places"], dtype)
+        known["ngrams"] = sparse_hash_updates.sum_rows(rows, batch["ngram_places"], dtype)
     logits = functional.apply(model_config, params, batch["tokens"], *inputs, **known)
     sums = loss_sums(
         logits,

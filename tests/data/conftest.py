@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from bltjax.data import records
-from bltjax.data_config import DataConfig
+from bltjax.config.data import DataConfig
+from bltjax.data.records import store as records
 from tests.record_stores import add_entropies, write_corpus
 
 

@@ -4,7 +4,7 @@ import math
 
 from bltjax.evaluation.continuations import ContinuationScore
 from bltjax.evaluation.score import Score
-from bltjax.progress import unwatched
+from bltjax.runtime.progress import unwatched
 
 
 def as_bytes(text) -> bytes:

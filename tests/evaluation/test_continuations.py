@@ -9,6 +9,7 @@ import pytest
 
 import bltjax
 from bltjax.api import Model
+from bltjax.checkpoints.weights import Weights
 from bltjax.config import (
     BLTConfig,
     CrossAttentionConfig,
@@ -17,7 +18,6 @@ from bltjax.config import (
     PatchingConfig,
     TransformerConfig,
 )
-from bltjax.conversion.weights import Weights
 from bltjax.model import functional
 from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, encode
 from tests import directories, golden

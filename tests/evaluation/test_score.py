@@ -19,8 +19,8 @@ from bltjax.config import (
     PatchingConfig,
     TransformerConfig,
 )
-from bltjax.data.entropies import receptive_bytes
-from bltjax.data.packing import pack_bytes, pack_patches
+from bltjax.data.batches.packing import pack_bytes, pack_patches
+from bltjax.data.records.entropies import receptive_bytes
 from bltjax.evaluation import score as module
 from bltjax.evaluation.score import document_entropies, score_bytes, score_documents
 from bltjax.model import functional

@@ -13,7 +13,7 @@ from scipy.stats import chi2
 
 from bltjax.inference import sampling
 from bltjax.inference.sampling import Sampling, knobs, leftover, row_keys
-from bltjax.inference.speculate import _accept
+from bltjax.inference.self_speculation import _accept
 from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE
 
 DRAWS = 50_000

@@ -10,8 +10,8 @@ import pytest
 
 from bltjax import sharding
 from bltjax.config import CrossAttentionConfig, HashConfig, PatchingConfig
-from bltjax.inference import stepping
-from bltjax.inference.recompute import row_patch_starts
+from bltjax.inference import model_steps
+from bltjax.inference.reference import row_patch_starts
 from bltjax.model import functional
 from bltjax.model.cache import Room
 from bltjax.patching.buffers import buffers_from_starts
@@ -144,21 +144,21 @@ def in_pieces(configs, params, num_new):
         tokens, first, count = piece
         last = first + count - 1
         state = state._replace(record=state.record._replace(tokens=tokens))
-        back = stepping.step_back(state, jnp.maximum(first - 1, 0)).blt.num_patches
+        back = model_steps.step_back(state, jnp.maximum(first - 1, 0)).blt.num_patches
         back = jnp.where(first > 0, back, 0)
         state = state._replace(blt=state.blt._replace(num_patches=back))
-        state = stepping.read(configs, params, state, first, count, num_new)
+        state = model_steps.read(configs, params, state, first, count, num_new)
         state = jax.lax.while_loop(
-            lambda state: (stepping.num_waiting(state, last) > 0).any(),
-            lambda state: stepping.close(configs, params, state, last, 2),
+            lambda state: (model_steps.num_waiting(state, last) > 0).any(),
+            lambda state: model_steps.close(configs, params, state, last, 2),
             state,
         )
-        logits, state = stepping.predict(configs, params, state, first, count, num_new)
+        logits, state = model_steps.predict(configs, params, state, first, count, num_new)
         return state, logits
 
     @jax.jit
     def run(params, *pieces):
-        state = stepping.new_state(configs, room, pieces[0][0])
+        state = model_steps.new_state(configs, room, pieces[0][0])
         return jax.lax.scan(functools.partial(step, params), state, pieces)
 
     *pieces, of_text = random_pieces(num_new)
@@ -178,10 +178,10 @@ def in_pieces(configs, params, num_new):
 @pytest.mark.parametrize("name, patching, num_new, apart", CASES)
 def test_pieces_equal_the_full_pass(name, patching, num_new, apart):
     config, params = models(name)
-    configs = stepping.Configs(config, ENTROPY_CONFIG, patching)
+    configs = model_steps.Configs(config, ENTROPY_CONFIG, patching)
     expected, entropies, starts = full_pass(configs, params)
     if apart:
-        params = stepping.prepared(jax.tree.map(jnp.asarray, params))
+        params = model_steps.prepared(jax.tree.map(jnp.asarray, params))
         layers = params["blt"]["local_decoder"]["layers"]
         assert isinstance(layers, tuple) and len(layers) == config.local_decoder.num_layers
     logits, state = in_pieces(configs, params, num_new)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from bltjax import sharding
-from bltjax.ops import tiled_attention as tiles
 from bltjax.ops.attention import (
     bytes_from_patches_attention,
     causal_attention,
     patches_from_bytes_attention,
     window_attention,
 )
-from bltjax.ops.splash_attention import splash_attention
-from bltjax.ops.tiled_attention import tiled_attention
+from bltjax.ops.kernels import tiled_attention as tiles
+from bltjax.ops.kernels.splash_attention import splash_attention
+from bltjax.ops.kernels.tiled_attention import tiled_attention
 
 SEEDS = 4
 # Cross-attention: letters as in ops/attention.py.

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from bltjax.ops import hashing
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden_data" / "golden"
 CASES = json.loads((GOLDEN / "meta_tokenizer_hash_patch_cases.json").read_text())["hash"]
 RELEASED = {"sizes": (3, 4, 5, 6, 7, 8), "num_functions": 1, "vocab": 500002}
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bltjax import sharding
+from bltjax.model import hash_tables
 from bltjax.ops import row_exchange
 from tests.conftest import mesh_of
 
@@ -25,7 +26,7 @@ def run(tables, ids, gradient, dtype):
     """Sum of rows [B, L, E] and gradient of the tables, laid out as in a model."""
     tables = jax.sharding.reshard(tables, sharding.table_spec(*tables.shape[1:]))
     ids, gradient = sharding.shard_rows((ids, gradient.astype(dtype)))
-    result, pull = jax.vjp(lambda tables: sharding.lookup_sum(tables, ids, dtype), tables)
+    result, pull = jax.vjp(lambda tables: hash_tables.lookup_sum(tables, ids, dtype), tables)
     (of_tables,) = pull(gradient)
     assert jax.typeof(of_tables) == jax.typeof(tables)
     assert jax.typeof(result) == jax.typeof(gradient)

@@ -17,7 +17,7 @@ from bltjax import vocabulary
 from bltjax.config import PatchingConfig
 from bltjax.patching import boundaries
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden_data" / "golden"
 CASES = json.loads((GOLDEN / "meta_tokenizer_hash_patch_cases.json").read_text())["patch"]
 RELEASED_THRESHOLD = 1.335442066192627
 

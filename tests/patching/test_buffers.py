@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from bltjax.patching import boundaries, buffers
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden_data" / "golden"
 THRESHOLD = 1.335442066192627
 MODELS = ["meta_A_1b_like", "meta_B_7b_like", "meta_C_windows_alllayers"]
 L, NUM_PATCHES = 12, 6

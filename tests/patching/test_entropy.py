@@ -9,7 +9,7 @@ import pytest
 
 from bltjax.patching.entropy import next_byte_entropy
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden_data" / "golden"
 
 
 def test_published_entropies():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bltjax import sharding
+from bltjax.checkpoints.training_state import Checkpoints
 from bltjax.config import (
     EntropyModelConfig,
     MeshConfig,
@@ -20,13 +21,12 @@ from bltjax.config import (
     TrainingConfig,
     TransformerConfig,
 )
-from bltjax.data.lanes import Layout
-from bltjax.data.mixture import Shuffled
-from bltjax.data.pipeline import as_batch
-from bltjax.data.sources import Document
-from bltjax.stopping import Stopped
+from bltjax.data.batches.lanes import Layout
+from bltjax.data.batches.loader import as_batch
+from bltjax.data.batches.order import Shuffled
+from bltjax.data.sources.units import Document
+from bltjax.runtime.signals import Stopped
 from bltjax.training import loop
-from bltjax.training.checkpoint import Checkpoints
 from bltjax.training.loop import MAX_SKIPPED, NonFiniteLoss, TrainingData, train
 from bltjax.training.metrics import MetricsLog, format_seconds
 from bltjax.training.optimizer import learning_rate

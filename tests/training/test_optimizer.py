@@ -19,9 +19,9 @@ from bltjax.config import (
     OptimizerConfig,
     TransformerConfig,
 )
-from bltjax.model import functional
+from bltjax.config.training import MOMENTS
+from bltjax.model import functional, hash_tables
 from bltjax.training.optimizer import decays, learning_rate, make_optimizer, part_of
-from bltjax.training_config import MOMENTS
 
 pytestmark = pytest.mark.long  # one interpreter will do
 
@@ -319,7 +319,7 @@ def losses(moments):
 
     def loss_fn(params, ids, labels):
         tables = params["encoder_hash_tok_embedding"]["weight"]
-        embedded = sharding.lookup_sum(tables, ids[None], jnp.float32)[0]
+        embedded = hash_tables.lookup_sum(tables, ids[None], jnp.float32)[0]
         logits = embedded @ params["local_decoder"]["output"]["weight"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from bltjax.commands.train import DIVERGED
 from bltjax.config import RunConfig, from_config_dict
-from bltjax.recipe import blt_params, entropy_params
-from bltjax.stopping import STOPPED
-from bltjax.train import DIVERGED
+from bltjax.recipe.stages import blt_params, entropy_params
+from bltjax.runtime.signals import STOPPED
 from tests import processes
 from tests.processes import metrics, wait_for_step
 

@@ -21,9 +21,9 @@ from bltjax.config import (
     TransformerConfig,
 )
 from bltjax.model import functional
-from bltjax.training.in_step import make_patch_finder
 from bltjax.training.loss import loss_sums
 from bltjax.training.optimizer import make_optimizer
+from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.state import Health, start_state
 from bltjax.training.step import HEALTH_UPDATES, batch_sums, is_usual, make_train_step
 from bltjax.vocabulary import encode

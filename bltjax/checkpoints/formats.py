@@ -1,0 +1,293 @@
+"""Directories of weights: which format one is in, and bltjax's own.
+
+bltjax's own holds `model.json` (configs, patching rule) and `weights/`, an Orbax checkpoint. The
+working directory of a training run opens too, with the newest checkpoint of each stage.
+"""
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from bltjax.checkpoints.lazy_arrays import Cast, LazyArray
+from bltjax.checkpoints.orbax_weights import open_weights, save_weights
+from bltjax.checkpoints.pytorch import reading, writing
+from bltjax.checkpoints.pytorch.fields import Fields, read_json
+from bltjax.checkpoints.pytorch.writing import Plan
+from bltjax.checkpoints.run_directory import is_trained, open_trained
+from bltjax.checkpoints.training_state import CheckpointError
+from bltjax.checkpoints.weights import (
+    Lengths,
+    Weights,
+    WeightsError,
+    flat,
+    shape_problems,
+    shapes,
+    value_problems,
+)
+from bltjax.config import (
+    ENTROPY_RULES,
+    BLTConfig,
+    EntropyModelConfig,
+    PatchingConfig,
+    RunConfig,
+    TrainingConfig,
+    from_config_dict,
+    to_dict,
+)
+from bltjax.config.model import DTYPES
+from bltjax.model import functional
+from bltjax.runtime.files import UNFINISHED
+from bltjax.runtime.progress import Advance, unwatched
+
+VERSION = 1  # of model.json
+MODEL, WEIGHTS = "model.json", "weights"
+BLTJAX, RUN, HF, META = "bltjax", "run", "hf", "meta"
+
+
+def detect(directory: Path) -> str:
+    """Which format a directory is in: one of BLTJAX, RUN (of training), HF and META.
+
+    Raises FileNotFoundError without a directory, WeightsError where it is none of these.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"no directory {directory}: give one with weights (config.json, params.json or "
+            f"{MODEL} inside), or the working directory of a run"
+        )
+    if (directory / UNFINISHED).exists():
+        raise WeightsError(directory, ["it is what an interrupted conversion left: convert again"])
+    if (directory / MODEL).exists():
+        return BLTJAX
+    problems: list[str] = []
+    config = read_json(directory / "config.json", problems)
+    if "stages" in (config.get("config") or ()):
+        return RUN
+    if reading.is_hf(config):
+        return HF
+    if reading.is_meta(config) or (directory / "params.json").exists():
+        return META
+    if not problems:
+        problems = [
+            "config.json is neither Hugging Face's (model_type 'blt'), nor Meta's (args), nor that "
+            "of a training run"
+        ]
+    if problems == ["config.json is missing"]:
+        problems = [f"it holds none of config.json, params.json and {MODEL}"]
+    raise WeightsError(directory, problems)
+
+
+def read(
+    directory: Path, entropy_model: Path | None = None, advance: Advance = unwatched
+) -> Weights:
+    """The model in a directory of any format, its parameters lazy; needs a mesh to be set.
+
+    entropy_model: a directory whose entropy model is taken. Raises WeightsError, which lists every
+    problem found, FileNotFoundError, or CheckpointError for a damaged checkpoint.
+    """
+    problems: list[str] = []
+    weights = _read_one(directory, problems, advance)
+    if entropy_model is not None:
+        in_other: list[str] = []
+        other = _read_one(entropy_model, in_other, advance)
+        problems += [f"{entropy_model}: {problem}" for problem in in_other]
+        if other is not None and other.entropy_model is None:
+            problems.append(f"{entropy_model} has no entropy model: give a directory that has one")
+        elif other is not None and weights is not None:
+            weights = weights.with_entropy_model(other)
+    if problems:
+        raise WeightsError(directory, problems)
+    return weights
+
+
+def _read_one(directory: Path, problems: list[str], advance: Advance) -> Weights | None:
+    directory = Path(directory)
+    readers = {
+        BLTJAX: _read_bltjax,
+        RUN: _read_run,
+        HF: reading.read_hf,
+        META: reading.read_meta,
+    }
+    try:
+        return readers[detect(directory)](directory, advance)
+    except WeightsError as error:
+        problems += error.problems
+        return None
+
+
+def stored_bytes(directory: Path) -> int:
+    """About what reading a directory goes through, for progress."""
+    if detect(directory) in (HF, META):
+        return reading.stored_bytes(directory)
+    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+def plan(weights: Weights, format: str) -> "Plan | _OwnPlan":
+    """What a directory of a format will hold; WeightsError for what the format cannot express."""
+    return {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}[format](weights)
+
+
+class _OwnPlan(NamedTuple):
+    """As `Plan`, for the parameters in one Orbax checkpoint."""
+
+    params: dict
+    files: dict[str, dict]
+    tensors: dict[str, LazyArray]
+    inside: dict
+    notes: tuple[str, ...] = ()
+
+    def write(self, directory: Path, advance: Advance = unwatched):
+        directory.mkdir(parents=True, exist_ok=True)
+        save_weights(directory / WEIGHTS, self.params, advance)
+        for name, value in self.files.items():
+            (directory / name).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _plan_bltjax(weights: Weights) -> _OwnPlan:
+    described = dict(
+        format=VERSION,
+        bltjax=version("bltjax"),
+        blt=to_dict(weights.blt) if weights.blt else None,
+        entropy_model=to_dict(weights.entropy_model) if weights.entropy_model else None,
+        patching=to_dict(weights.patching),
+        lengths=weights.lengths._asdict(),
+    )
+    return _OwnPlan(weights.params, {MODEL: described}, flat(weights.params), {})
+
+
+def check_dtype(dtype: str | None):
+    """Raises ValueError for what parameters cannot be cast to."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}, or None to keep what is there")
+
+
+def cast(weights: Weights, dtype: str | None) -> Weights:
+    """The same weights in "float32" or "bfloat16" (rounded to nearest); None keeps them."""
+    check_dtype(dtype)
+    if dtype is None:
+        return weights
+    wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+    def convert(tree):
+        if isinstance(tree, dict):
+            return {key: convert(value) for key, value in tree.items()}
+        return tree if np.dtype(tree.dtype) == wanted else Cast(tree, wanted)
+
+    return weights._replace(params=convert(weights.params))
+
+
+def _read_bltjax(directory: Path, advance: Advance) -> Weights:
+    problems: list[str] = []
+    described = read_json(directory / MODEL, problems)
+    version = described.pop("format", None)
+    described.pop("bltjax", None)
+    if not problems and version != VERSION:
+        problems.append(
+            f"{MODEL} has format {version!r}, this bltjax reads {VERSION}: use the bltjax that "
+            "wrote it, or a newer one"
+        )
+    names = dict(blt=BLTConfig, entropy_model=EntropyModelConfig, patching=PatchingConfig)
+    blt, entropy_model, patching = (
+        _config(cls, described.pop(name, None), name, problems) for name, cls in names.items()
+    )
+    fields = Fields("lengths", {"lengths": described.pop("lengths", {})})
+    lengths = Lengths(*(fields.take(f"lengths.{f}", int) for f in Lengths._fields))
+    problems += fields.problems
+    problems += [f"{MODEL}: {key} is a field that nobody knows: remove it" for key in described]
+    if not problems and blt is None and entropy_model is None:
+        problems.append(f"{MODEL} has neither blt nor entropy_model")
+    if problems:
+        raise WeightsError(directory, problems)
+    params = open_weights(directory / WEIGHTS)
+    _check(directory, dict(blt=blt, entropy_model=entropy_model), params, advance)
+    patching = patching or PatchingConfig(target_patch_bytes=None)
+    return Weights(blt, entropy_model, patching, params, lengths)
+
+
+def _config(cls, values, name: str, problems: list[str]):
+    """The dataclass that a part of model.json describes; None where it is not there, or wrong."""
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        problems.append(f"{MODEL}: {name}={str(values)[:60]!r} must be an object of settings")
+        return None
+    try:
+        config = from_config_dict(cls, values, name)
+        found = config.problems(name)
+    except (ValueError, TypeError, OverflowError) as error:
+        found = [str(error)]
+    problems += [f"{MODEL}: {problem}" for problem in found]
+    return None if found else config
+
+
+def _read_run(directory: Path, advance: Advance) -> Weights:
+    config, patching, notes = _run_settings(directory)
+    stages = [s for s in ("blt", "entropy_model") if is_trained(directory / s)]
+    if not stages:
+        raise WeightsError(directory, ["it is a run without a checkpoint yet: train it first"])
+    params = {stage: open_trained(directory / stage) for stage in stages}
+    configs = {stage: getattr(config, stage) for stage in stages}
+    _check(directory, configs, params, advance)
+    training = config.blt_training if "blt" in stages else config.entropy_training
+    return Weights(
+        configs.get("blt"),
+        configs.get("entropy_model"),
+        patching,
+        params,
+        Lengths(row_bytes=_trained_row_bytes(directory, training)),
+        notes if "blt" in stages else (),
+    )
+
+
+def _trained_row_bytes(directory: Path, training: TrainingConfig) -> int:
+    """The rows that a run chose by itself are in its rows.json."""
+    if training.row_bytes:
+        return training.row_bytes
+    problems: list[str] = []
+    stored = Fields("rows.json", read_json(directory / "rows.json", problems))
+    row_bytes = stored.take("row_bytes", int)
+    if problems := problems + stored.problems:
+        raise WeightsError(directory, problems)
+    return row_bytes
+
+
+def _run_settings(directory: Path) -> tuple[RunConfig, PatchingConfig, tuple[str, ...]]:
+    """A run's settings, where its patches start, and notes on that."""
+    problems: list[str] = []
+    claim = read_json(directory / "config.json", problems)
+    try:
+        config = from_config_dict(RunConfig, claim["config"])
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise WeightsError(directory, [f"config.json: {error}"]) from error
+    patching = dataclasses.replace(config.patching, target_patch_bytes=None)
+    calibrated = config.patching.rule in ENTROPY_RULES and (
+        config.patching.target_patch_bytes is not None
+    )
+    if not calibrated:
+        return config, patching, ()
+    if not (directory / "patching.json").exists():
+        note = f"no threshold is calibrated yet, {patching.threshold:.4f} nats is used"
+        return config, patching, (note,)
+    stored = Fields("patching.json", read_json(directory / "patching.json", problems))
+    threshold = stored.take("threshold", float)
+    problems += stored.problems
+    if problems:
+        raise WeightsError(directory, problems)
+    return config, dataclasses.replace(patching, threshold=threshold), ()
+
+
+def _check(directory: Path, configs: dict, params: dict, advance: Advance):
+    """That parameters are what their configs say, and finite. Raises WeightsError."""
+    expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
+    problems = shape_problems(shapes(flat(params)), shapes(flat(expected)))
+    try:
+        problems += value_problems(flat(params), advance)
+    except CheckpointError as error:
+        problems.append(str(error))
+    if problems:
+        raise WeightsError(directory, problems)

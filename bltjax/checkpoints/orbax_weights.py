@@ -1,0 +1,232 @@
+"""Weights larger than memory in an Orbax checkpoint: written and read piece by piece.
+
+Orbax itself reads and writes whole leaves, and a leaf of n-gram tables is six gigabytes. The
+checkpoints written here are ordinary ones, which plain Orbax restores onto any mesh, but nothing
+of a leaf is in memory except the slabs on their way to the disk.
+
+Leaves are cut into chunks (see `chunk_shape`), each with a checksum: a piece is read whole or
+not at all, never with other values than were written.
+"""
+
+import collections
+import contextlib
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from bltjax.checkpoints.lazy_arrays import Index, LazyArray
+from bltjax.runtime.progress import Advance, unwatched
+
+CHUNK_BYTES = 4 * 2**20  # what is read at least
+CHUNK_FEATURES = 256  # so that a host with a slice of the features reads little else
+SLAB_BYTES = 32 * 2**20  # what is written at once, unless a chunk is larger
+IN_FLIGHT_BYTES = 96 * 2**20  # slabs that wait for the disk
+# Stored as they are: weights hardly compress. Orbax's default has no checksum.
+CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names it and the remedy."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages that follow it."""
+    line = str(error).strip().split("\n")[0] or repr(error)
+    return line if len(line) <= 200 else f"{line[:100]}...{line[-100:]}"  # causes come last
+
+
+def save_weights(directory: Path, tree: dict, advance: Advance = unwatched) -> None:
+    """Write a nested dict of lazy arrays as an Orbax checkpoint; `advance` hears of bytes written.
+
+    The directory appears only when it is whole: a save that fails or is killed leaves a temporary
+    directory beside it, which the next save to the same place replaces. Raises FileExistsError
+    if there is something already, and OSError if the disk takes no more.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists: delete it or give another directory")
+    ocp.Checkpointer(_handler(directory, advance)).save(directory, args=ocp.args.PyTreeSave(tree))
+
+
+def open_weights(directory: Path) -> dict:
+    """The nested dict of lazy arrays in an Orbax checkpoint, whoever wrote it; needs no devices.
+
+    Raises FileNotFoundError if the directory is absent, and CheckpointError if it is damaged;
+    a damaged piece raises CheckpointError when it is read.
+    """
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no weights at {directory}: give a checkpoint's directory")
+    return _open(directory, directory)
+
+
+def open_params(checkpoints_directory: Path) -> dict:
+    """The parameters in the newest checkpoint of a training stage, as lazy arrays.
+
+    The run may be in progress: nothing there is changed, and no optimizer state is read. A run
+    deletes old checkpoints, and reading from a deleted one raises CheckpointError. Raises
+    FileNotFoundError if there is no checkpoint, CheckpointError if it is damaged.
+    """
+    directory = Path(checkpoints_directory).absolute()
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    steps = [int(name) for name in names if name.isdigit()]
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
+    newest = directory / str(max(steps))
+    params = _open(newest / "state", newest).get("params")
+    if not isinstance(params, dict):
+        raise _damaged(newest, "it holds no parameters")
+    return params
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The pieces in which a leaf is stored: one layer, a slice of the features, many rows.
+
+    Layers and features are what meshes and readers divide; `CHUNK_BYTES` bounds the rows.
+    """
+    room = max(1, CHUNK_BYTES // itemsize)
+    if len(shape) < 2:
+        return tuple(min(size, room) for size in shape)
+    *stack, rows, features = shape
+    features = min(features, CHUNK_FEATURES)
+    rows = min(rows, max(1, room // features))
+    return (*(1 for _ in stack), rows, features)
+
+
+def slabs(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
+    """Indices that cover an array once, of whole chunks: no chunk is written twice."""
+    slab = list(chunk_shape(shape, itemsize))
+    for axis in reversed(range(len(shape))):
+        times = max(1, SLAB_BYTES // (math.prod(slab) * itemsize))
+        slab[axis] = min(shape[axis], slab[axis] * times)
+    starts = (range(0, size, step) for size, step in zip(shape, slab, strict=True))
+    for corner in itertools.product(*starts):
+        yield tuple(
+            slice(start, min(start + step, size))
+            for start, step, size in zip(corner, slab, shape, strict=True)
+        )
+
+
+class _LazyHandler(ocp.type_handlers.TypeHandler):
+    """How Orbax writes a lazy leaf, and what it tells of one: a lazy array, opened but not read.
+
+    Orbax calls these methods in an event loop, but nothing is awaited: after an error, futures
+    that are still awaited would each print a traceback when the loop closes.
+    """
+
+    def __init__(self, typestr: str, checkpoint: Path, advance: Advance):
+        self._typestr, self._checkpoint, self._advance = typestr, checkpoint, advance
+
+    def typestr(self) -> str:
+        return self._typestr
+
+    async def serialize(self, values: list[LazyArray], infos, args=None):
+        writes, held = collections.deque(), 0
+        for value, info in zip(values, infos, strict=True):
+            store = _create(info, value)
+            for index in slabs(store.shape, value.dtype.itemsize):
+                slab = np.asarray(value[index])
+                while writes and held + slab.nbytes > IN_FLIGHT_BYTES:
+                    held -= self._finish(*writes.popleft())
+                write = store[index].write(slab, can_reference_source_data_indefinitely=True)
+                writes.append((write, slab.nbytes, info.parent_dir))
+                held += slab.nbytes
+        for entry in writes:
+            self._finish(*entry)
+        return []
+
+    def _finish(self, write: tensorstore.WriteFutures, num_bytes: int, directory: Path) -> int:
+        with _disk_errors(directory):
+            write.result()
+        self._advance(num_bytes)
+        return num_bytes
+
+    async def metadata(self, infos):
+        specs = [ocp.type_handlers.get_json_tspec_read(i, i.is_ocdbt_checkpoint) for i in infos]
+        opening = [
+            tensorstore.open(spec, open=True, read=True, context=info.ts_context)
+            for spec, info in zip(specs, infos, strict=True)
+        ]
+        return [_Stored(future.result(), self._checkpoint) for future in opening]
+
+    async def deserialize(self, infos, args=None):
+        return await self.metadata(infos)
+
+
+class _Stored:
+    """A leaf of a checkpoint as a lazy array."""
+
+    def __init__(self, store: tensorstore.TensorStore, checkpoint: Path):
+        self._store, self._checkpoint = store, checkpoint
+        self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        try:
+            return self._store[index].read().result()
+        except Exception as error:  # whatever the decoders say of damaged bytes
+            raise _damaged(self._checkpoint, first_line(error)) from error
+
+
+def _create(info, value: LazyArray) -> tensorstore.TensorStore:
+    """An empty leaf in the checkpoint that Orbax is writing."""
+    shape = tuple(value.shape)
+    spec = ocp.type_handlers.get_json_tspec_write(
+        info,
+        use_ocdbt=True,
+        global_shape=shape,
+        local_shape=chunk_shape(shape, value.dtype.itemsize),
+        dtype=value.dtype,
+        process_index=0,
+    )
+    spec["metadata"]["codecs"] = CODECS
+    with _disk_errors(info.parent_dir):
+        return tensorstore.open(spec, create=True, open=True, context=info.ts_context).result()
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: Path):
+    """What cannot be written, told from what cannot be read of the arrays to be saved."""
+    try:
+        yield
+    except Exception as error:  # its message ends with that of the operating system
+        reason = first_line(error).rpartition(": ")[2]
+        raise OSError(
+            f"cannot write {directory} ({reason}): free some disk space and delete it"
+        ) from error
+
+
+def _open(directory: Path, checkpoint: Path) -> dict:
+    """What is stored in a directory that belongs to a checkpoint, which errors name."""
+    try:
+        if not ocp.utils.is_checkpoint_finalized(checkpoint):
+            raise ValueError("the process that wrote it did not finish")
+        return _handler(checkpoint).metadata(directory).tree
+    except Exception as error:  # Orbax raises bare Exceptions for damaged files
+        raise _damaged(checkpoint, first_line(error)) from error
+
+
+def _damaged(checkpoint: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {checkpoint} cannot be read ({reason}); delete it and write it again"
+    )
+
+
+def _handler(checkpoint: Path, advance: Advance = unwatched) -> ocp.CheckpointHandler:
+    """Orbax's handler of nested dicts, with the class above for every leaf."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs dozens of lines a save
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, _LazyHandler("jax.Array", checkpoint, advance)),
+        (object, _LazyHandler("np.ndarray", checkpoint, advance)),  # what lazy arrays become
+    )
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry,
+        use_zarr3=True,  # the older format has no checksums
+        enable_pinned_host_transfer=False,  # not to look for devices
+    )

@@ -1,0 +1,121 @@
+"""Writes weights of any format in any format."""
+
+import contextlib
+import math
+import shutil
+import time
+from pathlib import Path
+
+FORMATS = ("bltjax", "hf", "meta")
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    format: str,
+    *,
+    entropy_model: str | Path | None = None,
+    dtype: str | None = None,
+    progress: bool = False,
+    dry_run: bool = False,
+) -> dict:
+    """Write the weights in `source` as a new directory `target`, "bltjax", "hf" or "meta".
+
+    The source is checked as a whole first, every value included. Then tensors go through block by
+    block, so memory does not grow with the model. Raises WeightsError, which lists all problems
+    of the source or all that the format cannot say, or OSError; the target is then not there.
+    Returns what was written, and notes on it.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
+    # Imported late: --help and wrong flags answer at once.
+    import jax
+
+    from bltjax import sharding
+    from bltjax.checkpoints import formats
+    from bltjax.checkpoints.weights import flat
+
+    started = time.perf_counter()
+    source, target = Path(source), Path(target).absolute()
+    formats.check_dtype(dtype)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        weights = read_and_check(source, target, entropy_model, progress)
+        weights = formats.cast(weights, dtype)
+        plan = formats.plan(weights, format)
+        if not dry_run:
+            write_new(plan, target, weights.num_bytes(), progress)
+    leaves = flat(weights.params).values()
+    return dict(
+        source=str(source),
+        target=str(target),
+        format=format,
+        models=[name for name in ("blt", "entropy_model") if name in weights.params],
+        parameters=sum(math.prod(leaf.shape) for leaf in leaves),
+        bytes=weights.num_bytes(),
+        dtypes=sorted({leaf.dtype.name for leaf in leaves}),
+        notes=list(dict.fromkeys([*weights.notes, *plan.notes])),
+        seconds=round(time.perf_counter() - started, 1),
+        **(dict(tensors=tensors_of(plan)) if dry_run else {}),
+    )
+
+
+def read_and_check(source: Path, target: Path, entropy_model, progress: bool):
+    """The source's Weights; one error for everything that is wrong with it and with the target."""
+    from bltjax.checkpoints import formats
+    from bltjax.checkpoints.weights import WeightsError
+
+    problems = []
+    if target.exists() or target.is_symlink():
+        problems.append(f"the target {target} exists: choose another, or delete it")
+    paths = [Path(path) for path in (source, entropy_model) if path is not None]
+    try:
+        total = sum(map(formats.stored_bytes, paths))
+        with watch("checking", total, progress) as advance:
+            weights = formats.read(source, entropy_model, advance)
+    except WeightsError as error:
+        if not problems:
+            raise
+        raise WeightsError(source, [*problems, *error.problems]) from error
+    if problems:
+        raise FileExistsError(problems[0])
+    return weights
+
+
+def write_new(plan, target: Path, num_bytes: int, progress: bool):
+    """Write into a directory that becomes `target` in the end."""
+    from bltjax.runtime.files import new_directory
+
+    with new_directory(target) as partial, watch("writing", num_bytes, progress) as advance:
+        free = shutil.disk_usage(partial).free
+        if free < num_bytes:
+            raise OSError(
+                f"{target} needs {num_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
+                "free: make room, or choose another target"
+            )
+        plan.write(partial, advance)
+
+
+@contextlib.contextmanager
+def watch(label: str, total: int, progress: bool):
+    """What to tell of bytes that are done."""
+    from bltjax.runtime.progress import Progress
+
+    if not progress:
+        yield lambda num_bytes: None
+        return
+    bar = Progress(label, total)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def tensors_of(plan, directory: str = "") -> dict[str, str]:
+    """What a plan would write: dtype and shape by file path and name."""
+    found = {
+        directory + name: f"{tensor.dtype.name} {list(tensor.shape)}"
+        for name, tensor in plan.tensors.items()
+    }
+    for name, inside in plan.inside.items():
+        found |= tensors_of(inside, f"{directory}{name}/")
+    return found

@@ -1,0 +1,149 @@
+"""Files that torch.save wrote, read without torch and without running anything.
+
+Such a file is a zip archive: one pickle, which holds the structure (`pickle_program` reads it), and
+one entry of plain bytes for each storage, which tensors share.
+"""
+
+import contextlib
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bltjax.checkpoints.lazy_arrays import BLOCK_BYTES
+from bltjax.checkpoints.pytorch.pth_pickle import Entry, Refused, read_program
+from bltjax.checkpoints.pytorch.stored_array import one_line
+from bltjax.runtime.progress import Advance, unwatched
+
+MAX_PICKLE_BYTES = 8 * 2**20  # fifty thousand tensors
+
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+_ENCRYPTED, _UTF_8 = 0x41, 0x800  # flag bits of a zip entry
+
+
+class _Archive(NamedTuple):
+    pickle: bytes
+    storages: dict[str, Entry]
+
+
+def open_pth(path: Path) -> Any:
+    """The nested dicts, lists and tuples that a file holds, its tensors as lazy arrays.
+
+    Attributes that torch adds to ordered dicts and parameters are dropped. Damage in the tensors'
+    bytes does not show here: `verify` finds it. Raises FileNotFoundError, or ValueError for a file
+    that is damaged or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    with _explained(path):
+        archive = _read_archive(path)
+        return read_program(archive.pickle, path, archive.storages)
+
+
+def verify(path: Path, advance: Advance = unwatched) -> list[str]:
+    """Read all storages, `advance(number of bytes)` block by block; a line for each damaged one.
+
+    Raises as `open_pth` for a file without readable storages.
+    """
+    path, problems = Path(path), []
+    with _explained(path):
+        storages = _read_archive(path).storages
+    with path.open("rb") as file:
+        for key, entry in storages.items():
+            if _crc(file, entry, advance) != entry.crc:
+                problems.append(
+                    f"{path}: storage {key!r} is damaged (CRC-32 differs): download it again"
+                )
+    return problems
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, Refused):
+        raise
+    except Exception as error:  # whatever a damaged file provokes in two parsers
+        raise ValueError(
+            f"{path} is not a whole torch.save file ({one_line(error)}): download it again"
+        ) from error
+
+
+def _crc(file, entry: Entry, advance: Advance) -> int:
+    file.seek(entry.start)
+    crc, left = 0, entry.size
+    while left and (block := file.read(min(left, BLOCK_BYTES))):
+        crc, left = zlib.crc32(block, crc), left - len(block)
+        advance(len(block))
+    return crc
+
+
+def _read_archive(path: Path) -> _Archive:
+    with path.open("rb") as file:
+        if file.read(len(_LEGACY_START)) == _LEGACY_START:
+            raise Refused(
+                f"{path} has the format of torch before 1.6: load it in a current torch and "
+                "save it again"
+            )
+        with zipfile.ZipFile(file) as archive:
+            infos = {info.filename: info for info in archive.infolist()}
+            if len(infos) != len(archive.infolist()):
+                raise ValueError("two entries have one name")
+            tops = [name.removesuffix("data.pkl") for name in infos if _is_pickle(name)]
+            if len(tops) != 1:
+                raise ValueError("it has no data.pkl")
+            _check_byte_order(path, archive, infos.get(f"{tops[0]}byteorder"))
+            program = _small_entry(archive, infos[f"{tops[0]}data.pkl"])
+            return _Archive(program, _storages(file, infos, f"{tops[0]}data/"))
+
+
+def _is_pickle(name: str) -> bool:
+    """The archive's only folder has the name of the file that was saved."""
+    return name.endswith("/data.pkl") and name.count("/") == 1
+
+
+def _check_byte_order(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> None:
+    found = b"little" if info is None else _small_entry(archive, info)
+    if found != b"little":
+        raise Refused(f"{path} has byte order {found[:20]!r}: save it on a little-endian machine")
+
+
+def _small_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """An entry's bytes, after ZipFile has checked their CRC-32."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"entry {info.filename!r} is compressed")
+    if info.file_size > MAX_PICKLE_BYTES:
+        raise ValueError(f"{info.filename!r} has {info.file_size} bytes, over {MAX_PICKLE_BYTES}")
+    return archive.read(info)
+
+
+def _storages(file, infos: dict[str, zipfile.ZipInfo], folder: str) -> dict[str, Entry]:
+    size = file.seek(0, os.SEEK_END)
+    entries = {
+        name.removeprefix(folder): _entry(file, info, size)
+        for name, info in infos.items()
+        if name.startswith(folder)
+    }
+    if sum(entry.size for entry in entries.values()) > size:
+        raise ValueError("its entries overlap")
+    return entries
+
+
+def _entry(file, info: zipfile.ZipInfo, file_size: int) -> Entry:
+    """Where an entry's bytes are: after its local header, whose length only the header tells."""
+    stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+    if not stored or info.flag_bits & _ENCRYPTED:
+        raise ValueError(f"entry {info.filename!r} is compressed or encrypted")
+    file.seek(info.header_offset)
+    header = file.read(30)
+    num_name, num_extra = struct.unpack("<26x2H", header)
+    name = file.read(num_name)
+    encoding = "utf-8" if info.flag_bits & _UTF_8 else "cp437"
+    if not header.startswith(b"PK\3\4") or name != info.orig_filename.encode(encoding):
+        raise ValueError(f"entry {info.filename!r} is not where the directory has it")
+    start = info.header_offset + len(header) + num_name + num_extra
+    if start + info.file_size > file_size:
+        raise ValueError(f"entry {info.filename!r} ends past the file")
+    return Entry(start, info.file_size, info.CRC)

@@ -1,0 +1,233 @@
+"""Reads directories of PyTorch weights, without PyTorch: Hugging Face's and Meta's two kinds.
+
+    Hugging Face     config.json, model.safetensors or shards with an index, entropy model inside
+    Meta, hub        config.json {"args": ...}, model.safetensors, train_args.json
+    Meta, local      params.json, consolidated.pth
+
+Meta keeps the entropy model in a directory of its own, of either kind. Nothing is loaded here
+beyond a check of every value: the parameters come back as lazy arrays.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bltjax.checkpoints.lazy_arrays import LazyArray
+from bltjax.checkpoints.pytorch import hf_config, meta_config, pth_files, safetensors_files
+from bltjax.checkpoints.pytorch.fields import read_json
+from bltjax.checkpoints.pytorch.tensor_names import HF, META, from_published
+from bltjax.checkpoints.weights import Weights, WeightsError, value_problems
+from bltjax.config import PatchingConfig
+from bltjax.runtime.progress import Advance, unwatched
+
+ENTROPY_MODEL_DIRECTORY = "entropy_model"
+PATCHER = "model.patcher."  # of the entropy model's tensors in Hugging Face's files
+# Tables of positions, which some checkpoints carry and everybody computes (spec 10.1).
+_TABLES = re.compile(r"(.*\.)?rope\w*\.freqs_cis|freqs_cis")
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # left by data parallelism and compilation
+
+
+def is_hf(config: dict) -> bool:
+    """Whether a config.json is Hugging Face's."""
+    return config.get("model_type") == "blt" or "encoder_config" in config
+
+
+def is_meta(config: dict) -> bool:
+    """Whether a config.json is Meta's, with or without its wrapper."""
+    return "args" in config or "dim_global" in config or "n_layers" in config
+
+
+def read_hf(directory: Path, advance: Advance = unwatched) -> Weights:
+    """A `BltForCausalLM` directory. Raises WeightsError that lists every problem found.
+
+    A directory whose `patch_in_forward` is false has no entropy model.
+    """
+    problems: list[str] = []
+    settings = hf_config.read(read_json(directory / "config.json", problems), problems)
+    tensors, unreadable = safetensors_files.open_sharded(directory)
+    problems += unreadable
+    params = {}
+    if settings is not None:
+        inside = {k: v for k, v in tensors.items() if k.startswith(PATCHER)}
+        outside = {k: v for k, v in tensors.items() if k not in inside}
+        if settings.entropy_model is None:
+            outside = tensors
+        else:
+            params["entropy_model"], found = from_published(settings.entropy_model, inside, HF)
+            problems += _not_explained(found, directory, unreadable)
+        params["blt"], found = from_published(settings.blt, outside, HF)
+        problems += _not_explained(found, directory, unreadable)
+    problems += value_problems(tensors, advance)
+    if problems:
+        raise WeightsError(directory, problems)
+    return Weights(
+        settings.blt,
+        settings.entropy_model,
+        settings.patching,
+        params,
+        settings.lengths,
+        settings.notes,
+    )
+
+
+def _not_explained(found: list[str], directory: Path, unreadable: list[str]) -> list[str]:
+    """Problems of a model without tensors that are missing because their file cannot be read."""
+    if not unreadable:
+        return found
+    index = read_json(directory / safetensors_files.INDEX, []).get("weight_map")
+    if not isinstance(index, dict):
+        return [problem for problem in found if not problem.endswith(" is missing")]
+    return [problem for problem in found if problem.removesuffix(" is missing") not in index]
+
+
+def read_meta(directory: Path, advance: Advance = unwatched) -> Weights:
+    """A directory of Meta's: a BLT (with `entropy_model/` where that is there) or an entropy model.
+
+    Raises WeightsError that lists every problem found.
+    """
+    problems: list[str] = []
+    tensors = _meta_tensors(directory, problems, advance)
+    unreadable = list(problems)
+    settings = _meta_settings(directory, problems)
+    weights = None
+    if settings is not None and settings.is_blt(tensors):
+        weights, found = _meta_blt(settings, tensors, problems)
+        problems += _not_explained(found, directory, unreadable)
+    elif settings is not None:
+        weights, found = _meta_entropy_model(settings, tensors, problems)
+        problems += _not_explained(found, directory, unreadable)
+    problems += value_problems(tensors, advance)
+    inside = directory / ENTROPY_MODEL_DIRECTORY
+    if inside.is_dir() and inside.resolve() != directory.resolve():
+        weights = _with_entropy_model(weights, inside, problems, advance)
+    if problems:
+        raise WeightsError(directory, problems)
+    return weights
+
+
+class _Settings(NamedTuple):
+    """What the JSON files of one of Meta's directories say."""
+
+    args: dict
+    entropy_model: dict
+    patcher_args: dict
+
+    def is_blt(self, tensors: dict) -> bool:
+        """By its tensors where there are any: settings repeat those of other models."""
+        if not tensors:
+            return "dim_global" in self.args
+        return any(name.startswith(("local_", "global_", "encoder_")) for name in tensors)
+
+
+def _with_entropy_model(weights, directory: Path, problems: list[str], advance) -> Weights | None:
+    try:
+        other = read_meta(directory, advance)
+    except WeightsError as error:
+        problems += [f"{directory.name}/: {problem}" for problem in error.problems]
+        return weights
+    if other.entropy_model is None:
+        problems.append(f"{directory.name}/ holds a BLT, must hold an entropy model: remove it")
+        return weights
+    return weights and weights.with_entropy_model(other)
+
+
+def _meta_blt(settings: _Settings, tensors, problems) -> tuple[Weights | None, list[str]]:
+    """The model, and what is wrong with its tensors; `problems` takes what is with its settings."""
+    config, patching, lengths = meta_config.read_blt(settings.args, settings.patcher_args, problems)
+    if config is None:
+        return None, []
+    params, found = from_published(config, tensors, META)
+    return Weights(config, None, patching, {"blt": params}, lengths), found
+
+
+def _meta_entropy_model(settings: _Settings, tensors, problems) -> tuple[Weights | None, list[str]]:
+    """See `_meta_blt`."""
+    args = settings.entropy_model or settings.args
+    config, lengths = meta_config.read_entropy_model(args, problems)
+    if config is None:
+        return None, []
+    params, found = from_published(config, tensors, META)
+    patching = PatchingConfig(target_patch_bytes=None)
+    return Weights(None, config, patching, {"entropy_model": params}, lengths), found
+
+
+def _meta_settings(directory: Path, problems: list[str]) -> _Settings | None:
+    """None where a file cannot be read, or holds other things than settings."""
+    before = len(problems)
+    if (directory / "config.json").exists():
+        config = read_json(directory / "config.json", problems)
+        training = {}
+        if (directory / "train_args.json").exists():
+            training = read_json(directory / "train_args.json", problems)
+        args, entropy_model = _object(config, "args", config, problems), {}
+    else:
+        training = read_json(directory / "params.json", problems)
+        bare = {} if "entropy_model" in training else training  # the model's settings alone
+        args = _object(training, "model", bare, problems)
+        entropy_model = _object(training, "entropy_model", {}, problems)
+    data = _object(training, "data", {}, problems)
+    patcher_args = _object(data, "patcher_args", {}, problems)
+    if len(problems) > before:
+        return None
+    return _Settings(args, entropy_model, patcher_args)
+
+
+def _object(values: dict, key: str, default: dict, problems: list[str]) -> dict:
+    found = values.get(key)
+    if found is None:
+        return default
+    if not isinstance(found, dict):
+        problems.append(f"{key}={str(found)[:60]!r} must be an object of settings")
+        return {}
+    return found
+
+
+def _meta_tensors(directory: Path, problems: list[str], advance: Advance) -> dict[str, LazyArray]:
+    """Tensors of either kind of directory, under their bare names."""
+    pickled = sorted(directory.glob("*.pth"))
+    in_safetensors = (safetensors_files.SINGLE, safetensors_files.INDEX)
+    if pickled and not any((directory / name).exists() for name in in_safetensors):
+        if len(pickled) > 1:
+            names = [path.name for path in pickled]
+            problems.append(f"{names}: several weight files, leave the one to be read")
+            return {}
+        try:
+            contents = pth_files.open_pth(pickled[0])
+            problems += pth_files.verify(pickled[0], advance)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            return {}
+        if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
+            contents = contents["model"]
+        tensors = list(_leaves(contents))
+    else:
+        found, unreadable = safetensors_files.open_sharded(directory)
+        tensors = list(found.items())
+        problems += unreadable
+    bare: dict[str, LazyArray] = {}
+    for name, tensor in tensors:
+        short = _WRAPPERS.sub("", name)
+        if _TABLES.fullmatch(short):
+            continue
+        if not hasattr(tensor, "shape"):
+            problems.append(f"{name} is a {type(tensor).__name__}, must be a tensor")
+        elif short in bare:
+            problems.append(f"{short} is there twice, as {name} too")
+        else:
+            bare[short] = tensor
+    return bare
+
+
+def _leaves(contents: Any, prefix: str = ""):
+    """(dotted name, leaf) of nested dicts."""
+    if isinstance(contents, dict):
+        for key, value in contents.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, contents
+
+
+def stored_bytes(directory: Path) -> int:
+    """Size of the weight files that reading a PyTorch directory goes through."""
+    kinds = ("*.safetensors", "*.pth")
+    return sum(path.stat().st_size for kind in kinds for path in directory.rglob(kind))

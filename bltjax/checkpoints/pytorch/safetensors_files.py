@@ -1,0 +1,250 @@
+"""Safetensors files, read and written piece by piece: weights need not fit in memory."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes
+from bltjax.checkpoints.pytorch.stored_array import StoredArray, one_line
+from bltjax.runtime.files import replacing
+from bltjax.runtime.progress import Advance, unwatched
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+METADATA = {"format": "pt"}  # transformers loads no file without it
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "C64": np.dtype(np.complex64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+
+
+def open_safetensors(path: Path) -> dict[str, LazyArray]:
+    """The tensors of a file by name, in the file's order.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or holds a dtype that NumPy
+    does not have.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="np"):  # the library validates sizes and offsets
+            pass
+        header, start = _read_header(path)
+        header.pop("__metadata__", None)
+        return {
+            name: _stored(path, start, name, entry)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        }
+    except (FileNotFoundError, _UnknownDtype):
+        raise
+    except Exception as error:  # whatever a damaged file provokes in two parsers
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({one_line(error)}): download it again"
+        ) from error
+
+
+class _UnknownDtype(ValueError):
+    """Its message is for the user as it is."""
+
+
+def _read_header(path: Path) -> tuple[dict, int]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
+
+
+def _stored(path: Path, start: int, name: str, entry: dict) -> StoredArray:
+    if entry["dtype"] not in DTYPES:
+        raise _UnknownDtype(
+            f"tensor {name!r} of {path} has dtype {entry['dtype']}, which cannot be read: "
+            f"convert it to one of {', '.join(DTYPES)}"
+        )
+    shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
+    return StoredArray(path, start + entry["data_offsets"][0], shape, dtype)
+
+
+def open_sharded(directory: Path) -> tuple[dict[str, LazyArray], list[str]]:
+    """The tensors of a model's directory and what is wrong with it, a line a problem.
+
+    Reads the files that `model.safetensors.index.json` names if there is one, else
+    `model.safetensors`. Tensors with a problem are left out.
+    """
+    directory = Path(directory)
+    if not (directory / INDEX).exists():
+        if not (directory / SINGLE).exists():
+            return {}, [f"{directory} has no weights: expected {SINGLE} or {INDEX}"]
+        shards, problems = _open_shards(directory, [SINGLE])
+        return shards.get(SINGLE, {}), problems
+    try:
+        weight_map = _read_index(directory / INDEX)
+    except (ValueError, OSError, RecursionError) as error:
+        problem = f"{directory / INDEX} is no index ({one_line(error)}): download it again"
+        return {}, [problem]
+    shards, problems = _open_shards(directory, list(dict.fromkeys(weight_map.values())))
+    tensors = {}
+    for name, file in weight_map.items():
+        if name in shards.get(file, {}):
+            tensors[name] = shards[file][name]
+        elif file in shards:
+            problems.append(f"{file!r} lacks tensor {name!r}, which {INDEX} puts there")
+    problems += _unexpected(shards, weight_map)
+    return tensors, problems
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = json.loads(path.read_bytes())
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError("it has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise ValueError(f"weight_map puts {name!r} in {file!r}, which is no file name")
+    return weight_map
+
+
+def _open_shards(directory: Path, files: list[str]) -> tuple[dict[str, dict], list[str]]:
+    shards, problems = {}, []
+    for file in files:
+        outside = file in ("", ".", "..") or any(c in file for c in "/\\:")
+        if outside or not file.isprintable():
+            problems.append(f"{INDEX} names {file!r}: refused, shards are files beside it")
+            continue
+        try:
+            shards[file] = open_safetensors(directory / file)
+        except FileNotFoundError:
+            problems.append(f"{file!r} is missing from {directory}: download it")
+        except ValueError as error:
+            problems.append(str(error))
+    return shards, problems
+
+
+def _unexpected(shards: dict[str, dict], weight_map: dict[str, str]) -> Iterator[str]:
+    for file, tensors in shards.items():
+        for name in tensors:
+            place = weight_map.get(name)
+            if place is None:
+                yield f"{file!r} has tensor {name!r}, which {INDEX} does not name"
+            elif place != file:
+                yield f"{file!r} has tensor {name!r}, which {INDEX} puts in {place!r}"
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, LazyArray],
+    advance: Advance = unwatched,
+    metadata: Mapping[str, str] = METADATA,
+) -> None:
+    """Write a file block by block, `advance(number of bytes)` after each.
+
+    The file appears when it is whole. Raises ValueError for a dtype that the format does not have.
+    """
+    names = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
+    header = _header([(name, tensors[name]) for name in names], metadata)
+    with replacing(Path(path)) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            _write_array(file, name, tensors[name], advance)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(items: list[tuple[str, LazyArray]], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, dict] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, array in items:
+        kind = _KINDS.get(np.dtype(array.dtype))
+        if kind is None or name in header:
+            what = "that name" if name in header else f"dtype {np.dtype(array.dtype)}"
+            raise ValueError(
+                f"cannot write tensor {name!r} to a safetensors file, which has no {what}: "
+                f"rename it or cast it to one of {', '.join(DTYPES)}"
+            )
+        begin, end = end, end + num_bytes(array)
+        shape = [int(n) for n in array.shape]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _write_array(file, name: str, array: LazyArray, advance: Advance) -> None:
+    for index in blocks(array):
+        piece = array[index]
+        wanted = tuple(axis.stop - axis.start for axis in index)
+        if piece.shape != wanted or piece.dtype != array.dtype:  # would shift all that follows
+            raise ValueError(
+                f"tensor {name!r} gave {piece.dtype}{list(piece.shape)} for "
+                f"{array.dtype}{list(wanted)}: a bug in what reads it"
+            )
+        # Unsigned bytes: files take no buffer of a dtype that NumPy does not know, like bfloat16.
+        file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        advance(piece.nbytes)
+
+
+def write_sharded(
+    directory: Path,
+    tensors: Mapping[str, LazyArray],
+    advance: Advance = unwatched,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` of data and an index.
+
+    Tensors keep their order from shard to shard; one that is larger has a shard to itself. Raises
+    ValueError if the directory has weights already: mixed with new ones, either could be loaded.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    present = sorted(path.name for path in directory.glob("model*.safetensors*"))
+    if present:
+        raise ValueError(f"{directory} has weights already ({present[0]}): remove them first")
+    shards = _shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        write_safetensors(directory / SINGLE, tensors, advance)
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(directory / file, {name: tensors[name] for name in names}, advance)
+        weight_map |= dict.fromkeys(names, file)
+    index = {
+        "metadata": {"total_size": sum(map(num_bytes, tensors.values()))},
+        "weight_map": weight_map,
+    }
+    with replacing(directory / INDEX) as file:
+        file.write((json.dumps(index, indent=2) + "\n").encode())
+
+
+def _shards(tensors: Mapping[str, LazyArray], max_bytes: int) -> list[list[str]]:
+    """The names of each shard, filled in order."""
+    shards, room = [[]], max_bytes
+    for name, array in tensors.items():
+        size = num_bytes(array)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards

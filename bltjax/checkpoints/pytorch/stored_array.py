@@ -1,0 +1,53 @@
+"""What the readers of weight files share: an array in a file, and words for damage."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from bltjax.checkpoints.lazy_arrays import BLOCK_BYTES, Index
+
+
+class StoredArray:
+    """An array in a file: bytes from `start` on, `strides` elements apart (default: C order).
+
+    Each reading opens the file anew, maps the range of its piece, copies the piece and drops the
+    map: threads may share an array, and what has been read stays out of resident memory.
+    """
+
+    def __init__(self, path: Path, start: int, shape, dtype, strides=None):
+        self.path, self.start = path, start
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+        np.broadcast_to(np.zeros((), self.dtype), self.shape)  # ValueError if NumPy cannot hold it
+        if strides is None:
+            strides = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        self._steps = [stride * self.dtype.itemsize for stride in strides]  # bytes
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        if any(piece.step not in (None, 1) for piece in index):
+            raise ValueError(f"cannot read {index} of {self.path}: slices must have step 1")
+        ranges = [range(n)[piece] for piece, n in zip(index, self.shape, strict=True)]
+        result = np.empty([len(r) for r in ranges], self.dtype)
+        if result.size:
+            offset = sum(r.start * step for r, step in zip(ranges, self._steps, strict=True))
+            self._fill(result, self.start + offset)
+        return result
+
+    def _fill(self, piece: np.ndarray, begin: int) -> None:
+        """Read `piece` from byte `begin` on, mapping at most a block at a time."""
+        reach = [(n - 1) * step for n, step in zip(piece.shape, self._steps, strict=True)]
+        num_mapped = sum(reach) + self.dtype.itemsize
+        if num_mapped > BLOCK_BYTES:
+            axis = int(np.argmax(reach))
+            half = piece.shape[axis] // 2
+            first, second = np.split(piece, [half], axis)
+            self._fill(first, begin)
+            self._fill(second, begin + half * self._steps[axis])
+        else:
+            mapped = np.memmap(self.path, np.uint8, "r", begin, (num_mapped,))
+            piece[...] = np.ndarray(piece.shape, self.dtype, mapped, 0, self._steps)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, short enough for a message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

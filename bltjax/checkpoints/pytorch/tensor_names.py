@@ -1,0 +1,186 @@
+"""What every tensor is called, and how it lies, in Meta's and in Hugging Face's files.
+
+One table for both directions. Matrices are [out, in] everywhere and rotary pairs are interleaved
+everywhere, so nothing is ever transposed or permuted: tensors are only stacked (layers; n-gram
+tables in Meta's files) or cut out of one another (n-gram tables in Hugging Face's), and the rows
+that n-gram tables are held with beyond the published ones come and go.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from bltjax.checkpoints.lazy_arrays import (
+    Joined,
+    LazyArray,
+    Member,
+    Split,
+    Stacked,
+    WithRows,
+    tree_leaves,
+)
+from bltjax.checkpoints.weights import shape_problems, shapes
+from bltjax.config import BLTConfig, TransformerConfig
+from bltjax.model import functional
+
+META, HF = "meta", "hf"  # the two styles of names
+
+
+class Name(NamedTuple):
+    """Names of one of our parameters; `{}` stands for the layer or table.
+
+    Our path is Meta's name without the number. Where a name has no number although ours is
+    stacked, the entries are joined along their first axis in one tensor.
+    """
+
+    meta: str
+    hf: str
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return (*(part for part in self.meta.split(".") if part != "{}"), "weight")
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.meta
+
+    def tensor(self, style: str, i: int | None = None) -> str:
+        return f"{getattr(self, style).format(i)}.weight"
+
+
+def _under(prefix: Name, names: dict[str, str]) -> list[Name]:
+    return [Name(f"{prefix.meta}.{meta}", f"{prefix.hf}.{hf}") for meta, hf in names.items()]
+
+
+_BLOCK = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_CROSS = {
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+    "cross_attn_norm_q": "q_norm",
+    "cross_attn_norm_kv": "k_norm",
+}
+
+
+def _same(name: str) -> Name:
+    return Name(name, f"model.{name}")
+
+
+HASH_TABLES = Name("encoder_hash_tok_embedding.{}", "model.encoder_hash_tok_embedding")
+BLT_NAMES = [
+    Name("local_encoder.tok_embeddings", "model.local_encoder.embed_tokens"),
+    HASH_TABLES,
+    *_under(_same("local_encoder.layers.{}"), _BLOCK),
+    *_under(_same("local_encoder.cross_attn_layers.{}"), _CROSS),
+    _same("local_encoder.patch_embedding_projection"),
+    _same("global_transformer.token_embedding_projection"),
+    *_under(_same("global_transformer.layers.{}"), _BLOCK),
+    _same("local_decoder.patch_embedding_projection"),
+    *_under(_same("local_decoder.cross_attn_layers.{}"), _CROSS),
+    *_under(_same("local_decoder.layers.{}"), _BLOCK),
+    _same("local_decoder.norm"),
+    Name("local_decoder.output", "lm_head"),
+]
+ENTROPY_MODEL_NAMES = [
+    Name("tok_embeddings", "model.patcher.embed_tokens"),
+    *_under(Name("layers.{}", "model.patcher.layers.{}"), _BLOCK),
+    Name("norm", "model.patcher.norm"),
+    Name("output", "model.patcher.lm_head"),
+]
+
+
+def published_shapes(config, style: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model, for BLTConfig or EntropyModelConfig.
+
+    Needs a mesh to be set (any), computes nothing.
+    """
+    abstract = functional.abstract_params(config)
+    return shapes(to_published(config, abstract, style))
+
+
+def to_published(config, params: dict, style: str) -> dict[str, LazyArray]:
+    """Our nested parameters -> lazy tensors by published name. Only `shape`s are looked at."""
+    tensors = {}
+    for path, leaf in tree_leaves(params):
+        name = _by_path(isinstance(config, BLTConfig))[path]
+        if name == HASH_TABLES:
+            leaf = WithRows(leaf, config.hash.vocab)
+        if not name.stacked:
+            tensors[name.tensor(style)] = leaf
+        elif "{}" in getattr(name, style):
+            for i in range(leaf.shape[0]):
+                tensors[name.tensor(style, i)] = Member(leaf, i)
+        else:
+            tensors[name.tensor(style)] = Joined(leaf)
+    return tensors
+
+
+def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tuple[dict, list[str]]:
+    """Lazy tensors by published name -> our nested parameters, and every problem found.
+
+    Problems are tensors that are missing, that the config has no place for, that have another shape
+    than the config says, or that are stacked with others of another dtype. With problems the nested
+    parameters are incomplete.
+    """
+    if too_many := _more_than(config, len(tensors)):
+        return {}, too_many
+    abstract = functional.abstract_params(config)
+    found, expected = shapes(tensors), shapes(to_published(config, abstract, style))
+    problems = shape_problems(found, expected)
+    params = {}
+    for path, leaf in tree_leaves(abstract):
+        name = _by_path(isinstance(config, BLTConfig))[path]
+        wanted = [name.tensor(style, i) for i in range(leaf.shape[0] if name.stacked else 1)]
+        wanted = list(dict.fromkeys(wanted))
+        if any(found.get(w) != expected[w] for w in wanted):
+            continue
+        parts = [tensors[w] for w in wanted]
+        dtypes = sorted({np.dtype(part.dtype).name for part in parts})
+        if len(dtypes) > 1:
+            problems.append(
+                f"{name.tensor(style, '*')} come in {' and '.join(dtypes)}: cast them to one dtype"
+            )
+            continue
+        joined = _joined(name, parts, style, leaf.shape)
+        _insert(params, path, WithRows(joined, leaf.shape[1]) if name == HASH_TABLES else joined)
+    return params, problems
+
+
+def _more_than(config, num_tensors: int) -> list[str]:
+    """The problem of a config with absurdly many layers, whose names would fill the memory."""
+    stacks = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    layers = sum(s.num_layers for s in stacks if isinstance(s, TransformerConfig))
+    if layers <= max(1000, num_tensors):
+        return []
+    return [f"the config says {layers} layers, and there are {num_tensors} tensors: correct it"]
+
+
+def _joined(name: Name, parts: list[LazyArray], style: str, shape) -> LazyArray:
+    if not name.stacked:
+        return parts[0]
+    return Stacked(parts) if "{}" in getattr(name, style) else Split(parts[0], shape[0])
+
+
+def _insert(tree: dict, path: tuple[str, ...], leaf):
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+@functools.cache
+def _by_path(blt: bool) -> dict[tuple[str, ...], Name]:
+    return {name.path: name for name in (BLT_NAMES if blt else ENTROPY_MODEL_NAMES)}

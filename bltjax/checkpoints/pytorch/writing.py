@@ -1,0 +1,102 @@
+"""Writes directories of PyTorch weights, without PyTorch: for `transformers`, and Meta's hub kind.
+
+A directory is planned first, and whatever its format cannot say is listed and raised, before
+anything is written. Then tensors go through one block at a time.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bltjax.checkpoints.lazy_arrays import LazyArray
+from bltjax.checkpoints.pytorch import hf_config, meta_config
+from bltjax.checkpoints.pytorch.reading import ENTROPY_MODEL_DIRECTORY
+from bltjax.checkpoints.pytorch.safetensors_files import MAX_SHARD_BYTES, write_sharded
+from bltjax.checkpoints.pytorch.tensor_names import HF, META, to_published
+from bltjax.checkpoints.weights import Weights, WeightsError
+from bltjax.runtime.progress import Advance, unwatched
+
+
+class Plan(NamedTuple):
+    """What a directory will hold: lazy tensors by name, JSON files, and directories."""
+
+    tensors: dict[str, LazyArray]
+    files: dict[str, dict]
+    inside: dict[str, "Plan"]
+    notes: tuple[str, ...] = ()
+    max_shard_bytes: float = math.inf
+
+    def write(self, directory: Path, advance: Advance = unwatched):
+        """Raises OSError where the disk takes no more."""
+        directory.mkdir(parents=True, exist_ok=True)
+        write_sharded(directory, self.tensors, advance, max_shard_bytes=self.max_shard_bytes)
+        for name, plan in self.inside.items():
+            plan.write(directory / name, advance)
+        for name, value in self.files.items():
+            (directory / name).write_text(json.dumps(value, indent=2) + "\n")
+
+
+def plan_hf(weights: Weights, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
+    """What `BltForCausalLM.from_pretrained` loads; WeightsError for what it cannot express."""
+    if weights.blt is None:
+        raise WeightsError(
+            "Hugging Face's format",
+            ["there is only an entropy model, which transformers has no class for: choose meta"],
+        )
+    problems: list[str] = []
+    tensors = to_published(weights.blt, weights.params["blt"], HF) | _projection(weights)
+    if weights.entropy_model is not None:
+        tensors |= to_published(weights.entropy_model, weights.params["entropy_model"], HF)
+    dtypes = {np.dtype(tensor.dtype).name for tensor in tensors.values()}
+    dtype = "float32" if "float32" in dtypes else max(dtypes)
+    config = hf_config.write(weights, dtype, problems)
+    if problems:
+        raise WeightsError("Hugging Face's format", problems)
+    files = {"generation_config.json": hf_config.GENERATION, "config.json": config}
+    return Plan(tensors, files, {}, hf_config.notes(weights.blt, weights.patching), max_shard_bytes)
+
+
+def plan_meta(weights: Weights) -> Plan:
+    """Meta's hub layout, the entropy model in `entropy_model/`, or alone if there is no BLT.
+
+    Raises WeightsError for what it cannot express.
+    """
+    problems: list[str] = []
+    entropy_model = None
+    if weights.entropy_model is not None:
+        args = meta_config.write_entropy_model(weights.entropy_model, weights.lengths, problems)
+        tensors = to_published(weights.entropy_model, weights.params["entropy_model"], META)
+        entropy_model = Plan(tensors, {"config.json": {"args": args}}, {})
+    plan = entropy_model
+    if weights.blt is not None:
+        args = meta_config.write_blt(weights.blt, weights.patching, weights.lengths, problems)
+        training = {
+            "model": args,
+            "entropy_model": entropy_model and entropy_model.files["config.json"]["args"],
+            "data": {
+                "patcher_args": meta_config.write_patcher(weights.patching, problems),
+                "tokenizer_args": {"name": "blt"},
+            },
+        }
+        plan = Plan(
+            to_published(weights.blt, weights.params["blt"], META),
+            {"train_args.json": training, "config.json": {"args": args}},
+            {} if entropy_model is None else {ENTROPY_MODEL_DIRECTORY: entropy_model},
+            meta_config.notes(weights.patching),
+        )
+    if problems:
+        raise WeightsError("Meta's format", problems)
+    return plan
+
+
+def _projection(weights: Weights) -> dict:
+    """transformers multiplies with this matrix where the published model has none."""
+    if weights.blt.has_decoder_projection:
+        return {}
+    like = weights.params["blt"]["local_decoder"]["output"]["weight"]
+    width = weights.blt.local_decoder.dim
+    name = "model.local_decoder.patch_embedding_projection.weight"
+    return {name: np.eye(width, dtype=like.dtype)}

@@ -1,0 +1,383 @@
+"""Checkpoints: the training state and the data position, saved together and checked when read.
+
+    directory/STEP/state/            the arrays, as Orbax stores them
+    directory/STEP/record/metadata   position, and dtype, shape and fingerprint of every array
+    directory/STEP/FILES.json        the seal: size and checksum of every other file
+    damaged/STEP                     beside the directory: what was found damaged
+
+A checkpoint appears under its step number only when it is whole: a process killed while it
+writes leaves a temporary directory, which the next run removes. One killed before the seal is
+written leaves a checkpoint without, which its fingerprints vouch for.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+
+from bltjax import sharding
+from bltjax.checkpoints import placing
+from bltjax.checkpoints.disk_errors import is_of_disk, other_fault, unwritable
+from bltjax.checkpoints.file_checksums import check_seal, write_seal
+from bltjax.checkpoints.fingerprints import leaf_fingerprints
+from bltjax.checkpoints.orbax_weights import CHUNK_BYTES, CheckpointError, first_line, open_weights
+
+DAMAGED = "damaged"
+PACKAGES = ("bltjax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+
+
+REASON_BYTES = 240  # of what a process tells the others
+
+
+class Restored(NamedTuple):
+    state: Any
+    position: dict
+    step: int
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which tells of a failed write at once, not when the other processes have finished.
+
+    In several processes its own thread waits up to 20 minutes for those that did not fail.
+    """
+
+    failure: Exception | None = None
+
+    def _wait_for_checkpointers(self):
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failure = error
+            raise
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not as it was written; raised on all processes alike."""
+
+
+class Checkpoints:
+    """The checkpoints of one training stage: the newest `keep`, and multiples of `keep_every`.
+
+    keep_every: steps; 0 for none. about: JSON values that are written into every checkpoint, for
+    people to read. Raises OSError where the directory cannot be written.
+    """
+
+    def __init__(
+        self, directory: Path, keep: int = 1, keep_every: int = 0, about: dict | None = None
+    ):
+        logging.getLogger("absl").addFilter(_is_not_of_orbax)
+        self.directory = Path(directory).absolute()
+        self._about = about or {}
+        policies = [LatestN(keep)] + [EveryNSteps(keep_every)] * bool(keep_every)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # garbage in an old checkpoint must not matter
+            # Threads that write would wait 20 minutes for directories that cannot be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                tempfile.TemporaryFile(dir=self.directory).close()
+            self._manager = _Manager(self.directory, options=options)
+        except OSError as error:
+            raise unwritable(self.directory, error) from error
+        self._background = concurrent.futures.ThreadPoolExecutor(1, "seal")
+        self._saving = None  # (step, its seal), until an error of it has been told
+
+    def save(self, step: int, state, position: dict):
+        """Start saving in the background, unless that step is there.
+
+        An error shows in the next `save`, `wait` or `close`, as OSError; older checkpoints are
+        kept then.
+        """
+        self.wait()
+        if step in self._agreed_steps():
+            return
+        record = dict(
+            step=step, position=position, about=self._about | _versions(), arrays=_arrays(state)
+        )
+        record = json.loads(json.dumps(record))  # as it will be read
+        small_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+        with self._disk_errors(step):
+            if not self.directory.is_dir():  # Orbax would make another, and others be lost unseen
+                raise FileNotFoundError(errno.ENOENT, "the directory has vanished")
+            self._manager.save(
+                step,
+                force=True,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state, save_args=small_chunks),
+                    record=ocp.args.JsonSave(record | dict(digest=_digest(record))),
+                ),
+            )
+        self._saving = step, self._background.submit(self._seal, step)
+
+    def _seal(self, step: int):
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            write_seal(self.directory / str(step))
+
+    def latest_step(self) -> int | None:
+        """The newest step that is saved, or being saved."""
+        return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        return list(self._manager.all_steps())
+
+    def _agreed_steps(self) -> list[int]:
+        """Those that process 0 sees: others may see an older directory, on a shared disk."""
+        steps = np.array(self.all_steps(), np.int32)
+        if jax.process_count() > 1:
+            number = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+            steps = multihost_utils.broadcast_one_to_all(np.resize(steps, number))
+        return steps.tolist()
+
+    def restore(self, abstract_state) -> Restored | None:
+        """The newest checkpoint that is as it was written, sharded as `abstract_state` says.
+
+        Damaged ones that are newer are moved to the directory `damaged`, and stderr tells of it.
+        None without any checkpoint. Raises CheckpointError if all are damaged, or if one is of
+        another model, and leaves everything in its place then.
+        """
+        self.wait()
+        wanted = _flat(abstract_state)
+        damaged = {}
+        for step in sorted(self._agreed_steps(), reverse=True):
+            try:
+                arrays, record = _read(self.directory / str(step), wanted)
+            except _Damaged as error:
+                damaged[step] = str(error)
+                continue
+            if damaged:
+                self._move_away(damaged, step)
+            leaves = [arrays[name] for name in wanted]
+            state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+            return Restored(state, record["position"], step)
+        if damaged:
+            reasons = "; ".join(f"{self.directory / str(s)}: {why}" for s, why in damaged.items())
+            raise CheckpointError(
+                f"no checkpoint is left that can be read ({reasons}); move {self.directory} away "
+                "to start this stage anew"
+            )
+        return None
+
+    def _move_away(self, damaged: dict[int, str], good: int):
+        if jax.process_index() == 0:
+            for step, reason in damaged.items():
+                source = self.directory / str(step)
+                target = _free_name(self.directory.parent / DAMAGED / str(step))
+                target.parent.mkdir(exist_ok=True)
+                shutil.move(source, target)
+                print(
+                    f"WARNING: checkpoint {source} is damaged: {reason}\n"
+                    f"WARNING: it was moved to {target}; nothing was deleted",
+                    file=sys.stderr,
+                )
+            print(
+                f"WARNING: training goes on from step {good}: what came after it is trained again",
+                file=sys.stderr,
+                flush=True,
+            )
+        sharding.meet("damaged checkpoints are moved")
+        self._manager.reload()
+
+    def wait(self):
+        """Until the last save is on disk. Raises OSError if it could not be written."""
+        if self._saving is None:
+            return
+        (step, seal), self._saving = self._saving, None
+        with self._disk_errors(step):
+            while jax.process_count() > 1 and not concurrent.futures.wait([seal], timeout=1).done:
+                if self._manager.failure:
+                    raise self._manager.failure  # whose thread goes on waiting for the others
+            self._manager.wait_until_finished()
+            seal.result()
+
+    def close(self):
+        """`wait`, and end the threads."""
+        try:
+            self.wait()
+        finally:
+            if jax.process_count() == 1 or not self._manager.failure:
+                self._manager.close()
+                self._background.shutdown()
+
+    @contextlib.contextmanager
+    def _disk_errors(self, step: int):
+        """What cannot be written as OSError; TensorStore has ValueErrors for it."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not is_of_disk(error):
+                raise
+            with contextlib.suppress(OSError):
+                self._manager.reload()  # it has forgotten those that the new one was to replace
+            newest = self.latest_step()
+            rest = ": it starts anew" if newest is None else f": it goes on from step {newest}"
+            raise unwritable(self.directory / str(step), error, rest) from error
+
+
+def load_params(directory: Path, abstract_params: dict) -> dict:
+    """The parameters in the newest checkpoint of a stage, on the mesh that is set.
+
+    Raises FileNotFoundError if there is none, CheckpointError if it is damaged or of another model.
+    """
+    directory = Path(directory).absolute()
+    if not has_checkpoint(directory):
+        raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
+    *older, newest = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    wanted = _flat({"params": abstract_params})
+    try:
+        arrays, _ = _read(directory / str(newest), wanted, "params.")
+    except _Damaged as error:
+        remedy = (
+            f"run its stage again: it goes on from step {older[-1]}"
+            if older
+            else f"move {directory} away and run its stage again"
+        )
+        raise CheckpointError(
+            f"checkpoint {directory / str(newest)} is damaged: {error}; {remedy}"
+        ) from error
+    leaves = [arrays[name] for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a stage has saved anything there; nothing is created."""
+    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+
+
+def _read(checkpoint: Path, wanted: dict, prefix: str = "") -> tuple[dict, dict]:
+    """The arrays that are `wanted`, by path and on the devices, and the record of a checkpoint.
+
+    prefix: of the paths that are wanted. Raises _Damaged, and CheckpointError for another model.
+    """
+    record = _together(lambda: _checked_record(checkpoint))
+    saved = {k: v for k, v in record["arrays"].items() if k.startswith(prefix)}
+    _check_model(checkpoint, saved, wanted)
+    arrays = _together(lambda: _placed(checkpoint, wanted))
+    found = leaf_fingerprints(arrays)
+    _together(lambda: _check_values({name: found[name] for name in wanted}, saved))
+    return arrays, record
+
+
+def _check_values(found: dict[str, int], saved: dict):
+    wrong = [name for name, number in found.items() if number != saved[name]["fingerprint"]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has other values than were saved ({len(wrong)} arrays)")
+
+
+def _checked_record(checkpoint: Path) -> dict:
+    check_seal(checkpoint)
+    record = json.loads((checkpoint / "record" / "metadata").read_bytes())
+    if record.pop("digest", None) != _digest(record):
+        raise ValueError("its record of position and fingerprints is not as it was written")
+    if str(record["step"]) != checkpoint.name:
+        raise ValueError(f"it is the checkpoint of step {record['step']} under another name")
+    return record
+
+
+def _check_model(checkpoint: Path, saved: dict, wanted: dict):
+    given = {name: _kind(x["dtype"], x["shape"]) for name, x in saved.items()}
+    asked = {name: _kind(x.dtype, x.shape) for name, x in wanted.items()}
+    differ = [
+        f"{name} is {given.get(name, 'absent')} there and {asked.get(name, 'absent')} here"
+        for name in asked | given
+        if given.get(name) != asked.get(name)
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is of another model: {'; '.join(differ[:3])}{more}; give the "
+            "configuration that it was trained with, or another directory"
+        )
+
+
+def _placed(checkpoint: Path, wanted: dict) -> dict:
+    # Not by Orbax's own way to read: it casts, and where one process fails the others wait for it.
+    stored = _flat(open_weights(checkpoint / "state"))
+    return placing.put_lazy({name: stored[name] for name in wanted}, wanted)
+
+
+def _together(work: Callable):
+    """work()'s result, if every process has one, and else _Damaged on all of them.
+
+    What is not the checkpoint's fault comes as it is, and ends the other processes too.
+    """
+    result, reason = None, ""
+    try:
+        result = work()
+    except Exception as error:  # Orbax raises bare Exceptions for damaged files
+        if other := other_fault(error):
+            raise other from None
+        reason = first_line(error.__cause__ or error)
+    if jax.process_count() > 1:
+        text = np.frombuffer(reason.encode()[:REASON_BYTES].ljust(REASON_BYTES), np.uint8)
+        told = multihost_utils.process_allgather(text)  # blanks of those without
+        reason = max(bytes(row) for row in told).decode(errors="replace").strip()
+    if reason:
+        raise _Damaged(reason)
+    return result
+
+
+def _flat(tree) -> dict:
+    """Leaves by their path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def _kind(dtype, shape) -> str:
+    return f"{np.dtype(dtype).name}{list(shape)}"
+
+
+def _arrays(state) -> dict:
+    fingerprints = leaf_fingerprints(state)
+    return {
+        name: dict(dtype=x.dtype.name, shape=x.shape, fingerprint=fingerprints[name])
+        for name, x in _flat(state).items()
+    }
+
+
+def _versions() -> dict:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return dict(versions=versions, processes=jax.process_count(), devices=jax.device_count())
+
+
+def _digest(record: dict) -> str:
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _is_not_of_orbax(message: logging.LogRecord) -> bool:
+    """Orbax logs dozens of lines a save, and tracebacks of what it raises as well."""
+    return "/orbax/" not in message.pathname

@@ -1,0 +1,111 @@
+"""A model as any directory of weights gives it: configs, and parameters not yet in memory."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_nonfinite, tree_leaves
+from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.runtime.progress import Advance, unwatched
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Lengths(NamedTuple):
+    """How long rows are; nothing in the models limits them.
+
+    bytes, patches, entropy_bytes: what the published code makes position tables for. row_bytes:
+    the rows in which documents are scored, those of training where they are known.
+    """
+
+    bytes: int = 24576
+    patches: int = 4096
+    entropy_bytes: int = 8192
+    row_bytes: int = 8192
+
+
+class Weights(NamedTuple):
+    """A byte latent transformer, an entropy model, or both with the rule that joins them.
+
+    params: {"blt": ..., "entropy_model": ...}, nested dicts of lazy arrays under the paths of
+    `functional.abstract_params`, in the dtype they are stored in. A model that is not there has
+    neither config nor parameters. notes: what a user of the source should know.
+    """
+
+    blt: BLTConfig | None
+    entropy_model: EntropyModelConfig | None
+    patching: PatchingConfig
+    params: dict[str, dict]
+    lengths: Lengths = Lengths()
+    notes: tuple[str, ...] = ()
+
+    def with_entropy_model(self, other: "Weights") -> "Weights":
+        """This model with the entropy model of another directory."""
+        return self._replace(
+            entropy_model=other.entropy_model,
+            params=self.params | {"entropy_model": other.params["entropy_model"]},
+            lengths=self.lengths._replace(entropy_bytes=other.lengths.entropy_bytes),
+        )
+
+    def num_bytes(self) -> int:
+        """Size of all parameters as they are stored."""
+        return sum(
+            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+            for _, leaf in tree_leaves(self.params)
+        )
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used as they are; the message lists every problem found."""
+
+    def __init__(self, path, problems: Iterable[str]):
+        self.problems = list(problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        count = len(self.problems)
+        super().__init__(f"{path}: {count} problem{'s' if count > 1 else ''}{lines}")
+
+
+def value_problems(tensors: dict[str, LazyArray], advance: Advance = unwatched) -> list[str]:
+    """Names the tensors that are not floating point, or hold NaN or infinite values.
+
+    Reads everything once, piece by piece.
+    """
+    found = []
+    for name, tensor in tensors.items():
+        dtype = np.dtype(tensor.dtype)
+        if dtype.name not in FLOAT_DTYPES:
+            found.append(f"{name} is {dtype.name}: weights must be one of {FLOAT_DTYPES}")
+            continue
+        bad = 0
+        for index in blocks(tensor):
+            piece = np.asarray(tensor[index])
+            bad += num_nonfinite(piece)
+            advance(piece.nbytes)
+        if bad:
+            found.append(f"{name} has {bad} values that are NaN or infinite")
+    return found
+
+
+def shape_problems(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Names the arrays that are missing, that nobody expects, or of another shape."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
+    return problems + [
+        f"{name} has shape {list(found[name])}, the config says {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+
+
+def shapes(arrays: Mapping[str, LazyArray]) -> dict[str, tuple[int, ...]]:
+    """The shape of each array by name."""
+    return {name: tuple(array.shape) for name, array in arrays.items()}
+
+
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested dict -> {dotted path: leaf}."""
+    return {".".join(path): leaf for path, leaf in tree_leaves(tree)}

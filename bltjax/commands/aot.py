@@ -1,0 +1,84 @@
+"""Compiles for chips that are not there: `bltjax aot --config=NAME --topology=v5e:16x16`.
+
+Compiles the real train step (--program=train), or of generation the loop that reads prompts
+(prefill) or the one that writes bytes (decode), on the config's mesh over the topology's devices,
+by libtpu or the CUDA plugin, without a TPU or GPU. Reports of each device: bytes of HBM, FLOPs that
+the model needs and that the program does, bytes that collectives move, and the least time that
+published peaks leave: a roofline, no measurement. Loops whose rounds the program itself decides,
+such as the bytes that are generated, count once and are listed; the exchange of hash rows counts
+three times, as text needs. The exit status is 1 where the program does not fit.
+"""
+
+import json
+import os
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from bltjax import cli
+from bltjax.costs import compiler_errors
+from bltjax.costs.compile_report import (
+    REMATERIALISED,
+    _show_tail,
+    captured_log,
+    compile_program,
+    print_report,
+)
+
+PROGRAMS = ("train", "prefill", "decode")
+DOES_NOT_FIT = 1  # exit code
+# libtpu looks for TPUs and waits for them unless told otherwise; several may compile at once.
+ENVIRONMENT = dict(
+    JAX_PLATFORMS="cpu",
+    TPU_ACCELERATOR_TYPE="v5litepod-16",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_WORKER_ID="0",
+    TPU_SKIP_MDS_QUERY="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_MIN_LOG_LEVEL="0",  # what is logged is read, and not shown
+    TF_CPP_MIN_LOG_LEVEL="0",
+)
+
+
+def main(argv):
+    cli.no_arguments(argv, "give --config and --topology")
+    config, _ = cli.read_config(needs_workdir=False)
+    values = flags.FLAGS
+    if values.topology is None:
+        cli.fail("give --topology, for example --topology=v5e:16x16")
+    if values.program != "train" and values.stage != "blt":
+        cli.fail(f"--program={values.program} is of the byte latent transformer: --stage=blt")
+    os.environ.update(ENVIRONMENT)  # before JAX is imported
+    with captured_log() as log:
+        try:
+            found = compile_program(config, values)
+        except ValueError as error:
+            cli.fail(error)
+        except Exception as error:
+            _show_tail(log)
+            from jax.errors import JaxRuntimeError
+
+            if isinstance(error, JaxRuntimeError):
+                cli.fail(compiler_errors.failure(str(error)))
+            raise
+        log.seek(0)
+        found["rematerialization_warnings"] = log.read().count(REMATERIALISED)
+    print_report(found)
+    if found["rematerialization_warnings"]:
+        print(f"  XLA warned of {found['rematerialization_warnings']} x {REMATERIALISED}")
+    print(json.dumps(dict(config=config_flags.get_config_filename(values["config"])) | found))
+    sys.exit(0 if found["fits"] else DOES_NOT_FIT)
+
+
+def define_flags():
+    cli.define_run_flags()
+    flags.DEFINE_string("topology", None, "Chips and their arrangement, such as v5e:16x16.")
+    flags.DEFINE_integer("slices", 1, "How many such slices, joined by a slower network.", 1)
+    flags.DEFINE_enum("stage", "blt", ["blt", "entropy_model", "token_model"], "Which model.")
+    flags.DEFINE_enum("program", "train", PROGRAMS, "What is compiled.")
+    flags.DEFINE_string("text", None, "A file for the optimized program (HLO text).")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

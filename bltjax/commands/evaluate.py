@@ -1,0 +1,89 @@
+"""Measures a model: `bltjax evaluate --checkpoint=DIR --data=PATH`, and named tasks.
+
+PATH is a file, or a directory of which every file that is not hidden is a document, or holds one
+in each line (.jsonl, .ndjson, also .gz and .zst). Its top-level directories, and files of lines
+beside them, are the sources, with a result each; so are languages, where lines name theirs. Prints
+a table of bits per byte, with xz for scale. Further parts, with --data or without:
+
+    --suites=characters,noise   questions about characters; multiple choice from --data, with noise
+    --samples=N                 how much of what the model writes is valid UTF-8
+    --tasks=a,b                 tasks of lm-evaluation-harness, of the hub or of --tasks_path=DIR
+
+The last line is all of it as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from bltjax import cli
+from bltjax.evaluation import suites
+from bltjax.evaluation.files import _contents, chosen_files, evaluate
+from bltjax.runtime.terminal import json_number
+
+
+def run(chosen) -> dict:
+    """What the flags ask for, in the order of the help."""
+    if chosen.data is not None:
+        Path(chosen.data).stat()  # a wrong path shows before the model is loaded
+    model, result = cli.open_model(), {}
+    if chosen.data is not None:
+        options = {} if chosen.row_bytes is None else dict(row_bytes=chosen.row_bytes)
+        result |= evaluate(model, chosen.data, chosen.max_bytes, **options)
+    if "characters" in chosen.suites:
+        result["characters"] = suites.character_suite(model, chosen.words, chosen.limit)
+    if "noise" in chosen.suites:
+        files = chosen_files(chosen.data, chosen.max_bytes, [])
+        documents = [data for chunk in _contents(files, []) for _, _, data in chunk]
+        result["noise"] = suites.noise_suite(model, documents, chosen.limit)
+    if chosen.samples:
+        result["samples"] = suites.sample_suite(model, chosen.samples)
+    if chosen.tasks:
+        asked = chosen.tasks, chosen.tasks_path, chosen.limit, chosen.noise
+        result["tasks"] = suites.harness_suite(model, *asked)
+    return result
+
+
+def main(argv):
+    cli.no_arguments(argv, "give --checkpoint and --data")
+    chosen = flags.FLAGS
+    parts = (chosen.data, chosen.suites, chosen.samples, chosen.tasks)
+    if chosen.checkpoint is None or not any(parts):
+        cli.fail("give --checkpoint=DIR and --data=PATH, or --suites, --samples or --tasks")
+    if unknown := sorted(set(chosen.suites) - set(suites.SUITES)):
+        cli.fail(f"--suites={unknown[0]} is none of {', '.join(suites.SUITES)}")
+    if "noise" in chosen.suites and chosen.data is None:
+        cli.fail("--suites=noise makes its items of text: give --data=PATH")
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        result = run(chosen)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        cli.fail(error)
+    print(json.dumps(_without_nan(result)))
+
+
+def _without_nan(value):
+    """The same for JSON, which has no NaN."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inside) for name, inside in value.items()}
+    return json_number(value) if isinstance(value, float) else value
+
+
+def define_flags():
+    cli.define_model_flags()
+    flags.DEFINE_string("data", None, "A file, or a directory of files.")
+    flags.DEFINE_list("suites", [], f"Further parts, see above: {', '.join(suites.SUITES)}.")
+    flags.DEFINE_integer("samples", 0, "Texts to draw from the model.", 0)
+    flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (pip install 'bltjax[eval]').")
+    flags.DEFINE_string("tasks_path", None, "A directory of task files, instead of the harness's.")
+    flags.DEFINE_string("noise", None, "Noise in --tasks: drop, or drop:prompt, and so on.")
+    flags.DEFINE_integer("limit", None, "Questions of a task, at most.", 1)
+    flags.DEFINE_string("words", None, "A file of words for --suites=characters.")
+    flags.DEFINE_integer("max_bytes", None, "Read no more than this; files are not cut.", 0)
+    flags.DEFINE_integer("row_bytes", None, "Bytes that the model sees at a time.", 8)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

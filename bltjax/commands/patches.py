@@ -1,0 +1,127 @@
+"""Shows the patches of a text: `bltjax patches --checkpoint=DIR --input=FILE`.
+
+Prints the text with its patches, their lengths, and, with --png and --html, the entropy of each
+byte. For a folder it prints a table: bytes per patch of each subfolder (a language, a source) and
+file. Any bytes are text. The last line is all of it as JSON.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from bltjax import cli
+from bltjax.config import ENTROPY_RULES, PatchingConfig
+from bltjax.evaluation.patches import pictures
+from bltjax.evaluation.patches.tables import read, result_of, show_folder, show_text
+from bltjax.evaluation.patches.view import PatchView
+from bltjax.runtime.files import replacing
+from bltjax.runtime.terminal import printable
+
+MAX_SHOWN_BYTES = 1_000_000  # of a text that is shown: pages of more are slow to look at
+
+
+def read_shown(path: str, max_bytes: int | None) -> bytes:
+    """The text to show. Raises ValueError where it is longer than MAX_SHOWN_BYTES."""
+    most = MAX_SHOWN_BYTES + 1
+    text = read(path, most if max_bytes is None else min(max_bytes, most))
+    if len(text) > MAX_SHOWN_BYTES:
+        raise ValueError(
+            f"{path} has more than the {MAX_SHOWN_BYTES} bytes that can be shown: give "
+            f"--max_bytes={MAX_SHOWN_BYTES} for its beginning, or a folder for a table only"
+        )
+    return text
+
+
+def with_threshold(patching: PatchingConfig, threshold: float) -> PatchingConfig:
+    """The same rule with another threshold. Raises ValueError for rules that have none."""
+    if patching.rule not in ENTROPY_RULES:
+        raise ValueError(
+            f"patching rule {patching.rule!r} has no threshold: leave out --threshold={threshold}"
+        )
+    if not math.isfinite(threshold):
+        raise ValueError(f"--threshold={threshold} must be a finite number of nats")
+    return dataclasses.replace(patching, threshold=threshold)
+
+
+def run(chosen) -> dict:
+    """What the flags ask for; returns what the last line holds."""
+    is_folder = chosen.input != "-" and Path(chosen.input).is_dir()
+    _check_targets(chosen, is_folder)
+    text = None if is_folder else read_shown(chosen.input, chosen.max_bytes)
+    model = cli.open_model()
+    trained = model.patching
+    if chosen.threshold is not None:
+        model.patching = with_threshold(trained, chosen.threshold)
+    if is_folder:
+        found = show_folder(model, Path(chosen.input), chosen.max_bytes, trained)
+        total, rows, unreadable = found["total"], found["rows"], found["unreadable"]
+    else:
+        name = "standard input" if chosen.input == "-" else printable(Path(chosen.input).name)
+        view, total, facts = show_text(model, text, name, trained, _colour(chosen.color))
+        rows, unreadable = [dict(name=chosen.input) | total.report()], []
+    print("\n".join(["", "bytes of a patch", *pictures.histogram_lines(total.lengths)]))
+    if not is_folder:
+        save(view, name, facts, chosen.png, chosen.html)
+    return result_of(total, model.patching, trained) | dict(files=rows, unreadable=unreadable)
+
+
+def save(view: PatchView, name: str, facts: list[str], png: str | None, page: str | None):
+    """Writes the pictures that are asked for, whole or not at all."""
+    if png is not None:
+        with replacing(Path(png)) as file:
+            pictures.figure(view, name, facts).savefig(file, format="png")
+        print(f"wrote {printable(png)}")
+    if page is not None:
+        with replacing(Path(page)) as file:
+            file.write(pictures.html_page(view, name, facts).encode())
+        print(f"wrote {printable(page)}")
+
+
+def main(argv):
+    cli.check_checkpoint_and_input(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        result = run(flags.FLAGS)
+    except (ValueError, KeyError, OSError) as error:
+        cli.fail(error)
+    print(json.dumps(result))
+
+
+def _check_targets(chosen, is_folder: bool):
+    """A picture that cannot be written shows before the model is loaded."""
+    for flag in ("png", "html"):
+        target = getattr(chosen, flag)
+        if target is None:
+            continue
+        if is_folder:
+            raise ValueError(f"--{flag} shows one text, {chosen.input} is a folder: give a file")
+        if not Path(target).parent.is_dir():
+            raise ValueError(f"--{flag}={target} is in no folder: make {Path(target).parent}")
+    if chosen.png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--png needs matplotlib: pip install 'bltjax[plots]'")
+
+
+def _colour(when: str) -> bool:
+    if when != "auto":
+        return when == "always"
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def define_flags():
+    cli.define_model_flags()
+    flags.DEFINE_string("input", None, "A file, a folder of files, or - for standard input.")
+    flags.DEFINE_string("png", None, "Draw the entropy of each byte, with patches and threshold.")
+    flags.DEFINE_string("html", None, "Write a page with coloured patches and their values.")
+    flags.DEFINE_float("threshold", None, "Nats; instead of the model's own threshold.")
+    flags.DEFINE_integer("max_bytes", None, "Only the beginning of a text, or of each file.", 0)
+    flags.DEFINE_enum("color", "auto", ("auto", "always", "never"), "Colours in the terminal.")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

@@ -1,0 +1,59 @@
+"""Computes the entropies of a corpus: `bltjax preprocess --config=NAME --workdir=DIR`.
+
+Reads the sources of the config into records in DIR/records, computes the entropy of every byte with
+the entropy model that was trained in DIR (or the one of --entropy_model), and reports the threshold
+for the wanted mean patch, by source and by language. An interrupted run goes on with the next
+shard; several processes share the work. `bltjax train` with the same --config and --workdir goes on
+from here; other runs read the records with --config.data.records=DIR/records. The last line is the
+report as JSON.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from bltjax import cli
+from bltjax.cli import fail
+from bltjax.recipe.entropies import bring_entropy_model
+
+
+def main(argv):
+    cli.no_arguments(argv, "settings are given as --config.name=value")
+    config, workdir = cli.read_config()
+    # Imported late: --help and wrong settings answer at once, without loading JAX.
+    import dataclasses
+
+    import jax
+
+    from bltjax.recipe import corpus, stages
+    from bltjax.recipe.checks import prepare
+    from bltjax.recipe.corpus_report import corpus_report, print_report
+    from bltjax.recipe.workdir import write_json
+
+    try:
+        config = dataclasses.replace(config, stages=("entropies",))
+        prepared = prepare(config, workdir, needs_models=False)
+        with jax.set_mesh(prepared.mesh):
+            if flags.FLAGS.entropy_model is not None:
+                bring_entropy_model(config, prepared.workdir, Path(flags.FLAGS.entropy_model))
+            store = corpus.open_corpus(config, prepared.workdir)
+            result = dict(compilations={})
+            patched = stages.find_patches(config, prepared.workdir, store, result, everything=True)
+        report = corpus_report(config, store, patched)
+        write_json(store.directory / "report.json", report)
+    except (ValueError, OSError) as error:
+        fail(error)
+    print_report(report)
+    print(json.dumps(report))
+
+
+def define_flags():
+    cli.define_run_flags()
+    flags.DEFINE_string(
+        "entropy_model", None, "A directory with the entropy model, in any format that is read."
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

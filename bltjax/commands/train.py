@@ -1,0 +1,87 @@
+"""Trains a model: `bltjax train --config=quickstart --workdir=DIR`.
+
+Settings change on the command line, for example `--config.blt_training.steps=100`. The same command
+resumes a run that was stopped or killed. Several processes that are started with it, by launch/ or
+by a platform, work on one run.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+
+from absl import flags
+
+from bltjax import cli
+from bltjax.cli import fail
+from bltjax.runtime import processes, signals
+
+DIVERGED = 3  # exit code: the loss became NaN or infinite
+
+
+def main(argv):
+    cli.no_arguments(argv, "settings are given as --config.name=value")
+    config, workdir = cli.read_config()
+    chosen = flags.FLAGS
+    try:
+        cluster = processes.find_cluster(
+            os.environ, chosen.coordinator, chosen.num_processes, chosen.process_id
+        )
+    except ValueError as error:
+        fail(error)
+    try:
+        with signals.interrupting():
+            processes.join(cluster)
+            with processes.ending_together():
+                train(config, workdir)
+    except signals.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(signals.STOPPED)
+
+
+def train(config, workdir):
+    """The run of a config; what a user can mend ends it with one line."""
+    # Imported late: --help and wrong settings answer at once, without loading JAX.
+    import jax
+
+    from bltjax.checkpoints.training_state import CheckpointError
+    from bltjax.recipe.checks import prepare
+    from bltjax.recipe.stages import run
+    from bltjax.training.loop import NonFiniteLoss
+
+    try:
+        prepared = prepare(config, workdir)
+    except ValueError as error:
+        fail(error)
+    except OSError as error:
+        if jax.process_count() > 1:  # perhaps a disk of this machine alone
+            raise
+        fail(error)
+    try:
+        result = run(prepared)
+    except NonFiniteLoss as error:
+        fail(error, DIVERGED)
+    except CheckpointError as error:
+        fail(error)
+    except (ValueError, OSError) as error:
+        if jax.process_count() > 1:  # perhaps in this one alone: its traceback ends every log
+            raise
+        log = prepared.workdir / "error.log"
+        with contextlib.suppress(OSError):  # the disk may be what is full
+            log.write_text(traceback.format_exc())
+        fail(f"{error} (traceback in {log})")
+    print(json.dumps(result))
+
+
+def define_flags():
+    cli.define_run_flags()
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, of several; default: what the platform says."
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes are this run.")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

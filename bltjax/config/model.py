@@ -1,0 +1,298 @@
+"""The shape of the two models, as frozen dataclasses, and what makes a shape impossible."""
+
+from dataclasses import dataclass
+
+from bltjax.config.checks import finite, one_of, positive
+
+VOCAB_SIZE = 260  # 4 special ids and 256 bytes, see vocabulary.py
+POOLING_MODES = ("max", "min", "mean")
+INIT_FACTORS = ("current_depth", "global_depth", "dim_ratio", "disabled")
+DTYPES = ("float32", "bfloat16")
+REMAT_MODES = ("none", "dots", "full")
+HASH_TABLES = "encoder_hash_tok_embedding"  # their published name
+SHARED_TABLE = 4096  # rows; chips hold smaller hash tables whole where these do not divide
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """One stack of transformer blocks (spec 5.2)."""
+
+    dim: int = 64
+    num_layers: int = 1
+    num_heads: int = 4
+    num_kv_heads: int | None = None  # grouped-query attention; None: one per query head
+    head_dim: int | None = None  # None: dim / num_heads
+    window: int | None = None  # bytes a query sees, itself included; None: everything before it
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-5
+    ffn_dim_multiplier: float = 1.0
+    ffn_multiple_of: int = 256
+    ffn_width: int | None = None  # None: from the three values above (spec 5.2)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // self.num_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the SwiGLU feed-forward, rounded up unless given (spec 5.2)."""
+        if self.ffn_width is not None:
+            return self.ffn_width
+        hidden = int(self.ffn_dim_multiplier * int(2 * 4 * self.dim / 3))
+        return -(-hidden // self.ffn_multiple_of) * self.ffn_multiple_of
+
+    def problems(self, name: str) -> list[str]:
+        found = positive(
+            self,
+            name,
+            "dim",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "rope_theta",
+            "norm_eps",
+            "ffn_dim_multiplier",
+            "ffn_multiple_of",
+            "ffn_width",
+        ) + finite(self, name, "rope_theta", "norm_eps", "ffn_dim_multiplier")
+        if found:
+            return found
+        if self.head_dim is None and self.dim % self.num_heads:
+            found.append(
+                f"{name}.dim={self.dim} is not divisible by "
+                f"{name}.num_heads={self.num_heads}: set {name}.head_dim, or change one"
+            )
+        if self.num_heads % self.kv_heads:
+            found.append(
+                f"{name}.num_heads={self.num_heads} is not a multiple of "
+                f"{name}.num_kv_heads={self.num_kv_heads}: choose a divisor"
+            )
+        if self.head_width % 2:
+            found.append(
+                f"{name}.dim={self.dim}, {name}.num_heads={self.num_heads} and "
+                f"{name}.head_dim={self.head_dim} give head width {self.head_width}, but "
+                "rotary embedding turns pairs: choose an even width"
+            )
+        if self.window is not None and self.window < 1:
+            found.append(f"{name}.window={self.window} must be at least 1 (or None)")
+        return found
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Initial weights: normal, cut at 3 sigma (spec 6)."""
+
+    std_factor: str = "current_depth"  # one of INIT_FACTORS
+    base_std: float | None = None  # replaces 1/sqrt(fan-in) in the global stack, without factor
+
+
+@dataclass(frozen=True)
+class CrossAttentionConfig:
+    """Bytes to patches in the encoder, patches to bytes in the decoder (spec 5.5)."""
+
+    encoder: bool = True
+    decoder: bool = True
+    k: int = 2  # vectors of local width per patch
+    num_heads: int = 4
+    num_kv_heads: int | None = None  # grouped queries; None: one per query head, as published
+    num_heads_decoder: int | None = None  # None: as in the encoder
+    num_kv_heads_decoder: int | None = None  # None: as in the encoder
+    all_layers_encoder: bool = False  # otherwise after the last layer only
+    all_layers_decoder: bool = True  # otherwise before the first layer only
+    window_encoder: int | None = None  # patches; None: each patch reads only its own bytes
+    window_decoder: int | None = None  # patches; None: each byte reads one patch
+    doubled_residual: bool = True  # 2x + attention, as the released weights expect
+
+    @property
+    def encoder_heads(self) -> tuple[int, int]:
+        """Query heads, key/value heads."""
+        return self.num_heads, self.num_kv_heads or self.num_heads
+
+    @property
+    def decoder_heads(self) -> tuple[int, int]:
+        """Query heads, key/value heads."""
+        if self.num_heads_decoder is None:
+            return self.num_heads, self.num_kv_heads_decoder or self.encoder_heads[1]
+        return self.num_heads_decoder, self.num_kv_heads_decoder or self.num_heads_decoder
+
+    def problems(self, name: str, dim_name: str, dim: int) -> list[str]:
+        """What is impossible with local stacks of width `dim`, a setting called `dim_name`."""
+        found = positive(
+            self,
+            name,
+            "k",
+            "num_heads",
+            "num_kv_heads",
+            "num_heads_decoder",
+            "num_kv_heads_decoder",
+            "window_encoder",
+            "window_decoder",
+        )
+        if found or not (self.encoder or self.decoder):
+            return found
+        sides = {"": self.encoder_heads}
+        if self.num_heads_decoder is not None or self.num_kv_heads_decoder is not None:
+            sides["_decoder"] = self.decoder_heads
+        for side, (heads, kv_heads) in sides.items():
+            if dim % heads:
+                found.append(
+                    f"{dim_name}={dim} is not divisible by {name}.num_heads{side}={heads}: "
+                    "change one"
+                )
+            if heads % kv_heads:
+                found.append(
+                    f"{name}.num_heads{side}={heads} is not a multiple of "
+                    f"num_kv_heads{side}={kv_heads}: choose a divisor"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class HashConfig:
+    """Hash n-gram embeddings (spec 4); no sizes, no tables."""
+
+    sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
+    vocab: int = 500_002  # rows per table
+    num_functions: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows per table as held: of a large one so many more, never used, that chips share it."""
+        if self.vocab < SHARED_TABLE:
+            return self.vocab
+        step = 1024 if self.vocab < 2**18 else 10_240  # 5 * 2^11: for 40 GPUs, for 2048 chips
+        return -(-self.vocab // step) * step
+
+
+@dataclass(frozen=True)
+class EntropyModelConfig:
+    """The small byte language model that says how hard each next byte is (spec 7)."""
+
+    transformer: TransformerConfig = TransformerConfig(rope_theta=10_000.0, window=512)
+    vocab_size: int = VOCAB_SIZE
+    init: InitConfig = InitConfig()
+    compute_dtype: str = "float32"
+    remat: str = "none"
+
+    def problems(self, name: str) -> list[str]:
+        found = self.transformer.problems(f"{name}.transformer")
+        if self.transformer.window is None:
+            found.append(
+                f"{name}.transformer.window is None: the entropy model is local, "
+                "set the bytes it sees, for example 512"
+            )
+        return found + _common_model_problems(self, name)
+
+
+@dataclass(frozen=True)
+class TokenModelConfig(EntropyModelConfig):
+    """A plain transformer over the ids of a tokenizer: what byte models are measured against."""
+
+    transformer: TransformerConfig = TransformerConfig()
+    vocab_size: int = 4096  # at most: of the tokenizer, which has fewer where text is short
+
+    def problems(self, name: str) -> list[str]:
+        return self.transformer.problems(f"{name}.transformer") + _common_model_problems(self, name)
+
+
+@dataclass(frozen=True)
+class BLTConfig:
+    """The byte latent transformer (spec 5); the defaults are a toy."""
+
+    local_encoder: TransformerConfig = TransformerConfig(window=512)
+    global_transformer: TransformerConfig = TransformerConfig(dim=128)
+    local_decoder: TransformerConfig = TransformerConfig(window=512)
+    cross_attention: CrossAttentionConfig = CrossAttentionConfig()
+    hash: HashConfig = HashConfig()
+    pooling: str = "max"  # bytes to patch, one of POOLING_MODES
+    always_project: bool = False  # patches for the decoder, between equal widths too (HF)
+    vocab_size: int = VOCAB_SIZE
+    init: InitConfig = InitConfig()
+    compute_dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def patch_width(self) -> int:
+        """Width of a patch as the encoder hands it to the global transformer."""
+        return self.local_encoder.dim * (
+            self.cross_attention.k if self.cross_attention.encoder else 1
+        )
+
+    @property
+    def read_width(self) -> int:
+        """Width of a patch as the decoder reads it: k local vectors, or one without attention."""
+        return self.local_decoder.dim * (
+            self.cross_attention.k if self.cross_attention.decoder else 1
+        )
+
+    @property
+    def has_decoder_projection(self) -> bool:
+        """As published: unless global and local widths are equal (spec 5.8)."""
+        widths = {self.global_transformer.dim, self.local_decoder.dim, self.read_width}
+        return self.always_project or len(widths) > 1
+
+    @property
+    def num_hash_tables(self) -> int:
+        return len(self.hash.sizes) * self.hash.num_functions
+
+    def problems(self, name: str) -> list[str]:
+        local, cross = self.local_encoder, self.cross_attention
+        found = [
+            p
+            for stack in ("local_encoder", "global_transformer", "local_decoder")
+            for p in getattr(self, stack).problems(f"{name}.{stack}")
+        ]
+        if local.dim != self.local_decoder.dim:
+            found.append(
+                f"{name}.local_encoder.dim={local.dim} differs from "
+                f"{name}.local_decoder.dim={self.local_decoder.dim}: the decoder reads "
+                "the encoder's byte states, make them equal"
+            )
+        for stack in ("local_encoder", "local_decoder"):
+            if getattr(self, stack).window is None:
+                found.append(
+                    f"{name}.{stack}.window is None: local stacks see a window, "
+                    "set the bytes, for example 512"
+                )
+        if self.global_transformer.window is not None:
+            found.append(
+                f"{name}.global_transformer.window={self.global_transformer.window}: "
+                "the global stack sees all earlier patches, leave it None"
+            )
+        found += cross.problems(f"{name}.cross_attention", f"{name}.local_encoder.dim", local.dim)
+        found += one_of(self, name, "pooling", POOLING_MODES)
+        if self.hash.sizes:
+            found += positive(self.hash, f"{name}.hash", "vocab", "num_functions")
+            if not all(1 <= n <= 16 for n in self.hash.sizes):
+                found.append(f"{name}.hash.sizes={self.hash.sizes} must lie in 1..16")
+            if self.hash.vocab > 2**28 or self.hash.num_functions > 11:
+                found.append(
+                    f"{name}.hash has vocab={self.hash.vocab}, num_functions="
+                    f"{self.hash.num_functions}: at most 2**28 rows and 11 functions"
+                )
+        return found + _common_model_problems(self, name)
+
+
+def _common_model_problems(config, name: str) -> list[str]:
+    return (
+        one_of(config, name, "compute_dtype", DTYPES)
+        + one_of(config, name, "remat", REMAT_MODES)
+        + one_of(config.init, f"{name}.init", "std_factor", INIT_FACTORS)
+        + (
+            positive(config.init, f"{name}.init", "base_std")
+            or finite(config.init, f"{name}.init", "base_std")
+        )
+        + (
+            []
+            if config.vocab_size >= VOCAB_SIZE
+            else [
+                f"{name}.vocab_size={config.vocab_size} is below the {VOCAB_SIZE} ids of bytes "
+                "and special tokens"
+            ]
+        )
+    )

@@ -1,0 +1,167 @@
+"""Turns config files, ConfigDicts and plain dicts into the dataclasses of settings, and back."""
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_collections
+from ml_collections import config_dict
+
+from bltjax.config.run import RunConfig
+
+# Settings that may change between the runs of one working directory: which stages to do now, where
+# they run and how they are watched. (Another mesh adds in another order: equal up to rounding.)
+FREE_FIELDS = (
+    "stages",
+    "mesh",
+    "accumulation_steps",
+    "remat",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "profile",
+)
+
+
+# In a wheel configs/ lies inside the package, in a checkout beside it.
+CONFIGS = tuple(Path(__file__).parents[up] / "configs" for up in (1, 2))
+
+
+def config_path(name: str) -> str:
+    """Returns the file of a config: of a path, or of a name such as "quickstart".
+
+    What follows a colon is for the file's get_config and stays: "studies/blt:laptop". Raises
+    FileNotFoundError that lists the names.
+    """
+    path, colon, argument = name.partition(":")
+    candidates = [Path(path), *(d / f"{path.removesuffix('.py')}.py" for d in CONFIGS)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return f"{candidate}{colon}{argument}"
+    names = sorted(
+        {p.relative_to(d).with_suffix("").as_posix() for d in CONFIGS for p in d.rglob("*.py")}
+    )
+    raise FileNotFoundError(
+        f"{path!r} is neither a file nor the name of a config: give the path of a file, or one of "
+        f"{', '.join(names)}"
+    )
+
+
+def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> RunConfig:
+    """Reads the settings in a config file, as the command line reads them.
+
+    Args:
+      path: what `--config=` takes, a name or a file: "quickstart", "configs/quickstart.py", or with
+        an argument for the file's get_config "studies/blt:laptop".
+      settings: those of `--config.NAME=VALUE`, such as {"blt.remat": "full"}.
+
+    Raises OSError, ValueError, and what the file raises.
+    """
+    name, *argument = config_path(os.fspath(path)).split(":", 1)
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(*argument)
+    config.update_from_flattened_dict(settings or {})
+    return from_config_dict(RunConfig, config)
+
+
+def default_config(cls=RunConfig) -> ml_collections.ConfigDict:
+    """All settings at their defaults, as a ConfigDict for a file in `configs/` to edit."""
+    return to_config_dict(cls())
+
+
+def to_config_dict(config) -> ml_collections.ConfigDict:
+    """A dataclass as a ConfigDict; optional fields become typed placeholders."""
+    result = ml_collections.ConfigDict()
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            result[f.name] = to_config_dict(value)
+        elif _is_optional(hints[f.name]):
+            result[f.name] = config_dict.placeholder(_plain_type(hints[f.name]))
+            result[f.name] = value
+        else:
+            result[f.name] = value
+    return result
+
+
+def from_config_dict(cls, config, name: str = "config"):
+    """The frozen dataclass that a ConfigDict (or a nested dict) describes.
+
+    Raises ValueError that names the field and the value: unknown key (with the nearest known
+    one), wrong type, or a value that no model could have.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key in config:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1) or sorted(fields)
+            raise ValueError(f"{name}.{key} is not a setting; did you mean {', '.join(near)}?")
+        values[key] = _coerce(hints[key], config[key], f"{name}.{key}")
+    return cls(**values)
+
+
+def _coerce(hint, value, name: str):
+    if dataclasses.is_dataclass(hint):
+        if not hasattr(value, "keys"):
+            raise ValueError(f"{name}={value!r} must be a group of settings, not a value")
+        return from_config_dict(hint, value, name)
+    if value is None and _is_optional(hint):
+        return None
+    plain = _plain_type(hint)
+    if plain is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"{name}={value!r} must be a tuple")
+        return tuple(
+            _coerce(typing.get_args(hint)[0], v, f"{name}[{i}]") for i, v in enumerate(value)
+        )
+    if type(value) is int and abs(value) >= 2**63:
+        raise ValueError(f"{name}={str(value)[:20]}... is no number of a model: correct it")
+    if plain is float and type(value) is int:
+        return float(value)
+    if type(value) is not plain:
+        raise ValueError(f"{name}={value!r} is {type(value).__name__}, must be {plain.__name__}")
+    return value
+
+
+def _is_optional(hint) -> bool:
+    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+
+
+def _plain_type(hint):
+    if _is_optional(hint):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def to_dict(config) -> dict:
+    """A dataclass as nested plain dicts (JSON-ready, tuples as lists)."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def differences(old: dict, new: dict, name: str = "config") -> list[str]:
+    """Fields whose values differ between two `to_dict` results, free fields left out."""
+    found = []
+    for key in sorted({*old, *new} - set(FREE_FIELDS)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.{key}")
+        elif a != b:
+            found.append(f"{name}.{key}: {a!r} there, {b!r} here")
+    return found

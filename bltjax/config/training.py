@@ -1,0 +1,192 @@
+"""How a model is trained: optimizer, steps, rows, what is saved and watched."""
+
+from dataclasses import dataclass
+
+from bltjax.config.checks import finite, one_of, positive
+
+SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
+MOMENTS = ("float32", "bfloat16", "factored")
+UPDATES = ("dense", "touched")
+# Settings of an optimizer that speak of parts which the entropy model does not have.
+OF_BLT_PARTS = (
+    "global_rate",
+    "local_rate",
+    "hash_rate",
+    "decay_hash_tables",
+    "hash_moments",
+    "hash_updates",
+)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a schedule, in the published family (spec 8.1)."""
+
+    learning_rate: float = 4e-4
+    schedule: str = "cosine"  # one of SCHEDULES
+    warmup_steps: int = 2000
+    min_ratio: float = 0.01  # the last learning rate, as a share of the peak
+    cycle_length: float = 1.0  # cosine: full cycles as a share of all steps
+    cosine_theta: float = 1.0
+    decay_fraction: float = 0.1  # wsd
+    exp_factor: float = 0.5  # inv_sqrt
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    # Times learning_rate, for a part of the model; 0 freezes it and holds no moments. Byte-ifying
+    # a trained transformer (paper 6.2) wants a global_rate of about 0.1.
+    global_rate: float = 1.0  # the global transformer
+    local_rate: float = 1.0  # local encoder and decoder with their cross-attention
+    hash_rate: float = 1.0  # the hash n-gram tables
+    decay_norms: bool = True  # whether weight_decay acts on them; published: on everything
+    decay_embeddings: bool = True  # the byte tables
+    decay_hash_tables: bool = True
+    # What the optimizer holds of the hash tables, one of MOMENTS; factored: of the second moments a
+    # number for each row and feature, and no first ones.
+    hash_moments: str = "float32"
+    # Which rows of the hash tables a step updates, one of UPDATES; touched: those that it reads,
+    # and what the others miss is made up when they are next read. On one device.
+    hash_updates: str = "dense"
+
+    def problems(self, name: str) -> list[str]:
+        found = one_of(self, name, "schedule", SCHEDULES) + positive(
+            self,
+            name,
+            "learning_rate",
+            "clip_norm",
+            "epsilon",
+            "cycle_length",
+            "cosine_theta",
+            "decay_fraction",
+        )
+        if not 0 <= self.min_ratio <= 1:
+            found.append(f"{name}.min_ratio={self.min_ratio} must lie between 0 and 1")
+        for share in ("beta1", "beta2"):
+            if not 0 <= getattr(self, share) < 1:
+                found.append(f"{name}.{share}={getattr(self, share)} must lie in [0, 1)")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            found.append(
+                f"{name}.warmup_steps={self.warmup_steps} and {name}.weight_decay="
+                f"{self.weight_decay} must not be negative"
+            )
+        if self.schedule == "wsd" and self.min_ratio <= 0:
+            found.append(
+                f"{name}.min_ratio={self.min_ratio} must be positive with "
+                f"{name}.schedule={self.schedule!r}, which divides by it"
+            )
+        found += one_of(self, name, "hash_moments", MOMENTS)
+        found += one_of(self, name, "hash_updates", UPDATES) + self._touched_problems(name)
+        for rate in ("global_rate", "local_rate", "hash_rate"):
+            if not 0 <= getattr(self, rate) < float("inf"):
+                found.append(f"{name}.{rate}={getattr(self, rate)} must be at least 0, and finite")
+        for share in ("beta1", "beta2"):
+            if self.hash_moments == "bfloat16" and getattr(self, share) > 0.98:
+                found.append(
+                    f"{name}.{share}={getattr(self, share)} moves a moment by less than bfloat16 "
+                    f"can tell: with {name}.hash_moments='bfloat16' choose at most 0.98, or "
+                    "'factored'"
+                )
+        return found
+
+    def _touched_problems(self, name: str) -> list[str]:
+        found = []
+        if self.hash_updates == "touched" and self.hash_moments == "factored":
+            found.append(
+                f"{name}.hash_moments='factored' holds moments of whole tables, which "
+                f"{name}.hash_updates='touched' leaves alone: choose 'bfloat16', or 'dense' updates"
+            )
+        if self.hash_updates == "touched" and not self.beta1**2 < self.beta2:
+            found.append(
+                f"{name}.beta1={self.beta1} squared must be below {name}.beta2={self.beta2} with "
+                f"{name}.hash_updates='touched', or idle rows move ever faster: lower beta1"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training stage: rows, steps, optimizer, and how often to log and save."""
+
+    steps: int = 1000
+    batch_size: int = 8  # rows over all devices
+    accumulation_steps: int = 1  # parts of a batch that go through the devices one after the other
+    row_bytes: int = 1024  # L, byte positions of a row; 0: from row_patches and the mean patch
+    row_patches: int = 0  # P, patch slots of a row; 0: from row_bytes and the mean patch
+    optimizer: OptimizerConfig = OptimizerConfig()
+    z_loss: float = 0.0  # weight of the squared log of the softmax's sum; 0: none
+    # Leave an update out where the loss, or the norm of the gradient, is above so many times its
+    # running mean, or is not finite; 0 never does.
+    skip_loss_above: float = 0.0
+    skip_norm_above: float = 0.0
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2  # the newest
+    keep_every: int = 0  # and those at multiples of this step, for good; 0: none
+    seed: int = 42
+
+    def problems(self, name: str) -> list[str]:
+        found = positive(
+            self,
+            name,
+            "steps",
+            "batch_size",
+            "accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ) + finite(self, name, "z_loss", "skip_loss_above", "skip_norm_above")
+        if self.batch_size % max(self.accumulation_steps, 1):
+            found.append(
+                f"{name}.batch_size={self.batch_size} is not divisible by "
+                f"{name}.accumulation_steps={self.accumulation_steps}: change one"
+            )
+        if self.z_loss < 0 or self.keep_every < 0:
+            found.append(
+                f"{name}.z_loss={self.z_loss} and {name}.keep_every={self.keep_every} must not be "
+                "negative"
+            )
+        for limit in ("skip_loss_above", "skip_norm_above"):
+            if getattr(self, limit) and not getattr(self, limit) > 1:
+                found.append(
+                    f"{name}.{limit}={getattr(self, limit)} would leave out ordinary updates: give "
+                    "a number above 1, or 0 for none"
+                )
+        if self.keep_every % max(self.checkpoint_every, 1):
+            found.append(
+                f"{name}.keep_every={self.keep_every} is no multiple of "
+                f"{name}.checkpoint_every={self.checkpoint_every}: nothing is saved there"
+            )
+        if self.row_bytes < 8 and not (self.row_bytes == 0 and self.row_patches):
+            found.append(
+                f"{name}.row_bytes={self.row_bytes} must be at least 8, or 0 where row_patches is "
+                "given and chooses it"
+            )
+        if self.row_patches in (1, 2):
+            found.append(
+                f"{name}.row_patches={self.row_patches} is too few: a row needs 3, two for a first "
+                "patch that continues and one for its end (0 chooses the number)"
+            )
+        if self.row_patches < 0 or 0 < self.row_bytes < self.row_patches:
+            found.append(
+                f"{name}.row_bytes={self.row_bytes} is below "
+                f"{name}.row_patches={self.row_patches}: a row holds at most one patch "
+                "per byte, lower row_patches (0 chooses it)"
+            )
+        return found + self.optimizer.problems(f"{name}.optimizer")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps for xprof or Perfetto, in STAGE/profile of the working directory."""
+
+    first_step: int | None = None  # none: no trace
+    num_steps: int = 3
+    stage: str = "blt"
+
+    def problems(self, name: str) -> list[str]:
+        found = positive(self, name, "num_steps")
+        if self.first_step is not None and self.first_step < 0:
+            found.append(f"{name}.first_step={self.first_step} must not be negative")
+        return found + one_of(self, name, "stage", ("entropy_model", "blt", "token_model"))

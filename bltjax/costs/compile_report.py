@@ -1,0 +1,235 @@
+"""Compiles a program for chips that are not there, and reports memory, FLOPs and collectives."""
+
+import contextlib
+import dataclasses
+import faulthandler
+import os
+import sys
+import tempfile
+import time
+
+from bltjax.costs import compiler_errors
+from bltjax.costs.chips import GIB, Chip
+
+REMATERIALISED = "Involuntary full rematerialization"  # XLA: an array is made whole to reshard it
+
+
+LOG_TAIL = 4000  # characters that are shown of it where the compiler fails
+
+
+WORK = ("compiled_flops", "kernel_flops", "hbm_traffic_bytes", "collective_bytes", "received_bytes")
+
+
+WORK += ("largest_collective", "unknown_loops", "unknown_kernels", "roofline")  # of what compiled
+
+
+# What to change, by what takes most.
+REMEDIES = dict(
+    parameter_bytes="a larger mesh.fsdp, more chips",
+    optimizer_bytes="a larger mesh.fsdp, hash_moments='bfloat16', more chips",
+    batch_bytes="a smaller batch_size",
+    temp_bytes="more accumulation_steps, remat='full', shorter rows, a larger mesh.fsdp",
+)
+
+
+def compile_program(config, flag_values) -> dict:
+    """What is known of a program, per device.
+
+    Raises ValueError for what cannot be compiled, JaxRuntimeError where the compiler fails.
+    """
+    import jax
+
+    from bltjax import sharding
+    from bltjax.costs import jaxpr_flops, programs, topology
+    from bltjax.sharding import check_batch_sizes, check_hash_updates
+
+    name, stage, program = flag_values.topology, flag_values.stage, flag_values.program
+    chip, devices = topology.topology_devices(name, flag_values.slices)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    if program == "train":
+        trained = dataclasses.replace(config, stages=(stage,))
+        check_batch_sizes(trained, mesh)
+        check_hash_updates(trained, mesh)
+    sharding.check_model(getattr(config, stage), stage, mesh)
+    print(f"{program} of {stage}, mesh {dict(mesh.shape)} on {len(devices)} devices of {name}")
+    with jax.set_mesh(mesh):
+        made = programs.trace(config, stage, program)
+        written = jaxpr_flops.Work(made.traced.jaxpr)
+        compiled, refused, seconds = _compile(made.traced.lower())
+    each = {
+        "traced_flops": written.flops,
+        "model_flops": made.model_flops,
+        "recompute_flops": made.recompute_flops,
+    }
+    found = dict(program=program, stage=stage, topology=name, slices=flag_values.slices)
+    found |= dict(mesh=dict(mesh.shape), compile_seconds=seconds)
+    found |= dict(hash_table_bytes=hash_table_bytes(config, stage))
+    found |= memory(made, chip, compiled, refused)
+    found |= {name: flops / len(devices) for name, flops in each.items()} | dict.fromkeys(WORK)
+    if compiled is not None:
+        text = compiled.as_text()
+        if flag_values.text:
+            with open(flag_values.text, "w") as file:
+                file.write(text)
+        found |= work(text, written.kernels)
+        unit = "tokens" if stage == "token_model" else "bytes"
+        found["roofline"] = roofline(found, chip, made.num_bytes / len(devices), unit)
+    return found
+
+
+def hash_table_bytes(config, stage: str) -> int:
+    """Of one whole table in float32; 0 without any."""
+    if stage != "blt" or not config.blt.hash.sizes:
+        return 0
+    return 4 * config.blt.hash.rows * config.blt.local_encoder.dim
+
+
+def _compile(lowered):
+    """(compiled program or None, why it does not fit or None, seconds)."""
+    import jax
+
+    started = time.perf_counter()
+    try:
+        return lowered.compile(), None, time.perf_counter() - started
+    except jax.errors.JaxRuntimeError as error:
+        if compiler_errors.exhausted(str(error)) != "hbm":
+            raise
+        return None, " ".join(str(error).split()), time.perf_counter() - started
+
+
+def memory(made, chip: Chip, compiled, refused: str | None) -> dict:
+    """Bytes of a device: of types, and of what the compiler says or why it refused."""
+    found = dict(
+        fits=False,
+        hbm_bytes_per_chip=chip.hbm_bytes,
+        peak_bytes_per_chip=None,
+        parameter_bytes=made.parameter_bytes,
+        optimizer_bytes=made.optimizer_bytes,
+        batch_bytes=made.batch_bytes,
+        temp_bytes=None,
+    )
+    if compiled is not None:
+        sizes = compiled.memory_analysis()
+        peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+        peak += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+        peak += sizes.generated_code_size_in_bytes
+        return found | dict(
+            fits=peak <= chip.hbm_bytes,
+            peak_bytes_per_chip=peak,
+            temp_bytes=sizes.temp_size_in_bytes,
+        )
+    peak = compiler_errors.asked_hbm_bytes(refused)
+    if peak is not None:
+        given = made.parameter_bytes + made.optimizer_bytes + made.batch_bytes
+        found |= dict(peak_bytes_per_chip=peak, temp_bytes=max(peak - given, 0))
+    return found | dict(refused=refused)
+
+
+def work(text: str, kernels: dict) -> dict:
+    """FLOPs and bytes that a compiled program takes of a device, see `hlo_cost.Cost`."""
+    from bltjax.costs.hlo_cost import read_cost
+
+    cost = read_cost(text, kernels)
+    largest = cost.largest_collective()
+    return dict(
+        compiled_flops=cost.flops + cost.kernel_flops,
+        kernel_flops=cost.kernel_flops,
+        hbm_traffic_bytes=cost.hbm_bytes,
+        collective_bytes=cost.collective_bytes(),
+        received_bytes=cost.received_bytes(),
+        largest_collective=largest and largest._asdict(),
+        unknown_loops=sorted(cost.unknown_loops),
+        unknown_kernels=sorted(cost.unknown_kernels),
+    )
+
+
+def roofline(found: dict, chip: Chip, number: float, unit: str) -> dict:
+    """What a run over so many bytes, or tokens, takes at least, as if everything overlapped."""
+    seconds = dict(
+        compute=found["compiled_flops"] / chip.flops,
+        hbm=found["hbm_traffic_bytes"] / chip.hbm_bandwidth,
+        links=found["received_bytes"] / chip.link_bandwidth,
+    )
+    bound = max(seconds, key=seconds.get)
+    step = max(seconds[bound], 1e-12)
+    return dict(
+        {f"{name}_seconds": value for name, value in seconds.items()},
+        binds=bound,
+        step_seconds=step,
+        unit=unit,
+        **{f"{unit}_per_second": number / step},
+        mfu=found["model_flops"] / chip.flops / step,
+    )
+
+
+def print_report(found: dict):
+    for name in ("parameter", "optimizer", "batch", "temp"):
+        _print_bytes(name, found[f"{name}_bytes"])
+    limit = f"of {found['hbm_bytes_per_chip'] / GIB:.0f} GiB a device"
+    verdict = "fits" if found["fits"] else f"does not fit: try {_remedy(found)}"
+    _print_bytes("peak", found["peak_bytes_per_chip"], f"{limit}: {verdict}")
+    print(f"  {'compiled in':18} {found['compile_seconds']:10.1f} s")
+    if found["roofline"] is None:
+        return print(f"  the compiler refused: {found['refused']}")
+    needed = found["model_flops"] + found["recompute_flops"]
+    for name, note in (
+        ("model", ""),
+        ("recompute", "that remat adds"),
+        ("traced", "of the program as it is written"),
+        ("compiled", f"{found['compiled_flops'] / max(needed, 1):.3f} of model and recompute"),
+        ("kernel", "of the compiled ones, in Pallas"),
+    ):
+        print(f"  {name + ' FLOPs':18} {found[name + '_flops'] / 1e9:10.3f} G    {note}")
+    for kind, size in found["collective_bytes"].items():
+        _print_bytes(kind, size)
+    largest = found["largest_collective"]
+    if largest:
+        where = f"{largest['op_name']} {largest['source']}"
+        of = f"{largest['kind']} of {largest['shape'][:80]} by {largest['group']}: {where}"
+        if found["hash_table_bytes"]:
+            of = f"{largest['num_bytes'] / found['hash_table_bytes']:.2%} of a hash table; {of}"
+        _print_bytes("largest of them", largest["num_bytes"], of)
+    for name in found["unknown_kernels"]:
+        print(f"  kernel {name}: its FLOPs are not known and not counted")
+    if found["unknown_loops"]:
+        print(f"  loops that the program ends, counted once: {', '.join(found['unknown_loops'])}")
+    times = found["roofline"]
+    parts = ", ".join(f"{k} {times[f'{k}_seconds']:.4g} s" for k in ("compute", "hbm", "links"))
+    print(f"  at least {times['step_seconds']:.4g} s a run ({times['binds']} binds): {parts}")
+    print(
+        f"  at most {times[times['unit'] + '_per_second']:,.0f} {times['unit']}/s a device, "
+        f"model FLOP utilisation {times['mfu']:.1%}"
+    )
+
+
+def _remedy(found: dict) -> str:
+    return REMEDIES[max(REMEDIES, key=lambda name: found[name] or 0)]
+
+
+def _print_bytes(name: str, size: float | None, note: str = ""):
+    told = "   unknown    " if size is None else f"{size / GIB:10.3f} GiB"
+    print(f"  {name:18} {told}  {note}".rstrip())
+
+
+@contextlib.contextmanager
+def captured_log():
+    """What C++ writes to stderr meanwhile, in a file; Python's own errors are shown as ever."""
+    sys.stderr.flush()
+    shown, python = os.dup(2), sys.stderr
+    with tempfile.TemporaryFile("w+", errors="replace") as log, os.fdopen(shown, "w") as stderr:
+        os.dup2(log.fileno(), 2)
+        sys.stderr = stderr
+        faulthandler.enable(stderr)
+        try:
+            yield log
+        finally:
+            faulthandler.disable()
+            os.dup2(shown, 2)
+            sys.stderr = python
+
+
+def _show_tail(log):
+    log.seek(0)
+    tail = log.read()[-LOG_TAIL:].strip()
+    if tail:
+        print(tail, file=sys.stderr)

@@ -1,0 +1,45 @@
+"""Peak FLOP/s of the devices: from data sheets, or measured on CPUs."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bltjax import sharding
+from bltjax.costs.chips import PEAKS
+
+MATRIX = 512  # of the products that are timed where the peak is not known
+
+
+def peak_flops(compute_dtype: str) -> float | None:
+    """FLOP/s of the whole mesh in matrix products: of the data sheet, or measured now on CPUs.
+
+    Data sheets count bfloat16, whatever `compute_dtype`, since accelerators multiply float32 so too
+    unless told otherwise. CPUs are timed, all devices at once, since simulated devices share their
+    cores. None for accelerators that are not known.
+    """
+    kind = jax.devices()[0].device_kind.replace("-", " ")  # NVIDIA A100-SXM4-80GB
+    names = [name for name in PEAKS if kind == name or kind.startswith(f"{name} ")]
+    if names:
+        return PEAKS[max(names, key=len)] * jax.device_count()
+    if jax.devices()[0].platform != "cpu":
+        return None
+    return _measured_peak(compute_dtype, jax.sharding.get_mesh())
+
+
+@functools.cache
+def _measured_peak(compute_dtype: str, mesh) -> float:
+    rows = sharding.num_row_shards(mesh)
+    with jax.set_mesh(mesh):
+        own = np.zeros((len(sharding.rows_of_process(rows)), MATRIX, MATRIX), np.float32)
+        x = sharding.put_batch(own).astype(compute_dtype)
+        product = jax.jit(lambda x: jnp.einsum("bij,bjk->bik", x, x))
+        product(x).block_until_ready()
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            product(x).block_until_ready()
+            seconds.append(time.perf_counter() - started)
+    return 2 * mesh.size * MATRIX**3 / min(seconds)  # those of a tensor group all compute its row

@@ -1,0 +1,135 @@
+"""Rows in a fixed number of lanes, so that any number of processes gives the same batches.
+
+Row i of every batch comes from lane i. Lane i of n reads the documents at places i, i + n,
+i + 2n, ... of the corpus's order and packs them by itself. Which process works on a lane, with
+how many helpers, and how far ahead, changes nothing; and a lane's position is a few numbers: the
+next document it will read, and how much it has taken of those it has open.
+"""
+
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from bltjax.config import PatchingConfig
+from bltjax.data.batches.packing import OpenDocument, Packer, patch_ends
+from bltjax.data.batches.rows import Row
+from bltjax.data.tokenizer import Tokenizer
+from bltjax.patching.boundaries import patch_starts
+from bltjax.vocabulary import encode
+
+NONE = -1  # in a state, the place of a document that is not there
+
+
+class Layout(NamedTuple):
+    """What rows look like. Without `patching` they have no patches, and row_patches is 0.
+
+    tokenizer: whose ids rows hold, where they are not bytes; row_bytes are positions all the same.
+    """
+
+    row_bytes: int
+    row_patches: int = 0
+    patching: PatchingConfig | None = None
+    pool: int = 32  # documents that a lane has open
+    slack: float = 0.02  # of a row's compute, see `packing`
+    tokenizer: Tokenizer | None = None
+
+
+class Lane:
+    """An iterator over the rows of one lane.
+
+    documents: places -> (source number, document). `state` is int64 [1 + 2 * pool]: the number of
+    documents read, then the place and the position of each open one.
+    """
+
+    def __init__(self, documents, layout: Layout, lane: int, num_lanes: int, state=None):
+        self.documents, self.layout = documents, layout
+        self.lane, self.num_lanes = lane, num_lanes
+        self.packer = Packer(layout.row_bytes, layout.row_patches, layout.pool, layout.slack)
+        self.num_read = 0
+        self.state = initial_state(layout) if state is None else state
+
+    @property
+    def state(self) -> np.ndarray:
+        state = np.full(1 + 2 * self.layout.pool, NONE, np.int64)
+        state[0] = self.num_read
+        for slot, document in enumerate(self.packer.open):
+            state[1 + 2 * slot : 3 + 2 * slot] = document.index, document.position
+        return state
+
+    @state.setter
+    def state(self, state: np.ndarray):
+        self.num_read = int(state[0])
+        places = state[1:].reshape(-1, 2)
+        self.packer.open = [self._open(*map(int, p)) for p in places if p[0] != NONE]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Row:
+        row = self.packer.next_row(self._arriving())
+        if row is None:
+            raise StopIteration
+        return row
+
+    def _arriving(self):
+        while True:
+            place = self.lane + self.num_read * self.num_lanes
+            if self.documents.num_places is not None and place >= self.documents.num_places:
+                return
+            self.num_read += 1
+            yield self._open(place)
+
+    def _open(self, place: int, position: int = 0) -> OpenDocument:
+        source, document = self.documents[place]
+        tokenizer = self.layout.tokenizer
+        ids, ends = (tokenizer.encode if tokenizer else encode)(document.data), None
+        if self.layout.row_patches:
+            starts = patch_starts(self.layout.patching, ids, document.entropies)
+            ends = patch_ends(ids, starts[: len(ids)])
+        small = tokenizer is None or len(tokenizer) <= 2**16
+        ids = ids.astype(np.uint16 if small else np.uint32)
+        return OpenDocument(ids, ends, source, place, position)
+
+
+def initial_state(layout: Layout) -> np.ndarray:
+    """Of a lane that has read nothing."""
+    state = np.full(1 + 2 * layout.pool, NONE, np.int64)
+    state[0] = 0
+    return state
+
+
+class LaneBatches(grain.IterDataset):
+    """Batches of one row from each of some lanes, with the state of the lanes after it.
+
+    An element is (Row [lanes, ...], int64 [lanes, 1 + 2 * pool]).
+    """
+
+    def __init__(self, documents, layout: Layout, lanes, num_lanes: int, states: np.ndarray):
+        super().__init__()
+        self.documents, self.layout = documents, layout
+        self.lanes, self.num_lanes, self.states = lanes, num_lanes, states
+
+    def __iter__(self):
+        return _LaneIterator(self)
+
+
+class _LaneIterator(grain.DatasetIterator):
+    def __init__(self, parent: LaneBatches):
+        super().__init__()
+        self._batches = parent
+        self.set_state(parent.states)
+
+    def __next__(self):
+        rows = [next(lane) for lane in self._lanes]
+        return Row(*map(np.stack, zip(*rows, strict=True))), self.get_state()
+
+    def get_state(self):
+        return np.stack([lane.state for lane in self._lanes])
+
+    def set_state(self, state):
+        p = self._batches
+        self._lanes = [
+            Lane(p.documents, p.layout, lane, p.num_lanes, s)
+            for lane, s in zip(p.lanes, state, strict=True)
+        ]

@@ -1,0 +1,94 @@
+"""Documents to an endless, resumable stream of batches."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset, ZipIterDataset
+
+from bltjax.data.batches.lanes import LaneBatches, Layout, initial_state
+from bltjax.data.batches.rows import Row
+
+READ_AHEAD = 8  # batches
+
+
+def batches(
+    documents,
+    layout: Layout,
+    batch_size: int,
+    states: np.ndarray | None = None,
+    rows: Sequence[int] | None = None,
+    workers: int = 0,
+) -> Iterator[tuple[Row, np.ndarray]]:
+    """Batches, each with the state from which the next one follows.
+
+    documents: places -> (source number, document), as `mixture` gives them. A batch is a Row whose
+    arrays have a leading axis; a state is int64 [rows, ...], one line for each row's lane, and
+    given back as `states` it resumes there. rows: the rows of the batch that this process makes
+    (default: all). workers: processes that share them; 0 uses a thread. Neither changes a batch.
+    """
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if states is None:
+        states = np.tile(initial_state(layout), (len(rows), 1))
+    groups = np.array_split(np.arange(len(rows)), min(max(workers, 1), len(rows)))
+    parts = [
+        LaneBatches(documents, layout, rows[group].tolist(), batch_size, states[group])
+        for group in groups
+    ]
+    if workers:
+        options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=READ_AHEAD)
+        parts = [part.mp_prefetch(options, worker_init_fn=_serve_parent) for part in parts]
+    joined = ZipIterDataset(parts).map(_join)
+    return iter(ThreadPrefetchIterDataset(joined, prefetch_buffer_size=READ_AHEAD))
+
+
+def _serve_parent(*_):
+    """A worker ends when its parent does, and not before: signals are for the parent to hear."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _join(parts) -> tuple[Row, np.ndarray]:
+    rows, states = zip(*parts, strict=True)
+    return Row(*map(np.concatenate, zip(*rows, strict=True))), np.concatenate(states)
+
+
+def as_batch(rows: Row, sources: bool = False) -> dict:
+    """Rows as the dict of arrays that a step takes; int32, masks bool.
+
+    patch_lengths are left out where rows carry no patches, source_ids unless they are asked for.
+    """
+    batch = {
+        name: np.asarray(value, value.dtype if value.dtype == bool else np.int32)
+        for name, value in rows._asdict().items()
+    }
+    if not batch["patch_lengths"].shape[-1]:
+        del batch["patch_lengths"]
+    if not sources:
+        del batch["source_ids"]
+    return batch
+
+
+def whole_batches(rows: Iterator[Row], batch_size: int) -> Iterator[Row]:
+    """Every row once, in order; the last batch is filled with rows that count nothing."""
+    group = []
+    for row in rows:
+        group.append(row)
+        if len(group) == batch_size:
+            yield Row(*map(np.stack, zip(*group, strict=True)))
+            group = []
+    if group:
+        nothing = group[-1]._replace(loss_mask=np.zeros_like(group[-1].loss_mask))
+        group += [nothing] * (batch_size - len(group))
+        yield Row(*map(np.stack, zip(*group, strict=True)))

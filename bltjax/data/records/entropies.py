@@ -1,0 +1,208 @@
+"""Entropies of a corpus under a trained entropy model, computed once and stored with its
+documents.
+
+Documents go through the model in spans, packed into rows of one static shape. Spans of a row do
+not see each other, for every EOS starts a new context. A span that goes on in a document starts
+with enough of what came before that every kept entropy is the one a pass over the whole document
+would give: an entropy depends on num_layers * (window - 1) earlier bytes and no more.
+"""
+
+import bisect
+import collections
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from bltjax import sharding
+from bltjax.config import EntropyModelConfig
+from bltjax.data.records.shards import Documents, Shard, has_entropies, write_entropies
+from bltjax.model import functional
+from bltjax.patching.boundaries import entropy_segments
+from bltjax.patching.entropy import next_byte_entropy
+from bltjax.runtime.files import share
+from bltjax.vocabulary import EOS_ID, PAD_ID, encode
+
+LOOK_SECONDS = 30  # between looks at the shards of other processes
+GROUP_IDS = 4_000_000  # of documents that are in memory at a time: 16 MB, and as much of entropies
+
+
+class _Span(NamedTuple):
+    """Ids start..stop-1 of a document, for the entropies of keep..stop-1."""
+
+    document: int
+    start: int
+    keep: int
+    stop: int
+
+
+_Row = list[tuple[int, _Span]]  # spans, each with its first position in the row
+
+
+def make_entropy_fn(config: EntropyModelConfig, reset_at_newlines: bool = False):
+    """jitted (params, tokens int32 [B, L]) -> entropies float32 [B, L] in nats (spec 2.2)."""
+
+    @jax.jit
+    def entropies(params, tokens):
+        tokens = sharding.shard_rows(tokens)
+        segments = entropy_segments(tokens, reset_at_newlines)
+        return next_byte_entropy(functional.apply(config, params, tokens, segments))
+
+    return entropies
+
+
+def receptive_bytes(config: EntropyModelConfig) -> int:
+    """How many earlier bytes an entropy can depend on."""
+    return config.transformer.num_layers * (config.transformer.window - 1)
+
+
+def add_entropies(
+    store,
+    shards: Sequence[Shard],
+    entropy_fn,
+    params,
+    config: EntropyModelConfig,
+    row_bytes: int,
+    batch_size: int,
+) -> None:
+    """Computes and writes the entropies of those shards of a records.Store that have none.
+
+    Any number of processes may do so at once, and one that is killed loses no more than the shard
+    it was at (see `files.share`). What is written depends on the shard, the model and the shape of
+    batches alone. Raises ValueError as `corpus_entropies` does.
+    """
+    left = {shard.stem: shard.num_bytes for shard in shards if not has_entropies(shard)}
+    done, started = [], time.perf_counter()
+    looked = started
+
+    def values(shard):
+        for group in _groups(Documents([shard])):
+            yield from corpus_entropies(
+                entropy_fn, params, config, group, row_bytes, batch_size, share_rows=True
+            )
+
+    def compute(shard):
+        nonlocal looked
+        write_entropies(shard, values(shard))
+        done.append(shard.num_bytes)
+        left.pop(shard.stem, None)
+        now = time.perf_counter()
+        if now - looked > LOOK_SECONDS:  # what other processes did
+            looked = now
+            for other in shards:
+                if other.stem in left and has_entropies(other):
+                    del left[other.stem]
+        rate = max(sum(done), 1) / (now - started)
+        print(
+            f"entropies: shard {len(shards) - len(left)}/{len(shards)} | {rate / 1e3:.0f} KB/s | "
+            f"eta {sum(left.values()) / rate:.0f}s",
+            flush=True,
+        )
+
+    share(shards, has_entropies, compute, store.lock)
+
+
+def corpus_entropies(
+    entropy_fn,
+    params,
+    config: EntropyModelConfig,
+    documents: Sequence[np.ndarray],
+    row_bytes: int,
+    batch_size: int,
+    share_rows: bool = False,
+) -> list[np.ndarray]:
+    """float32 entropies [S] of each document's ids [S]; entry i is the uncertainty after id i.
+
+    `row_bytes` positions and `batch_size` rows are the one shape that is compiled. With
+    `share_rows` spans of several documents go into one row, which short documents need to fill it;
+    a document's entropies then depend in their last bits on what comes with it, for positions in
+    the row are others. The same list gives the same bits in any case.
+
+    Raises ValueError where a document is longer than a row, and rows are too short to hold the
+    bytes that an entropy depends on.
+    """
+    spans = _spans([len(ids) for ids in documents], row_bytes, receptive_bytes(config))
+    rows = _packed(documents, spans, row_bytes) if share_rows else [[(0, span)] for span in spans]
+    results = [np.empty(len(ids), np.float32) for ids in documents]
+    running = collections.deque()
+    for first in range(0, len(rows), batch_size):
+        group = rows[first : first + batch_size]
+        tokens = sharding.put_batch(_tokens(documents, group, row_bytes, batch_size))
+        running.append((group, entropy_fn(params, tokens)))
+        if len(running) > 1:  # The device is busy with one while the host makes the next.
+            _keep(results, *running.popleft())
+    for group, values in running:
+        _keep(results, group, values)
+    return results
+
+
+def _spans(lengths: Iterable[int], row_bytes: int, receptive: int) -> list[_Span]:
+    """What covers documents of these lengths, in their order."""
+    longest = max(lengths, default=0)
+    if row_bytes < min(longest, 2 * receptive):
+        raise ValueError(
+            f"row_bytes={row_bytes} is too short for exact entropies of a document of {longest} "
+            f"ids: the model looks back {receptive} bytes, use at least "
+            f"{min(longest, 2 * receptive)}"
+        )
+    spans = []
+    for i, length in enumerate(lengths):
+        start = keep = 0
+        while keep < length:
+            spans.append(_Span(i, start, keep, min(start + row_bytes, length)))
+            keep = spans[-1].stop
+            start = keep - receptive
+    return spans
+
+
+def _packed(documents: Sequence[np.ndarray], spans: list[_Span], row_bytes: int) -> list[_Row]:
+    """Rows of spans: each span, the longest first, goes where it leaves the least room."""
+    rows: list[_Row] = []
+    room: list[tuple[int, int]] = []  # sorted (free positions, row)
+    for span in sorted(spans, key=lambda span: span.start - span.stop):
+        size = span.stop - span.start
+        fitting = bisect.bisect_left(room, (size,))
+        if fitting == len(room):
+            rows.append([])
+            room.append((row_bytes, len(rows) - 1))
+        free, row = room.pop(fitting)
+        rows[row].append((row_bytes - free, span))
+        # The next span starts after an EOS: the document's own, or one in between.
+        free -= size + (documents[span.document][span.stop - 1] != EOS_ID)
+        if free > 0:
+            bisect.insort(room, (free, row))
+    return rows
+
+
+def _tokens(
+    documents: Sequence[np.ndarray], rows: list[_Row], row_bytes: int, batch_size: int
+) -> np.ndarray:
+    tokens = np.full((batch_size, row_bytes), PAD_ID, np.int32)
+    for row, spans in enumerate(rows):
+        for at, (document, start, _, stop) in spans:
+            if at:
+                tokens[row, at - 1] = EOS_ID
+            tokens[row, at : at + stop - start] = documents[document][start:stop]
+    return tokens
+
+
+def _keep(results: list[np.ndarray], rows: list[_Row], values: jax.Array) -> None:
+    values = np.asarray(values)
+    for row, spans in enumerate(rows):
+        for at, (document, start, keep, stop) in spans:
+            results[document][keep:stop] = values[row, at + keep - start : at + stop - start]
+
+
+def _groups(documents: Documents) -> Iterator[list[np.ndarray]]:
+    """Ids of consecutive documents, about GROUP_IDS at a time."""
+    group, size = [], 0
+    for document in documents:
+        group.append(encode(document.data))
+        size += len(group[-1])
+        if size >= GROUP_IDS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,299 @@
+"""The corpus as a store of records, made once and read by all training.
+
+    store.json                          what was read and how, and the units of reading
+    SOURCE/PART/UNIT-0000.array_record  documents (bltjax/data/records/shards.py)
+    SOURCE/UNIT-0000.json               the mark of a whole chunk (bltjax/data/records/writing.py)
+    index.json                          all shards, once all units are whole
+    entropies.json                      which model gave the entropies beside the documents
+
+PART is one of PARTS. What is being written has the suffix `.partial`; all else is whole.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.data.records import writing
+from bltjax.data.records.shards import (
+    Documents,
+    Shard,
+    has_entropies,
+    score_histogram,
+    write_entropies,
+)
+from bltjax.data.records.writing import NAMED_BAD, PARTS, below, dump, load
+from bltjax.data.sources import units as sources
+from bltjax.data.sources.units import Bad, Unit
+from bltjax.runtime.files import share
+
+__all__ = [  # shards are reached through this module too
+    "PARTS",
+    "BadRecords",
+    "Documents",
+    "Shard",
+    "Store",
+    "build",
+    "claim_entropies",
+    "has_entropies",
+    "open_store",
+    "score_histogram",
+    "write_entropies",
+]
+
+FORMAT = 1
+STORE, INDEX, ENTROPIES = "store.json", "index.json", "entropies.json"
+
+
+class BadRecords(NamedTuple):
+    """How many records could not be read, and the first of them with the reasons."""
+
+    count: int
+    first: list[Bad]
+
+
+class Store(NamedTuple):
+    """A finished store. `bad` holds the records of each source that could not be read."""
+
+    directory: Path
+    sources: list[str]  # in the order of the configuration
+    all_shards: list[Shard]  # in the order of sources, units and chunks
+    bad: dict[str, BadRecords]
+
+    def shards(self, source: str | None = None, part: str = "train") -> list[Shard]:
+        """The shards of a part, of one source or of all; KeyError where there is no such source."""
+        if source is not None and source not in self.sources:
+            raise KeyError(f"no source {source!r} in {self.directory}: it has {self.sources}")
+        return [s for s in self.all_shards if s.part == part and source in (None, s.source)]
+
+    def documents(self, part: str = "train") -> int:
+        return sum(shard.documents for shard in self.shards(part=part))
+
+    def num_bytes(self, part: str = "train") -> int:
+        return sum(shard.num_bytes for shard in self.shards(part=part))
+
+    def lock(self, shard: Shard) -> Path:
+        """The lock file for `files.share` of work on a shard."""
+        return _lock(self.directory, os.path.relpath(shard.stem, self.directory))
+
+
+def build(directory: str | os.PathLike, data: DataConfig) -> Store:
+    """Reads the sources of `data` into a store, goes on with one, or opens one that is finished.
+
+    Any number of processes may build one store at once (see `files.share`). Raises ValueError for a
+    store made with other settings, a directory in a bucket and, under bad_records="fail", the first
+    bad record.
+    """
+    directory = _local(directory)
+    if not (directory / INDEX).exists():
+        _write_once(directory / STORE, lambda: _plan(data))
+        stored = _read_store(directory, data)
+        configs = {source.name: source for source in data.named_sources()}
+        tasks = [
+            (configs[name], Unit(**{**unit, "paths": tuple(unit["paths"])}))
+            for name, units in stored["units"].items()
+            for unit in units
+        ]
+        pace = _Pace(tasks)
+        share(
+            tasks,
+            is_done=lambda task: writing.is_whole(directory, *task),
+            do=lambda task: pace.show(task, writing.record_unit(directory, *task, data)),
+            lock=lambda task: _lock(directory, f"{task[0].name}/{task[1].name}"),
+        )
+        _write_once(directory / INDEX, lambda: _index(directory, tasks))
+    store = open_store(directory, data)
+    for source in store.sources:
+        print(_summary(store, source), flush=True)
+    return store
+
+
+def open_store(directory: str | os.PathLike, data: DataConfig | None = None) -> Store:
+    """Opens a finished store without looking at its sources.
+
+    Raises FileNotFoundError where there is none, ValueError where it is unfinished or damaged, or
+    was made with other settings than those of `data`.
+    """
+    directory = _local(directory)
+    if not (directory / STORE).exists():
+        raise FileNotFoundError(
+            f"no records in {str(directory)!r}: make them with bltjax.preprocess, or give the "
+            f"directory that holds {STORE}"
+        )
+    stored = _read_store(directory, data)
+    if not (directory / INDEX).exists():
+        raise ValueError(
+            f"the records in {str(directory)!r} are unfinished: run bltjax.preprocess again with "
+            "the same settings, it goes on where it stopped"
+        )
+    index = load(directory / INDEX)
+    shards = [below(directory, shard) for shard in index["shards"]]
+    for shard in shards:
+        _check_size(shard, directory)
+    bad = {
+        name: BadRecords(count, [Bad(*record) for record in first])
+        for name, (count, first) in index["bad"].items()
+    }
+    return Store(directory, list(stored["units"]), shards, bad)
+
+
+def claim_entropies(store: Store, model: dict):
+    """Writes down which model gives the store's entropies; ValueError if another one did.
+
+    `model`: whatever tells models apart, as JSON holds it.
+    """
+    path = store.directory / ENTROPIES
+    _write_once(path, lambda: model)
+    if difference := _difference(load(path), json.loads(json.dumps(model))):
+        raise ValueError(
+            f"the entropies in {str(store.directory)!r} are of another model: {difference}; use "
+            f"that model, or delete {ENTROPIES} and all *.entropies.array_record there"
+        )
+
+
+def _plan(data: DataConfig) -> dict:
+    """What store.json holds: what decides the documents, and the units they are read in."""
+    units = {
+        source.name: [unit._asdict() for unit in sources.list_units(source, data)]
+        for source in data.named_sources()
+    }
+    return {"format": FORMAT, "data": _settings(data), "units": units}
+
+
+def _settings(data: DataConfig) -> dict:
+    """The settings that decide which documents there are and how they are sharded."""
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(data).items()
+        if name not in ("root", "sources", "records", "workers")
+    }
+    settings["sources"] = [dataclasses.asdict(source) for source in data.named_sources()]
+    for source in settings["sources"]:
+        del source["weight"]
+    return json.loads(json.dumps(settings))
+
+
+def _read_store(directory: Path, data: DataConfig | None) -> dict:
+    stored = load(directory / STORE)
+    if stored.get("format") != FORMAT:
+        raise ValueError(
+            f"{directory / STORE} has format {stored.get('format')}, this program reads {FORMAT}: "
+            "make the records anew in another directory"
+        )
+    if data and (difference := _difference(stored["data"], _settings(data))):
+        raise ValueError(
+            f"the records in {str(directory)!r} were made with other settings: {difference}; use "
+            "those, or make records in another directory"
+        )
+    return stored
+
+
+def _index(directory: Path, tasks: Iterable[tuple[SourceConfig, Unit]]) -> dict:
+    """What index.json holds."""
+    shards, bad = [], {}
+    for source, unit in tasks:
+        count, first = bad.setdefault(source.name, (0, []))
+        for mark in map(load, writing.marks(directory, source, unit)):
+            shards += mark["shards"]
+            count, first = count + mark["bad"], (first + mark["first_bad"])[:NAMED_BAD]
+        bad[source.name] = (count, first)
+    return {"shards": shards, "bad": bad}
+
+
+def _check_size(shard: Shard, directory: Path):
+    size = shard.path.stat().st_size if shard.path.exists() else 0
+    if size != shard.file_bytes:
+        mark = directory / shard.source / f"{Path(shard.stem).name}.json"
+        raise ValueError(
+            f"{shard.path} is damaged ({size} bytes of {shard.file_bytes}): delete {mark} and "
+            f"{directory / INDEX}, and run bltjax.preprocess again, which makes that shard anew"
+        )
+
+
+class _Pace:
+    """Tells how fast this process is and when all will be done, by the sizes that units have.
+
+    Processes take units in one order: what lies before this one's unit is done or being done.
+    """
+
+    def __init__(self, tasks: Sequence[tuple[SourceConfig, Unit]]):
+        sizes = [unit.size for _, unit in tasks]
+        self.before = dict(zip(tasks, itertools.accumulate(sizes, initial=0), strict=False))
+        self.total = sum(sizes)
+        self.started, self.start, self.num_bytes = time.monotonic(), None, 0
+
+    def show(self, task: tuple[SourceConfig, Unit], written: Iterable[writing.Written]):
+        """Prints a line for each chunk of a unit when it is written."""
+        source, unit = task
+        for chunk in written:
+            position = self.before[task] + min(chunk.unit_bytes, unit.size)
+            if self.start is None:
+                self.start = position - min(chunk.num_bytes, unit.size)
+            self.num_bytes += chunk.num_bytes
+            seconds = max(time.monotonic() - self.started, 1e-9)
+            left = (self.total - position) * seconds / max(position - self.start, 1)
+            print(
+                f"records of {source.name}: {chunk.name}, {chunk.num_bytes / 1e6:.1f} MB, "
+                f"{self.num_bytes / 1e6 / seconds:.1f} MB/s, "
+                f"{position / max(self.total, 1):.0%} of all, eta {left / 60:.1f} min",
+                flush=True,
+            )
+
+
+def _summary(store: Store, source: str) -> str:
+    parts = []
+    for part in PARTS:
+        shards = store.shards(source, part)
+        documents, num_bytes = sum(s.documents for s in shards), sum(s.num_bytes for s in shards)
+        parts.append(f"{part} {documents} documents, {num_bytes / 1e6:.1f} MB")
+    bad = store.bad[source]
+    named = "; ".join(f"{record.name}: {record.reason}" for record in bad.first[:3])
+    parts.append(f"{bad.count} bad records" + (f" ({named})" if named else ""))
+    return f"records of {source}: " + ", ".join(parts)
+
+
+def _write_once(path: Path, make: Callable[[], dict]):
+    """Writes what `make` gives, unless this or another process has."""
+    lock = _lock(path.parent, path.name)
+    share([path], Path.exists, lambda path: dump(path, make()), lambda _: lock)
+
+
+def _lock(directory: Path, name: str) -> Path:
+    return directory / ".locks" / f"{name}.lock"
+
+
+def _difference(made: dict, wanted: dict) -> str:
+    """The first value that differs, in words; empty where all are equal."""
+    made, wanted = _flat(made), _flat(wanted)
+    for name in made | wanted:
+        old, new = made.get(name, "absent"), wanted.get(name, "absent")
+        if old != new:
+            return f"{name} was {old!r} and is {new!r} now"
+    return ""
+
+
+def _flat(value, name: str = "") -> dict:
+    """{"sources[0].path": ...} of nested dicts and lists of dicts."""
+    if isinstance(value, dict) and value:
+        inner = ((f"{name}.{key}" if name else key, item) for key, item in value.items())
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        inner = ((f"{name}[{i}]", item) for i, item in enumerate(value))
+    else:
+        return {name: value}
+    return {key: leaf for nested, item in inner for key, leaf in _flat(item, nested).items()}
+
+
+def _local(directory: str | os.PathLike) -> Path:
+    """The directory, as long as ArrayRecord can open files there."""
+    if re.match(r"[a-z][a-z0-9]+:/", os.fspath(directory)):
+        raise ValueError(
+            f"records in {str(directory)!r}: they must be local files; mount the bucket (gcsfuse) "
+            "or use a local disk"
+        )
+    return Path(directory)

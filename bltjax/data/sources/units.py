@@ -1,0 +1,229 @@
+"""Where training bytes come from: the units of a source, and the documents of a unit.
+
+A unit is a part of a source that any process can read by itself, from its beginning, and that
+gives the same documents in the same order each time. Files stand in an order drawn from the seed
+and their names, so that the first of them are a random sample.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from etils import epath
+
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.data.sources import readers, tables
+from bltjax.data.sources.files import COMPLETE, File, find_files, relative_names
+from bltjax.data.sources.readers import Bad, Document, Fields
+
+__all__ = [
+    "Bad",
+    "Document",
+    "Unit",
+    "is_held_out",
+    "list_units",
+    "read_unit",
+]
+
+_FOOTERS = 256  # files whose structure is read together, since a remote one takes a while
+
+
+class Unit(NamedTuple):
+    """A part of a source, in plain data.
+
+    name: unique in its source, a file name, in reading order. kind: of its files. paths: of its
+    files; more than one for text only; for huggingface the dataset. start, stop: jsonl: bytes;
+    parquet: row groups; arrow: record batches; array_record: records; huggingface: the shard and
+    the number of shards; a stop of -1 is the end of the file. size: bytes on disk, about; 0 if
+    unknown.
+    """
+
+    name: str
+    kind: str
+    paths: tuple[str, ...]
+    start: int
+    stop: int
+    size: int
+
+
+def is_held_out(name: str, validation_fraction: float, seed: int) -> bool:
+    """Whether a document is of the validation set: it depends on these three only.
+
+    A larger fraction only adds documents.
+    """
+    return _hash(f"{seed}:{name}") < validation_fraction
+
+
+def list_units(source: SourceConfig, data: DataConfig) -> list[Unit]:
+    """The units of a source, each of about `data.shard_bytes`, together about `data.max_bytes`.
+
+    Hidden files and directories are left out, and directories named in `data.exclude`; linked
+    directories are not entered, and a linked file counts if it leads to a place below the root
+    whose file is not listed itself. Raises FileNotFoundError where there is nothing at the path,
+    ValueError where no file there is of the kind, a library is missing or a preprocessed file is
+    unfinished, OSError where a directory cannot be listed.
+    """
+    if source.kind == "huggingface":
+        units = _dataset_units(source, data)
+    else:
+        files = find_files(source, data)
+        _refuse_unfinished(files)
+        # Not the hash of the split: the first files would all be of the validation set.
+        files.sort(key=lambda file: (_hash(f"order:{data.seed}:{file.name}"), file.name))
+        target = min(data.shard_bytes, data.max_bytes or data.shard_bytes)
+        units = _about(_cut(files, target), data.max_bytes)
+    width = max(5, len(str(len(units) - 1)))
+    return [unit._replace(name=f"{i:0{width}d}") for i, unit in enumerate(units)]
+
+
+def read_unit(unit: Unit, source: SourceConfig, data: DataConfig) -> Iterator[Document | Bad]:
+    """The documents of a unit, in order, and in their midst the records that cannot be one."""
+    text = (source.field,) if source.field else data.text_fields
+    fields = Fields(text, data.id_fields, data.language_fields)
+    if unit.kind == "huggingface":
+        yield from _read_shard(unit, source, data, fields)
+        return
+    files = zip(unit.paths, relative_names(unit.paths, source), strict=True)
+    if unit.kind == "text":
+        yield from (readers.read_text(path, name) for path, name in files)
+        return
+    read = {
+        "jsonl": readers.read_jsonl,
+        "parquet": tables.read_parquet,
+        "arrow": tables.read_arrow,
+        "array_record": readers.read_array_record,
+    }[unit.kind]
+    if unit.kind == "array_record" and not source.field:
+        fields = None
+    yield from read(*next(files), unit.start, unit.stop, fields)
+
+
+def _cut(files: Sequence[File], target: int) -> Iterator[Unit]:
+    """Units of about `target` bytes, in the order of the files."""
+    texts, size = [], 0
+    with ThreadPoolExecutor(16) as pool:
+        for first in range(0, len(files), _FOOTERS):
+            several = files[first : first + _FOOTERS]
+            others = [file for file in several if file.kind != "text"]
+            parts = pool.map(lambda file: _parts(file, target), others)
+            for file in several:
+                if file.kind != "text":
+                    spans = next(parts)
+                    yield from (Unit("", file.kind, (file.path,), *span) for span in spans)
+                    continue
+                if texts and size + file.size > target:
+                    yield Unit("", "text", tuple(texts), 0, -1, size)
+                    texts, size = [], 0
+                texts.append(file.path)
+                size += file.size
+    if texts:
+        yield Unit("", "text", tuple(texts), 0, -1, size)
+
+
+def _parts(file: File, target: int) -> Iterable[tuple[int, int, int]]:
+    """(start, stop, bytes on disk) of the parts of a file; a damaged file is one part."""
+    count = 1
+    if file.kind == "parquet":
+        groups = tables.parquet_groups(file.path)
+        if groups is not None:
+            return _grouped(groups, target)
+    elif file.kind == "arrow":
+        count = (tables.arrow_layout(file.path) or (1, False))[0]
+    elif file.kind == "array_record":
+        count = readers.array_records(file.path) or 1
+    elif file.path.endswith(".zst"):
+        readers.need("zstandard", "data")
+    elif not file.path.endswith(readers.COMPRESSED):
+        count = file.size
+    return _even(count, file.size, target)
+
+
+def _even(count: int, size: int, target: int) -> Iterable[tuple[int, int, int]]:
+    """Parts of a file in which `count` things take up `size` bytes evenly."""
+    pieces = max(1, min(count, round(size / target)))
+    if pieces == 1:
+        return [(0, -1, size)]
+    edges = (count * i // pieces for i in range(pieces + 1))
+    return (
+        (start, stop, size * (stop - start) // count) for start, stop in itertools.pairwise(edges)
+    )
+
+
+def _grouped(groups: list[tuple[int, int]], target: int) -> Iterator[tuple[int, int, int]]:
+    """Parts of consecutive row groups, each given as (bytes in memory, bytes on disk)."""
+    start = memory = disk = 0
+    for i, (more_memory, more_disk) in enumerate(groups):
+        if i > start and memory + more_memory > target:
+            yield start, i, disk
+            start, memory, disk = i, 0, 0
+        memory, disk = memory + more_memory, disk + more_disk
+    yield start, len(groups), disk
+
+
+def _about(units: Iterable[Unit], max_bytes: int | None) -> list[Unit]:
+    """The first units, at least one, whose sizes come nearest to `max_bytes`."""
+    taken, total = [], 0
+    for unit in units:
+        if max_bytes is not None and taken and unit.size >= 2 * (max_bytes - total):
+            break
+        taken.append(unit)
+        total += unit.size
+    return taken
+
+
+def _refuse_unfinished(files: Iterable[File]) -> None:
+    """Raises for a preprocessed file without its marker among files that have theirs (spec 8.4)."""
+    paths = sorted(file.path for file in files if file.kind == "arrow")
+    for directory, inside in itertools.groupby(paths, lambda path: path.rpartition("/")[0]):
+        names = {path.name for path in epath.Path(directory).iterdir()}
+        if not any(name.endswith(COMPLETE) for name in names):
+            continue
+        for path in inside:
+            if path.rpartition("/")[2] + COMPLETE in names:
+                continue
+            layout = tables.arrow_layout(path)
+            if layout is None or layout[1]:
+                raise ValueError(
+                    f"{path} has no marker {path}{COMPLETE} though files beside it have theirs: its"
+                    " preprocessing did not end; finish it, or delete the file"
+                )
+
+
+def _dataset_units(source: SourceConfig, data: DataConfig) -> list[Unit]:
+    shards = readers.open_dataset(source.path, source.subset, source.split).num_shards
+    order = sorted(range(shards), key=lambda shard: _hash(f"order:{data.seed}:{shard}"))
+    taken = order[: _shards_taken(shards, data)]
+    return [Unit("", "huggingface", (source.path,), shard, shards, 0) for shard in taken]
+
+
+def _shards_taken(shards: int, data: DataConfig) -> int:
+    """How many shards `max_bytes` is spread over, as their sizes are not known."""
+    if data.max_bytes is None:
+        return shards
+    return min(shards, max(1, data.max_bytes // data.shard_bytes))
+
+
+def _read_shard(unit: Unit, source: SourceConfig, data: DataConfig, fields: Fields):
+    dataset = readers.open_dataset(source.path, source.subset, source.split)
+    share = None
+    if data.max_bytes is not None:
+        share = data.max_bytes // _shards_taken(dataset.num_shards, data)
+    size = 0
+    for found in readers.read_dataset(dataset, source.split, unit.start, fields):
+        yield found
+        size += len(found.data) if isinstance(found, Document) else 0
+        if share is not None and size >= share:
+            return
+
+
+def _hash(text: str) -> float:
+    """A number in [0, 1) that is the same for the same text on every machine."""
+    try:
+        # POSIX file names may hold bytes that are not UTF-8,
+        encoded = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # and ids of JSON records other surrogates.
+        encoded = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=6).digest(), "big") / 2**48

@@ -1,0 +1,202 @@
+"""Byte-level BPE, for the models that ours are measured against: any bytes to ids, and back.
+
+Ids are those of `vocabulary` as far as they go: 4 special ones and the 256 single bytes, then the
+merges. Text is cut by the expression of Llama 3 before pairs are merged, the tokenizer that the
+paper's baselines use (section 4.2): words keep the space before them, digits come in threes, and
+line ends stay with the blanks before them. What is not UTF-8 is written in single bytes. Training
+takes the `tokenizers` library (extra `tokens`), and a tokenizer is a plain file of that library.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from bltjax.runtime.files import replacing
+from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE
+
+# No merge can make one of these: letters and what surrounds them here are cut apart.
+SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|spare|>")
+CUTS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LEAST_PAIRS = 2  # a pair that occurs once is no pattern
+# Longer texts are encoded in parts: cutting them by an expression takes memory along their length.
+PART_CHARACTERS = 1_000_000
+REMEDY = "train one with bltjax.data.tokenizer.train"
+_INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as surrogateescape has them
+
+
+class Tokenizer:
+    """What `train` made or `load` read; it pickles, and opens the library where it is first used.
+
+    text: the content of a tokenizer.json. Raises ValueError for one whose ids are not ours.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self._pieces = _pieces(text)
+
+    def __getstate__(self) -> dict:
+        return {"text": self.text}
+
+    def __setstate__(self, state: dict):
+        self.__init__(state["text"])
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    @property
+    def digest(self) -> str:
+        """Tells tokenizers apart: 16 hexadecimal digits."""
+        return hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()
+
+    def byte_lengths(self, vocab_size: int | None = None) -> np.ndarray:
+        """int32 [V]: how many bytes each id stands for, 0 for special ones.
+
+        vocab_size: of a model, whose ids past the tokenizer's stand for nothing. Raises ValueError
+        where it has too few.
+        """
+        lengths = np.array([len(piece) for piece in self._pieces], np.int32)
+        size = len(lengths) if vocab_size is None else vocab_size
+        if size < len(lengths):
+            raise ValueError(
+                f"the tokenizer has {len(lengths)} ids and the model {size}: raise "
+                "token_model.vocab_size, or bring a smaller tokenizer"
+            )
+        return np.pad(lengths, (0, size - len(lengths)))
+
+    def encode(self, text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.ndarray:
+        """The ids int32 [S] of a document; a str as `vocabulary.encode` takes it."""
+        if isinstance(text, str):
+            text = text.encode("utf-8", errors="ignore")
+        # Stretches of UTF-8 and of other bytes by turns, beginning with UTF-8.
+        stretches = _INVALID.split(bytes(text).decode("utf-8", "surrogateescape"))
+        ids = [BOS_ID] * add_bos
+        for i, stretch in enumerate(stretches):
+            if i % 2:
+                ids += [ord(c) - 0xDC00 + BYTE_OFFSET for c in stretch]
+                continue
+            for start in range(0, len(stretch), PART_CHARACTERS):
+                part = stretch[start : start + PART_CHARACTERS]
+                (found,) = self._library.encode_batch_fast([part], add_special_tokens=False)
+                ids += found.ids
+        return np.array(ids + [EOS_ID] * add_eos, np.int32)
+
+    def decode(self, ids) -> bytes:
+        """The bytes of ids [S], special ones left out; inverts `encode`.
+
+        Raises ValueError for ids that the tokenizer does not have.
+        """
+        ids = np.asarray(ids, np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
+            raise ValueError(
+                f"ids lie in {ids.min()}..{ids.max()}: the tokenizer has 0..{len(self) - 1}"
+            )
+        return b"".join(self._pieces[i] for i in ids)
+
+    def save(self, path: Path):
+        """Writes a tokenizer.json: the old file, or the new one, never half of one."""
+        with replacing(Path(path)) as file:
+            file.write(self.text.encode())
+
+    @functools.cached_property
+    def _library(self):
+        return need_tokenizers().Tokenizer.from_str(self.text)
+
+
+def load(path: Path) -> Tokenizer:
+    """The tokenizer in a file that `save` wrote. Raises ValueError, or OSError."""
+    try:
+        return Tokenizer(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
+    """The tokenizer of at most `vocab_size` ids that merges the commonest pairs of some documents.
+
+    The same documents, in whatever order, give the same one. Raises ValueError for a vocabulary
+    without room for every byte.
+    """
+    if vocab_size < VOCAB_SIZE:
+        raise ValueError(f"vocab_size={vocab_size} must be at least {VOCAB_SIZE}: bytes take those")
+    library = need_tokenizers()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
+        [
+            library.pre_tokenizers.Split(library.Regex(CUTS), "isolated"),
+            library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=LEAST_PAIRS,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=list(_characters()),
+        show_progress=False,
+    )
+    texts = (
+        stretch[start : start + PART_CHARACTERS]
+        for document in documents
+        for stretch in _INVALID.split(document.decode("utf-8", "surrogateescape"))[::2]
+        for start in range(0, len(stretch), PART_CHARACTERS)
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokenizer(_in_our_order(json.loads(tokenizer.to_str())))
+
+
+def need_tokenizers():
+    """The library. Raises ValueError that names the remedy where it is missing."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ValueError(
+            "tokens need a library that is missing: pip install bltjax[tokens]"
+        ) from error
+    return tokenizers
+
+
+def _in_our_order(content: dict) -> str:
+    """A tokenizer.json with bytes in their order, and special ids that no text can name."""
+    vocab = content["model"]["vocab"]
+    vocab |= {name: i for i, name in enumerate(SPECIAL)}
+    vocab |= {c: BYTE_OFFSET + byte for c, byte in _characters().items()}
+    content["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
+    content["added_tokens"] = []
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _pieces(text: str) -> list[bytes]:
+    """The bytes of each id; none of special ones. Raises ValueError for other ids than ours."""
+    try:
+        content = json.loads(text)
+        vocab, added = content["model"]["vocab"], content["added_tokens"]
+        by_id = sorted(vocab, key=vocab.get)
+        ours = sorted(vocab.values()) == list(range(len(vocab))) and not added
+        ours &= tuple(by_id[:BYTE_OFFSET]) == SPECIAL
+        ours &= by_id[BYTE_OFFSET:VOCAB_SIZE] == list(_characters())
+        byte_of = _characters()
+        pieces = [bytes(byte_of[c] for c in token) for token in by_id[BYTE_OFFSET:]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no tokenizer of ours ({error!r}): {REMEDY}") from error
+    if not ours:
+        raise ValueError(
+            f"a tokenizer with other ids than 4 special ones, 256 bytes and merges: {REMEDY}"
+        )
+    return [b""] * BYTE_OFFSET + pieces
+
+
+@functools.cache
+def _characters() -> dict[str, int]:
+    """The printable character that stands for each byte in files of byte-level BPE, as of GPT-2."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    moved = itertools.count(256)
+    return {chr(byte if byte in plain else next(moved)): byte for byte in range(256)}

@@ -1,0 +1,45 @@
+"""Hash tables of n-grams, whose rows are split over the chips."""
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec, reshard
+
+from bltjax import sharding
+from bltjax.model import hash_tables
+from bltjax.model.parameters import truncated_normal
+from bltjax.ops import row_exchange
+from bltjax.sharding import batch_spec
+
+
+class HashTables(nnx.Module):
+    """The n-gram tables of all sizes and functions in one array [T, rows, dim] (spec 4.2)."""
+
+    def __init__(self, num_tables, rows, dim, *, std, key):
+        self.weight = nnx.Param(
+            truncated_normal(key, (num_tables, rows, dim), std, sharding.table_spec(rows, dim))
+        )
+
+    def __call__(self, ids, dtype):
+        """ids int32 [B, L, T] -> their sum [B, L, dim], added up in float32."""
+        return hash_tables.lookup_sum(self.weight[...], ids, dtype)
+
+
+def lookup_sum(tables: jax.Array, ids: jax.Array, dtype) -> jax.Array:
+    """Sum over T tables [T, rows, E], laid out by `table_spec`, of their rows `ids` [B, L, T].
+
+    -> [B, L, E] in `dtype`. Chips ask the owners for the rows that they need, once for each, and
+    the gradient goes back the same way: neither tables nor their gradients travel. Only those of
+    whole rows are added up over the chips.
+    """
+    _, owners, features = jax.typeof(tables).sharding.spec
+    batch = batch_spec(3)
+
+    def of_chip(tables, ids):
+        if owners is not None:
+            return row_exchange.exchange_lookup_sum(tables, ids, dtype, owners)
+        if batch[0] is not None:
+            tables = jax.lax.pcast(tables, batch[0], to="varying")
+        return row_exchange.lookup_sum(tables, ids, dtype)
+
+    out = PartitionSpec(batch[0], None, features)
+    return reshard(jax.shard_map(of_chip, out_specs=out)(tables, ids), batch)

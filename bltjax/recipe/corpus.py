@@ -1,0 +1,134 @@
+"""The corpus of a run: its records, their entropies, the threshold, the order it is read in.
+
+    workdir/records/        documents, and their entropies (bltjax/data/records/store.py)
+    workdir/patching.json   the rule, with the calibrated threshold
+
+A stage reads no more of a large corpus than its steps need: shards in a seeded order, of each
+source its share.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from bltjax.checkpoints.run_directory import is_trained
+from bltjax.config import RunConfig, TrainingConfig
+from bltjax.data.batches.lanes import Layout
+from bltjax.data.batches.order import InOrder, Mixture, Shuffled
+from bltjax.data.records import store as records
+from bltjax.data.records.store import Documents, Shard, Store
+from bltjax.training.loop import TrainingData
+
+
+def records_directory(config: RunConfig, workdir: Path) -> Path:
+    return Path(config.data.records) if config.data.records else workdir / "records"
+
+
+def open_corpus(config: RunConfig, workdir: Path) -> Store:
+    """The records of a run, made from its sources if need be.
+
+    Records that `data.records` names are opened as they are. Raises ValueError where a part that
+    the stages use is empty.
+    """
+    if config.data.records:
+        store = records.open_store(config.data.records)
+    else:
+        store = records.build(records_directory(config, workdir), config.data)
+    wanted = ["train"] + ["validation"] * ("evaluate" in config.stages)
+    for part in wanted:
+        if not store.num_bytes(part):
+            raise ValueError(
+                f"the records in {store.directory} have no text for {part}: give more, or another "
+                "data.validation_fraction or data.seed in a new --workdir, or leave the stage "
+                "'evaluate' out"
+            )
+    check_brought_entropies(config, workdir, store)
+    return store
+
+
+def shares(config: RunConfig, store: Store) -> dict[str, float]:
+    """The share of the bytes that each source gives: by weight, or by size where none has one."""
+    weights = {s.name: s.weight for s in config.data.named_sources()}
+    if not any(weights.values()):
+        weights = {s: sum(x.num_bytes for x in store.shards(s)) for s in store.sources}
+    if set(store.sources) != set(weights):
+        raise ValueError(
+            f"the records in {store.directory} have the sources {store.sources}, and data.sources "
+            f"gives weights to {list(weights)}: name the same, or leave all weights 0"
+        )
+    total = sum(weights[name] for name in store.sources)
+    return {name: weights[name] / (total or 1) for name in store.sources}
+
+
+def needed_bytes(config: RunConfig, stage: TrainingConfig) -> int:
+    """What the steps of a byte model read; more where the length of rows is not known yet."""
+    patching = config.patching
+    mean = patching.target_patch_bytes or max(patching.patch_size, 8)
+    return stage.steps * stage.batch_size * (stage.row_bytes or int(2 * stage.row_patches * mean))
+
+
+def select(config: RunConfig, store: Store, num_bytes: int, part: str = "train") -> list[Shard]:
+    """Shards of at least so many bytes, of each source its share, or all there are."""
+    chosen = []
+    for source, share in shares(config, store).items():
+        shards = [shard for shard in store.shards(source, part) if shard.documents]
+        wanted, size = [], 0
+        for i in np.random.default_rng(config.data.seed).permutation(len(shards)):
+            if wanted and size >= share * num_bytes:
+                break
+            wanted.append(i)
+            size += shards[i].num_bytes
+        chosen += [shards[i] for i in sorted(wanted)]
+    return chosen
+
+
+def training_data(
+    config: RunConfig, store: Store, shards: list[Shard], layout: Layout, entropies: bool
+) -> TrainingData:
+    """Shards in the order and the mixture that the settings ask for. Raises ValueError."""
+    names = tuple(store.sources)
+    of_source = [[s for s in shards if s.source == name] for name in names]
+    documents = [Documents(own, entropies=entropies) for own in of_source]
+    if any(source.weight for source in config.data.named_sources()):
+        empty = [name for name, d in zip(names, documents, strict=True) if not len(d)]
+        if empty:
+            raise ValueError(
+                f"sources {empty} have a weight and no document for training: leave them out, or "
+                "give them more text"
+            )
+        means = [
+            2 + sum(s.num_bytes for s in own) / sum(s.documents for s in own) for own in of_source
+        ]
+        order = Mixture(documents, list(shares(config, store).values()), means, config.data.seed)
+    else:
+        order = Shuffled(documents, config.data.seed)
+    return TrainingData(order, layout, names, config.data.workers)
+
+
+def in_order(store: Store, shards: list[Shard], entropies: bool) -> InOrder:
+    """Every document of the shards once, source by source."""
+    of_source = ([s for s in shards if s.source == name] for name in store.sources)
+    return InOrder([Documents(own, entropies=entropies) for own in of_source])
+
+
+def check_brought_entropies(config: RunConfig, workdir: Path, store: Store):
+    """Entropies that sources brought are of a model that we do not have: all of them, or none.
+
+    Raises ValueError where they would be mixed with those of a model of this run.
+    """
+    brought = [shard for shard in store.all_shards if records.has_entropies(shard)]
+    if not brought or (store.directory / records.ENTROPIES).exists():
+        return
+    if len(brought) < len(store.all_shards):
+        without = {shard.source for shard in store.all_shards} - {s.source for s in brought}
+        raise ValueError(
+            f"some records in {store.directory} came with entropies and those of {sorted(without)} "
+            "did not: one model must give all of them, so train on such sources apart"
+        )
+    ours = [s for s in ("entropy_model", "sample") if s in config.stages]
+    if ours or config.patching.in_step or is_trained(workdir / "entropy_model"):
+        raise ValueError(
+            f"the records in {store.directory} came with the entropies of a model that this run "
+            f"does not have: leave the stages {ours} and patching.in_step out, and use a --workdir "
+            "without an entropy model"
+        )

@@ -1,1 +1,0 @@
-"""The token model from Python: what byte models are measured against."""

@@ -1,0 +1,86 @@
+"""The command that generates: what it shows, tells and refuses, around a model that writes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bltjax.inference.engine import Counts
+from tests.processes import ROOT
+
+# In the place of bltjax.api, in a process of its own: the command is about what is around it.
+STAND_IN = """
+import runpy, sys, types
+def load(path, *, entropy_model, dtype, bf16_compat, advance):
+    from tests.test_generate_command import FakeModel
+    return FakeModel()
+sys.modules["bltjax.api"] = types.SimpleNamespace(load=load)
+sys.modules["bltjax.checkpoints.formats"] = types.SimpleNamespace(stored_bytes=lambda directory: 0)
+import bltjax
+import bltjax.checkpoints
+bltjax.api = sys.modules["bltjax.api"]
+bltjax.checkpoints.formats = sys.modules["bltjax.checkpoints.formats"]
+sys.argv = ["generate", *sys.argv[1:]]
+runpy.run_module("bltjax.generate", run_name="__main__", alter_sys=True)
+"""
+
+
+class FakeModel:
+    """Says its options, then a character in two halves, then what is no character."""
+
+    def stream(self, prompt, **options):
+        said = f"<{prompt!r} {options}>".encode()
+        if options["temperature"] > 9:
+            raise ValueError("temperature is too high: lower it")
+        for n, piece in enumerate([said, "é".encode()[:1], "é".encode()[1:], b"\xff"], 1):
+            yield piece, Counts(n, 2 * n, 3 * n, 1, 4, 5 * n, n)
+
+
+def run(*arguments, stdin=b""):
+    command = [sys.executable, "-c", STAND_IN, "--checkpoint=somewhere", *arguments]
+    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True)
+
+
+def test_text_in_whole_characters_then_counts_then_json():
+    process = run("--prompt=ab", "--seed=3", "--stop=x", "--stop=yz", "--top_k=5")
+    assert (process.returncode, process.stderr) == (0, b"")
+    shown, told, stacks, drafts, found = process.stdout.decode().splitlines()
+    assert shown.startswith("ab<b'ab' {'temperature': 0.0, 'top_k': 5, 'top_p': None")
+    assert "'stop': ['x', 'yz'], 'threshold': None, 'max_drafts': 0, " in shown
+    assert "'max_new_bytes': 256, 'seed': 3}>é\N{REPLACEMENT CHARACTER}" in shown
+    found = json.loads(found)
+    assert told.startswith(f"4 bytes after 2, the first ones after {found['seconds_to_first']:.2f}")
+    assert "8 steps; global stack: 4 calls, a patch of" in stacks
+    assert drafts == "drafts: 4 of 20 stood (20%)"
+    written = len(found["text"].encode().decode("unicode_escape").encode("latin-1", "replace"))
+    assert found["bytes_per_patch"] == pytest.approx(written / 11, rel=0.1)
+    assert (found["patches"], found["prompt_patches"], found["prompt_bytes"]) == (12, 1, 2)
+
+
+def test_bytes_alone_and_prompts_from_files(tmp_path):
+    (tmp_path / "prompt").write_bytes(b"\xfe\n")
+    for arguments, stdin in (
+        (f"--prompt_file={tmp_path / 'prompt'}", b""),
+        ("--prompt_file=-", b"\xfe\n"),
+    ):
+        process = run("--raw", arguments, stdin=stdin)
+        assert process.stdout.startswith(rb"<b'\xfe\n' {") and process.stdout.endswith(
+            b">\xc3\xa9\xff"
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "give --checkpoint=DIR and one of --prompt=TEXT and --prompt_file=FILE"),
+        (["--prompt=a", "--prompt_file=b"], "give --checkpoint=DIR and one of"),
+        (["--prompt_file=missing"], "No such file or directory: 'missing'"),
+        (["--prompt=a", "--temperature=10"], "temperature is too high: lower it"),
+        (["--prompt=a", "--max_new_bytes=-1"], "max_new_bytes"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, said):
+    process = run(*arguments)
+    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1
+    assert said in process.stderr.decode()

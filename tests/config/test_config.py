@@ -1,0 +1,382 @@
+"""Settings: names, types and values are checked, and the edge to ml_collections is loss-free."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from bltjax import config as config_lib
+from bltjax.config import (
+    HashConfig,
+    RunConfig,
+    SourceConfig,
+    default_config,
+    differences,
+    from_config_dict,
+    read_config,
+    to_config_dict,
+    to_dict,
+)
+
+DIRECTORY = pathlib.Path(__file__).parents[2] / "configs"
+FILES = sorted(DIRECTORY.glob("*.py"))
+
+
+def changed(**settings) -> RunConfig:
+    """The default run with settings like `blt__hash__vocab=3` in place."""
+    config = default_config()
+    for name, value in settings.items():
+        *groups, last = name.split("__")
+        group = config
+        for part in groups:
+            group = group[part]
+        group[last] = value
+    return from_config_dict(RunConfig, config)
+
+
+def parse(monkeypatch, *arguments, path=FILES[0]):
+    """The ConfigDict of a file and a command line, as `bltjax.train` reads it."""
+    argv = ["train", f"--config={path}", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "", flag_values=values, lock_config=True
+    )
+    values(argv)
+    return holder.value
+
+
+def test_defaults_are_valid_and_the_result_is_hashable():
+    assert from_config_dict(RunConfig, default_config()) == RunConfig()
+    hash(RunConfig())
+
+
+@pytest.mark.parametrize(
+    "settings, key, nearest",
+    [
+        ({"blt": {"local_encodr": {}}}, "config.blt.local_encodr", "local_encoder"),
+        ({"patching": {"treshold": 1.0}}, "config.patching.treshold", "threshold"),
+        ({"evaluate": {}}, "config.evaluate", "evaluation"),
+        ({"mesh": {"xyzzy": 1}}, "config.mesh.xyzzy", "data, fsdp, tensor"),
+    ],
+)
+def test_unknown_key_names_it_and_the_nearest(settings, key, nearest):
+    with pytest.raises(ValueError, match=f"^{key} is not a setting; did you mean {nearest}\\?$"):
+        from_config_dict(RunConfig, settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"blt": {"vocab_size": 260.0}}, "config.blt.vocab_size=260.0 is float, must be int"),
+        ({"blt": {"vocab_size": None}}, "config.blt.vocab_size=None is NoneType, must be int"),
+        ({"mesh": {"fsdp": True}}, "config.mesh.fsdp=True is bool, must be int"),
+        ({"blt": {"remat": 1}}, "config.blt.remat=1 is int, must be str"),
+        ({"evaluation": {"baselines": 1}}, "config.evaluation.baselines=1 is int, must be bool"),
+        (
+            {"patching": {"threshold": True}},
+            "config.patching.threshold=True is bool, must be float",
+        ),
+        (
+            {"patching": {"target_patch_bytes": "4"}},
+            "config.patching.target_patch_bytes='4' is str, must be float",
+        ),
+        ({"blt": {"hash": {"sizes": 3}}}, "config.blt.hash.sizes=3 must be a tuple"),
+        (
+            {"blt": {"hash": {"sizes": (3, "4")}}},
+            "config.blt.hash.sizes[1]='4' is str, must be int",
+        ),
+        ({"blt": 3}, "config.blt=3 must be a group of settings, not a value"),
+    ],
+)
+def test_wrong_type_names_field_value_and_type(settings, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        from_config_dict(RunConfig, settings)
+
+
+def test_whole_numbers_are_floats_and_lists_are_tuples():
+    run = from_config_dict(RunConfig, {"patching": {"threshold": 2}, "stages": ["blt"]})
+    assert type(run.patching.threshold) is float
+    assert run.stages == ("blt",)
+
+
+SOURCES = (dict(name="a"), dict(name="b", path="b.jsonl"))
+
+# Each: settings, and what the message must say.
+PROBLEMS = [
+    (dict(blt__global_transformer__num_layers=0), "blt.global_transformer.num_layers=0"),
+    (
+        dict(blt__global_transformer__dim=130),
+        "blt.global_transformer.dim=130 blt.global_transformer.num_heads=4 head_dim",
+    ),
+    (
+        dict(blt__global_transformer__num_kv_heads=3),
+        "blt.global_transformer.num_heads=4 blt.global_transformer.num_kv_heads=3",
+    ),
+    (dict(blt__global_transformer__num_kv_heads=0), "blt.global_transformer.num_kv_heads=0"),
+    (dict(blt__global_transformer__head_dim=0), "blt.global_transformer.head_dim=0"),
+    (
+        dict(blt__global_transformer__dim=60),
+        "blt.global_transformer.dim=60 blt.global_transformer.num_heads=4 width 15",
+    ),
+    (dict(blt__global_transformer__head_dim=7), "blt.global_transformer.head_dim=7 even"),
+    (dict(blt__global_transformer__window=8), "blt.global_transformer.window=8 None"),
+    (dict(blt__local_encoder__window=0), "blt.local_encoder.window=0 at least 1"),
+    (dict(blt__local_decoder__window=None), "blt.local_decoder.window None 512"),
+    (dict(entropy_model__transformer__window=None), "entropy_model.transformer.window None 512"),
+    (dict(blt__local_encoder__dim=32), "blt.local_encoder.dim=32 blt.local_decoder.dim=64"),
+    (dict(blt__local_encoder__ffn_dim_multiplier=0.0), "blt.local_encoder.ffn_dim_multiplier=0.0"),
+    (dict(blt__local_encoder__rope_theta=0.0), "blt.local_encoder.rope_theta=0.0"),
+    (dict(blt__local_encoder__norm_eps=0.0), "blt.local_encoder.norm_eps=0.0"),
+    (dict(blt__cross_attention__k=0), "blt.cross_attention.k=0"),
+    (
+        dict(blt__cross_attention__num_heads=3),
+        "blt.local_encoder.dim=64 blt.cross_attention.num_heads=3",
+    ),
+    (
+        dict(blt__cross_attention__num_heads_decoder=3),
+        "blt.local_encoder.dim=64 blt.cross_attention.num_heads_decoder=3",
+    ),
+    (
+        dict(blt__cross_attention__num_kv_heads=3),
+        "blt.cross_attention.num_heads=4 num_kv_heads=3 divisor",
+    ),
+    (dict(blt__cross_attention__num_kv_heads=0), "blt.cross_attention.num_kv_heads=0"),
+    (dict(blt__local_encoder__ffn_width=0), "blt.local_encoder.ffn_width=0"),
+    (dict(blt__cross_attention__window_encoder=0), "blt.cross_attention.window_encoder=0"),
+    (dict(blt__cross_attention__window_decoder=-1), "blt.cross_attention.window_decoder=-1"),
+    (dict(blt__pooling="sum"), "blt.pooling='sum' max"),
+    (dict(blt__hash__vocab=0), "blt.hash.vocab=0"),
+    (dict(blt__hash__sizes=(3, 17)), "blt.hash.sizes=(3, 17) 1..16"),
+    (dict(blt__hash__num_functions=12), "blt.hash num_functions=12 11 functions"),
+    (dict(blt__vocab_size=256), "blt.vocab_size=256 260"),
+    (dict(blt__compute_dtype="float16"), "blt.compute_dtype='float16' bfloat16"),
+    (dict(blt__remat="all"), "blt.remat='all' full"),
+    (
+        dict(entropy_model__init__std_factor="depth"),
+        "entropy_model.init.std_factor='depth' current_depth",
+    ),
+    (dict(patching__rule="words"), "patching.rule='words' entropy"),
+    (dict(patching__patch_size=0), "patching.patch_size=0"),
+    (dict(patching__max_patch_length=0), "patching.max_patch_length=0"),
+    (dict(patching__target_patch_bytes=0.5), "patching.target_patch_bytes=0.5"),
+    (
+        dict(patching__rule="global_monotonic"),
+        "patching.target_patch_bytes=4.5 patching.rule='global_monotonic' threshold_add",
+    ),
+    (dict(data__validation_fraction=1.0), "data.validation_fraction=1.0"),
+    (dict(data__bad_records="ignore"), "data.bad_records='ignore' skip"),
+    (dict(data__workers=-1), "data.workers=-1"),
+    (dict(data__max_bytes=0), "data.max_bytes=0"),
+    (dict(data__shard_bytes=0), "data.shard_bytes=0"),
+    (dict(data__root="hf://"), "data.root='hf://' dataset"),
+    (dict(data__sources=SOURCES, data__root="x"), "data.root='x' data.sources one"),
+    (dict(data__sources=(*SOURCES, dict(name="a"))), "data.sources: 'a'"),
+    (dict(data__sources=({**SOURCES[0], "weight": 1.0}, SOURCES[1])), "data.sources: 1 2 weight"),
+    (dict(data__sources=(dict(name="a/b"),)), "data.sources[0].name='a/b' letters"),
+    (dict(data__sources=(dict(kind="csv"),)), "data.sources[0].kind='csv' parquet"),
+    (dict(data__sources=(dict(weight=-1.0),)), "data.sources[0].weight=-1.0"),
+    (dict(data__sources=(dict(kind="huggingface"),)), "data.sources[0].path='' dataset"),
+    (
+        dict(entropy_training__row_bytes=0, entropy_training__row_patches=9),
+        "entropy_training.row_bytes=0 8",
+    ),
+    (dict(blt_training__steps=0), "blt_training.steps=0"),
+    (dict(blt_training__row_bytes=4), "blt_training.row_bytes=4 8"),
+    (
+        dict(blt_training__row_bytes=64, blt_training__row_patches=65),
+        "blt_training.row_bytes=64 blt_training.row_patches=65",
+    ),
+    (dict(blt_training__optimizer__schedule="step"), "blt_training.optimizer.schedule='step'"),
+    (dict(blt_training__optimizer__clip_norm=0.0), "blt_training.optimizer.clip_norm=0.0"),
+    (
+        dict(blt_training__optimizer__schedule="wsd", blt_training__optimizer__min_ratio=0.0),
+        "blt_training.optimizer.min_ratio=0.0 blt_training.optimizer.schedule='wsd'",
+    ),
+    (dict(mesh__data=-1, mesh__fsdp=-1), "mesh=(-1, -1, 1)"),
+    (dict(mesh__tensor=0), "mesh=(-1, 1, 0)"),
+    (dict(evaluation__sample_bytes=0), "evaluation.sample_bytes=0"),
+    (dict(stages=("blt", "train")), "stages=('blt', 'train') evaluate"),
+    (dict(stages=()), "stages=() evaluate"),
+]
+
+
+@pytest.mark.parametrize("settings, says", PROBLEMS, ids=[next(reversed(s)) for s, _ in PROBLEMS])
+def test_problem_names_field_and_values(settings, says):
+    with pytest.raises(ValueError) as error:
+        changed(**settings)
+    pieces = re.findall(r"\S+=\([^)]*\)|\S+", says)
+    assert not [piece for piece in pieces if piece not in str(error.value)], str(error.value)
+    assert ";" not in str(error.value), "one mistake, one problem"
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ValueError, match=r"blt\.remat='all'.*; mesh="):
+        changed(blt__remat="all", mesh__tensor=0)
+
+
+def test_a_root_is_a_single_source():
+    assert changed().data.named_sources() == (SourceConfig(name="text", path=""),)
+    (of_hub,) = changed(data__root="hf://org/corpus:20231101.en").data.named_sources()
+    assert (of_hub.kind, of_hub.path, of_hub.subset) == ("huggingface", "org/corpus", "20231101.en")
+    named = changed(data__sources=SOURCES).data
+    assert [source.name for source in named.named_sources()] == ["a", "b"]
+
+
+def test_settings_that_look_alike_are_valid():
+    changed(blt_training__row_bytes=0, blt_training__row_patches=512)
+    changed(patching__rule="global_monotonic", patching__target_patch_bytes=None)
+    changed(blt_training__optimizer__min_ratio=0.0)
+    changed(blt__hash__sizes=(), blt__hash__vocab=0)
+    changed(blt__global_transformer__dim=130, blt__global_transformer__head_dim=32)
+    changed(blt__cross_attention__num_kv_heads=4, blt__cross_attention__num_heads_decoder=2)
+
+
+def optional_fields(config, name=""):
+    """(path, a value) of every setting that may be None."""
+    examples = {
+        "num_kv_heads": 2,
+        "num_heads_decoder": 2,
+        "num_kv_heads_decoder": 2,
+        "ffn_width": 40,
+        "head_dim": 16,
+        "window": 8,
+        "base_std": 0.5,
+        "window_encoder": 2,
+        "window_decoder": 2,
+        "target_patch_bytes": 3.5,
+        "max_patch_length": 4,
+        "max_bytes": 10,
+        "first_step": 7,
+    }
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from optional_fields(value, f"{name}{field.name}__")
+        elif "None" in str(field.type):
+            yield f"{name}{field.name}", examples[field.name]
+
+
+NEVER_NONE = (
+    "blt__local_encoder__window",
+    "blt__local_decoder__window",
+    "entropy_model__transformer__window",
+)
+
+
+@pytest.mark.parametrize("path, value", list(optional_fields(RunConfig())))
+def test_optional_settings_take_none_and_values(path, value):
+    if path not in NEVER_NONE:
+        assert get(changed(**{path: None}), path) is None
+    if path != "blt__global_transformer__window":
+        assert get(changed(**{path: value}), path) == value
+    with pytest.raises(TypeError):  # ml_collections knows the type even where the default is None
+        changed(**{path: "many"})
+
+
+def get(config, path):
+    for name in path.split("__"):
+        config = getattr(config, name)
+    return config
+
+
+@pytest.mark.parametrize("path", [None, *FILES], ids=lambda path: path.stem if path else "default")
+def test_round_trip(path, monkeypatch):
+    settings = parse(monkeypatch, path=path) if path else default_config()
+    run = from_config_dict(RunConfig, settings)
+    assert from_config_dict(RunConfig, to_config_dict(run)) == run
+    assert from_config_dict(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
+    assert differences(json.loads(json.dumps(to_dict(run))), to_dict(run)) == []
+
+
+def test_a_file_is_read_as_by_the_command_line(monkeypatch):
+    path = FILES[0].parent / "quickstart.py"
+    run = from_config_dict(RunConfig, parse(monkeypatch, "--config.blt.hash.vocab=7", path=path))
+    assert read_config(path, {"blt.hash.vocab": 7}) == run != read_config(path)
+
+
+def test_a_file_may_take_an_argument(tmp_path):
+    path = tmp_path / "sized.py"
+    path.write_text(
+        "from bltjax.config import default_config\n"
+        "def get_config(argument='small:1'):\n"
+        "    config = default_config()\n"
+        "    config.data.root = argument\n"
+        "    return config\n"
+    )
+    assert read_config(path).data.root == "small:1"
+    assert read_config(f"{path}:large:2").data.root == "large:2"
+    with pytest.raises(ValueError, match="rooot is not a setting; did you mean root"):
+        read_config(path, {"data.rooot": "x"})
+    with pytest.raises(OSError, match=r"missing\.py"):
+        read_config(tmp_path / "missing.py")
+
+
+def test_differences_name_the_field_and_leave_out_free_ones():
+    old = to_dict(RunConfig())
+    free = to_dict(
+        changed(
+            mesh__fsdp=8,
+            blt_training__log_every=1,
+            entropy_training__checkpoint_every=7,
+            blt_training__keep_checkpoints=9,
+        )
+    )
+    assert differences(old, free) == []
+    new = to_dict(changed(blt__hash__sizes=(3,), blt_training__steps=7))
+    assert differences(old, new) == [
+        "config.blt.hash.sizes: [3, 4, 5, 6, 7, 8] there, [3] here",
+        "config.blt_training.steps: 1000 there, 7 here",
+    ]
+    del old["patching"]["rule"]
+    assert differences(old, to_dict(RunConfig())) == [
+        "config.patching.rule: None there, 'entropy' here"
+    ]
+
+
+@pytest.mark.parametrize(
+    "argument, path, expected",
+    [
+        (
+            "blt_training.optimizer.learning_rate=1e-3",
+            "blt_training__optimizer__learning_rate",
+            1e-3,
+        ),
+        ("blt.global_transformer.num_layers=5", "blt__global_transformer__num_layers", 5),
+        ("blt.global_transformer.head_dim=2", "blt__global_transformer__head_dim", 2),
+        ("blt.remat=dots", "blt__remat", "dots"),
+        ("blt.hash.sizes=(3, 4)", "blt__hash__sizes", (3, 4)),
+        ("blt.init.base_std=0.5", "blt__init__base_std", 0.5),
+        ("patching.target_patch_bytes=6", "patching__target_patch_bytes", 6.0),
+        ("patching.reset_at_newlines=true", "patching__reset_at_newlines", True),
+        ("data.root=some/where", "data__root", "some/where"),
+        ("data.max_bytes=12", "data__max_bytes", 12),
+        ("stages=('blt', 'evaluate')", "stages", ("blt", "evaluate")),
+    ],
+)
+def test_command_line_overrides(argument, path, expected, monkeypatch):
+    run = from_config_dict(RunConfig, parse(monkeypatch, f"--config.{argument}"))
+    assert get(run, path) == expected
+    assert type(get(run, path)) is type(expected)
+
+
+@pytest.mark.parametrize("argument", ["blt.global_transformer.depth=5", "steps=5"])
+def test_command_line_refuses_unknown_settings(argument, monkeypatch):
+    with pytest.raises((AttributeError, KeyError)):
+        parse(monkeypatch, f"--config.{argument}")
+
+
+def test_ffn_dim_is_the_published_width():
+    widths = {2048: 5632, 1024: 2816, 4096: 11008, 1280: 3584, 768: 2048}  # spec 5.1, 7
+    for dim, width in widths.items():
+        assert config_lib.TransformerConfig(dim).ffn_dim == width
+
+
+@pytest.mark.parametrize("vocab, rows", [(1009, 1009), (32_768, 32_768), (500_002, 501_760)])
+def test_rows_of_large_hash_tables_divide_over_chips(vocab, rows):
+    assert HashConfig(vocab=vocab).rows == rows

@@ -1,0 +1,124 @@
+"""What evaluate measures beside files: records with languages, suites, samples, harness tasks."""
+
+import gzip
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tests.test_score_command import FakeModel, run
+
+from bltjax import cli
+from bltjax.commands import evaluate
+from bltjax.evaluation import files, suites
+from bltjax.evaluation.characters import TASKS
+from bltjax.evaluation.noise import KINDS
+from bltjax.patching.boundaries import space_starts
+from bltjax.vocabulary import encode
+from tests.evaluation.fakes import Speller
+
+ASKED = dict(data=None, suites=[], samples=0, tasks=[], row_bytes=None, max_bytes=None)
+ASKED |= dict(limit=None, words=None, tasks_path=None, noise=None)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What the flags make of a model, and what it was asked."""
+    model = Speller()
+
+    def ask(**flags):
+        monkeypatch.setattr(cli, "open_model", lambda: model)
+        return evaluate.run(SimpleNamespace(**(ASKED | flags))), model
+
+    return ask
+
+
+def test_lines_are_documents_with_a_source_and_a_language(tmp_path, capsys):
+    """Files of lines at the top are sources; a file of text stays one document."""
+    lines = [
+        json.dumps(dict(text="un deux", lang="fr")),
+        "not JSON",
+        json.dumps(dict(content="one", language="en")),
+        json.dumps(dict(text="", lang="fr")),
+    ]
+    with gzip.open(tmp_path / "mixed.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "more.jsonl").write_text(json.dumps(dict(text="trois", lang="fr")) + "\n")
+    (tmp_path / "plain.txt").write_text("plain")
+    result = files.evaluate(FakeModel(), tmp_path)
+    sizes = {n: (s["documents"], s["num_bytes"]) for n, s in result["sources"].items()}
+    assert sizes == {"mixed": (3, 10), ".": (1, 5), "deep": (1, 5)}
+    assert (result["documents"], result["num_bytes"]) == (5, 20)
+    sizes = {n: (s["documents"], s["num_bytes"]) for n, s in result["languages"].items()}
+    assert sizes == {"en": (1, 3), "fr": (3, 12)}
+    french = result["languages"]["fr"]
+    assert french["bits_per_byte"] == pytest.approx(0.5) and french["xz_bits_per_byte"] is None
+    texts = (b"un deux", b"trois", b"")
+    patches = sum(int(space_starts(encode(text))[:-1].sum()) for text in texts)
+    assert french["mean_patch_bytes"] == pytest.approx((12 + 2 * 3) / patches)
+    assert result["unreadable"] == ["mixed.jsonl.gz: not JSON: Expecting value"]
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out if line] == [
+        "source", "mixed", ".", "deep", "all", "language", "en", "fr",
+    ]  # fmt: skip
+
+
+def test_suite_of_characters(answers, tmp_path, capsys):
+    result, model = answers(suites=["characters"], limit=2)
+    assert list(result["characters"]["tasks"]) == list(TASKS)
+    assert result["characters"]["exact_match"] == 0.0
+    assert len(model.asked[0][0]) == 2 * len(TASKS)
+    assert len(capsys.readouterr().out.splitlines()) == len(TASKS) + 3
+    (tmp_path / "words").write_bytes("früh spät\nheute morgen\n".encode() + b"\xff")
+    answers(suites=["characters"], limit=1, words=str(tmp_path / "words"))
+    spelled = model.asked[1][0][0].rpartition('"')[0].rpartition('"')[2]
+    assert spelled in ("früh", "spät", "heute", "morgen")
+
+
+def test_suite_of_noise_on_any_text(answers, tmp_path, capsys):
+    (tmp_path / "text").write_text(" ".join(f"word{i} of {i * i}" for i in range(400)))
+    result, _ = answers(data=str(tmp_path), suites=["noise"], limit=5)
+    assert result["documents"] == 1 and result["noise"]["clean"]["items"] == 5
+    assert list(result["noise"]["noisy"]) == list(KINDS)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split()[:3] == ["mean", "with", "noise"]
+    assert lines[-6].split()[0] == "antspeak" and len(lines[-6].split()) == 5
+
+
+def test_samples_and_tasks_of_the_harness(answers, monkeypatch, capsys):
+    result, model = answers(samples=3)
+    assert result["samples"]["samples"] == 3 and model.asked[0][0] == [b""] * 3
+    assert model.asked[0][1]["temperature"] == 1.0
+    assert "3 samples, 0 bytes: 100.0% are valid UTF-8" in capsys.readouterr().out
+    harness = SimpleNamespace(run_tasks=lambda *a, **k: {"t": {"acc": 0.25, "given": len(k)}})
+    monkeypatch.setitem(sys.modules, "bltjax.evaluation.harness", harness)
+    result, _ = answers(tasks=["t"], noise="drop:prompt")
+    assert result["tasks"]["t"] == dict(acc=0.25, given=2)
+    assert "0.2500" in capsys.readouterr().out
+
+
+def test_noise_of_tasks_is_a_kind_and_a_place(monkeypatch):
+    seen = []
+    harness = SimpleNamespace(run_tasks=lambda *a, **noise: seen.append(noise) or {})
+    monkeypatch.setitem(sys.modules, "bltjax.evaluation.harness", harness)
+    for given in (None, "drop", "upper:prompt"):
+        suites.harness_suite(Speller(), ["t"], None, None, given)
+    assert seen == [
+        {},
+        dict(noise="drop", noise_where="both"),
+        dict(noise="upper", noise_where="prompt"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["--suites=noise"], "--suites=noise makes its items of text: give --data=PATH"),
+        (["--suites=characters,noize"], "--suites=noize is none of characters, noise"),
+        ([], "or --suites, --samples or --tasks"),
+    ],
+)
+def test_wrong_parts_are_one_line(arguments, wanted):
+    code, out, err = run("evaluate", "--checkpoint=DIR", *arguments)
+    assert code == 2 and out == [] and len(err) == 1 and wanted in err[0]

@@ -1,0 +1,40 @@
+"""Which models a choice of stages uses, and what must be there for them."""
+
+import dataclasses
+
+import pytest
+
+from bltjax.config import PatchingConfig, RunConfig
+from bltjax.recipe.checks import check_stages, used_models
+
+SPACE = PatchingConfig(rule="space")
+
+
+def config(*stages, patching=PatchingConfig()):
+    return dataclasses.replace(RunConfig(), stages=stages, patching=patching)
+
+
+@pytest.mark.parametrize(
+    ("stages", "patching", "used"),
+    [
+        (("entropy_model",), PatchingConfig(), ["entropy_model"]),
+        (("entropy_model", "evaluate"), PatchingConfig(), ["entropy_model"]),
+        (("entropies",), PatchingConfig(), ["entropy_model"]),
+        (("blt",), PatchingConfig(), ["entropy_model", "blt"]),
+        (("blt", "evaluate"), SPACE, ["blt"]),
+        (("evaluate",), PatchingConfig(), ["entropy_model", "blt"]),
+        (("sample",), SPACE, ["blt"]),
+    ],
+)
+def test_used_models(stages, patching, used):
+    assert used_models(config(*stages, patching=patching)) == used
+
+
+def test_a_stage_left_out_must_have_been_done(tmp_path):
+    check_stages(config("entropy_model", "entropies", "blt"), tmp_path)
+    with pytest.raises(ValueError, match="need a trained entropy_model"):
+        check_stages(config("blt"), tmp_path)
+    (tmp_path / "entropy_model" / "checkpoints" / "100").mkdir(parents=True)
+    check_stages(config("blt"), tmp_path)
+    with pytest.raises(ValueError, match="need a trained blt"):
+        check_stages(config("evaluate"), tmp_path)
