@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 
 from bltjax import config as config_module
-from bltjax.config import RunConfig, default_config, from_config_dict, read_config
+from bltjax.config import (
+    FREE_FIELDS,
+    RunConfig,
+    config_path,
+    default_config,
+    from_config_dict,
+    read_config,
+)
 from tests import directories, processes
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +31,7 @@ PAGES = {
     for pattern in ("*.md", "docs/*.md", "launch/*.md", "benchmarks/**/*.md")
     for path in sorted(ROOT.glob(pattern))
 }
-COMMANDS = ("train", "preprocess", "convert", "score", "evaluate", "generate", "patches", "plan", "aot")
+COMMANDS = {path.stem for path in (ROOT / "bltjax" / "commands").glob("[!_]*.py")}
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -89,7 +96,8 @@ def test_links_and_pictures_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
-    for path in re.findall(r"`((?:configs|tests|benchmarks|bltjax|launch)/[\w/]+\.\w+)`", PAGES[page]):
+    folders = "configs|tests|benchmarks|bltjax|launch"
+    for path in re.findall(rf"`((?:{folders})/[\w/]+\.\w+)`", PAGES[page]):
         assert (ROOT / path).exists(), path
 
 
@@ -106,7 +114,7 @@ def checkpoint(tmp_path_factory):
 def test_python_runs(page, checkpoint, monkeypatch):
     """The blocks of a page run one after the other, as a reader would type them.
 
-    Pages that generate ask for as many bytes of as many prompts, so that one compilation serves all.
+    Pages that generate ask for as many bytes of as many prompts: one compilation serves all.
     """
     monkeypatch.chdir(ROOT)
     names = {"config": default_config()}
@@ -128,10 +136,11 @@ def test_python_runs(page, checkpoint, monkeypatch):
 
 
 def shell_lines(text):
-    """Commands of the code blocks without a language, and of `spans`, as lists of words."""
+    """Lines that may be commands: of code blocks without a language, indented ones, `spans`."""
     for block in blocks(text) + blocks(text, "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            yield line
+        yield from block.replace("\\\n", " ").splitlines()
+    indented = prose(text).replace("\\\n", " ")
+    yield from re.findall(r"^    ((?:python|bltjax|launch/).*)$", indented, re.MULTILINE)
     yield from spans(text)
 
 
@@ -166,19 +175,13 @@ def our_commands(text):
 def flags_of(command):
     """Name -> (type, allowed values) of a command's flags, as `--helpxml` tells them."""
     run = [sys.executable, "-m", f"bltjax.{command}", "--helpxml"]
-    shown = subprocess.run(run, cwd=ROOT, env=processes.environment(1), capture_output=True, text=True)
+    options = dict(cwd=ROOT, env=processes.environment(1), capture_output=True, text=True)
+    shown = subprocess.run(run, **options)
     found = {}
     for flag in ET.fromstring(shown.stdout).iter("flag"):
         allowed = [value.text for value in flag.iter("enum_value")]
         found[flag.findtext("name")] = flag.findtext("type"), allowed
     return found
-
-
-def config_path(name):
-    """The path of what --config takes: a path, or the name of a file in configs/."""
-    file, *argument = name.split(":", 1)
-    path = ROOT / file if file.endswith(".py") else ROOT / "configs" / f"{file}.py"
-    return ":".join([str(path), *argument])
 
 
 def literal(text):
@@ -231,7 +234,7 @@ def test_commands_parse(page):
 
 def test_the_readme_shows_every_command():
     shown = {command for command, _ in our_commands(PAGES["README.md"])}
-    assert shown == set(COMMANDS)
+    assert shown == COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -255,8 +258,9 @@ def test_wrong_commands_would_be_noticed(command, argument):
 def test_flags_in_the_text_exist(page):
     """`--flag=value` without its command: some command has it, or a script of ours."""
     known = {name for command in COMMANDS for name in flags_of(command)}
-    scripts = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "launch").rglob("*.*")]
-    texts = "\n".join(path.read_text() for path in scripts if path.suffix in (".py", ".sh", ".sbatch"))
+    scripts = [p for folder in ("benchmarks", "launch") for p in (ROOT / folder).rglob("*.*")]
+    scripts = [path for path in scripts if path.suffix in (".py", ".sh", ".sbatch")]
+    texts = "\n".join(path.read_text() for path in scripts)
     for span in spans(PAGES[page]):
         if not span.startswith("--"):
             continue
@@ -337,14 +341,12 @@ def test_config_files_are_on_their_page():
 
 def test_free_settings_are_on_their_page():
     (listed,) = re.findall(r"Free to\s+change are: (.*?)\.\s", PAGES["docs/configs.md"], re.DOTALL)
-    from bltjax.config import FREE_FIELDS
-
     assert set(re.findall(r"`(\w+)`", listed)) == set(FREE_FIELDS)
 
 
 def test_patching_rules_are_on_their_page():
     """A rule takes one line of docs."""
-    with pytest.raises(ValueError, match="patching.rule='none'") as error:
+    with pytest.raises(ValueError, match=r"patching\.rule='none'") as error:
         RunConfig(patching=config_module.PatchingConfig(rule="none"))
     known = re.findall(r"'(\w+)'", str(error.value).split("one of")[1])
     listed = [row[0].strip("`") for row in rows(section("docs/data.md", "Patching rules"))]
