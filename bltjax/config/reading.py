@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
-import importlib.util
 import os
+import runpy
 import types
 import typing
 from collections.abc import Mapping
@@ -65,10 +65,7 @@ def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> Run
     Raises OSError, ValueError, and what the file raises.
     """
     name, *argument = config_path(os.fspath(path)).split(":", 1)
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(*argument)
+    config = runpy.run_path(name)["get_config"](*argument)
     config.update_from_flattened_dict(settings or {})
     return from_config_dict(RunConfig, config)
 

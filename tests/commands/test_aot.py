@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from tests.test_plan import settings
 
 from bltjax.cli import USER_ERROR
 from bltjax.commands import aot
@@ -25,6 +24,7 @@ from bltjax.costs import compile_report, compiler_errors, programs, topology
 from bltjax.costs.chips import CHIPS, GIB
 from bltjax.costs.flops import flops_per_byte
 from tests import processes
+from tests.commands.test_plan import settings
 
 pytestmark = pytest.mark.long  # one interpreter will do
 
@@ -184,15 +184,14 @@ def test_other_failures_are_one_sentence(reason, said):
 
 FAILING = """
 import os
-from absl import app
-from bltjax import aot, command
+from bltjax import cli
+from bltjax.commands import aot
 def fail(*_):
     from jax.errors import JaxRuntimeError
     os.write(2, b"what XLA logged\\n")
     raise JaxRuntimeError("INTERNAL: no")
 aot.compile_program = fail
-aot._define_flags()
-app.run(aot.main, flags_parser=command.parse)
+cli.run(aot.main, aot.define_flags)
 """
 
 
@@ -241,7 +240,7 @@ def test_what_does_not_fit(refused, peak, capsys):
 
 LOGGING = """
 import os, sys
-from bltjax import aot
+from bltjax.costs import compile_report as aot
 with aot.captured_log() as log:
     os.write(2, b"E0101 spmd.cc] Involuntary full rematerialization. The compiler was not able")
     print("shown", file=sys.stderr)

@@ -13,7 +13,7 @@ from tests.processes import ROOT
 STAND_IN = """
 import runpy, sys, types
 def load(path, *, entropy_model, dtype, bf16_compat, advance):
-    from tests.test_generate_command import FakeModel
+    from tests.commands.test_generate import FakeModel
     return FakeModel()
 sys.modules["bltjax.api"] = types.SimpleNamespace(load=load)
 sys.modules["bltjax.checkpoints.formats"] = types.SimpleNamespace(stored_bytes=lambda directory: 0)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tests.test_patch_pictures import Page
 
 import bltjax
 from bltjax import cli
@@ -20,6 +19,7 @@ from bltjax.evaluation.patches import view as patch_view
 from bltjax.runtime import terminal
 from bltjax.vocabulary import encode
 from tests import directories, processes
+from tests.evaluation.patches.test_pictures import Page
 
 pytestmark = pytest.mark.long  # one interpreter will do
 

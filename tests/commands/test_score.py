@@ -31,7 +31,7 @@ def load(path, *, entropy_model, dtype, bf16_compat, advance):
     if path == "missing":
         raise ValueError("no weights in missing:\\n* config.json")
     print("loaded", path, entropy_model, dtype, file=sys.stderr)
-    from tests.test_score_command import FakeModel
+    from tests.commands.test_score import FakeModel
     model = FakeModel()
     atexit.register(lambda: print([options for _, options in model.calls], file=sys.stderr))
     return model

@@ -6,7 +6,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from tests.test_score_command import FakeModel, run
 
 from bltjax import cli
 from bltjax.commands import evaluate
@@ -15,6 +14,7 @@ from bltjax.evaluation.characters import TASKS
 from bltjax.evaluation.noise import KINDS
 from bltjax.patching.boundaries import space_starts
 from bltjax.vocabulary import encode
+from tests.commands.test_score import FakeModel, run
 from tests.evaluation.fakes import Speller
 
 ASKED = dict(data=None, suites=[], samples=0, tasks=[], row_bytes=None, max_bytes=None)

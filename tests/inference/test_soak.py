@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tests.inference.test_generate import Tiny
+
+from tests.inference.test_engine import Tiny
 
 PROMPTS, BATCH, WARM = 320 * 32, 32, 2_000  # whole batches: another size would be compiled
 GROWTH = 20e6  # bytes, a thirtieth of what the process holds
