@@ -32,7 +32,6 @@ MODULES_WITHOUT_JAX = [
     "costs/hlo_text",
     "costs/topology",
     "data/batches/packing",
-    "data/batches/published_rows",
     "data/batches/rows",
     "data/records/shards",
     "data/records/store",

@@ -103,15 +103,6 @@ ENTROPY_MODEL_NAMES = [
 ]
 
 
-def published_shapes(config, style: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model, for BLTConfig or EntropyModelConfig.
-
-    Needs a mesh to be set (any), computes nothing.
-    """
-    abstract = functional.abstract_params(config)
-    return shapes(to_published(config, abstract, style))
-
-
 def to_published(config, params: dict, style: str) -> dict[str, LazyArray]:
     """Our nested parameters -> lazy tensors by published name. Only `shape`s are looked at."""
     tensors = {}
