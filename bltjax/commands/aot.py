@@ -20,10 +20,10 @@ from bltjax import cli
 from bltjax.costs import compiler_errors
 from bltjax.costs.compile_report import (
     REMATERIALISED,
-    _show_tail,
     captured_log,
     compile_program,
     print_report,
+    show_tail,
 )
 
 PROGRAMS = ("train", "prefill", "decode")
@@ -52,11 +52,18 @@ def main(argv):
     os.environ.update(ENVIRONMENT)  # before JAX is imported
     with captured_log() as log:
         try:
-            found = compile_program(config, values)
+            found = compile_program(
+                config,
+                values.topology,
+                slices=values.slices,
+                stage=values.stage,
+                program=values.program,
+                text_file=values.text,
+            )
         except ValueError as error:
             cli.fail(error)
         except Exception as error:
-            _show_tail(log)
+            show_tail(log)
             from jax.errors import JaxRuntimeError
 
             if isinstance(error, JaxRuntimeError):

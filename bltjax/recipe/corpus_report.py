@@ -5,7 +5,7 @@ from bltjax.data.records import store as records
 from bltjax.data.records.store import Store
 from bltjax.patching.calibrate import RULES, ScoreHistogram, describe_lengths, length_histogram
 from bltjax.recipe.entropies import Patched, blt_layout, in_step_patches
-from bltjax.runtime.terminal import printable
+from bltjax.runtime.terminal import print_table
 
 _BAR = 40  # characters of the longest bar
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)  # lengths that end a row
@@ -79,25 +79,13 @@ def print_report(report: dict):
         f"mean patch {report['mean_patch_bytes']:.3f} bytes{at}; rows of {report['row_bytes']} "
         f"bytes and {report['row_patches']} patches"
     )
-    for kind in ("sources", "languages"):
-        if report[kind]:
-            _print_table(kind[:-1], report[kind])
+    for kind, size, *bad in (("source", "bytes", "bad"), ("language", "positions")):
+        keys = ("documents", size, "mean_patch_bytes", "threshold", *bad)
+        rows = [(name, *map(row.get, keys)) for name, row in report[f"{kind}s"].items()]
+        if rows:
+            print()
+            print_table((kind, "documents", size, "mean patch", "threshold", *bad), rows, digits=3)
     _print_lengths(report["length_histogram"], report["lengths"])
-
-
-def _print_table(kind: str, rows: dict):
-    names = {name: printable(name) for name in rows}
-    width = max(len(kind), *map(len, names.values()))
-    target = "its threshold"
-    print(f"\n{kind:{width}}{'documents':>12}{'bytes':>14}{'mean patch':>12}{target:>15}")
-    for name, row in rows.items():
-        size = row.get("bytes", row.get("positions"))
-        measured = [row.get("mean_patch_bytes"), row.get("threshold")]
-        cells = ["-" if x is None else f"{x:.3f}" for x in measured]
-        bad = f"  {row['bad']} bad records" if row.get("bad") else ""
-        print(
-            f"{names[name]:{width}}{row['documents']:>12}{size:>14}{cells[0]:>12}{cells[1]:>15}{bad}"
-        )
 
 
 def _print_lengths(histogram: list[int], percentiles: dict):

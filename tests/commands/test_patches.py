@@ -124,7 +124,7 @@ def test_another_threshold_is_reported_beside_the_models_own(model, tmp_path, ca
     assert result["trained"]["mean_patch_bytes"] == len(TEXT) / own
     assert result["trained"]["threshold"] == pytest.approx(directories.THRESHOLD)
     assert f"{own} patches, mean {len(TEXT) / own:.3f} bytes" in capsys.readouterr().out
-    assert model.patching.threshold == 0.0
+    assert model.patching.threshold == pytest.approx(directories.THRESHOLD)  # as it was
     assert patches.run(chosen(path, threshold=99.0))["patches"] == 1
 
 

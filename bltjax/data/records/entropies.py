@@ -10,7 +10,7 @@ would give: an entropy depends on num_layers * (window - 1) earlier bytes and no
 import bisect
 import collections
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from bltjax import sharding
 from bltjax.config import EntropyModelConfig
 from bltjax.data.records.shards import Documents, Shard, has_entropies, write_entropies
+from bltjax.data.sources.readers import in_chunks
 from bltjax.model import functional
 from bltjax.patching.boundaries import entropy_segments
 from bltjax.patching.entropy import next_byte_entropy
@@ -78,7 +79,8 @@ def add_entropies(
     looked = started
 
     def values(shard):
-        for group in _groups(Documents([shard])):
+        ids = (encode(document.data) for document in Documents([shard]))
+        for group in in_chunks(ids, len, GROUP_IDS):
             yield from corpus_entropies(
                 entropy_fn, params, config, group, row_bytes, batch_size, share_rows=True
             )
@@ -194,15 +196,3 @@ def _keep(results: list[np.ndarray], rows: list[_Row], values: jax.Array) -> Non
         for at, (document, start, keep, stop) in spans:
             results[document][keep:stop] = values[row, at + keep - start : at + stop - start]
 
-
-def _groups(documents: Documents) -> Iterator[list[np.ndarray]]:
-    """Ids of consecutive documents, about GROUP_IDS at a time."""
-    group, size = [], 0
-    for document in documents:
-        group.append(encode(document.data))
-        size += len(group[-1])
-        if size >= GROUP_IDS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -47,6 +47,22 @@ class Fields(NamedTuple):
     text: tuple[str, ...]
     id: tuple[str, ...] = ()
     language: tuple[str, ...] = ()
+
+
+def in_chunks(items: Iterable, size: Callable, chunk_size: int) -> Iterator[list]:
+    """Yields consecutive items in lists whose sizes sum to `chunk_size` or just over it.
+
+    size: tells the size of an item. The last list may be smaller.
+    """
+    chunk, total = [], 0
+    for item in items:
+        chunk.append(item)
+        total += size(item)
+        if total >= chunk_size:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
 
 
 def need(module: str, extra: str):

@@ -1,4 +1,4 @@
-"""Where patches start in a text and how hard each of its bytes was: what the pictures show."""
+"""Finds the patches and entropies of texts, for pictures and tables."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -13,31 +13,33 @@ LONGEST_BAR = 16  # bytes; longer patches share the last row of a histogram
 
 
 class PatchView(NamedTuple):
-    """A text as the model cuts it. Its bytes alone are counted, BOS and EOS are not."""
+    """A text and its patches. Positions are those of its bytes; BOS and EOS have none."""
 
     text: bytes
-    starts: np.ndarray  # int [P], the first byte of each patch; bytes 0..starts[1]-1 are the first
-    entropies: np.ndarray | None  # float32 [bytes], nats: how uncertain each was before it was read
-    levels: np.ndarray | None  # float32 [bytes], nats: a byte above opens a patch; entropy rules
-    num_trained: int  # patches under the settings that the model came with
+    starts: np.ndarray  # int [P], the position of the first byte of each patch
+    entropies: np.ndarray | None  # float32 [bytes], nats: entropy of the prediction of each byte
+    levels: np.ndarray | None  # float32 [bytes], nats: a byte whose entropy is above opens a patch
+    num_trained: int  # number of patches under the model's own settings
 
     @property
     def lengths(self) -> np.ndarray:
-        """int [P], bytes."""
+        """Bytes of each patch, int [P]."""
         return np.diff(self.starts, append=len(self.text))
 
     @property
     def patches(self) -> list[bytes]:
+        """Bytes of each patch."""
         return [self.text[s : s + n] for s, n in zip(self.starts, self.lengths, strict=True)]
 
 
-def look(model, texts: list[bytes], trained: PatchingConfig | None = None) -> list[PatchView]:
-    """A view of each text, whatever texts come with it.
+def look(model, texts: list[bytes], patching: PatchingConfig | None = None) -> list[PatchView]:
+    """Returns a view of each text, which does not depend on the other texts.
 
-    trained: what `num_trained` counts with; None: `model.patching`, as everything else. Raises
-    ValueError for a model without patches, or without the entropy model that its rule needs.
+    patching: None for the model's own; settings of the entropy model are always its own. Raises
+    ValueError for a model without patches, or without the entropy model that the rule needs.
     """
-    patching, has_entropies = model.patching, model.entropy_config is not None
+    trained, has_entropies = model.patching, model.entropy_config is not None
+    patching = patching or trained
     if model.config is None:
         raise ValueError(
             "this is an entropy model alone, it has no patches: give the checkpoint of a BLT"
@@ -50,13 +52,13 @@ def look(model, texts: list[bytes], trained: PatchingConfig | None = None) -> li
     ids = [encode(text) for text in texts]
     entropies = _entropies(model, ids) if has_entropies else [None] * len(ids)
     return [
-        _view(text, i, h, patching, trained or patching)
+        _view(text, i, h, patching, trained)
         for text, i, h in zip(texts, ids, entropies, strict=True)
     ]
 
 
 def histogram(lengths: Counter) -> list[tuple[str, int]]:
-    """(bytes, patches of that many) for 1, 2, ... to the longest; from LONGEST_BAR on together."""
+    """Returns rows (bytes, number of patches); those of LONGEST_BAR bytes or more share one."""
     longest = max(lengths, default=0)
     rows = [(str(n), lengths[n]) for n in range(1, min(longest, LONGEST_BAR) + 1)]
     if longest > LONGEST_BAR:
@@ -66,7 +68,7 @@ def histogram(lengths: Counter) -> list[tuple[str, int]]:
 
 
 class Tally:
-    """What is counted of one or many texts."""
+    """Counts over one or many texts."""
 
     def __init__(self):
         self.num_texts = self.num_trained = 0
@@ -91,7 +93,7 @@ class Tally:
         self.nats += other.nats
 
     def report(self) -> dict:
-        """Plain numbers; None for means of nothing."""
+        """Returns plain numbers; None for a mean without anything to average."""
         num_bytes = sum(length * count for length, count in self.lengths.items())
         num_patches = self.lengths.total()
         return dict(
@@ -113,11 +115,12 @@ def _view(text, ids, entropies, patching, trained) -> PatchView:
 
 
 def _starts(patching: PatchingConfig, ids, entropies) -> np.ndarray:
-    """The bytes at which patches start. The id at s is byte s-1, for BOS comes first."""
+    """Returns the bytes at which patches start: id s is byte s - 1, since BOS comes first."""
     return np.flatnonzero(patch_starts(patching, ids, entropies)[1 : len(ids) - 1])
 
 
 def _levels(patching: PatchingConfig, entropies: np.ndarray) -> np.ndarray | None:
+    """Returns the entropy that each byte must exceed to open a patch; None for other rules."""
     before = np.concatenate([entropies[:1], entropies[:-1]])
     if patching.rule == "entropy":
         return np.full_like(entropies, patching.threshold)
