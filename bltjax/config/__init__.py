@@ -1,8 +1,8 @@
-"""Every setting of a run, as frozen dataclasses, and all validation of them.
+"""All settings of a run, as frozen dataclasses that are checked when they are made.
 
-`ml_collections` stops at the edge: a file in `configs/` edits the ConfigDict that
-`default_config()` makes from these classes, the command line edits it further, and
-`from_config_dict` turns it back into dataclasses, checking names, types and values.
+A file in `configs/` edits the ConfigDict (`ml_collections`) that `default_config()` makes from
+these classes, the command line edits it further, and `from_config_dict` turns it back into
+dataclasses. Only this package knows ConfigDicts.
 """
 
 from bltjax.config.data import DataConfig, SourceConfig

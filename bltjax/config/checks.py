@@ -1,10 +1,10 @@
-"""Checks of single settings; each returns a list of problems."""
+"""Checks of single settings. Each returns a list of problems, empty where all is well."""
 
 import math
 
 
 def positive(config, name: str, *names: str) -> list[str]:
-    """Problems of the attributes that must be above 0; optional ones may be None."""
+    """Returns the problems of attributes that must be above 0, or None."""
     return [
         f"{name}.{n}={getattr(config, n)} must be positive"
         for n in names
@@ -13,7 +13,7 @@ def positive(config, name: str, *names: str) -> list[str]:
 
 
 def finite(config, name: str, *names: str) -> list[str]:
-    """Problems of the attributes that must be finite; optional ones may be None."""
+    """Returns the problems of attributes that must be finite, or None."""
     return [
         f"{name}.{n}={getattr(config, n)} must be finite"
         for n in names
@@ -22,6 +22,6 @@ def finite(config, name: str, *names: str) -> list[str]:
 
 
 def one_of(config, name: str, attribute: str, allowed: tuple[str, ...]) -> list[str]:
-    """The problem of an attribute outside its allowed values."""
+    """Returns the problem of an attribute that has none of its allowed values."""
     value = getattr(config, attribute)
     return [] if value in allowed else [f"{name}.{attribute}={value!r} must be one of {allowed}"]

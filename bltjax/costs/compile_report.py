@@ -1,4 +1,4 @@
-"""Compiles a program for chips that are not there, and reports memory, FLOPs and collectives."""
+"""Compiles a program for a topology of chips, none needed, and reports its costs on them."""
 
 import contextlib
 import dataclasses

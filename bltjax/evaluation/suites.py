@@ -87,7 +87,9 @@ def harness_suite(
         kind, _, where = noise_kind.partition(":")
         options = dict(noise=kind, noise_where=where or "both")
     result = run_tasks(model, tasks, tasks_path, limit, **options)
-    rows = [(task, name, float(x)) for task, metrics in result.items() for name, x in metrics.items()]
+    rows = [
+        (task, name, float(x)) for task, metrics in result.items() for name, x in metrics.items()
+    ]
     print()
     print_table(("task", "metric", "value"), rows)
     return result

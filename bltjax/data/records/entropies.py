@@ -195,4 +195,3 @@ def _keep(results: list[np.ndarray], rows: list[_Row], values: jax.Array) -> Non
     for row, spans in enumerate(rows):
         for at, (document, start, keep, stop) in spans:
             results[document][keep:stop] = values[row, at + keep - start : at + stop - start]
-
