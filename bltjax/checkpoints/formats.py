@@ -17,7 +17,7 @@ from bltjax.checkpoints.lazy_arrays import Cast, LazyArray
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
-from bltjax.checkpoints.pytorch.writing import Plan
+from bltjax.checkpoints.pytorch.writing import WritePlan
 from bltjax.checkpoints.run_directory import is_trained, open_trained
 from bltjax.checkpoints.training_state import CheckpointError
 from bltjax.checkpoints.weights import (
@@ -127,13 +127,13 @@ def stored_bytes(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
-def plan(weights: Weights, format: str) -> "Plan | _OwnPlan":
+def plan(weights: Weights, format: str) -> "WritePlan | _OwnPlan":
     """What a directory of a format will hold; WeightsError for what the format cannot express."""
     return {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}[format](weights)
 
 
 class _OwnPlan(NamedTuple):
-    """As `Plan`, for the parameters in one Orbax checkpoint."""
+    """As `WritePlan`, for the parameters in one Orbax checkpoint."""
 
     params: dict
     files: dict[str, dict]
