@@ -25,7 +25,7 @@ from bltjax.runtime.terminal import json_number
 
 
 def run(chosen) -> dict:
-    """What the flags ask for, in the order of the help."""
+    """Runs the measurements that the flags ask for; returns their results."""
     if chosen.data is not None:
         Path(chosen.data).stat()  # a wrong path shows before the model is loaded
     model, result = cli.open_model(), {}

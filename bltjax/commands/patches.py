@@ -51,7 +51,7 @@ def with_threshold(patching: PatchingConfig, threshold: float) -> PatchingConfig
 
 
 def run(chosen) -> dict:
-    """What the flags ask for; returns what the last line holds."""
+    """Shows what the flags ask for; returns the content of the last line."""
     is_folder = chosen.input != "-" and Path(chosen.input).is_dir()
     _check_targets(chosen, is_folder)
     text = None if is_folder else read_shown(chosen.input, chosen.max_bytes)

@@ -25,6 +25,7 @@ class SourceConfig:
     split: str = "train"  # huggingface: the dataset's split
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "kind", SOURCE_KINDS)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             found.append(
@@ -70,6 +71,7 @@ class DataConfig:
     seed: int = 0  # of the split, and of the order in which files are taken
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "bad_records", ("skip", "fail"))
         found += positive(self, name, "shard_bytes")
         if not 0 < self.validation_fraction < 1:

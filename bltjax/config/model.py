@@ -31,10 +31,12 @@ class TransformerConfig:
 
     @property
     def kv_heads(self) -> int:
+        """Number of key/value heads."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def head_width(self) -> int:
+        """Width of a head."""
         return self.head_dim or self.dim // self.num_heads
 
     @property
@@ -46,6 +48,7 @@ class TransformerConfig:
         return -(-hidden // self.ffn_multiple_of) * self.ffn_multiple_of
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(
             self,
             name,
@@ -187,6 +190,7 @@ class EntropyModelConfig:
     remat: str = "none"
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = self.transformer.problems(f"{name}.transformer")
         if self.transformer.window is None:
             found.append(
@@ -204,6 +208,7 @@ class TokenModelConfig(EntropyModelConfig):
     vocab_size: int = 4096  # ids of the tokenizer, at most: trained on little text it has fewer
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         return self.transformer.problems(f"{name}.transformer") + _common_model_problems(self, name)
 
 
@@ -246,9 +251,11 @@ class BLTConfig:
 
     @property
     def num_hash_tables(self) -> int:
+        """Number of hash n-gram tables."""
         return len(self.hash.sizes) * self.hash.num_functions
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         local, cross = self.local_encoder, self.cross_attention
         found = [
             p

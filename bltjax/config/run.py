@@ -25,6 +25,7 @@ class TokenizerConfig:
     train_bytes: int = 20_000_000  # bytes of training documents that it is trained on
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         return positive(self, name, "train_bytes")
 
 
@@ -37,6 +38,7 @@ class MeshConfig:
     tensor: int = 1  # devices that share the heads and hidden widths of the same rows
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         sizes = dataclasses.astuple(self)
         if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
             return [f"{name}={sizes}: axes must be at least 1, and only one may be -1"]
@@ -56,6 +58,7 @@ class EvaluationConfig:
     sentence: str = "Patches are short where text is hard and long where it is easy."  # cut up
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         return positive(self, name, "batch_size", "max_bytes", "sample_bytes")
 
 

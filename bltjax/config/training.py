@@ -52,6 +52,7 @@ class OptimizerConfig:
     hash_updates: str = "dense"
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "schedule", SCHEDULES) + positive(
             self,
             name,
@@ -127,6 +128,7 @@ class TrainingConfig:
     seed: int = 42  # of the initial weights and of the order of documents
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(
             self,
             name,
@@ -186,6 +188,7 @@ class ProfileConfig:
     stage: str = "blt"  # model that is traced: entropy_model, blt or token_model
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(self, name, "num_steps")
         if self.first_step is not None and self.first_step < 0:
             found.append(f"{name}.first_step={self.first_step} must not be negative")

@@ -1,4 +1,4 @@
-"""What a corpus looks like to the rule that patches it: thresholds, means, lengths of patches."""
+"""Reports the patches of a corpus: thresholds, means and lengths, by source and by language."""
 
 from bltjax.config import ENTROPY_RULES, RunConfig
 from bltjax.data.records import store as records
@@ -7,14 +7,14 @@ from bltjax.patching.calibrate import RULES, ScoreHistogram, describe_lengths, l
 from bltjax.recipe.entropies import Patched, blt_layout, in_step_patches
 from bltjax.runtime.terminal import print_table
 
-_BAR = 40  # characters of the longest bar
-_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)  # lengths that end a row
+_BAR = 40  # length of the longest bar
+_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)  # last length of each row
 
 
 def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
-    """Of the training part: sizes, mean patch and threshold, in all, by source and by language.
+    """Returns sizes, mean patch and threshold of the training part, by source and by language too.
 
-    A source's or language's `threshold` is the one that would give it the wanted mean by itself;
+    The `threshold` of a source or language is the one that would give it alone the wanted mean;
     None where none does. Patch lengths are those of a sample.
     """
     patching, histogram = patched.patching, length_histogram(patched.lengths)
@@ -71,6 +71,7 @@ def _add_thresholds(report: dict, config: RunConfig, store: Store, patched: Patc
 
 
 def print_report(report: dict):
+    """Prints a `corpus_report` for people."""
     threshold, sizes = report["threshold"], report["bytes"]
     at = "" if threshold is None else f" at threshold {threshold:.4f} nats"
     print(

@@ -18,7 +18,6 @@ from bltjax.commands import score as score_command
 from bltjax.evaluation import files as evaluate_command
 from bltjax.evaluation.score import Score
 from bltjax.patching.boundaries import lengths_from_starts, space_starts
-from bltjax.runtime import terminal
 from bltjax.vocabulary import encode
 from tests import directories, processes
 
@@ -132,19 +131,6 @@ def test_patches_of_very_long_texts_are_refused(monkeypatch):
     monkeypatch.setattr(score_command, "MAX_SHOWN_BYTES", 5)
     with pytest.raises(ValueError, match="documents of up to 5 bytes, this one has 6"):
         score_command.score(FakeModel(), [b"123456"], show_patches=True)
-
-
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        (b"caf\xc3\xa9\n", "café\n"),
-        (b"\xc3", "\\xc3"),
-        (b"\x00\x7f\xc2\x9b", "\\x00\\x7f\\x9b"),
-        ("a\udcff", "a\\xff"),
-    ],
-)
-def test_what_steers_a_terminal_is_not_printed(text, shown):
-    assert terminal.printable(text) == shown
 
 
 # ---- evaluate

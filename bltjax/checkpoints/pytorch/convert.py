@@ -97,7 +97,7 @@ def write_new(plan, target: Path, num_bytes: int, progress: bool):
 
 @contextlib.contextmanager
 def watch(label: str, total: int, progress: bool):
-    """What to tell of bytes that are done."""
+    """Yields a function that is called with each number of bytes that are done."""
     from bltjax.runtime.progress import Progress
 
     if not progress:

@@ -109,11 +109,11 @@ import pathlib, pickle, sys, time
 from bltjax.data.records import store as records
 from bltjax.data.records import writing as chunks
 directory, data = pickle.load(open(sys.argv[1], "rb"))
-encoded = writing.encoded
+encoded = chunks.encoded
 def slowly(document):
     time.sleep(0.01)
     return encoded(document)
-writing.encoded = slowly
+chunks.encoded = slowly
 pathlib.Path(sys.argv[1] + sys.argv[2]).touch()
 while not pathlib.Path(sys.argv[1] + "start").exists():
     time.sleep(0.01)
