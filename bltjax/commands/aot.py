@@ -52,14 +52,8 @@ def main(argv):
     os.environ.update(ENVIRONMENT)  # before JAX is imported
     with captured_log() as log:
         try:
-            found = compile_program(
-                config,
-                values.topology,
-                slices=values.slices,
-                stage=values.stage,
-                program=values.program,
-                text_file=values.text,
-            )
+            what = (values.slices, values.stage, values.program, values.text)
+            found = compile_program(config, values.topology, *what)
         except ValueError as error:
             cli.fail(error)
         except Exception as error:

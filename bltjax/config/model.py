@@ -49,21 +49,7 @@ class TransformerConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        found = positive(
-            self,
-            name,
-            "dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "rope_theta",
-            "norm_eps",
-            "ffn_dim_multiplier",
-            "ffn_multiple_of",
-            "ffn_width",
-        ) + finite(self, name, "rope_theta", "norm_eps", "ffn_dim_multiplier")
-        if found:
+        if found := positive(self, name) + finite(self, name):
             return found
         if self.head_dim is None and self.dim % self.num_heads:
             found.append(
@@ -81,8 +67,6 @@ class TransformerConfig:
                 f"{name}.head_dim={self.head_dim} give head width {self.head_width}, but "
                 "rotary embedding turns pairs: choose an even width"
             )
-        if self.window is not None and self.window < 1:
-            found.append(f"{name}.window={self.window} must be at least 1 (or None)")
         return found
 
 
@@ -130,17 +114,7 @@ class CrossAttentionConfig:
 
     def problems(self, name: str, dim_name: str, dim: int) -> list[str]:
         """Returns problems with local stacks of width `dim`, a setting called `dim_name`."""
-        found = positive(
-            self,
-            name,
-            "k",
-            "num_heads",
-            "num_kv_heads",
-            "num_heads_decoder",
-            "num_kv_heads_decoder",
-            "window_encoder",
-            "window_decoder",
-        )
+        found = positive(self, name)
         if found or not (self.encoder or self.decoder):
             return found
         sides = {"": self.encoder_heads}
@@ -282,7 +256,7 @@ class BLTConfig:
         found += cross.problems(f"{name}.cross_attention", f"{name}.local_encoder.dim", local.dim)
         found += one_of(self, name, "pooling", POOLING_MODES)
         if self.hash.sizes:
-            found += positive(self.hash, f"{name}.hash", "vocab", "num_functions")
+            found += positive(self.hash, f"{name}.hash")
             if not all(1 <= n <= 16 for n in self.hash.sizes):
                 found.append(f"{name}.hash.sizes={self.hash.sizes} must lie in 1..16")
             if self.hash.vocab > 2**28 or self.hash.num_functions > 11:
@@ -294,20 +268,15 @@ class BLTConfig:
 
 
 def _common_model_problems(config, name: str) -> list[str]:
-    return (
-        one_of(config, name, "compute_dtype", DTYPES)
-        + one_of(config, name, "remat", REMAT_MODES)
-        + one_of(config.init, f"{name}.init", "std_factor", INIT_FACTORS)
-        + (
-            positive(config.init, f"{name}.init", "base_std")
-            or finite(config.init, f"{name}.init", "base_std")
-        )
-        + (
-            []
-            if config.vocab_size >= VOCAB_SIZE
-            else [
-                f"{name}.vocab_size={config.vocab_size} is below the {VOCAB_SIZE} ids of bytes "
-                "and special tokens"
-            ]
-        )
+    init = f"{name}.init"
+    found = one_of(config, name, "compute_dtype", DTYPES) + one_of(
+        config, name, "remat", REMAT_MODES
     )
+    found += one_of(config.init, init, "std_factor", INIT_FACTORS)
+    found += positive(config.init, init) or finite(config.init, init)
+    if config.vocab_size < VOCAB_SIZE:
+        found.append(
+            f"{name}.vocab_size={config.vocab_size} is below the {VOCAB_SIZE} ids of bytes and "
+            "special tokens"
+        )
+    return found

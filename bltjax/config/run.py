@@ -5,11 +5,7 @@ from dataclasses import dataclass
 
 from bltjax.config.checks import positive
 from bltjax.config.data import DataConfig
-from bltjax.config.model import (
-    BLTConfig,
-    EntropyModelConfig,
-    TokenModelConfig,
-)
+from bltjax.config.model import BLTConfig, EntropyModelConfig, TokenModelConfig
 from bltjax.config.patching import PatchingConfig
 from bltjax.config.training import OF_BLT_PARTS, OptimizerConfig, ProfileConfig, TrainingConfig
 
@@ -26,7 +22,7 @@ class TokenizerConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        return positive(self, name, "train_bytes")
+        return positive(self, name)
 
 
 @dataclass(frozen=True)

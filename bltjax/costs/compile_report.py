@@ -27,19 +27,13 @@ REMEDIES = dict(
 
 
 def compile_program(
-    config,
-    topology_name: str,
-    *,
-    slices: int = 1,
-    stage: str = "blt",
-    program: str = "train",
-    text_file: str | None = None,
+    config, topology_name: str, slices: int, stage: str, program: str, text_file: str | None
 ) -> dict:
     """Compiles a program of a RunConfig for a topology; returns its costs per device.
 
     topology_name, slices: see `topology.topology_devices`. program: "train", or of generation
-    "prefill" or "decode". text_file: the optimized program is written there (HLO text). Raises
-    ValueError for what cannot be compiled, JaxRuntimeError where the compiler fails.
+    "prefill" or "decode". text_file: where the optimized program is written (HLO text), or None.
+    Raises ValueError for what cannot be compiled, JaxRuntimeError where the compiler fails.
     """
     import jax
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bltjax.data.sources.readers import need
 from bltjax.runtime.files import replacing
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE
 
@@ -108,7 +109,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _library(self):
-        return need_tokenizers().Tokenizer.from_str(self.text)
+        return need("tokenizers", "tokens").Tokenizer.from_str(self.text)
 
 
 def load(path: Path) -> Tokenizer:
@@ -127,7 +128,7 @@ def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < VOCAB_SIZE:
         raise ValueError(f"vocab_size={vocab_size} must be at least {VOCAB_SIZE}: bytes take those")
-    library = need_tokenizers()
+    library = need("tokenizers", "tokens")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
         [
@@ -151,17 +152,6 @@ def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return Tokenizer(_in_our_order(json.loads(tokenizer.to_str())))
-
-
-def need_tokenizers():
-    """Imports the `tokenizers` library. Raises ValueError with the remedy where it is missing."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ValueError(
-            "tokens need a library that is missing: pip install bltjax[tokens]"
-        ) from error
-    return tokenizers
 
 
 def _in_our_order(content: dict) -> str:

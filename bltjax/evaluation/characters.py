@@ -139,7 +139,7 @@ def evaluate(model, asked: Sequence[Question]) -> dict[str, dict]:
     return results
 
 
-# ---- tasks: (generator, material) -> (question, answer)
+# ---- tasks: (random generator, material) -> (question, answer)
 
 
 def spelling(rng, source):
@@ -188,62 +188,61 @@ def semantics(rng, source):
     return f'Which is closer in meaning to "{word}": {_either(rng, near, far)}?', str(near)
 
 
-def insert_char(rng, source):
+class _Parts(NamedTuple):
+    """A text in parts: the characters of a word or the words of a sentence."""
+
+    text: str
+    parts: list[str]
+    joint: str
+    others: Callable[[], Sequence[str]]  # draws parts of other texts
+
+    def replaced(self, replace: Callable[[str], str]) -> str:
+        """Returns the text with each part replaced; empty parts vanish."""
+        return self.joint.join(filter(None, map(replace, self.parts)))
+
+
+def _of_word(rng, source) -> _Parts:
     word = _word(rng, source)
-    at = _one_of(rng, word)
-    new = _one_of(rng, [c for c in _word(rng, source) if c != at])
-    return f'Add "{new}" after every "{at}" in "{word}".', word.replace(at, at + new)
+    return _Parts(word, list(word), "", lambda: _word(rng, source))
 
 
-def insert_word(rng, source):
+def _of_sentence(rng, source) -> _Parts:
     sentence = _sentence(rng, source)
-    at = _one_of(rng, sentence.split())
-    new = _one_of(rng, [w for w in _words(rng, source) if w != at])
-    answer = " ".join(f"{w} {new}" if w == at else w for w in sentence.split())
-    return f'Add "{new}" after every "{at}" in "{sentence}".', answer
+    return _Parts(sentence, sentence.split(), " ", lambda: _words(rng, source))
 
 
-def delete_char(rng, source):
-    word = _word(rng, source)
-    at = _one_of(rng, word)
-    return f'Delete every "{at}" in "{word}".', word.replace(at, "")
+def insert(rng, text: _Parts):
+    at = _one_of(rng, text.parts)
+    new = _one_of(rng, [part for part in text.others() if part != at])
+    answer = text.replaced(lambda part: part + text.joint + new if part == at else part)
+    return f'Add "{new}" after every "{at}" in "{text.text}".', answer
 
 
-def delete_word(rng, source):
-    sentence = _sentence(rng, source)
-    at = _one_of(rng, sentence.split())
-    answer = " ".join(w for w in sentence.split() if w != at)
-    return f'Delete every "{at}" in "{sentence}".', answer
+def delete(rng, text: _Parts):
+    at = _one_of(rng, text.parts)
+    answer = text.replaced(lambda part: "" if part == at else part)
+    return f'Delete every "{at}" in "{text.text}".', answer
 
 
-def substitute_char(rng, source):
-    word = _word(rng, source)
-    at = _one_of(rng, word)
-    new = _one_of(rng, [c for c in _word(rng, source) if c != at])
-    return f'Replace every "{at}" with "{new}" in "{word}".', word.replace(at, new)
+def substitute(rng, text: _Parts):
+    at = _one_of(rng, text.parts)
+    new = _one_of(rng, [part for part in text.others() if part != at])
+    answer = text.replaced(lambda part: new if part == at else part)
+    return f'Replace every "{at}" with "{new}" in "{text.text}".', answer
 
 
-def substitute_word(rng, source):
-    sentence = _sentence(rng, source)
-    at = _one_of(rng, sentence.split())
-    new = _one_of(rng, [w for w in _words(rng, source) if w != at])
-    answer = " ".join(new if w == at else w for w in sentence.split())
-    return f'Replace every "{at}" with "{new}" in "{sentence}".', answer
+def swap(rng, text: _Parts):
+    a, b = rng.choice(sorted(set(text.parts)), 2, replace=False)
+    answer = text.replaced(lambda part: {a: b, b: a}.get(part, part))
+    return f'Swap "{a}" and "{b}" in "{text.text}".', answer
 
 
-def swap_char(rng, source):
-    word = _word(rng, source)
-    a, b = rng.choice(sorted(set(word)), 2, replace=False)
-    return f'Swap "{a}" and "{b}" in "{word}".', "".join({a: b, b: a}.get(c, c) for c in word)
+def _on(change: Callable, take: Callable) -> Callable:
+    return lambda rng, source: change(rng, take(rng, source))
 
 
-def swap_word(rng, source):
-    sentence = _sentence(rng, source)
-    a, b = rng.choice(sorted(set(sentence.split())), 2, replace=False)
-    answer = " ".join({a: b, b: a}.get(w, w) for w in sentence.split())
-    return f'Swap "{a}" and "{b}" in "{sentence}".', answer
-
-
+_CHANGES = (insert, delete, substitute, swap)
+_TAKE = {"char": _of_word, "word": _of_sentence}
 TASKS: dict[str, Callable] = {
     task.__name__: task
     for task in (
@@ -253,15 +252,11 @@ TASKS: dict[str, Callable] = {
         contains_word,
         orthography,
         semantics,
-        insert_char,
-        insert_word,
-        delete_char,
-        delete_word,
-        substitute_char,
-        substitute_word,
-        swap_char,
-        swap_word,
     )
+} | {
+    f"{change.__name__}_{kind}": _on(change, take)
+    for change in _CHANGES
+    for kind, take in _TAKE.items()
 }
 
 

@@ -44,7 +44,6 @@ class HarnessModel(LM):
         dtype: str | None = None,
         noise: str | None = None,
         noise_where: str = "both",
-        noise_seed: int = 0,
         model=None,
         **_,
     ):
@@ -54,7 +53,7 @@ class HarnessModel(LM):
         check_where(noise_where)
         if noise is not None:
             noisy("", noise)  # an unknown kind shows before the model is loaded
-        self.noise, self.where, self.seed = noise, noise_where, noise_seed
+        self.noise, self.where = noise, noise_where
         if model is None:
             model = bltjax.load(checkpoint, entropy_model=entropy_model, dtype=dtype)
         self.model = model
@@ -83,7 +82,7 @@ class HarnessModel(LM):
     def _noisy(self, text: str, part: str) -> str:
         if self.noise is None or self.where not in (part, "both"):
             return text
-        return noisy(text, self.noise, self.seed)
+        return noisy(text, self.noise)
 
     def _kept(self, kind: str, requests, found: list) -> list:
         """Returns the answers, after adding them to the harness's cache if there is one."""
@@ -97,7 +96,6 @@ def run_tasks(
     tasks: Sequence[str],
     tasks_path: str | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
     **noise,
 ) -> dict[str, dict[str, float]]:
     """Runs tasks on a model and returns the metrics of each.
@@ -117,7 +115,6 @@ def run_tasks(
         tasks=list(tasks),
         task_manager=manager,
         limit=limit,
-        num_fewshot=num_fewshot,
         bootstrap_iters=1000,
         log_samples=False,
     )

@@ -65,13 +65,6 @@ def noisy(text: str | bytes, kind: str, seed: int = 0) -> str | bytes:
     return KINDS[kind](text, np.random.default_rng([seed, int.from_bytes(digest, "big")]))
 
 
-def noisy_documents(
-    documents: Iterable[str | bytes], kind: str, seed: int = 0
-) -> list[str | bytes]:
-    """Adds noise to each document."""
-    return [noisy(document, kind, seed) for document in documents]
-
-
 def noisy_items(
     items: Iterable[Choice], kind: str, where: str = "both", seed: int = 0
 ) -> list[Choice]:
@@ -111,7 +104,9 @@ def robustness(model, items: Sequence[Choice], seed: int = 0) -> dict:
     }
     found = [result for by_place in noisy_results.values() for result in by_place.values()]
     texts = [item.prompt + item.choices[item.answer] for item in items]
-    corpora = {"clean": texts} | {kind: noisy_documents(texts, kind, seed) for kind in KINDS}
+    corpora = {"clean": texts} | {
+        kind: [noisy(text, kind, seed) for text in texts] for kind in KINDS
+    }
     return dict(
         clean=accuracy(model, items),
         noisy=noisy_results,

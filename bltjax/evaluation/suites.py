@@ -32,13 +32,12 @@ def character_suite(model, words: str | None, count: int | None, seed: int = 0) 
     ]
     result = characters.evaluate(model, asked)
     mean = sum(found["exact_match"] for found in result.values()) / len(result)
-    rows = [
-        (task, found["questions"], f"{found['exact_match']:.3f}", found["bits_per_byte"])
-        for task, found in result.items()
-    ]
+    keys = ("questions", "exact_match", "bits_per_byte")
+    rows = [(task, *map(found.get, keys)) for task, found in result.items()]
     print()
-    columns = ("characters", "questions", "exact match", "bits/byte")
-    print_table(columns, [*rows, ("mean", "", f"{mean:.3f}", "")])
+    print_table(
+        ("characters", "questions", "exact match", "bits/byte"), [*rows, ("mean", "", mean, "")]
+    )
     return dict(tasks=result, exact_match=mean)
 
 
@@ -50,17 +49,13 @@ def noise_suite(model, documents: Sequence[bytes], count: int | None, seed: int 
     """
     items = multiple_choice.items_from_documents(documents, count or ITEMS, seed=seed)
     result = noise.robustness(model, items, seed)
-
-    def shown(found: dict) -> str:
-        return f"{found['accuracy_mutual']:.3f}"
-
-    bits = result["bits_per_byte"]
+    bits, key = result["bits_per_byte"], "accuracy_mutual"
     rows = [
-        (kind, *(shown(by_place[where]) for where in noise.WHERE), bits[kind])
+        (kind, *(by_place[where][key] for where in noise.WHERE), bits[kind])
         for kind, by_place in result["noisy"].items()
     ]
-    clean = ("clean", "", "", shown(result["clean"]), bits["clean"])
-    mean = ("mean with noise", "", "", shown(result["mean"]), "")
+    clean = ("clean", "", "", result["clean"][key], bits["clean"])
+    mean = ("mean with noise", "", "", result["mean"][key], "")
     print()
     print_table(("accuracy", *noise.WHERE, "bits/byte"), [clean, *rows, mean])
     return result

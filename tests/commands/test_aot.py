@@ -134,7 +134,7 @@ def on_cpus(monkeypatch):
 
     def compile_program(changes, program):
         config = from_config_dict(RunConfig, settings("configs/quickstart.py", **changes))
-        return compile_report.compile_program(config, "two", program=program)
+        return compile_report.compile_program(config, "two", 1, "blt", program, None)
 
     two = CHIPS["v5e"], jax.devices()[:2]
     monkeypatch.setattr(topology, "topology_devices", lambda name, slices: two)
@@ -185,7 +185,7 @@ FAILING = """
 import os
 from bltjax import cli
 from bltjax.commands import aot
-def fail(*_, **__):
+def fail(*_):
     from jax.errors import JaxRuntimeError
     os.write(2, b"what XLA logged\\n")
     raise JaxRuntimeError("INTERNAL: no")

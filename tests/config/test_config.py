@@ -126,7 +126,7 @@ PROBLEMS = [
     ),
     (dict(blt__global_transformer__head_dim=7), "blt.global_transformer.head_dim=7 even"),
     (dict(blt__global_transformer__window=8), "blt.global_transformer.window=8 None"),
-    (dict(blt__local_encoder__window=0), "blt.local_encoder.window=0 at least 1"),
+    (dict(blt__local_encoder__window=0), "blt.local_encoder.window=0 must be positive"),
     (dict(blt__local_decoder__window=None), "blt.local_decoder.window None 512"),
     (dict(entropy_model__transformer__window=None), "entropy_model.transformer.window None 512"),
     (dict(blt__local_encoder__dim=32), "blt.local_encoder.dim=32 blt.local_decoder.dim=64"),

@@ -67,9 +67,9 @@ def need(module: str, extra: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        library = module.partition(".")[0]
         raise ValueError(
-            f"reading this source takes {module.partition('.')[0]} ({error}): "
-            f"pip install -e '.[{extra}]'"
+            f"{library} is needed and missing ({error}): pip install 'bltjax[{extra}]'"
         ) from error
 
 

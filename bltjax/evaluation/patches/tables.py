@@ -5,14 +5,8 @@ from pathlib import Path
 
 from bltjax.config import ENTROPY_RULES, PatchingConfig
 from bltjax.data.sources.readers import in_chunks
-from bltjax.evaluation.files import (
-    TOP,
-    File,
-    list_files,
-    no_file,
-    read_beginning,
-    warn_of_unreadable,
-)
+from bltjax.evaluation import files
+from bltjax.evaluation.files import File
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.view import Tally, look
 from bltjax.runtime.progress import Progress
@@ -40,9 +34,9 @@ def show_folder(model, folder: Path, max_bytes: int | None, patching: PatchingCo
     unreadable=[...]). Raises ValueError where no file can be read.
     """
     unreadable = []
-    tallies = measure(model, list_files(folder, unreadable), max_bytes, patching, unreadable)
+    tallies = measure(model, files.list_files(folder, unreadable), max_bytes, patching, unreadable)
     if not tallies:
-        raise no_file(folder, unreadable)
+        raise files.no_file(folder, unreadable)
     total = Tally()
     for tally in tallies.values():
         total.merge(tally)
@@ -51,13 +45,13 @@ def show_folder(model, folder: Path, max_bytes: int | None, patching: PatchingCo
     shown = [*rows, dict(name="all") | total.report()] if len(rows) > 1 else rows
     print_table(_COLUMNS, (row.values() for row in shown), digits=3)
     print("\n" + "\n".join(describe(total, patching, model.patching)))
-    warn_of_unreadable(unreadable)
+    files.warn_of_unreadable(unreadable)
     return dict(total=total, rows=rows, unreadable=unreadable)
 
 
 def measure(
     model,
-    files: list[File],
+    found: list[File],
     max_bytes: int | None,
     patching: PatchingConfig,
     unreadable: list[str],
@@ -66,9 +60,9 @@ def measure(
 
     Files that cannot be read are added to `unreadable`.
     """
-    sizes = [f.num_bytes if max_bytes is None else min(f.num_bytes, max_bytes) for f in files]
+    sizes = [f.num_bytes if max_bytes is None else min(f.num_bytes, max_bytes) for f in found]
     progress, tallies = Progress("finding patches", sum(sizes)), {}
-    named = _texts(files, max_bytes, unreadable)
+    named = _texts(found, max_bytes, unreadable)
     for chunk in in_chunks(named, lambda name_and_text: len(name_and_text[1]), READ_BYTES):
         names, texts = zip(*chunk, strict=True)
         for name, view in zip(names, look(model, list(texts), patching), strict=True):
@@ -121,16 +115,16 @@ def result_of(total: Tally, patching: PatchingConfig, trained: PatchingConfig) -
 
 
 def _texts(
-    files: Iterable[File], max_bytes: int | None, unreadable: list[str]
+    found: Iterable[File], max_bytes: int | None, unreadable: list[str]
 ) -> Iterator[tuple[str, bytes]]:
     """Yields the name of the table's row that a file belongs to, and the file's bytes."""
-    for file in files:
+    for file in found:
         try:
-            text = read_beginning(file.path, max_bytes)
+            text = files.read_beginning(file.path, max_bytes)
         except OSError:
             unreadable.append(str(file.path))
             continue
-        yield file.path.name if file.source == TOP else file.source, text
+        yield file.path.name if file.source == files.TOP else file.source, text
 
 
 def _number(x: float | None) -> str:

@@ -171,7 +171,7 @@ def test_a_missing_library_is_named_with_its_remedy(tmp_path, monkeypatch, modul
     path.write_bytes(zstd_stream(records(1)))
     monkeypatch.setitem(sys.modules, module, None)
     library = module.partition(".")[0]
-    with pytest.raises(ValueError, match=rf"takes {library}.*pip install -e '\.\[{extra}\]'"):
+    with pytest.raises(ValueError, match=rf"{library} is needed.*pip install 'bltjax\[{extra}\]'"):
         call(path)
 
 
