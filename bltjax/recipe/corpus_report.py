@@ -1,14 +1,14 @@
 """Reports the patches of a corpus: thresholds, means and lengths, by source and by language."""
 
+from collections import Counter
+
 from bltjax.config import ENTROPY_RULES, RunConfig
 from bltjax.data.records import store as records
 from bltjax.data.records.store import Store
+from bltjax.evaluation.patches.pictures import histogram_lines
 from bltjax.patching.calibrate import RULES, ScoreHistogram, describe_lengths, length_histogram
 from bltjax.recipe.entropies import Patched, blt_layout, in_step_patches
 from bltjax.runtime.terminal import print_table
-
-_BAR = 40  # length of the longest bar
-_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)  # last length of each row
 
 
 def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
@@ -86,16 +86,6 @@ def print_report(report: dict):
         if rows:
             print()
             print_table((kind, "documents", size, "mean patch", "threshold", *bad), rows, digits=3)
-    _print_lengths(report["length_histogram"], report["lengths"])
-
-
-def _print_lengths(histogram: list[int], percentiles: dict):
-    total, first, groups = sum(histogram), 1, []
-    for last in _ROWS:
-        groups.append((first, last, sum(histogram[first : last + 1]) / total))
-        first = last + 1
-    most = max(share for *_, share in groups)
-    print("\nbytes of a patch, " + ", ".join(f"{k} {v}" for k, v in percentiles.items()))
-    for first, last, share in groups:
-        name = f"{first}" if first == last else f"{first}-{last}" if last < 256 else f"{first}+"
-        print(f"{name:>8} {share:7.2%} {'#' * round(_BAR * share / most)}")
+    percentiles = ", ".join(f"{name} {length}" for name, length in report["lengths"].items())
+    counts = Counter({n: count for n, count in enumerate(report["length_histogram"]) if count})
+    print("\n".join([f"\nbytes of a patch, {percentiles}", *histogram_lines(counts)]))

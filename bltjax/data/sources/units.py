@@ -18,15 +18,6 @@ from bltjax.data.sources import readers, tables
 from bltjax.data.sources.files import COMPLETE, File, find_files, relative_names
 from bltjax.data.sources.readers import Bad, Document, Fields
 
-__all__ = [
-    "Bad",
-    "Document",
-    "Unit",
-    "is_held_out",
-    "list_units",
-    "read_unit",
-]
-
 _FOOTERS = 256  # files whose structure is read in parallel, since remote files are slow
 
 

@@ -61,7 +61,7 @@ def histogram_lines(lengths: Counter) -> list[str]:
     rows, total = histogram(lengths), lengths.total()
     most = max((count for _, count in rows), default=0)
     return [
-        f"{name:>5} {'#' * round(_BAR * count / most):{_BAR}} {count:>9} {count / total:>6.1%}"
+        f"{name:>8} {'#' * round(_BAR * count / most):{_BAR}} {count:>9} {count / total:>6.1%}"
         for name, count in rows
     ]
 

@@ -9,7 +9,8 @@ from bltjax.config import ENTROPY_RULES, PatchingConfig
 from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
 
-LONGEST_BAR = 16  # bytes; longer patches share the last row of a histogram
+# Bytes of the longest patch in each row of a histogram; the last row has all longer ones too.
+ROW_ENDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)
 
 
 class PatchView(NamedTuple):
@@ -58,12 +59,16 @@ def look(model, texts: list[bytes], patching: PatchingConfig | None = None) -> l
 
 
 def histogram(lengths: Counter) -> list[tuple[str, int]]:
-    """Returns rows (bytes, number of patches); those of LONGEST_BAR bytes or more share one."""
-    longest = max(lengths, default=0)
-    rows = [(str(n), lengths[n]) for n in range(1, min(longest, LONGEST_BAR) + 1)]
-    if longest > LONGEST_BAR:
-        count = sum(count for n, count in lengths.items() if n >= LONGEST_BAR)
-        rows[-1] = (f"{LONGEST_BAR}+", count)
+    """Returns rows (bytes, number of patches), up to the row of the longest patch."""
+    rows, first = [], 1
+    for last in ROW_ENDS:
+        if first > max(lengths, default=0):
+            break
+        is_end = last == ROW_ENDS[-1]
+        count = sum(c for n, c in lengths.items() if n >= first and (n <= last or is_end))
+        name = f"{first}" if first == last else f"{first}-{last}"
+        rows.append((f"{first}+" if is_end else name, count))
+        first = last + 1
     return rows
 
 
