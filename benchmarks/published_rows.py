@@ -1,8 +1,8 @@
-"""Packs rows as the published training code does, to compare with `packing.py`. Spec 8.4.
+"""Packs rows as the published training code does, to compare padding with ours. Spec 8.4.
 
 The patches of all documents form one stream, which is cut into sequences of a fixed number of
-patches. Each sequence is then cut or padded to a static number of bytes. `packing.py` drops nothing
-and pads little; `Batch` counts both.
+patches. Each sequence is then cut or padded to a static number of bytes, which `Batch` counts.
+`bltjax.data.batches.packing` drops nothing and pads little.
 
 The stream goes document by document through three functions:
 
