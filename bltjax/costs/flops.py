@@ -10,7 +10,6 @@ costs beside the model.
 from typing import NamedTuple
 
 from bltjax.config import (
-    ENTROPY_RULES,
     BLTConfig,
     EntropyModelConfig,
     RunConfig,
@@ -18,6 +17,7 @@ from bltjax.config import (
     TransformerConfig,
 )
 from bltjax.config.model import HASH_TABLES
+from bltjax.patching.boundaries import needs_entropies
 
 TRAINING_FACTOR = 3  # forward and backward, in forward passes; rematerialisation is not useful work
 PAPER_VOCAB = 256  # the paper's output layer predicts bytes only
@@ -159,7 +159,7 @@ def run_flops(config: RunConfig, patch_bytes: float) -> RunFlops:
     if stage == "token_model":
         row_bytes *= patch_bytes  # they were tokens
     entropy, entropy_training = 0.0, 0.0
-    if stage == "blt" and config.patching.rule in ENTROPY_RULES:
+    if stage == "blt" and needs_entropies(config.patching):
         rows = config.entropy_training
         entropy = flops_per_byte(config.entropy_model, rows.row_bytes)["total"]
         trained_on = rows.steps * rows.batch_size * rows.row_bytes

@@ -1,5 +1,6 @@
 """The commands score and evaluate: what they print, read and refuse, around a model of ours."""
 
+import functools
 import json
 import lzma
 import math
@@ -15,12 +16,15 @@ from hypothesis import strategies as st
 
 import bltjax
 from bltjax.commands import score as score_command
+from bltjax.config import PatchingConfig
 from bltjax.evaluation import files as evaluate_command
 from bltjax.evaluation.score import Score
-from bltjax.patching.boundaries import lengths_from_starts, space_starts
+from bltjax.patching.boundaries import lengths_from_starts, patch_starts
 from bltjax.runtime import terminal
 from bltjax.vocabulary import encode
 from tests import directories, processes
+
+space_starts = functools.partial(patch_starts, PatchingConfig("space"))
 
 ROOT = Path(__file__).parents[2]
 

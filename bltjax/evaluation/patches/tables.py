@@ -4,10 +4,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from bltjax.config import ENTROPY_RULES, PatchingConfig
+from bltjax.config import PatchingConfig
 from bltjax.evaluation.files import TOP, File, list_files
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.view import Tally, look
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.progress import Progress
 from bltjax.runtime.terminal import printable
 
@@ -81,7 +82,7 @@ def describe(tally: Tally, patching: PatchingConfig, trained: PatchingConfig) ->
     ]
     if found["mean_entropy"] is not None:
         facts[0] += f", mean entropy {_number(found['mean_entropy'])} nats"
-    if patching.rule not in ENTROPY_RULES:
+    if not needs_entropies(patching):
         return [*facts, f"rule {patching.rule}"]
     facts.append(f"rule {patching.rule}, threshold {patching.threshold:.4f} nats")
     if patching != trained:
@@ -113,7 +114,7 @@ def read(path: str | Path, max_bytes: int | None) -> bytes:
 
 
 def result_of(total: Tally, patching: PatchingConfig, trained: PatchingConfig) -> dict:
-    has_threshold = patching.rule in ENTROPY_RULES
+    has_threshold = needs_entropies(patching)
     report = total.report()
     del report["files"]
     num_trained = total.num_trained
