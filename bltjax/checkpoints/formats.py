@@ -30,7 +30,6 @@ from bltjax.checkpoints.weights import (
     value_problems,
 )
 from bltjax.config import (
-    ENTROPY_RULES,
     BLTConfig,
     EntropyModelConfig,
     PatchingConfig,
@@ -41,6 +40,7 @@ from bltjax.config import (
 )
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
+from bltjax.patching.boundaries import check_rule, needs_entropies
 from bltjax.runtime.files import UNFINISHED
 from bltjax.runtime.progress import Advance, unwatched
 
@@ -219,6 +219,8 @@ def _config(cls, values, name: str, problems: list[str]):
     try:
         config = from_config_dict(cls, values, name)
         found = config.problems(name)
+        if isinstance(config, PatchingConfig):
+            check_rule(config)
     except (ValueError, TypeError, OverflowError) as error:
         found = [str(error)]
     problems += [f"{MODEL}: {problem}" for problem in found]
@@ -262,10 +264,11 @@ def _run_settings(directory: Path) -> tuple[RunConfig, PatchingConfig, tuple[str
     claim = read_json(directory / "config.json", problems)
     try:
         config = from_config_dict(RunConfig, claim["config"])
+        check_rule(config.patching)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise WeightsError(directory, [f"config.json: {error}"]) from error
     patching = dataclasses.replace(config.patching, target_patch_bytes=None)
-    calibrated = config.patching.rule in ENTROPY_RULES and (
+    calibrated = needs_entropies(config.patching) and (
         config.patching.target_patch_bytes is not None
     )
     if not calibrated:

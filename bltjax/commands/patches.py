@@ -16,11 +16,12 @@ from pathlib import Path
 from absl import flags
 
 from bltjax import cli
-from bltjax.config import ENTROPY_RULES, PatchingConfig
+from bltjax.config import PatchingConfig
 from bltjax.evaluation.files import read_beginning
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.tables import result_of, show_folder, show_text
 from bltjax.evaluation.patches.view import PatchView
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.files import replacing
 from bltjax.runtime.terminal import printable
 
@@ -41,7 +42,7 @@ def read_shown(path: str, max_bytes: int | None) -> bytes:
 
 def with_threshold(patching: PatchingConfig, threshold: float) -> PatchingConfig:
     """The same rule with another threshold. Raises ValueError for rules that have none."""
-    if patching.rule not in ENTROPY_RULES:
+    if not needs_entropies(patching):
         raise ValueError(
             f"patching rule {patching.rule!r} has no threshold: leave out --threshold={threshold}"
         )

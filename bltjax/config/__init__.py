@@ -16,7 +16,7 @@ from bltjax.config.model import (
     TokenModelConfig,
     TransformerConfig,
 )
-from bltjax.config.patching import ENTROPY_RULES, PATCHING_RULES, PatchingConfig
+from bltjax.config.patching import PatchingConfig
 from bltjax.config.reading import (
     FREE_FIELDS,
     config_path,
@@ -40,9 +40,7 @@ from bltjax.config.training import OptimizerConfig, ProfileConfig, TrainingConfi
 __all__ = [
     "ALL_STAGES",
     "DTYPES",
-    "ENTROPY_RULES",
     "FREE_FIELDS",
-    "PATCHING_RULES",
     "STAGES",
     "BLTConfig",
     "CrossAttentionConfig",

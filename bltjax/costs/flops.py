@@ -9,7 +9,6 @@ rotary embedding and pooling. `run_flops` counts a whole run, the entropy model 
 from typing import NamedTuple
 
 from bltjax.config import (
-    ENTROPY_RULES,
     BLTConfig,
     EntropyModelConfig,
     RunConfig,
@@ -17,6 +16,7 @@ from bltjax.config import (
     TransformerConfig,
 )
 from bltjax.config.model import HASH_TABLES
+from bltjax.patching.boundaries import needs_entropies
 
 TRAINING_FACTOR = 3  # forward and backward, in forward passes; rematerialisation is not useful work
 PAPER_VOCAB = 256  # the paper's output layer predicts bytes only
@@ -157,7 +157,7 @@ def run_flops(config: RunConfig, patch_bytes: float) -> RunFlops:
     if stage == "token_model":
         row_bytes *= patch_bytes  # they were tokens
     entropy, entropy_training = 0.0, 0.0
-    if stage == "blt" and config.patching.rule in ENTROPY_RULES:
+    if stage == "blt" and needs_entropies(config.patching):
         rows = config.entropy_training
         entropy = flops_per_byte(config.entropy_model, rows.row_bytes)["total"]
         trained_on = rows.steps * rows.batch_size * rows.row_bytes

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.model import functional
 from bltjax.model.cache import BLTCache, Room, Stack, new_blt_cache, new_entropy_cache
 from bltjax.model.incremental import ngram_reach
 from bltjax.ops.slots import read_positions, span
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.patching.incremental import Record, new_record, note_lines, note_starts
 
 
@@ -27,7 +28,7 @@ class Configs(NamedTuple):
 
     @property
     def needs_entropies(self) -> bool:
-        return self.patching.rule in ENTROPY_RULES
+        return needs_entropies(self.patching)
 
 
 class State(NamedTuple):

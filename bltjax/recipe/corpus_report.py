@@ -2,11 +2,12 @@
 
 from collections import Counter
 
-from bltjax.config import ENTROPY_RULES, RunConfig
+from bltjax.config import RunConfig
 from bltjax.data.records import store as records
 from bltjax.data.records.store import Store
 from bltjax.evaluation.patches.pictures import histogram_lines
-from bltjax.patching.calibrate import RULES, ScoreHistogram, describe_lengths, length_histogram
+from bltjax.patching.boundaries import needs_entropies
+from bltjax.patching.calibrate import CALIBRATED, ScoreHistogram, describe_lengths, length_histogram
 from bltjax.recipe.entropies import Patched, blt_layout, in_step_patches
 from bltjax.runtime.terminal import print_table
 
@@ -24,7 +25,7 @@ def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
         documents={part: store.documents(part) for part in records.PARTS},
         bytes={part: store.num_bytes(part) for part in records.PARTS},
         rule=patching.rule,
-        threshold=patching.threshold if patching.rule in ENTROPY_RULES else None,
+        threshold=patching.threshold if needs_entropies(patching) else None,
         target_patch_bytes=config.patching.target_patch_bytes,
         mean_patch_bytes=patched.mean_patch_bytes,
         row_bytes=layout.row_bytes,
@@ -41,7 +42,7 @@ def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
         },
         languages={},
     )
-    if patching.rule in RULES:
+    if patching.rule in CALIBRATED:
         _add_thresholds(report, config, store, patched)
     return report
 

@@ -31,7 +31,7 @@ from bltjax.checkpoints.run_directory import (
     is_trained,
     token_params,
 )
-from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, to_dict
+from bltjax.config import PatchingConfig, RunConfig, to_dict
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte, format_report, parameter_report
 from bltjax.costs.peak import peak_flops
 from bltjax.data.batches.lanes import Lane, Layout
@@ -45,7 +45,7 @@ from bltjax.inference.model_steps import prepared
 from bltjax.inference.reference import row_patch_starts
 from bltjax.inference.requests import ask, configure
 from bltjax.model import functional
-from bltjax.patching.boundaries import lengths_from_starts
+from bltjax.patching.boundaries import lengths_from_starts, needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe import entropies as entropies_module
 from bltjax.recipe.checks import Prepared
@@ -115,7 +115,7 @@ def find_patches(
 ) -> Patched:
     """Stage 2: the threshold, and the documents of the next stages with their entropies."""
     patched, threshold = entropies_module.find_patches(config, workdir, store, everything), ""
-    if config.patching.rule in ENTROPY_RULES:
+    if needs_entropies(config.patching):
         result["compilations"]["entropies"] = patched.compilations
         write_json(workdir / "patching.json", to_dict(patched.patching), once=True)
         sharding.meet("a threshold is written")
@@ -134,7 +134,7 @@ def train_blt(config: RunConfig, workdir: Path, store: Store, patched: Patched, 
     report("blt", config.blt, result)
     layout = entropies_module.blt_layout(config, patched)
     write_json(workdir / "rows.json", layout._replace(patching=None)._asdict())
-    stored = config.patching.rule in ENTROPY_RULES and not config.patching.in_step
+    stored = needs_entropies(config.patching) and not config.patching.in_step
     data = corpus.training_data(config, store, patched.train, layout, entropies=stored)
     measure_rows(data, result)
     in_step = in_step_patching(config, workdir, patched, layout)
@@ -185,7 +185,7 @@ def in_step_patching(
     """What finds the patches of rows without; None where rows have them."""
     if layout.row_patches:
         return None
-    entropy = config.patching.rule in ENTROPY_RULES
+    entropy = needs_entropies(config.patching)
     finder = make_patch_finder(
         patched.patching,
         config.entropy_model if entropy else None,
@@ -231,7 +231,7 @@ def evaluate_model(
         model, params = config.blt, blt_params(config, workdir)
         layout, shards = entropies_module.blt_layout(config, patched), patched.validation
         in_step = in_step_patching(config, workdir, patched, layout)
-        entropies = config.patching.rule in ENTROPY_RULES and in_step is None
+        entropies = needs_entropies(config.patching) and in_step is None
     # One document after the other, so that each has as much context as its rows can give.
     documents = corpus.in_order(store, shards, entropies)
     rows = Lane(documents, layout._replace(pool=1), 0, 1)
@@ -265,7 +265,7 @@ def show_sample(config: RunConfig, workdir: Path, patching: PatchingConfig, resu
     """Stage 5: a continuation of the prompt, and the patches of a sentence."""
     settings, params = config.evaluation, blt_params(config, workdir)
     entropy_config, entropy = None, None
-    if patching.rule in ENTROPY_RULES:
+    if needs_entropies(patching):
         entropy_config, entropy = config.entropy_model, entropy_params(config, workdir)
         stored = workdir / "patching.json"
         patching = dataclasses.replace(

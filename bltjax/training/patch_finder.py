@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from bltjax import sharding
-from bltjax.config import ENTROPY_RULES, EntropyModelConfig, PatchingConfig
+from bltjax.config import EntropyModelConfig, PatchingConfig
 from bltjax.model import functional
-from bltjax.patching.boundaries import entropy_segments
+from bltjax.patching.boundaries import WITHOUT_ENTROPIES, entropy_segments, needs_entropies
 from bltjax.patching.buffers import PatchBuffers, buffers_from_starts
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.patching.packed_rows import Array, row_starts
@@ -27,17 +27,17 @@ def make_patch_finder(
     Rules that need no entropies run no model, and take None for its config and parameters. No
     gradient reaches the parameters. Raises ValueError at once for an entropy rule without a model.
     """
-    needs_entropies = patching.rule in ENTROPY_RULES
-    if needs_entropies and entropy_config is None:
+    has_model = needs_entropies(patching)
+    if has_model and entropy_config is None:
         raise ValueError(
             f"patching rule {patching.rule!r} needs an entropy model in the step: give its config, "
-            "or choose the rule space, static, byte or bpe"
+            f"or choose one of the rules {WITHOUT_ENTROPIES}"
         )
 
     def find_patches(entropy_params, tokens: Array, document_ids: Array) -> PatchBuffers:
         tokens, document_ids = sharding.shard_rows((tokens, document_ids))
         entropies = None
-        if needs_entropies:
+        if has_model:
             frozen = jax.lax.stop_gradient(entropy_params)
             # A document that is cut has no EOS to end its context.
             segments = entropy_segments(tokens, patching.reset_at_newlines) + document_ids

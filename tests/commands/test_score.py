@@ -1,5 +1,6 @@
 """The commands score and evaluate: what they print, read and refuse, around a model of ours."""
 
+import functools
 import json
 import lzma
 import math
@@ -19,9 +20,11 @@ from bltjax.config import BLTConfig, PatchingConfig
 from bltjax.evaluation import files as evaluate_command
 from bltjax.evaluation.patches.view import look
 from bltjax.evaluation.score import Score
-from bltjax.patching.boundaries import space_starts
+from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
 from tests import directories, processes
+
+space_starts = functools.partial(patch_starts, PatchingConfig("space"))
 
 ROOT = Path(__file__).parents[2]
 

@@ -74,7 +74,7 @@ _PATCHER_IGNORED = """
     realtime_patching
 """
 _POOLING = {"avg": "mean", "mean": "mean", "max": "max", "min": "min"}
-_MODES = {"entropy": "entropy", "space": "space", "static": "static", "byte": "byte", "bpe": "bpe"}
+_MODES = ("entropy", "space", "static", "byte", "bpe")
 
 # Fields that the published code never reads, or that do not change what a model computes.
 _IGNORED = {
@@ -146,7 +146,7 @@ _LIMITED = {
     "pm_size": ((0,), "the vocabulary is bytes and special ids only"),
     "tokenize_with_bpe_delimiter": ((False,), "text is bytes without delimiters"),
     "downsampling_by_pooling": (tuple(_POOLING), "one of max, min, avg"),
-    "patching_mode": (tuple(_MODES), f"one of {tuple(_MODES)}"),
+    "patching_mode": (_MODES, f"one of {_MODES}"),
 }
 
 
@@ -194,7 +194,7 @@ def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
     for theirs, models, kind, default in _PATCHING:
         fallback = fields.take(models, kind, default)
         values[theirs] = patcher.take(theirs, kind, fallback)
-    rule = _MODES.get(values["patching_mode"], "entropy")
+    rule = values["patching_mode"]
     if rule == "entropy" and values["monotonicity"]:
         rule = "monotonic"
     elif rule == "entropy" and values["threshold_add"] is not None:
@@ -274,7 +274,9 @@ def write_patcher(patching: PatchingConfig, problems: list[str]) -> dict:
     """Writes PatcherArgs; see `write_blt`."""
     if patching.reset_at_newlines:
         problems.append("patching.reset_at_newlines=True: Meta's code never resets at newlines")
-    rules = {"monotonic": "entropy", "global_monotonic": "entropy"}
+    mode = "entropy" if patching.rule in ("monotonic", "global_monotonic") else patching.rule
+    if mode not in _MODES:
+        problems.append(f"patching.rule={patching.rule!r}: Meta's code has no such rule")
     return {
         "max_patch_length": patching.max_patch_length,
         "monotonicity": patching.rule == "monotonic",
@@ -282,7 +284,7 @@ def write_patcher(patching: PatchingConfig, problems: list[str]) -> dict:
         if (patching.rule, patching.patch_size) == ("entropy", 4)
         else patching.patch_size,
         "patching_batch_size": 1,
-        "patching_mode": rules.get(patching.rule, patching.rule),
+        "patching_mode": mode,
         "threshold": patching.threshold,
         "threshold_add": patching.threshold_add if patching.rule == "global_monotonic" else None,
     }

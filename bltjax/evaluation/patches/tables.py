@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bltjax.config import ENTROPY_RULES, PatchingConfig
+from bltjax.config import PatchingConfig
 from bltjax.data.sources.readers import in_chunks
 from bltjax.evaluation import files
 from bltjax.evaluation.files import File
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.view import Tally, look
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.progress import Progress
 from bltjax.runtime.terminal import print_table
 
@@ -84,7 +85,7 @@ def describe(tally: Tally, patching: PatchingConfig, trained: PatchingConfig) ->
     ]
     if found["mean_entropy"] is not None:
         facts[0] += f", mean entropy {_number(found['mean_entropy'])} nats"
-    if patching.rule not in ENTROPY_RULES:
+    if not needs_entropies(patching):
         return [*facts, f"rule {patching.rule}"]
     facts.append(f"rule {patching.rule}, threshold {patching.threshold:.4f} nats")
     if patching != trained:
@@ -98,7 +99,7 @@ def describe(tally: Tally, patching: PatchingConfig, trained: PatchingConfig) ->
 
 def result_of(total: Tally, patching: PatchingConfig, trained: PatchingConfig) -> dict:
     """Returns the numbers of all texts, as the command prints them in JSON."""
-    has_threshold = patching.rule in ENTROPY_RULES
+    has_threshold = needs_entropies(patching)
     report = total.report()
     del report["files"]
     num_trained = total.num_trained

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.config import ENTROPY_RULES, PatchingConfig
-from bltjax.patching.boundaries import patch_starts
+from bltjax.config import PatchingConfig
+from bltjax.patching.boundaries import needs_entropies, patch_starts, rule_of
 from bltjax.vocabulary import encode
 
 # Bytes of the longest patch in each row of a histogram; the last row has all longer ones too.
@@ -45,7 +45,7 @@ def look(model, texts: list[bytes], patching: PatchingConfig | None = None) -> l
         raise ValueError(
             "this is an entropy model alone, it has no patches: give the checkpoint of a BLT"
         )
-    if patching.rule in ENTROPY_RULES and not has_entropies:
+    if needs_entropies(patching) and not has_entropies:
         raise ValueError(
             f"patching rule {patching.rule!r} needs an entropy model and there is none: give "
             "--entropy_model=DIR"
@@ -116,24 +116,17 @@ def _view(text, ids, entropies, patching, trained) -> PatchView:
     if entropies is None:
         return PatchView(text, starts, None, None, num_trained)
     entropies = entropies[: len(text)]  # the first is after BOS, about byte 0
-    return PatchView(text, starts, entropies, _levels(patching, entropies), num_trained)
+    levels = [  # a byte above all of them starts a patch
+        np.float32(getattr(patching, threshold)) + entropies - score(entropies)
+        for score, threshold in rule_of(patching).scores
+    ]
+    highest = np.maximum.reduce(levels) if levels else None
+    return PatchView(text, starts, entropies, highest, num_trained)
 
 
 def _starts(patching: PatchingConfig, ids, entropies) -> np.ndarray:
     """Returns the bytes at which patches start: id s is byte s - 1, since BOS comes first."""
     return np.flatnonzero(patch_starts(patching, ids, entropies)[1 : len(ids) - 1])
-
-
-def _levels(patching: PatchingConfig, entropies: np.ndarray) -> np.ndarray | None:
-    """Returns the entropy that each byte must exceed to open a patch; None for other rules."""
-    before = np.concatenate([entropies[:1], entropies[:-1]])
-    if patching.rule == "entropy":
-        return np.full_like(entropies, patching.threshold)
-    if patching.rule == "monotonic":
-        return before + np.float32(patching.threshold)
-    if patching.rule == "global_monotonic":
-        return np.maximum(before + np.float32(patching.threshold_add), patching.threshold)
-    return None
 
 
 def _entropies(model, ids: list[np.ndarray]) -> list[np.ndarray]:
