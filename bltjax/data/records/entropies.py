@@ -20,8 +20,6 @@ from bltjax import sharding
 from bltjax.config import EntropyModelConfig
 from bltjax.data.records.shards import Documents, Shard, has_entropies, write_entropies
 from bltjax.model import functional
-from bltjax.patching.boundaries import entropy_segments
-from bltjax.patching.entropy import next_byte_entropy
 from bltjax.runtime.files import share
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
@@ -42,15 +40,10 @@ _Row = list[tuple[int, _Span]]  # spans, each with its first position in the row
 
 
 def make_entropy_fn(config: EntropyModelConfig, reset_at_newlines: bool = False):
-    """jitted (params, tokens int32 [B, L]) -> entropies float32 [B, L] in nats (spec 2.2)."""
-
-    @jax.jit
-    def entropies(params, tokens):
-        tokens = sharding.shard_rows(tokens)
-        segments = entropy_segments(tokens, reset_at_newlines)
-        return next_byte_entropy(functional.apply(config, params, tokens, segments))
-
-    return entropies
+    """Returns the jitted (params, tokens int32 [B, L]) -> entropies float32 [B, L] in nats."""
+    return jax.jit(
+        lambda params, tokens: functional.entropies(config, params, tokens, reset_at_newlines)
+    )
 
 
 def receptive_bytes(config: EntropyModelConfig) -> int:
