@@ -1,6 +1,10 @@
 """Parameters with each layer on its own and matrices transposed, for generation on CPUs.
 
-GAIN
+In a loop on a CPU each step copies the layer that it needs out of a stack, and a product with few
+rows is faster where a matrix lies [in, out]. Measured on 2 cores, 96 bytes a row after prompts of
+64, `small` of benchmarks/generate.py, against stacked layers, in turns, median of 5: 2.1 times as
+fast with 1 row and 1.5 times with 8, of which the transposed matrices give 1.09 and 1.19. A model
+of the size of configs/quickstart.py gains 1.07 and 1.2.
 """
 
 import jax

@@ -91,13 +91,9 @@ def train(
         first_step = int(state.step)
         if first_step >= config.steps:
             return TrainResult(state.params, compilations=0)
+        finder = in_step and in_step.find_patches
         step_fn = make_train_step(
-            model_config,
-            config,
-            optimizer,
-            in_step and in_step.find_patches,
-            len(data.sources),
-            byte_lengths,
+            model_config, config, optimizer, finder, len(data.sources), byte_lengths
         )
         flops = reporting.flops_per_byte, reporting.peak_flops
         log = MetricsLog(workdir, stage, first_step, config.steps, *flops)
@@ -129,17 +125,7 @@ def _check_tokenizer(position: dict, tokenizer, directory: Path):
 class _Run:
     """Steps of a stage from `first_step` on, with their log and checkpoints."""
 
-    def __init__(
-        self,
-        stage: str,
-        config: TrainingConfig,
-        data: TrainingData,
-        checkpoints: Checkpoints,
-        log: MetricsLog,
-        profiler: Profiler,
-        position: dict,
-        first_step: int,
-    ):
+    def __init__(self, stage, config, data, checkpoints, log, profiler, position, first_step):
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.log, self.profiler, self.first_step = log, profiler, first_step
         self.sources = SourceMeter(data.sources, position.get("sources"))

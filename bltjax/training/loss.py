@@ -13,13 +13,7 @@ LN2 = 0.6931471805599453
 
 
 def loss_sums(
-    logits,
-    targets,
-    mask,
-    source_ids=None,
-    num_sources: int = 1,
-    with_z: bool = False,
-    byte_lengths=None,
+    logits, targets, mask, source_ids=None, num_sources: int = 1, with_z=False, byte_lengths=None
 ):
     """Sums over a batch, float32: `nats` and `targets`, and `byte_nats` and `bytes` of raw bytes.
 

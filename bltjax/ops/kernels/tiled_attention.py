@@ -59,7 +59,8 @@ def choose_tiling(batch, length, heads, window: int | None, tile: int | None = N
         window = None  # fewer tiles
     # The fastest on CPUs; a tile that is wider than its window computes mostly what is masked.
     tile = tile or (256 if window is None else min(128, max(32, window // 2)))
-    tile = _round_up(math.ceil(length / math.ceil(length / tile)), 8)  # equal tiles: little padding
+    # Equal tiles, of a multiple of 8: little padding.
+    tile = 8 * math.ceil(math.ceil(length / math.ceil(length / tile)) / 8)
     if window is None:
         return Tiling(None, length, tile, 1, 0, 0)
     # As many tiles at a time as keep all cores busy and still fit in their caches.
@@ -225,7 +226,3 @@ def _cut(tiling, x):
 def _joined(x):
     """Joins [B, M, C, ...] -> [B, M * C, ...]."""
     return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def _round_up(number, step):
-    return -(-number // step) * step
