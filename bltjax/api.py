@@ -25,14 +25,8 @@ from bltjax.inference.engine import Counts, generate, stream
 from bltjax.inference.model_steps import prepared
 from bltjax.inference.requests import ask, configure
 from bltjax.model import functional
-from bltjax.patching.boundaries import (
-    entropy_segments,
-    lengths_from_starts,
-    needs_entropies,
-    patch_starts,
-)
+from bltjax.patching.boundaries import lengths_from_starts, needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
-from bltjax.patching.entropy import next_byte_entropy
 from bltjax.runtime.progress import Advance, unwatched
 
 __all__ = ["Model", "Score", "load"]
@@ -328,8 +322,7 @@ def _lm_logits(config, params, tokens):
 @functools.partial(jax.jit, static_argnums=0)
 def _entropies(settings, params, tokens):
     config, reset_at_newlines = settings
-    segments = entropy_segments(tokens, reset_at_newlines)
-    return next_byte_entropy(functional.apply(config, params, tokens, segments))
+    return functional.entropies(config, params, tokens, reset_at_newlines)
 
 
 def _checked_lengths(patch_lengths, tokens: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ from bltjax.recipe import entropies as entropies_module
 from bltjax.recipe.checks import Prepared
 from bltjax.recipe.entropies import Patched
 from bltjax.recipe.workdir import write_json
-from bltjax.training.loop import InStep, TrainingData, Watch, train
+from bltjax.training.loop import InStep, Reporting, TrainingData, train
 from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.step import make_eval_step
 from bltjax.vocabulary import encode
@@ -105,7 +105,7 @@ def train_entropy_model(config: RunConfig, workdir: Path, store: Store, result: 
         stage,
         data,
         workdir / "entropy_model",
-        watch=watch(config, config.entropy_model, data.layout),
+        reporting=watch(config, config.entropy_model, data.layout),
     )
     result["compilations"]["entropy_model"] = trained.compilations
 
@@ -161,22 +161,24 @@ def train_token_model(config: RunConfig, workdir: Path, store: Store, result: di
     about = watch(config, config.token_model, layout)
     about = about._replace(
         flops_per_byte=about.flops_per_byte / mean,
-        about=about.about | dict(tokenizer=tokenizer.digest),
+        metadata=about.metadata | dict(tokenizer=tokenizer.digest),
     )
     directory = workdir / "token_model"
     trained = train(
-        "token_model", config.token_model, config.token_training, data, directory, watch=about
+        "token_model", config.token_model, config.token_training, data, directory, reporting=about
     )
     result["compilations"]["token_model"] = trained.compilations
     result["data_wait_fraction"] = trained.data_wait_fraction
 
 
-def watch(config: RunConfig, model_config, layout: Layout, mean_patch_bytes: float = 1.0) -> Watch:
+def watch(
+    config: RunConfig, model_config, layout: Layout, mean_patch_bytes: float = 1.0
+) -> Reporting:
     """What a stage tells of itself: useful FLOPs, traces, and the settings, for its checkpoints."""
     forward = flops_per_byte(model_config, layout.row_bytes, mean_patch_bytes)["total"]
     about = dict(config=to_dict(config), mesh=dict(jax.sharding.get_mesh().shape))
     peak = peak_flops(model_config.compute_dtype)
-    return Watch(TRAINING_FACTOR * forward, peak, config.profile, about)
+    return Reporting(TRAINING_FACTOR * forward, peak, config.profile, about)
 
 
 def in_step_patching(

@@ -20,8 +20,6 @@ from bltjax.config import EntropyModelConfig
 from bltjax.data.records.shards import Documents, Shard, has_entropies, write_entropies
 from bltjax.data.sources.readers import in_chunks
 from bltjax.model import functional
-from bltjax.patching.boundaries import entropy_segments
-from bltjax.patching.entropy import next_byte_entropy
 from bltjax.runtime.files import share
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
@@ -42,15 +40,10 @@ _Row = list[tuple[int, _Span]]  # (first position in the row, span)
 
 
 def make_entropy_fn(config: EntropyModelConfig, reset_at_newlines: bool = False):
-    """Returns a jitted (params, tokens int32 [B, L]) -> float32 [B, L] entropies in nats."""
-
-    @jax.jit
-    def entropies(params, tokens):
-        tokens = sharding.shard_rows(tokens)
-        segments = entropy_segments(tokens, reset_at_newlines)
-        return next_byte_entropy(functional.apply(config, params, tokens, segments))
-
-    return entropies
+    """Returns a jitted (params, tokens int32 [B, L]) -> entropies float32 [B, L] in nats."""
+    return jax.jit(
+        lambda params, tokens: functional.entropies(config, params, tokens, reset_at_newlines)
+    )
 
 
 def receptive_bytes(config: EntropyModelConfig) -> int:
