@@ -7,7 +7,7 @@ that it takes: bytes 26%, patches 74%, as in an 8B model. Recipes:
     ours                 two budgets, 32 documents open (bltjax/data/batches/packing.py)
     in one stream        two budgets, documents one after the other
     a document a row     the budgets of `ours`; what is longer goes on in further rows
-    published            4,096 patches in 24,576 bytes, cut and padded (batches/published_rows.py)
+    published            4,096 patches in 24,576 bytes, cut and padded (published_rows.py)
     published, shorter   the same at the row's length
     fixed patches        as many patches as the row's length holds on average, cut
 
@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
+from published_rows import Batch, pack_sequences, patch_sequences
 
 from bltjax import cli
 from bltjax.config import PatchingConfig
 from bltjax.data.batches.lanes import Lane, Layout
 from bltjax.data.batches.order import Shuffled
 from bltjax.data.batches.packing import pack_patches
-from bltjax.data.batches.published_rows import Batch, pack_sequences, patch_sequences
 from bltjax.data.batches.rows import Row
 from bltjax.data.records import store as records
 from bltjax.patching.boundaries import lengths_from_starts, patch_starts

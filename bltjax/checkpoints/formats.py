@@ -17,7 +17,7 @@ from bltjax.checkpoints.lazy_arrays import Cast, LazyArray
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
-from bltjax.checkpoints.pytorch.writing import Plan
+from bltjax.checkpoints.pytorch.writing import WritePlan
 from bltjax.checkpoints.run_directory import is_trained, open_trained
 from bltjax.checkpoints.training_state import CheckpointError
 from bltjax.checkpoints.weights import (
@@ -30,7 +30,6 @@ from bltjax.checkpoints.weights import (
     value_problems,
 )
 from bltjax.config import (
-    ENTROPY_RULES,
     BLTConfig,
     EntropyModelConfig,
     PatchingConfig,
@@ -41,6 +40,7 @@ from bltjax.config import (
 )
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
+from bltjax.patching.boundaries import check_rule, needs_entropies
 from bltjax.runtime.files import UNFINISHED
 from bltjax.runtime.progress import Advance, unwatched
 
@@ -127,13 +127,13 @@ def stored_bytes(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
-def plan(weights: Weights, format: str) -> "Plan | _OwnPlan":
+def plan(weights: Weights, format: str) -> "WritePlan | _OwnPlan":
     """What a directory of a format will hold; WeightsError for what the format cannot express."""
     return {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}[format](weights)
 
 
 class _OwnPlan(NamedTuple):
-    """As `Plan`, for the parameters in one Orbax checkpoint."""
+    """As `WritePlan`, for the parameters in one Orbax checkpoint."""
 
     params: dict
     files: dict[str, dict]
@@ -219,6 +219,8 @@ def _config(cls, values, name: str, problems: list[str]):
     try:
         config = from_config_dict(cls, values, name)
         found = config.problems(name)
+        if isinstance(config, PatchingConfig):
+            check_rule(config)
     except (ValueError, TypeError, OverflowError) as error:
         found = [str(error)]
     problems += [f"{MODEL}: {problem}" for problem in found]
@@ -262,10 +264,11 @@ def _run_settings(directory: Path) -> tuple[RunConfig, PatchingConfig, tuple[str
     claim = read_json(directory / "config.json", problems)
     try:
         config = from_config_dict(RunConfig, claim["config"])
+        check_rule(config.patching)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise WeightsError(directory, [f"config.json: {error}"]) from error
     patching = dataclasses.replace(config.patching, target_patch_bytes=None)
-    calibrated = config.patching.rule in ENTROPY_RULES and (
+    calibrated = needs_entropies(config.patching) and (
         config.patching.target_patch_bytes is not None
     )
     if not calibrated:

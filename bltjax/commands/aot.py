@@ -1,30 +1,29 @@
-"""A program compiled for chips that are not there: `python -m bltjax.aot --config=FILE
---topology=v5e:16x16`.
+"""Compiles for chips that are not there: `bltjax aot --config=NAME --topology=v5e:16x16`.
 
-The real train step (--program=train), or of generation the loop that reads prompts (prefill) or the
-one that writes bytes (decode), on the config's mesh over the topology's devices, by libtpu or the
-CUDA plugin and without a TPU or GPU. Told of each device: bytes of HBM, FLOPs that the model
-needs and that the program does, bytes that collectives move, and the least time that published
-peaks leave: a roofline, no measurement. Loops whose rounds the program itself decides, such as the
-bytes that are generated, count once and are listed; the exchange of hash rows counts three times,
-as text needs. The exit status is 1 where the program does not fit.
+Compiles the real train step (--program=train), or of generation the loop that reads prompts
+(prefill) or the one that writes bytes (decode), on the config's mesh over the topology's devices,
+by libtpu or the CUDA plugin, without a TPU or GPU. Reports of each device: bytes of HBM, FLOPs that
+the model needs and that the program does, bytes that collectives move, and the least time that
+published peaks leave: a roofline, no measurement. Loops whose rounds the program itself decides,
+such as the bytes that are generated, count once and are listed; the exchange of hash rows counts
+three times, as text needs. The exit status is 1 where the program does not fit.
 """
 
 import json
 import os
 import sys
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from bltjax import cli
 from bltjax.costs import compiler_errors
 from bltjax.costs.compile_report import (
     REMATERIALISED,
-    _show_tail,
     captured_log,
     compile_program,
     print_report,
+    show_tail,
 )
 
 PROGRAMS = ("train", "prefill", "decode")
@@ -43,8 +42,7 @@ ENVIRONMENT = dict(
 
 
 def main(argv):
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}: give --config and --topology")
+    cli.no_arguments(argv, "give --config and --topology")
     config, _ = cli.read_config(needs_workdir=False)
     values = flags.FLAGS
     if values.topology is None:
@@ -54,11 +52,12 @@ def main(argv):
     os.environ.update(ENVIRONMENT)  # before JAX is imported
     with captured_log() as log:
         try:
-            found = compile_program(config, values)
+            what = (values.slices, values.stage, values.program, values.text)
+            found = compile_program(config, values.topology, *what)
         except ValueError as error:
             cli.fail(error)
         except Exception as error:
-            _show_tail(log)
+            show_tail(log)
             from jax.errors import JaxRuntimeError
 
             if isinstance(error, JaxRuntimeError):
@@ -73,9 +72,8 @@ def main(argv):
     sys.exit(0 if found["fits"] else DOES_NOT_FIT)
 
 
-def _define_flags():
+def define_flags():
     cli.define_run_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_string("topology", None, "Chips and their arrangement, such as v5e:16x16.")
     flags.DEFINE_integer("slices", 1, "How many such slices, joined by a slower network.", 1)
     flags.DEFINE_enum("stage", "blt", ["blt", "entropy_model", "token_model"], "Which model.")
@@ -84,5 +82,4 @@ def _define_flags():
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse_run)
+    cli.run(main, define_flags)

@@ -1,14 +1,14 @@
-"""Weights from any format to any: `python -m bltjax.convert --source=DIR --target=DIR --format=hf`.
+"""Converts weights: `bltjax convert --source=DIR --target=DIR --format=hf`.
 
-The source's format is detected. The target appears when it is whole: a conversion that fails, or
-is killed, leaves none.
+Detects the format of the source. The target appears when it is complete: a conversion that fails or
+is killed leaves none.
 """
 
 import json
 import os
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
 from bltjax.checkpoints.pytorch.convert import FORMATS, convert
@@ -17,8 +17,7 @@ from bltjax.config.model import DTYPES
 
 def main(argv):
     chosen = flags.FLAGS
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}: give --source, --target and --format")
+    cli.no_arguments(argv, "give --source, --target and --format")
     if None in (chosen.source, chosen.target, chosen.format):
         cli.fail("give --source=DIR, --target=DIR and --format=bltjax, hf or meta")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: leave accelerators to others
@@ -47,7 +46,7 @@ def main(argv):
     print(json.dumps(result))
 
 
-def _define_flags():
+def define_flags():
     flags.DEFINE_string("source", None, "Weights: bltjax's, a run's, Hugging Face's or Meta's.")
     flags.DEFINE_string("target", None, "A directory that is not there yet.")
     flags.DEFINE_enum("format", None, FORMATS, "Of the target.")
@@ -59,5 +58,4 @@ def _define_flags():
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main, define_flags)

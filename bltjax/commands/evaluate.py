@@ -1,42 +1,41 @@
-"""How good a model is: `python -m bltjax.evaluate --checkpoint=DIR --data=PATH`, and named tasks.
+"""Measures a model: `bltjax evaluate --checkpoint=DIR --data=PATH`, and named tasks.
 
 PATH is a file, or a directory of which every file that is not hidden is a document, or holds one
 in each line (.jsonl, .ndjson, also .gz and .zst). Its top-level directories, and files of lines
-beside them, are the sources that are told apart; so are languages, where lines name theirs.
-Prints a table of bits per byte, with xz for scale. Further parts, with --data or without:
+beside them, are the sources, with a result each; so are languages, where lines name theirs. Prints
+a table of bits per byte, with xz for scale. Further parts, with --data or without:
 
     --suites=characters,noise   questions about characters; multiple choice from --data, with noise
     --samples=N                 how much of what the model writes is valid UTF-8
     --tasks=a,b                 tasks of lm-evaluation-harness, of the hub or of --tasks_path=DIR
 
-All of it is JSON in the last line.
+The last line is all of it as JSON.
 """
 
 import json
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
 from bltjax.evaluation import suites
-from bltjax.evaluation.files import _contents, chosen_files, evaluate
+from bltjax.evaluation.files import chosen_files, evaluate, read_documents
 from bltjax.runtime.terminal import json_number
 
 
 def run(chosen) -> dict:
-    """What the flags ask for, in the order of the help."""
+    """Runs the measurements that the flags ask for; returns their results."""
     if chosen.data is not None:
         Path(chosen.data).stat()  # a wrong path shows before the model is loaded
     model, result = cli.open_model(), {}
     if chosen.data is not None:
-        options = {} if chosen.row_bytes is None else dict(row_bytes=chosen.row_bytes)
-        result |= evaluate(model, chosen.data, chosen.max_bytes, **options)
+        result |= evaluate(model, chosen.data, chosen.max_bytes, chosen.row_bytes)
     if "characters" in chosen.suites:
         result["characters"] = suites.character_suite(model, chosen.words, chosen.limit)
     if "noise" in chosen.suites:
         files = chosen_files(chosen.data, chosen.max_bytes, [])
-        documents = [data for chunk in _contents(files, []) for _, _, data in chunk]
+        documents = [document.data for document in read_documents(files, [])]
         result["noise"] = suites.noise_suite(model, documents, chosen.limit)
     if chosen.samples:
         result["samples"] = suites.sample_suite(model, chosen.samples)
@@ -47,8 +46,7 @@ def run(chosen) -> dict:
 
 
 def main(argv):
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}: give --checkpoint and --data")
+    cli.no_arguments(argv, "give --checkpoint and --data")
     chosen = flags.FLAGS
     parts = (chosen.data, chosen.suites, chosen.samples, chosen.tasks)
     if chosen.checkpoint is None or not any(parts):
@@ -72,9 +70,8 @@ def _without_nan(value):
     return json_number(value) if isinstance(value, float) else value
 
 
-def _define_flags():
+def define_flags():
     cli.define_model_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_string("data", None, "A file, or a directory of files.")
     flags.DEFINE_list("suites", [], f"Further parts, see above: {', '.join(suites.SUITES)}.")
     flags.DEFINE_integer("samples", 0, "Texts to draw from the model.", 0)
@@ -88,5 +85,4 @@ def _define_flags():
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main, define_flags)

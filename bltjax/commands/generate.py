@@ -1,7 +1,7 @@
-"""Text from a model: `python -m bltjax.generate --checkpoint=DIR --prompt=TEXT`.
+"""Generates text: `bltjax generate --checkpoint=DIR --prompt=TEXT`.
 
-The continuation appears as it is written, in whole characters; then bytes a second, and how often
-each stack ran. The last line is JSON. `--raw` writes the bytes and nothing else.
+Prints the continuation while it is written, in whole characters; then bytes per second and how
+often each stack ran. The last line is JSON. `--raw` writes the bytes and nothing else.
 """
 
 import codecs
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
 from bltjax.runtime.terminal import printable
@@ -68,8 +68,7 @@ def summary(found: dict) -> str:
 
 
 def main(argv):
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}: give --checkpoint and --prompt")
+    cli.no_arguments(argv, "give --checkpoint and --prompt")
     chosen = flags.FLAGS
     if chosen.checkpoint is None or (chosen.prompt is None) == (chosen.prompt_file is None):
         cli.fail("give --checkpoint=DIR and one of --prompt=TEXT and --prompt_file=FILE")
@@ -107,9 +106,8 @@ def _prompt(chosen) -> bytes:
     return Path(chosen.prompt_file).read_bytes()
 
 
-def _define_flags():
+def define_flags():
     cli.define_model_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_string("prompt", None, "What the text begins with; may be empty.")
     flags.DEFINE_string("prompt_file", None, "A file that holds it; - is standard input.")
     flags.DEFINE_integer("max_new_bytes", 256, "Bytes to write at most.", lower_bound=0)
@@ -127,5 +125,4 @@ def _define_flags():
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main, define_flags)

@@ -1,8 +1,8 @@
-"""How a model cuts a text into patches: `python -m bltjax.patches --checkpoint=DIR --input=FILE`.
+"""Shows the patches of a text: `bltjax patches --checkpoint=DIR --input=FILE`.
 
-Shows the text with its patches, how long they are, and, with --png and --html, how hard each byte
-was. Of a folder it prints a table instead: bytes per patch of each of its subfolders (languages,
-sources) and files. Any bytes are text; all of it is JSON in the last line.
+Prints the text with its patches, their lengths, and, with --png and --html, the entropy of each
+byte. For a folder it prints a table: bytes per patch of each subfolder (a language, a source) and
+file. Any bytes are text. The last line is all of it as JSON.
 """
 
 import dataclasses
@@ -13,13 +13,15 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
-from bltjax.config import ENTROPY_RULES, PatchingConfig
+from bltjax.config import PatchingConfig
+from bltjax.evaluation.files import read_beginning
 from bltjax.evaluation.patches import pictures
-from bltjax.evaluation.patches.tables import read, result_of, show_folder, show_text
+from bltjax.evaluation.patches.tables import result_of, show_folder, show_text
 from bltjax.evaluation.patches.view import PatchView
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.files import replacing
 from bltjax.runtime.terminal import printable
 
@@ -29,7 +31,7 @@ MAX_SHOWN_BYTES = 1_000_000  # of a text that is shown: pages of more are slow t
 def read_shown(path: str, max_bytes: int | None) -> bytes:
     """The text to show. Raises ValueError where it is longer than MAX_SHOWN_BYTES."""
     most = MAX_SHOWN_BYTES + 1
-    text = read(path, most if max_bytes is None else min(max_bytes, most))
+    text = read_beginning(path, most if max_bytes is None else min(max_bytes, most))
     if len(text) > MAX_SHOWN_BYTES:
         raise ValueError(
             f"{path} has more than the {MAX_SHOWN_BYTES} bytes that can be shown: give "
@@ -40,7 +42,7 @@ def read_shown(path: str, max_bytes: int | None) -> bytes:
 
 def with_threshold(patching: PatchingConfig, threshold: float) -> PatchingConfig:
     """The same rule with another threshold. Raises ValueError for rules that have none."""
-    if patching.rule not in ENTROPY_RULES:
+    if not needs_entropies(patching):
         raise ValueError(
             f"patching rule {patching.rule!r} has no threshold: leave out --threshold={threshold}"
         )
@@ -50,25 +52,25 @@ def with_threshold(patching: PatchingConfig, threshold: float) -> PatchingConfig
 
 
 def run(chosen) -> dict:
-    """What the flags ask for; returns what the last line holds."""
+    """Shows what the flags ask for; returns the content of the last line."""
     is_folder = chosen.input != "-" and Path(chosen.input).is_dir()
     _check_targets(chosen, is_folder)
     text = None if is_folder else read_shown(chosen.input, chosen.max_bytes)
     model = cli.open_model()
-    trained = model.patching
+    patching = model.patching
     if chosen.threshold is not None:
-        model.patching = with_threshold(trained, chosen.threshold)
+        patching = with_threshold(patching, chosen.threshold)
     if is_folder:
-        found = show_folder(model, Path(chosen.input), chosen.max_bytes, trained)
+        found = show_folder(model, Path(chosen.input), chosen.max_bytes, patching)
         total, rows, unreadable = found["total"], found["rows"], found["unreadable"]
     else:
         name = "standard input" if chosen.input == "-" else printable(Path(chosen.input).name)
-        view, total, facts = show_text(model, text, name, trained, _colour(chosen.color))
+        view, total, facts = show_text(model, text, patching, _colour(chosen.color))
         rows, unreadable = [dict(name=chosen.input) | total.report()], []
     print("\n".join(["", "bytes of a patch", *pictures.histogram_lines(total.lengths)]))
     if not is_folder:
         save(view, name, facts, chosen.png, chosen.html)
-    return result_of(total, model.patching, trained) | dict(files=rows, unreadable=unreadable)
+    return result_of(total, patching, model.patching) | dict(files=rows, unreadable=unreadable)
 
 
 def save(view: PatchView, name: str, facts: list[str], png: str | None, page: str | None):
@@ -113,9 +115,8 @@ def _colour(when: str) -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
-def _define_flags():
+def define_flags():
     cli.define_model_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_string("input", None, "A file, a folder of files, or - for standard input.")
     flags.DEFINE_string("png", None, "Draw the entropy of each byte, with patches and threshold.")
     flags.DEFINE_string("html", None, "Write a page with coloured patches and their values.")
@@ -125,5 +126,4 @@ def _define_flags():
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main, define_flags)

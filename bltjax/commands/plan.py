@@ -1,24 +1,23 @@
-"""What a run would take on so many chips: `python -m bltjax.plan --config=FILE --chips=1024`.
+"""Plans memory on a number of chips: `bltjax plan --config=NAME --chips=1024`.
 
-The training steps are traced on an abstract mesh, so every layout is checked in seconds and no
-device is needed. What is printed is counted from types: bytes of parameters, gradients, optimizer
-state and batch on each chip, and the largest array in between. A compiler keeps several of those at
-a time and saves others, so a plan that does not fit is sure, and one that does is likely. Left out
-are the entropy model of patching.in_step and the sum of gradients over accumulation_steps.
+Traces the training steps on an abstract mesh, so every layout is checked in seconds and without
+devices. Everything is counted from types: bytes of parameters, gradients, optimizer state and batch
+on each chip, and the largest array in between. A compiler keeps several of those at a time and
+saves others: a plan that does not fit cannot run, one that fits probably does. The entropy model of
+patching.in_step and the sum of gradients over accumulation_steps are not counted.
 """
 
 import json
 import time
 
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
 from bltjax.costs.memory_plan import plan_stage, print_plan
 
 
 def main(argv):
-    if len(argv) > 1:
-        cli.fail(f"unexpected argument {argv[1]!r}: give --config and --chips")
+    cli.no_arguments(argv, "give --config and --chips")
     config, _ = cli.read_config(needs_workdir=False)
     if flags.FLAGS.chips is None:
         cli.fail("give --chips=NUMBER")
@@ -48,12 +47,10 @@ def main(argv):
     print(json.dumps(result))
 
 
-def _define_flags():
+def define_flags():
     cli.define_run_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_integer("chips", None, "How many chips the mesh is to have.", 1)
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse_run)
+    cli.run(main, define_flags)

@@ -1,17 +1,17 @@
-"""Entropies of a corpus: `python -m bltjax.preprocess --config=configs/NAME.py --workdir=DIR`.
+"""Computes the entropies of a corpus: `bltjax preprocess --config=NAME --workdir=DIR`.
 
 Reads the sources of the config into records in DIR/records, computes the entropy of every byte with
-the entropy model that was trained in DIR (or is brought with --entropy_model), and reports the
-threshold for the wanted mean patch, by source and by language. Interrupt it and run it again: it
-goes on with the next shard. Run it several times at once: the processes share the work.
-`bltjax.train` with the same --config and --workdir goes on from here; other runs read the records
-with --config.data.records=DIR/records. The last line is the report as JSON.
+the entropy model that was trained in DIR (or the one of --entropy_model), and reports the threshold
+for the wanted mean patch, by source and by language. An interrupted run goes on with the next
+shard; several processes share the work. `bltjax train` with the same --config and --workdir goes on
+from here; other runs read the records with --config.data.records=DIR/records. The last line is the
+report as JSON.
 """
 
 import json
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
 from bltjax.cli import fail
@@ -19,8 +19,7 @@ from bltjax.recipe.entropies import bring_entropy_model
 
 
 def main(argv):
-    if len(argv) > 1:
-        fail(f"unexpected argument {argv[1]!r}: settings are given as --config.name=value")
+    cli.no_arguments(argv, "settings are given as --config.name=value")
     config, workdir = cli.read_config()
     # Imported late: --help and wrong settings answer at once, without loading JAX.
     import dataclasses
@@ -49,14 +48,12 @@ def main(argv):
     print(json.dumps(report))
 
 
-def _define_flags():
+def define_flags():
     cli.define_run_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_string(
         "entropy_model", None, "A directory with the entropy model, in any format that is read."
     )
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse_run)
+    cli.run(main, define_flags)

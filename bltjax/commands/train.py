@@ -1,8 +1,8 @@
-"""Train from a config: `python -m bltjax.train --config=configs/quickstart.py --workdir=DIR`.
+"""Trains a model: `bltjax train --config=quickstart --workdir=DIR`.
 
-Settings change on the command line, for example `--config.blt_training.steps=100`. Run the same
-command again and it goes on where it stopped. Several processes that are started with it, by
-launch/ or by a platform, are one run.
+Settings change on the command line, for example `--config.blt_training.steps=100`. The same command
+resumes a run that was stopped or killed. Several processes that are started with it, by launch/ or
+by a platform, work on one run.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 
-from absl import app, flags
+from absl import flags
 
 from bltjax import cli
 from bltjax.cli import fail
@@ -21,8 +21,7 @@ DIVERGED = 3  # exit code: the loss became NaN or infinite
 
 
 def main(argv):
-    if len(argv) > 1:
-        fail(f"unexpected argument {argv[1]!r}: settings are given as --config.name=value")
+    cli.no_arguments(argv, "settings are given as --config.name=value")
     config, workdir = cli.read_config()
     chosen = flags.FLAGS
     try:
@@ -75,9 +74,8 @@ def train(config, workdir):
     print(json.dumps(result))
 
 
-def _define_flags():
+def define_flags():
     cli.define_run_flags()
-    flags.adopt_module_key_flags(cli)  # shown by --help
     flags.DEFINE_string(
         "coordinator", None, "HOST:PORT of process 0, of several; default: what the platform says."
     )
@@ -86,5 +84,4 @@ def _define_flags():
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main, flags_parser=cli.parse_run)
+    cli.run(main, define_flags)

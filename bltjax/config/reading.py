@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
-import importlib.util
 import os
+import runpy
 import types
 import typing
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from ml_collections import config_dict
 
 from bltjax.config.run import RunConfig
 
-# Settings that may change between the runs of one working directory: which stages to do now, where
-# they run and how they are watched. (Another mesh adds in another order: equal up to rounding.)
+# Settings that may change between the runs of one working directory: which stages to run, on what,
+# and what is logged. (Another mesh adds in another order: results are equal up to rounding.)
 FREE_FIELDS = (
     "stages",
     "mesh",
@@ -30,29 +30,53 @@ FREE_FIELDS = (
 )
 
 
-def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> RunConfig:
-    """The settings in a file of `configs/`, as the command line reads them.
+# In a wheel configs/ lies inside the package, in a checkout beside it.
+CONFIGS = tuple(Path(__file__).parents[up] / "configs" for up in (1, 2))
 
-    `path` is what `--config=` takes: "configs/quickstart.py", or with what the file's get_config is
-    given, "configs/studies/blt.py:laptop". `settings` are those of `--config.NAME=VALUE`, such as
-    {"blt.remat": "full"}. Raises OSError, ValueError, and what the file raises.
+
+def config_path(name: str) -> str:
+    """Returns the file of a config: of a path, or of a name such as "quickstart".
+
+    What follows a colon is for the file's get_config and stays: "studies/blt:laptop". Raises
+    FileNotFoundError that lists the names.
     """
-    name, *argument = os.fspath(path).split(":", 1)
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(*argument)
+    path, colon, argument = name.partition(":")
+    candidates = [Path(path), *(d / f"{path.removesuffix('.py')}.py" for d in CONFIGS)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return f"{candidate}{colon}{argument}"
+    names = sorted(
+        {p.relative_to(d).with_suffix("").as_posix() for d in CONFIGS for p in d.rglob("*.py")}
+    )
+    raise FileNotFoundError(
+        f"{path!r} is neither a file nor the name of a config: give the path of a file, or one of "
+        f"{', '.join(names)}"
+    )
+
+
+def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> RunConfig:
+    """Reads the settings in a config file, as the command line reads them.
+
+    Args:
+      path: what `--config=` takes, a name or a file: "quickstart", "configs/quickstart.py", or with
+        an argument for the file's get_config "studies/blt:laptop".
+      settings: those of `--config.NAME=VALUE`, such as {"blt.remat": "full"}.
+
+    Raises OSError, ValueError, and what the file raises.
+    """
+    name, *argument = config_path(os.fspath(path)).split(":", 1)
+    config = runpy.run_path(name)["get_config"](*argument)
     config.update_from_flattened_dict(settings or {})
     return from_config_dict(RunConfig, config)
 
 
 def default_config(cls=RunConfig) -> ml_collections.ConfigDict:
-    """All settings at their defaults, as a ConfigDict for a file in `configs/` to edit."""
+    """Returns all settings at their defaults, as a ConfigDict for a config file to edit."""
     return to_config_dict(cls())
 
 
 def to_config_dict(config) -> ml_collections.ConfigDict:
-    """A dataclass as a ConfigDict; optional fields become typed placeholders."""
+    """Turns a dataclass into a ConfigDict; optional fields become typed placeholders."""
     result = ml_collections.ConfigDict()
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
@@ -68,7 +92,7 @@ def to_config_dict(config) -> ml_collections.ConfigDict:
 
 
 def from_config_dict(cls, config, name: str = "config"):
-    """The frozen dataclass that a ConfigDict (or a nested dict) describes.
+    """Turns a ConfigDict (or a nested dict) into the frozen dataclass `cls`.
 
     Raises ValueError that names the field and the value: unknown key (with the nearest known
     one), wrong type, or a value that no model could have.
@@ -118,7 +142,7 @@ def _plain_type(hint):
 
 
 def to_dict(config) -> dict:
-    """A dataclass as nested plain dicts (JSON-ready, tuples as lists)."""
+    """Turns a dataclass into nested dicts for JSON, with lists for tuples."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -129,7 +153,7 @@ def to_dict(config) -> dict:
 
 
 def differences(old: dict, new: dict, name: str = "config") -> list[str]:
-    """Fields whose values differ between two `to_dict` results, free fields left out."""
+    """Returns lines on the fields that differ between two `to_dict` results, but FREE_FIELDS."""
     found = []
     for key in sorted({*old, *new} - set(FREE_FIELDS)):
         a, b = old.get(key), new.get(key)

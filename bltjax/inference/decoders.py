@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from bltjax import vocabulary
-from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.data.tokenizer import Tokenizer
 from bltjax.model import functional
 from bltjax.model.cache import (
@@ -32,7 +32,9 @@ from bltjax.model.cache import (
     new_ring,
 )
 from bltjax.model.incremental import ngram_reach
+from bltjax.model.unstacked import unstacked
 from bltjax.ops.slots import on_rows, read_positions, read_slots, span, write_positions, write_slots
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.patching.incremental import Record, new_record, note_lines, note_starts
 
@@ -41,7 +43,7 @@ def for_generation(params: dict) -> dict:
     """Returns parameters in the layout that loops on CPUs run fastest with; a copy only there."""
     if jax.sharding.get_mesh().devices.flat[0].platform != "cpu":
         return params
-    return jax.jit(functional.apart)(params)
+    return jax.jit(unstacked)(params)
 
 
 class PlainState(NamedTuple):
@@ -168,7 +170,7 @@ class BLTDecoder:
 
     @property
     def needs_entropies(self) -> bool:
-        return self.patching.rule in ENTROPY_RULES
+        return needs_entropies(self.patching)
 
     def new_state(self, size: CacheSize, tokens: jax.Array) -> BLTState:
         entropy_cache, model = None, self.entropy_model

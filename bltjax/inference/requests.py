@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bltjax.config import ENTROPY_RULES
 from bltjax.inference.decoders import Decoder
 from bltjax.inference.engine import Decoding, Request
 from bltjax.inference.sampling import Sampling
+from bltjax.patching.boundaries import needs_entropies
 
 
 def configure(
@@ -48,7 +48,7 @@ def _with_threshold(decoder: Decoder, threshold: float) -> Decoder:
     patching = getattr(decoder, "patching", None)
     if patching is None:
         raise ValueError(f"threshold={threshold}: a model of tokens has no patches")
-    if patching.rule not in ENTROPY_RULES:
+    if not needs_entropies(patching):
         raise ValueError(f"threshold={threshold}: the patching rule {patching.rule!r} has none")
     patching = dataclasses.replace(patching, threshold=threshold)
     if problems := patching.problems("patching"):

@@ -12,9 +12,10 @@ import jax
 
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import is_of_tokens, is_trained
-from bltjax.config import ENTROPY_RULES, RunConfig
+from bltjax.config import RunConfig
 from bltjax.data.records.store import ENTROPIES, has_entropies, open_store
 from bltjax.data.sources.units import list_units
+from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
 from bltjax.recipe.corpus import records_directory
 from bltjax.recipe.workdir import claim_workdir
 from bltjax.sharding import check_batch_sizes, check_hash_updates
@@ -35,6 +36,7 @@ def prepare(config: RunConfig, workdir: str | os.PathLike, needs_models: bool = 
     """
     workdir = Path(workdir).absolute()
     mesh = sharding.make_mesh(config.mesh)
+    check_rule(config.patching)
     check_sources(config, workdir)
     if needs_models:
         check_stages(config, workdir)
@@ -54,17 +56,17 @@ def used_models(config: RunConfig, workdir: Path | None = None) -> list[str]:
         tokens = is_of_tokens(stages, workdir)
     blt = bool(stages & {"blt", "sample"}) or (stages == {"evaluate"} and not tokens)
     patched = blt or "entropies" in stages
-    entropy_model = "entropy_model" in stages or (patched and config.patching.rule in ENTROPY_RULES)
+    entropy_model = "entropy_model" in stages or (patched and needs_entropies(config.patching))
     return ["entropy_model"] * entropy_model + ["blt"] * blt + ["token_model"] * tokens
 
 
 def check_stages(config: RunConfig, workdir: Path):
     """A model that the stages use must be trained by them, or before. Raises ValueError."""
     used = used_models(config, workdir)
-    if config.patching.rule == "bpe" and "blt" in used:
+    if rule_of(config.patching).needs_delimiters and "blt" in used:
         raise ValueError(
-            "patching.rule='bpe' starts patches at delimiters (id 3), which files of raw bytes do "
-            "not have: choose another rule"
+            f"patching.rule={config.patching.rule!r} starts patches at delimiters (id 3), which "
+            "files of raw bytes do not have: choose another rule"
         )
     for stage in used:
         if stage in config.stages or is_trained(workdir / stage):

@@ -12,13 +12,13 @@ import numpy as np
 from bltjax import sharding
 from bltjax.checkpoints.fingerprints import digest
 from bltjax.checkpoints.run_directory import entropy_params, is_finished, is_trained
-from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, to_dict
+from bltjax.config import PatchingConfig, RunConfig, to_dict
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.records import store as records
 from bltjax.data.records.entropies import add_entropies, make_entropy_fn, receptive_bytes
 from bltjax.data.records.store import Documents, Shard, Store
-from bltjax.patching.boundaries import lengths_from_starts, patch_starts
-from bltjax.patching.calibrate import RULES, ScoreHistogram, row_bytes_for, row_patches_for
+from bltjax.patching.boundaries import lengths_from_starts, needs_entropies, patch_starts
+from bltjax.patching.calibrate import CALIBRATED, ScoreHistogram, row_bytes_for, row_patches_for
 from bltjax.recipe.corpus import needed_bytes, select, shares
 from bltjax.vocabulary import encode
 
@@ -94,7 +94,7 @@ def find_patches(config: RunConfig, workdir: Path, store: Store, everything: boo
     train = select(config, store, needed)
     validation = select(config, store, config.evaluation.max_bytes, "validation")
     sample, counts, compilations = train, None, 0
-    if patching.rule in ENTROPY_RULES:
+    if needs_entropies(patching):
         if everything:
             sample = store.shards()
             wanted = sample + store.shards(part="validation")
@@ -110,7 +110,7 @@ def find_patches(config: RunConfig, workdir: Path, store: Store, everything: boo
         if threshold is not None:
             patching = dataclasses.replace(patching, threshold=threshold)
     lengths = sample_lengths(patching, sample)
-    if counts is not None and patching.rule in RULES and patching.max_patch_length is None:
+    if counts is not None and patching.rule in CALIBRATED and patching.max_patch_length is None:
         mean = counts.mean_patch_bytes(patching.threshold, patching.rule)
     else:
         by_source = shares(config, store).items()
@@ -151,7 +151,7 @@ def sample_lengths(patching: PatchingConfig, shards: list[Shard]) -> dict[str, n
         share = SAMPLE_BYTES // len(own) // len(sources)
         for shard in own:
             size = 0
-            for document in Documents([shard], entropies=patching.rule in ENTROPY_RULES):
+            for document in Documents([shard], entropies=needs_entropies(patching)):
                 ids = encode(document.data)
                 starts = patch_starts(patching, ids, document.entropies)[: len(ids)]
                 found[shard.source].append(lengths_from_starts(starts))

@@ -31,7 +31,7 @@ from bltjax.checkpoints.run_directory import (
     is_trained,
     token_params,
 )
-from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, to_dict
+from bltjax.config import PatchingConfig, RunConfig, to_dict
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte, format_report, parameter_report
 from bltjax.costs.peak import peak_flops
 from bltjax.data.batches.lanes import Lane, Layout
@@ -45,13 +45,13 @@ from bltjax.inference.engine import generate
 from bltjax.inference.reference import row_patch_starts
 from bltjax.inference.requests import configure, make_requests
 from bltjax.model import functional
-from bltjax.patching.boundaries import lengths_from_starts
+from bltjax.patching.boundaries import lengths_from_starts, needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe import entropies as entropies_module
 from bltjax.recipe.checks import Prepared
 from bltjax.recipe.entropies import Patched
 from bltjax.recipe.workdir import write_json
-from bltjax.training.loop import InStep, TrainingData, Watch, train
+from bltjax.training.loop import InStep, Reporting, TrainingData, train
 from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.step import make_eval_step
 from bltjax.vocabulary import encode
@@ -105,7 +105,7 @@ def train_entropy_model(config: RunConfig, workdir: Path, store: Store, result: 
         stage,
         data,
         workdir / "entropy_model",
-        watch=watch(config, config.entropy_model, data.layout),
+        reporting=watch(config, config.entropy_model, data.layout),
     )
     result["compilations"]["entropy_model"] = trained.compilations
 
@@ -115,7 +115,7 @@ def find_patches(
 ) -> Patched:
     """Stage 2: the threshold, and the documents of the next stages with their entropies."""
     patched, threshold = entropies_module.find_patches(config, workdir, store, everything), ""
-    if config.patching.rule in ENTROPY_RULES:
+    if needs_entropies(config.patching):
         result["compilations"]["entropies"] = patched.compilations
         write_json(workdir / "patching.json", to_dict(patched.patching), once=True)
         sharding.meet("a threshold is written")
@@ -134,7 +134,7 @@ def train_blt(config: RunConfig, workdir: Path, store: Store, patched: Patched, 
     report("blt", config.blt, result)
     layout = entropies_module.blt_layout(config, patched)
     write_json(workdir / "rows.json", layout._replace(patching=None)._asdict())
-    stored = config.patching.rule in ENTROPY_RULES and not config.patching.in_step
+    stored = needs_entropies(config.patching) and not config.patching.in_step
     data = corpus.training_data(config, store, patched.train, layout, entropies=stored)
     measure_rows(data, result)
     in_step = in_step_patching(config, workdir, patched, layout)
@@ -161,22 +161,24 @@ def train_token_model(config: RunConfig, workdir: Path, store: Store, result: di
     about = watch(config, config.token_model, layout)
     about = about._replace(
         flops_per_byte=about.flops_per_byte / mean,
-        about=about.about | dict(tokenizer=tokenizer.digest),
+        metadata=about.metadata | dict(tokenizer=tokenizer.digest),
     )
     directory = workdir / "token_model"
     trained = train(
-        "token_model", config.token_model, config.token_training, data, directory, watch=about
+        "token_model", config.token_model, config.token_training, data, directory, reporting=about
     )
     result["compilations"]["token_model"] = trained.compilations
     result["data_wait_fraction"] = trained.data_wait_fraction
 
 
-def watch(config: RunConfig, model_config, layout: Layout, mean_patch_bytes: float = 1.0) -> Watch:
+def watch(
+    config: RunConfig, model_config, layout: Layout, mean_patch_bytes: float = 1.0
+) -> Reporting:
     """What a stage tells of itself: useful FLOPs, traces, and the settings, for its checkpoints."""
     forward = flops_per_byte(model_config, layout.row_bytes, mean_patch_bytes)["total"]
     about = dict(config=to_dict(config), mesh=dict(jax.sharding.get_mesh().shape))
     peak = peak_flops(model_config.compute_dtype)
-    return Watch(TRAINING_FACTOR * forward, peak, config.profile, about)
+    return Reporting(TRAINING_FACTOR * forward, peak, config.profile, about)
 
 
 def in_step_patching(
@@ -185,7 +187,7 @@ def in_step_patching(
     """What finds the patches of rows without; None where rows have them."""
     if layout.row_patches:
         return None
-    entropy = config.patching.rule in ENTROPY_RULES
+    entropy = needs_entropies(config.patching)
     finder = make_patch_finder(
         patched.patching,
         config.entropy_model if entropy else None,
@@ -231,7 +233,7 @@ def evaluate_model(
         model, params = config.blt, blt_params(config, workdir)
         layout, shards = entropies_module.blt_layout(config, patched), patched.validation
         in_step = in_step_patching(config, workdir, patched, layout)
-        entropies = config.patching.rule in ENTROPY_RULES and in_step is None
+        entropies = needs_entropies(config.patching) and in_step is None
     # One document after the other, so that each has as much context as its rows can give.
     documents = corpus.in_order(store, shards, entropies)
     rows = Lane(documents, layout._replace(pool=1), 0, 1)
@@ -265,7 +267,7 @@ def show_sample(config: RunConfig, workdir: Path, patching: PatchingConfig, resu
     """Stage 5: a continuation of the prompt, and the patches of a sentence."""
     settings, params = config.evaluation, blt_params(config, workdir)
     entropy_config, entropy = None, None
-    if patching.rule in ENTROPY_RULES:
+    if needs_entropies(patching):
         entropy_config, entropy = config.entropy_model, entropy_params(config, workdir)
         stored = workdir / "patching.json"
         patching = dataclasses.replace(

@@ -354,8 +354,8 @@ COMPUTED = """
 import sys, time
 from pathlib import Path
 import ml_dtypes, numpy as np
-from bltjax import lazy
-from bltjax.training import weights_on_disk
+from bltjax.checkpoints import lazy_arrays as lazy
+from bltjax.checkpoints import orbax_weights as weights_on_disk
 
 class Computed:
     '''Values that depend on their place, and are nowhere until they are read.'''

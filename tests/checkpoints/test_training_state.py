@@ -468,7 +468,7 @@ import os, signal, sys, threading, time
 from pathlib import Path
 import jax
 from bltjax import sharding
-from bltjax.training import checkpoint
+from bltjax.checkpoints import training_state as checkpoint
 
 directory = Path(sys.argv[1])
 jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1]))

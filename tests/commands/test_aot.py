@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from tests.test_plan import settings
 
 from bltjax.cli import USER_ERROR
 from bltjax.commands import aot
@@ -25,6 +24,7 @@ from bltjax.costs import compile_report, compiler_errors, programs, topology
 from bltjax.costs.chips import CHIPS, GIB
 from bltjax.costs.flops import flops_per_byte
 from tests import processes
+from tests.commands.test_plan import settings
 
 pytestmark = pytest.mark.long  # one interpreter will do
 
@@ -134,8 +134,7 @@ def on_cpus(monkeypatch):
 
     def compile_program(changes, program):
         config = from_config_dict(RunConfig, settings("configs/quickstart.py", **changes))
-        values = dict(topology="two", slices=1, stage="blt", program=program, text=None)
-        return compile_report.compile_program(config, SimpleNamespace(**values))
+        return compile_report.compile_program(config, "two", 1, "blt", program, None)
 
     two = CHIPS["v5e"], jax.devices()[:2]
     monkeypatch.setattr(topology, "topology_devices", lambda name, slices: two)
@@ -184,15 +183,14 @@ def test_other_failures_are_one_sentence(reason, said):
 
 FAILING = """
 import os
-from absl import app
-from bltjax import aot, command
+from bltjax import cli
+from bltjax.commands import aot
 def fail(*_):
     from jax.errors import JaxRuntimeError
     os.write(2, b"what XLA logged\\n")
     raise JaxRuntimeError("INTERNAL: no")
 aot.compile_program = fail
-aot._define_flags()
-app.run(aot.main, flags_parser=command.parse_run)
+cli.run(aot.main, aot.define_flags)
 """
 
 
@@ -241,7 +239,7 @@ def test_what_does_not_fit(refused, peak, capsys):
 
 LOGGING = """
 import os, sys
-from bltjax import aot
+from bltjax.costs import compile_report as aot
 with aot.captured_log() as log:
     os.write(2, b"E0101 spmd.cc] Involuntary full rematerialization. The compiler was not able")
     print("shown", file=sys.stderr)

@@ -14,7 +14,7 @@ def as_bytes(text) -> bytes:
 class CaseModel:
     """A nat for each capital, and two for each byte of a continuation that the context has not."""
 
-    def score(self, documents, advance=unwatched):
+    def score(self, documents, row_bytes=None, advance=unwatched):
         return [self._score(as_bytes(document)) for document in documents]
 
     def _score(self, data):

@@ -63,7 +63,7 @@ def test_a_task_done_while_its_lock_was_sought_is_left(tmp_path):
 
 HOLDER = """
 import sys, time
-from bltjax import files
+from bltjax.runtime import files
 def hold(task):
     print("held", flush=True)
     time.sleep(60)
@@ -107,7 +107,7 @@ def test_a_failure_comes_through_and_frees_the_task(tmp_path):
 
 FORKING = """
 import os, pathlib, sys, time
-from bltjax import files
+from bltjax.runtime import files
 lock = lambda task: pathlib.Path(sys.argv[1])
 children = []
 def fork(task):

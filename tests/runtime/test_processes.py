@@ -116,13 +116,14 @@ def test_what_is_missing_or_wrong_is_named(environ, given, named):
 # The victim is a process by its number; the other one waits, in a collective or asleep.
 SCRIPT = """
 import os, signal, sys, threading, time
-from bltjax import command, distributed, stopping
+from bltjax import cli
+from bltjax.runtime import processes, signals
 case, port, index = sys.argv[1], sys.argv[2], sys.argv[3]
 # Only a process that was killed may be missed by its heartbeat.
-distributed.HEARTBEAT_SECONDS = 10 if "killed" in case else 200
-with stopping.interrupting():
-    distributed.join(distributed.find_cluster({}, f"127.0.0.1:{port}", 2, int(index)))
-    with distributed.ending_together():
+processes.HEARTBEAT_SECONDS = 10 if "killed" in case else 200
+with signals.interrupting():
+    processes.join(processes.find_cluster({}, f"127.0.0.1:{port}", 2, int(index)))
+    with processes.ending_together():
         import jax
         from jax.experimental.multihost_utils import process_allgather
         if case == "1 has no device" and index == "1":
@@ -144,7 +145,7 @@ with stopping.interrupting():
             try:
                 raise ValueError("no such corpus")
             except ValueError as error:
-                command.fail(error)
+                cli.fail(error)
         elif what == "stopped":
             again = threading.Timer(2, os.kill, [os.getpid(), signal.SIGTERM])
             again.daemon = True

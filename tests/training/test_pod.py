@@ -206,8 +206,8 @@ def test_the_state_is_equal_on_other_meshes(stopped, use_mesh):
 
 FAILING = """
 import resource, sys, time
-from absl import app, flags
-from bltjax import command, sharding, train
+from bltjax import cli, sharding
+from bltjax.commands import train
 put, calls = sharding.put_batch, []
 def put_batch(batch):
     calls.append(1)
@@ -216,8 +216,7 @@ def put_batch(batch):
         FAULT
     return put(batch)
 sharding.put_batch = put_batch
-train._define_flags()
-app.run(train.main, flags_parser=command.parse_run)
+cli.run(train.main, train.define_flags)
 """
 ON_FIRE = 'raise RuntimeError("the disk of this machine is on fire")'
 FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"  # of this process's files

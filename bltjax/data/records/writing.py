@@ -1,9 +1,9 @@
-"""A unit of a source becomes shards, chunk by chunk.
+"""Writes a unit of a source as shards, chunk by chunk.
 
 A chunk is the next documents of the unit, of about `shard_bytes` together, and makes one shard of
-each part. Its mark, a small JSON file, is written when its shards are whole. A process may be
-killed at any moment: the next one reads the unit again, passes over what whole chunks hold and
-writes the rest, and the files come out the same, byte for byte.
+each part. Its mark, a small JSON file, is written once its shards are complete. A process may be
+killed at any moment: the next one reads the unit again, skips the documents of complete chunks and
+writes the rest, and the files are the same, byte for byte.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ from bltjax.data.sources.units import Bad, Document, Unit
 from bltjax.runtime.files import replacing
 
 PARTS = ("train", "validation")
-NAMED_BAD = 20  # bad records that are named; the others are counted
+NAMED_BAD = 20  # bad records that are listed; the others are only counted
 
 
 class Written(NamedTuple):
-    """A chunk that is whole now: its name, its bytes, and those of the unit up to its end."""
+    """A chunk that has been written."""
 
     name: str
     num_bytes: int
-    unit_bytes: int
+    unit_bytes: int  # bytes of the unit up to the end of this chunk
 
 
 def record_unit(
     directory: Path, source: SourceConfig, unit: Unit, data: DataConfig
 ) -> Iterator[Written]:
-    """Writes the chunks of a unit that are not there yet, one at each step of the iterator.
+    """Writes the missing chunks of a unit, and yields after each of them.
 
     Raises ValueError where the source has changed, and for a bad record under bad_records="fail".
     """
@@ -69,7 +69,7 @@ def is_whole(directory: Path, source: SourceConfig, unit: Unit) -> bool:
 
 
 def marks(directory: Path, source: SourceConfig, unit: Unit) -> Iterator[Path]:
-    """The marks of a unit's chunks, up to the first that is not whole."""
+    """Yields the marks of a unit's complete chunks."""
     paths = (_mark(directory, source, unit, chunk) for chunk in itertools.count())
     return itertools.takewhile(Path.exists, paths)
 
@@ -96,7 +96,7 @@ def _write_chunk(
     records: Iterator[Document | Bad],
     data: DataConfig,
 ) -> dict:
-    """Writes the next `shard_bytes` of documents and returns what the chunk's mark says."""
+    """Writes the next `shard_bytes` of documents and returns the content of the chunk's mark."""
     parts: dict[str, _OpenShard] = {}
     bad: list[Bad] = []
     num_read = num_bad = num_bytes = 0

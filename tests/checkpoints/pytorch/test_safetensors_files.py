@@ -183,8 +183,8 @@ def test_threads_share_an_array(tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
-from bltjax import lazy
-from bltjax.conversion.safetensors_files import open_safetensors
+from bltjax.checkpoints import lazy_arrays as lazy
+from bltjax.checkpoints.pytorch.safetensors_files import open_safetensors
 
 def peak():
     status = Path("/proc/self/status").read_text()

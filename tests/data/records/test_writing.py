@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[3]
 # or at its n-th record.
 KILLED = """
 import os, pathlib, pickle, signal, sys
-from bltjax.data import chunks, records
+from bltjax.data.records import store as records
+from bltjax.data.records import writing as chunks
 data, job, moments = pickle.load(open(sys.argv[1], "rb"))
 def dying(function, when, n):
     def call(*args):
@@ -105,7 +106,8 @@ def test_killed_entropies_go_on_to_the_same_files(corpus, tmp_path):
 
 TOGETHER = """
 import pathlib, pickle, sys, time
-from bltjax.data import chunks, records
+from bltjax.data.records import store as records
+from bltjax.data.records import writing as chunks
 directory, data = pickle.load(open(sys.argv[1], "rb"))
 encoded = chunks.encoded
 def slowly(document):

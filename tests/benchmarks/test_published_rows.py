@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import published_rows
 from bltjax.config import DataConfig, PatchingConfig
-from bltjax.data.batches import published_rows
 from bltjax.data.records import store as records
 from tests import golden
 
