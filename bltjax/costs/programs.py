@@ -1,7 +1,7 @@
-"""The programs that can be compiled ahead: a training step, and the two of generation.
+"""Programs that can be compiled ahead: a training step, and the two loops of generation.
 
-Each is traced for the mesh that is set, from types alone, with what its parts weigh and the FLOPs
-that the model needs for it.
+Each is traced for the mesh that is set, from types alone, with the bytes of its inputs and the
+FLOPs that the model needs for it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from bltjax.training.state import abstract_state
 from bltjax.training.step import make_train_step
 
 ROWS_PER_SHARD, MIN_PATCH_BYTES = 1, 2.0  # of texts that are generated
-ANY_THRESHOLD = 1.0  # where the text decides it; the program is the same
+ANY_THRESHOLD = 1.0  # where none is set yet; the program is the same
 
 
 class Traced(NamedTuple):
@@ -43,7 +43,7 @@ class Traced(NamedTuple):
 
 
 def trace(config, stage: str, program: str) -> Traced:
-    """A program of a RunConfig on the mesh that is set."""
+    """Traces a program of a RunConfig on the mesh that is set."""
     if program == "train":
         return _trace_train(config, stage)
     return _trace_prefill(config) if program == "prefill" else _trace_decode(config)
@@ -73,7 +73,7 @@ def _trace_train(config, stage) -> Traced:
 
 
 def _patch_finder(config, num_patches):
-    """What finds patches inside the step, and the parameters that it takes."""
+    """Returns the patch finder of a step, and the parameters that it takes."""
     finder = make_patch_finder(_patching(config), config.entropy_model, num_patches)
     if not needs_entropies(config.patching):
         return finder, None
@@ -86,7 +86,7 @@ def _patching(config):
 
 
 def _trace_prefill(config) -> Traced:
-    """A piece of each prompt, with the patches that it has on average."""
+    """Traces the loop that reads prompts; FLOPs are those of a chunk of each prompt."""
     shape, params, tokens, request = _generation(config)
     num_bytes = shape.size.rows * shape.size.chunk
     return Traced(
@@ -98,7 +98,7 @@ def _trace_prefill(config) -> Traced:
 
 
 def _trace_decode(config) -> Traced:
-    """A byte of each row, and a patch of each."""
+    """Traces the loop that writes bytes; FLOPs are those of a byte and a patch of each row."""
     shape, params, tokens, request = _generation(config)
     progress = jax.eval_shape(functools.partial(loops.prefill, shape), params, tokens, request)
     steps = sharding.concrete(jax.eval_shape(lambda: jnp.int32(0)))
@@ -111,7 +111,7 @@ def _trace_decode(config) -> Traced:
 
 
 def _generation(config):
-    """(program shape, parameters, tokens, request) of rows as long as in training, from types."""
+    """Returns shape, parameters, tokens and requests of rows as long as in training, as types."""
     mesh = jax.sharding.get_mesh()
     rows = ROWS_PER_SHARD * sharding.num_row_shards(mesh)
     needed = config.entropy_model if needs_entropies(config.patching) else None
@@ -124,12 +124,9 @@ def _generation(config):
 
     def inputs():
         row = sharding.shard_rows(jnp.zeros(rows, jnp.int32))
-        return sharding.shard_rows(jnp.zeros((rows, length), jnp.int32)), RequestArrays(
-            row,
-            row,
-            row.astype(jnp.uint32),
-            jnp.zeros((0, 1), jnp.int32),
-            sampling_arrays(Sampling()),
+        tokens, stops = jnp.zeros((rows, length), jnp.int32), jnp.zeros((0, 1), jnp.int32)
+        return sharding.shard_rows(tokens), RequestArrays(
+            row, row, row.astype(jnp.uint32), stops, sampling_arrays(Sampling())
         )
 
     return shape, *sharding.concrete((params, *jax.eval_shape(inputs)))
@@ -145,7 +142,7 @@ def _generation_bytes(params, state) -> dict[str, int]:
 
 
 def _forward_flops(config, patch_bytes: float | None = None) -> float:
-    """FLOPs of a byte, with the entropy model where patches need it."""
+    """Returns FLOPs of a byte, with the entropy model where patches need it."""
     length = config.blt_training.row_bytes
     patch_bytes = patch_bytes or config.patching.target_patch_bytes or 1.0
     needed = flops_per_byte(config.blt, length, patch_bytes)["total"]
@@ -155,7 +152,7 @@ def _forward_flops(config, patch_bytes: float | None = None) -> float:
 
 
 def _needed_flops(config, stage, batch) -> dict[str, float]:
-    """What a batch needs: forward, train, and what rematerialisation computes again."""
+    """Returns FLOPs of a batch: forward, train, and recompute, which rematerialisation adds."""
     model, _ = config.trained(stage)
     rows, length = batch["tokens"].shape
     patch_bytes = length / batch["patch_lengths"].shape[1] if "patch_lengths" in batch else 1.0
@@ -169,11 +166,11 @@ def _needed_flops(config, stage, batch) -> dict[str, float]:
 
 
 def recomputed_per_byte(model, length: int, patch_bytes: float) -> float:
-    """FLOPs of the backward pass that remat adds: "full" runs the layers again.
+    """Returns the FLOPs that remat adds to the backward pass: "full" runs the layers again.
 
-    "dots" keeps what linear layers and attention yield, so that only elementwise work and small
-    products of cross-attention are repeated, which count 0, as does "none". Attention by blocks
-    computes its scores again whatever remat says, which is not counted either.
+    "dots" keeps the results of linear layers and attention, so that only elementwise work and small
+    products of cross-attention are repeated; they count 0. Attention by blocks computes its scores
+    again in any case, which is not counted either.
     """
     if model.remat != "full":
         return 0.0

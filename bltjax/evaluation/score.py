@@ -100,12 +100,25 @@ class BLTScoring(ByteScoring):
 
     def pack(self, documents: Iterable[np.ndarray], row_length: int) -> Iterator[Packed]:
         """Raises ValueError where the rule needs an entropy model and there is none."""
-        finder = self.entropy_config, self.entropy_params, self.patching
         for chunk in _chunks(documents):
-            for ids, starts in zip(chunk, document_starts(*finder, chunk), strict=True):
+            for ids, starts in zip(chunk, self._find_starts(chunk), strict=True):
                 length = _row_length(len(ids) + 1, row_length)  # + 1: patches cover one more
                 rows = pack_patches([(ids, starts)], length, length)
                 yield Packed(ids, int(starts.sum()), rows)
+
+    def _find_starts(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns bool [S] for each document's ids [S]: patch starts, the first S of spec 2.1."""
+        patching, entropies = self.patching, [None] * len(documents)
+        if needs_entropies(patching):
+            if self.entropy_config is None:
+                raise ValueError(
+                    f"patching rule {patching.rule!r} needs an entropy model and there is none: "
+                    "give entropy_model="
+                )
+            model = self.entropy_config, self.entropy_params
+            entropies = document_entropies(*model, documents, patching.reset_at_newlines)
+        pairs = zip(documents, entropies, strict=True)
+        return [patch_starts(patching, ids, h)[: len(ids)] for ids, h in pairs]
 
 
 def score_documents(
@@ -125,38 +138,12 @@ def score_documents(
     """
     ids = map(model.encode, _checked(documents, row_bytes))
     sizes, results = run_rows(_row_nats, model, ids, itertools.repeat(1), row_bytes, advance)
-    # A document's rows may come back in any order: fsum is exact, and the same in all.
-    totals = zip(map(math.fsum, results), sizes, strict=True)
-    return [_score(nats, *size) for nats, size in totals]
-
-
-def _score(nats: float, num_bytes: int, num_patches: int) -> Score:
-    bits = nats / math.log(2) / num_bytes if num_bytes else math.nan
-    return Score(nats, num_bytes, num_patches, bits)
-
-
-def document_starts(
-    entropy_config: EntropyModelConfig | None,
-    entropy_params,
-    patching: PatchingConfig,
-    documents: Sequence[np.ndarray],
-) -> list[np.ndarray]:
-    """Returns bool [S] for each document's ids [S]: patch starts, the first S of spec 2.1's N+1.
-
-    Raises ValueError where the rule needs an entropy model and there is none.
-    """
-    if needs_entropies(patching) and entropy_config is None:
-        raise ValueError(
-            f"patching rule {patching.rule!r} needs an entropy model and there is none: "
-            "give entropy_model="
-        )
-    entropies = [None] * len(documents)
-    if needs_entropies(patching):
-        entropies = document_entropies(
-            entropy_config, entropy_params, documents, patching.reset_at_newlines
-        )
-    pairs = zip(documents, entropies, strict=True)
-    return [patch_starts(patching, ids, h)[: len(ids)] for ids, h in pairs]
+    scores = []
+    for (num_bytes, num_patches), row_nats in zip(sizes, results, strict=True):
+        nats = math.fsum(row_nats)  # exact, so the same in any order of the rows
+        bits = nats / math.log(2) / num_bytes if num_bytes else math.nan
+        scores.append(Score(nats, num_bytes, num_patches, bits))
+    return scores
 
 
 def document_entropies(

@@ -172,6 +172,17 @@ def test_drawn_text_with_drafts_does_not_depend_on_the_batch(tiny):
 
 
 @pytest.mark.long
+def test_a_seed_gives_the_texts_of_the_first_release(tiny):
+    """Texts of earlier code, with drafts. Greedy and plain texts are held by recomputation."""
+    texts, options = [b"a", "naïve café"], dict(temperature=1.2, top_k=40, max_drafts=3)
+    found, _ = tiny.generate(texts, 40, [2, 3], batch_size=4, **options)
+    assert [text.hex() for text in found] == [
+        "086bd36839fb9b6a91b5fefe9255e7744e891cedbe1358429bd2492d28b838e9a547b6c76175d5d6",
+        "d22d716da84662b8d512104f8665aeeb9264832819abb60b78d26f89a46733e7ff20ac51e9fc7a66",
+    ]
+
+
+@pytest.mark.long
 def test_the_global_stack_runs_once_for_each_closed_patch(tiny):
     text, new = b"some text to go on with", 40
     (written,), counts = tiny.generate([text], new)

@@ -11,6 +11,7 @@ from bltjax.checkpoints.weights import Lengths
 from bltjax.config import TokenModelConfig, TransformerConfig
 from bltjax.data import tokenizer
 from bltjax.evaluation.token_baseline.model import TokenModel
+from bltjax.inference import engine
 from bltjax.inference.loops import decode
 from bltjax.model import functional
 from bltjax.vocabulary import BYTE_OFFSET, EOS_ID
@@ -158,8 +159,9 @@ def slow_text(model, prompt, num_bytes):
 PROMPTS = ["the patch", b"", b"\xff\xfe", "naïve 日本 x = 12"]
 
 
-@pytest.mark.parametrize("window", [None, 8])
-def test_greedy_text_is_that_of_computing_everything_anew(window):
+@pytest.mark.parametrize(("window", "chunk"), [(None, 128), (8, 5)])
+def test_greedy_text_is_that_of_computing_everything_anew(window, chunk, monkeypatch):
+    monkeypatch.setattr(engine, "CHUNK", chunk)  # positions of a prompt that are read at once
     model = made(window)
     texts = model.generate(PROMPTS, max_new_bytes=18)
     assert texts == [slow_text(model, prompt, 18) for prompt in PROMPTS]
