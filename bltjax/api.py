@@ -28,7 +28,7 @@ from bltjax.model import functional
 from bltjax.patching.boundaries import entropy_segments, lengths_from_starts, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.patching.entropy import next_byte_entropy
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 __all__ = ["Model", "Score", "load"]
 
@@ -41,7 +41,7 @@ def load(
     compute_dtype: str | None = None,
     bf16_compat: bool = False,
     mesh: jax.sharding.Mesh | None = None,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> "Model | TokenModel":
     """The model in a directory: bltjax's, a training run's, Hugging Face's or Meta's.
 
@@ -57,7 +57,7 @@ def load(
         entropies and threshold rounded to it (spec 2.9). Boundaries near the threshold move.
       mesh: devices to shard over, see `sharding.make_mesh`; None: the mesh that is set, else one
         device.
-      advance: told the bytes that have been read and checked.
+      on_progress: told the bytes that have been read and checked.
 
     Raises FileNotFoundError, and ValueError that lists every problem of the directory.
     """
@@ -71,9 +71,9 @@ def load(
     if token_model.is_token_run(path):
         if entropy_model is not None or bf16_compat:
             raise ValueError(f"{path} holds a token model: give no entropy_model, no bf16_compat")
-        return token_model.load(path, mesh, dtype, compute_dtype, advance)
+        return token_model.load(path, mesh, dtype, compute_dtype, on_progress)
     with jax.set_mesh(mesh):
-        weights = formats.cast(formats.read(path, entropy_model, advance), dtype)
+        weights = formats.cast(formats.read(path, entropy_model, on_progress), dtype)
         for name in weights.params:
             sharding.check_model(getattr(weights, name), name, mesh)
         for note in weights.notes:
@@ -224,7 +224,7 @@ class Model:
         self,
         documents: Sequence[str | bytes],
         row_bytes: int | None = None,
-        advance: Advance = unwatched,
+        on_progress: OnProgress = None,
     ) -> list[Score]:
         """nats, bytes, patches and bits per byte of each document; see `score_documents`.
 
@@ -232,7 +232,7 @@ class Model:
         was trained where that is known, else 8192.
         """
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
-        options = dict(row_bytes=row_bytes, advance=advance)
+        options = dict(row_bytes=row_bytes, on_progress=on_progress)
         with jax.set_mesh(self.mesh):
             if self.config is None:
                 params = self.params["entropy_model"]
@@ -252,7 +252,7 @@ class Model:
         self,
         pairs: Sequence[tuple[str | bytes, str | bytes]],
         row_bytes: int | None = None,
-        advance: Advance = unwatched,
+        on_progress: OnProgress = None,
     ) -> list[ContinuationScore]:
         """nats, bytes and is_greedy of each continuation after its context.
 
@@ -260,7 +260,7 @@ class Model:
         `evaluation.continuations`. row_bytes: as of `score`.
         """
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
-        options = dict(row_bytes=row_bytes, advance=advance)
+        options = dict(row_bytes=row_bytes, on_progress=on_progress)
         with jax.set_mesh(self.mesh):
             if self.config is None:
                 params = self.params["entropy_model"]

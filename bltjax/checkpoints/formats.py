@@ -42,7 +42,7 @@ from bltjax.config import (
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
 from bltjax.runtime.files import UNFINISHED
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 VERSION = 1  # of model.json
 MODEL, WEIGHTS = "model.json", "weights"
@@ -83,7 +83,7 @@ def detect(directory: Path) -> str:
 
 
 def read(
-    directory: Path, entropy_model: Path | None = None, advance: Advance = unwatched
+    directory: Path, entropy_model: Path | None = None, on_progress: OnProgress = None
 ) -> Weights:
     """The model in a directory of any format, its parameters lazy; needs a mesh to be set.
 
@@ -91,10 +91,10 @@ def read(
     problem found, FileNotFoundError, or CheckpointError for a damaged checkpoint.
     """
     problems: list[str] = []
-    weights = _read_one(directory, problems, advance)
+    weights = _read_one(directory, problems, on_progress)
     if entropy_model is not None:
         in_other: list[str] = []
-        other = _read_one(entropy_model, in_other, advance)
+        other = _read_one(entropy_model, in_other, on_progress)
         problems += [f"{entropy_model}: {problem}" for problem in in_other]
         if other is not None and other.entropy_model is None:
             problems.append(f"{entropy_model} has no entropy model: give a directory that has one")
@@ -105,7 +105,7 @@ def read(
     return weights
 
 
-def _read_one(directory: Path, problems: list[str], advance: Advance) -> Weights | None:
+def _read_one(directory: Path, problems: list[str], on_progress: OnProgress) -> Weights | None:
     directory = Path(directory)
     readers = {
         BLTJAX: _read_bltjax,
@@ -114,7 +114,7 @@ def _read_one(directory: Path, problems: list[str], advance: Advance) -> Weights
         META: reading.read_meta,
     }
     try:
-        return readers[detect(directory)](directory, advance)
+        return readers[detect(directory)](directory, on_progress)
     except WeightsError as error:
         problems += error.problems
         return None
@@ -141,9 +141,9 @@ class _OwnPlan(NamedTuple):
     inside: dict
     notes: tuple[str, ...] = ()
 
-    def write(self, directory: Path, advance: Advance = unwatched):
+    def write(self, directory: Path, on_progress: OnProgress = None):
         directory.mkdir(parents=True, exist_ok=True)
-        save_weights(directory / WEIGHTS, self.params, advance)
+        save_weights(directory / WEIGHTS, self.params, on_progress)
         for name, value in self.files.items():
             (directory / name).write_text(json.dumps(value, indent=1) + "\n")
 
@@ -181,7 +181,7 @@ def cast(weights: Weights, dtype: str | None) -> Weights:
     return weights._replace(params=convert(weights.params))
 
 
-def _read_bltjax(directory: Path, advance: Advance) -> Weights:
+def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
     problems: list[str] = []
     described = read_json(directory / MODEL, problems)
     version = described.pop("format", None)
@@ -204,7 +204,7 @@ def _read_bltjax(directory: Path, advance: Advance) -> Weights:
     if problems:
         raise WeightsError(directory, problems)
     params = open_weights(directory / WEIGHTS)
-    _check(directory, dict(blt=blt, entropy_model=entropy_model), params, advance)
+    _check(directory, dict(blt=blt, entropy_model=entropy_model), params, on_progress)
     patching = patching or PatchingConfig(target_patch_bytes=None)
     return Weights(blt, entropy_model, patching, params, lengths)
 
@@ -225,14 +225,14 @@ def _config(cls, values, name: str, problems: list[str]):
     return None if found else config
 
 
-def _read_run(directory: Path, advance: Advance) -> Weights:
+def _read_run(directory: Path, on_progress: OnProgress) -> Weights:
     config, patching, notes = _run_settings(directory)
     stages = [s for s in ("blt", "entropy_model") if is_trained(directory / s)]
     if not stages:
         raise WeightsError(directory, ["it is a run without a checkpoint yet: train it first"])
     params = {stage: open_trained(directory / stage) for stage in stages}
     configs = {stage: getattr(config, stage) for stage in stages}
-    _check(directory, configs, params, advance)
+    _check(directory, configs, params, on_progress)
     training = config.blt_training if "blt" in stages else config.entropy_training
     return Weights(
         configs.get("blt"),
@@ -281,12 +281,12 @@ def _run_settings(directory: Path) -> tuple[RunConfig, PatchingConfig, tuple[str
     return config, dataclasses.replace(patching, threshold=threshold), ()
 
 
-def _check(directory: Path, configs: dict, params: dict, advance: Advance):
+def _check(directory: Path, configs: dict, params: dict, on_progress: OnProgress):
     """That parameters are what their configs say, and finite. Raises WeightsError."""
     expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
     problems = shape_problems(shapes(flat(params)), shapes(flat(expected)))
     try:
-        problems += value_problems(flat(params), advance)
+        problems += value_problems(flat(params), on_progress)
     except CheckpointError as error:
         problems.append(str(error))
     if problems:

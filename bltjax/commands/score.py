@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from bltjax import cli
-from bltjax.runtime.progress import Progress
+from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import json_number, printable
 from bltjax.vocabulary import PAD_ID, encode
 
@@ -34,9 +34,9 @@ def score(model, documents: list[bytes], show_patches: bool = False) -> dict:
             f"--show_patches is for documents of up to {MAX_SHOWN_BYTES} bytes, this one has "
             f"{longest}: leave it out, or give a part of the text"
         )
-    progress = Progress("scoring", sum(map(len, documents)))
-    scores = model.score(documents, advance=progress)
-    progress.close()
+    bar = progress_bar("scoring", sum(map(len, documents)))
+    scores = model.score(documents, on_progress=bar.update)
+    bar.close()
     print(_HEADER)
     for number, (document, found) in enumerate(zip(documents, scores, strict=True), 1):
         print(_line(number, found.num_bytes, found.num_patches, found.nats))

@@ -27,7 +27,7 @@ from bltjax.evaluation.score import (
     trim,
 )
 from bltjax.ops.cross_entropy import next_byte_nats
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 from bltjax.vocabulary import PAD_ID, encode, is_drawable
 
 Text = str | bytes
@@ -50,21 +50,21 @@ def score_continuations(
     pairs: Sequence[tuple[Text, Text]],
     *,
     row_bytes: int = ROW_BYTES,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> list[ContinuationScore]:
     """The ContinuationScore of each (context, continuation) under a byte latent transformer.
 
     Patches are those of BOS + context + continuation; no boundary depends on a later byte, so none
     tells of what is to be predicted. Where a pair is longer than a row, the context keeps its last
     bytes, with a warning; a continuation that is longer than a row by itself goes on in further
-    rows, as a document does, after half a row of context. `advance` is told the number of
+    rows, as a document does, after half a row of context. `on_progress` is told the number of
     continuation bytes of each batch that is done. Raises ValueError for pairs that are none, for a
     missing entropy model and for `row_bytes` below 8.
     """
     texts = _texts(pairs, row_bytes)
     ids = (text.ids for text in texts)
     packed = patched_rows(entropy_config, entropy_params, patching, ids, row_bytes)
-    return _scores(config, params, packed, texts, advance)
+    return _scores(config, params, packed, texts, on_progress)
 
 
 def score_continuations_bytes(
@@ -73,12 +73,12 @@ def score_continuations_bytes(
     pairs: Sequence[tuple[Text, Text]],
     *,
     row_bytes: int = ROW_BYTES,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> list[ContinuationScore]:
     """The same under a byte model without patches; see `score_continuations`."""
     texts = _texts(pairs, row_bytes)
     packed = byte_rows((text.ids for text in texts), row_bytes)
-    return _scores(config, params, packed, texts, advance)
+    return _scores(config, params, packed, texts, on_progress)
 
 
 class _Text(NamedTuple):
@@ -119,7 +119,7 @@ def _texts(pairs: Sequence[tuple[Text, Text]], row_bytes: int) -> list[_Text]:
     return texts
 
 
-def _scores(config, params, packed: Iterable[Packed], texts: list[_Text], advance):
+def _scores(config, params, packed: Iterable[Packed], texts: list[_Text], on_progress):
     nats = [[] for _ in texts]
     is_greedy = [True] * len(texts)
     rows = (
@@ -132,7 +132,8 @@ def _scores(config, params, packed: Iterable[Packed], texts: list[_Text], advanc
         for owner, value, greedy in zip(owners, row_nats, row_greedy, strict=False):
             nats[owner].append(float(value))
             is_greedy[owner] &= bool(greedy)
-        advance(num_bytes)
+        if on_progress:
+            on_progress(num_bytes)
     # Rows may come back in any order: fsum is exact, and the same in all.
     return [
         ContinuationScore(math.fsum(values), text.num_bytes, greedy)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from bltjax.config.data import DataConfig
 from bltjax.data.sources.files import ENDINGS
 from bltjax.data.sources.readers import Document, Fields, read_jsonl
-from bltjax.runtime.progress import Progress
+from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import json_number, printable
 
 READ_BYTES = 16_000_000  # of files in memory at a time
@@ -74,9 +74,9 @@ def evaluate(model, path: str | Path, max_bytes: int | None = None, **options) -
     """
     unreadable = []
     files = chosen_files(path, max_bytes, unreadable)
-    progress = Progress("evaluating", sum(file.num_bytes for file in files))
-    sums, languages = measure(model, files, unreadable, dict(options, advance=progress))
-    progress.close()
+    bar = progress_bar("evaluating", sum(file.num_bytes for file in files))
+    sums, languages = measure(model, files, unreadable, dict(options, on_progress=bar.update))
+    bar.close()
     result = dict(
         sources={name: s.report() for name, s in sums.items()},
         languages={name: s.report() for name, s in sorted(languages.items())},

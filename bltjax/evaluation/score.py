@@ -30,7 +30,7 @@ from bltjax.model import functional
 from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 from bltjax.vocabulary import BYTE_OFFSET, PAD_ID, encode
 
 ROW_BYTES = 8192  # positions of a row, BOS and EOS among them
@@ -67,20 +67,20 @@ def score_documents(
     documents: Sequence[bytes | str],
     *,
     row_bytes: int = ROW_BYTES,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> list[Score]:
     """The Score of each document under a byte latent transformer, on the mesh that is set.
 
     A document of more than `row_bytes` ids goes on in further rows, as it does in training: what
     came before a row is unknown to the model there, but not to the entropies, which are those of
     the whole document. `patching.threshold` must be the one the model was trained with.
-    `entropy_config` may be None under rules that need no entropies. `advance` is told the number
-    of bytes of each batch that is done. Raises ValueError for documents that are not a sequence of
-    bytes or str, for a missing entropy model and for `row_bytes` below 8.
+    `entropy_config` may be None under rules that need no entropies. `on_progress` is called with
+    the number of bytes of each batch that is done. Raises ValueError for documents that are not a
+    sequence of bytes or str, for a missing entropy model and for `row_bytes` below 8.
     """
     ids = map(encode, _checked(documents, row_bytes))
     packed = patched_rows(entropy_config, entropy_params, patching, ids, row_bytes)
-    return _scores(config, params, packed, advance)
+    return _scores(config, params, packed, on_progress)
 
 
 def score_bytes(
@@ -89,11 +89,11 @@ def score_bytes(
     documents: Sequence[bytes | str],
     *,
     row_bytes: int = ROW_BYTES,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> list[Score]:
     """The Score of each document under a byte model without patches; see `score_documents`."""
     ids = map(encode, _checked(documents, row_bytes))
-    return _scores(config, params, byte_rows(ids, row_bytes), advance)
+    return _scores(config, params, byte_rows(ids, row_bytes), on_progress)
 
 
 def patched_rows(
@@ -199,7 +199,7 @@ def raw_targets(batch):
     return batch["loss_mask"] & (batch["targets"] >= BYTE_OFFSET)
 
 
-def _scores(config, params, documents: Iterable[Packed], advance) -> list[Score]:
+def _scores(config, params, documents: Iterable[Packed], on_progress) -> list[Score]:
     sizes, nats = [], []
 
     def rows():
@@ -214,7 +214,8 @@ def _scores(config, params, documents: Iterable[Packed], advance) -> list[Score]
     for owners, num_bytes, row_nats in run_rows(_row_nats, config, params, rows()):
         for owner, value in zip(owners, row_nats, strict=False):  # filled up with padding rows
             nats[owner].append(float(value))
-        advance(num_bytes)
+        if on_progress:
+            on_progress(num_bytes)
     # A document's rows may come back in any order: fsum is exact, and the same in all.
     totals = zip(map(math.fsum, nats), sizes, strict=True)
     return [_score(total, *size) for total, size in totals]

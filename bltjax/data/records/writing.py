@@ -26,27 +26,19 @@ PARTS = ("train", "validation")
 NAMED_BAD = 20  # bad records that are named; the others are counted
 
 
-class Written(NamedTuple):
-    """A chunk that is whole now: its name, its bytes, and those of the unit up to its end."""
-
-    name: str
-    num_bytes: int
-    unit_bytes: int
-
-
 def record_unit(
     directory: Path, source: SourceConfig, unit: Unit, data: DataConfig
-) -> Iterator[Written]:
+) -> Iterator[int]:
     """Writes the chunks of a unit that are not there yet, one at each step of the iterator.
 
-    Raises ValueError where the source has changed, and for a bad record under bad_records="fail".
+    Yields the bytes of the unit's documents up to the end of each chunk. Raises ValueError where
+    the source has changed, and for a bad record under bad_records="fail".
     """
     records = units.read_unit(unit, source, data)
     num_read = unit_bytes = 0
     for chunk in itertools.count():
         mark = _mark(directory, source, unit, chunk)
-        was_whole = mark.exists()
-        if was_whole:
+        if mark.exists():
             content = load(mark)
             if not content["last"]:
                 _pass_over(records, content["records"] - num_read, unit, directory)
@@ -55,10 +47,8 @@ def record_unit(
             content["records"] += num_read
             dump(mark, content)
         num_read = content["records"]
-        chunk_bytes = sum(shard["num_bytes"] for shard in content["shards"])
-        unit_bytes += chunk_bytes
-        if not was_whole:
-            yield Written(mark.stem, chunk_bytes, unit_bytes)
+        unit_bytes += sum(shard["num_bytes"] for shard in content["shards"])
+        yield unit_bytes
         if content["last"]:
             return
 

@@ -8,7 +8,7 @@ from bltjax.config import ENTROPY_RULES, PatchingConfig
 from bltjax.evaluation.files import TOP, File, list_files
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.view import Tally, look
-from bltjax.runtime.progress import Progress
+from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import printable
 
 READ_BYTES = 2_000_000  # of files in memory at a time
@@ -62,13 +62,13 @@ def measure(
 ) -> dict[str, Tally]:
     """A Tally of each subfolder, and of each file that is in none; `unreadable` grows."""
     sizes = [f.num_bytes if max_bytes is None else min(f.num_bytes, max_bytes) for f in files]
-    progress, tallies = Progress("finding patches", sum(sizes)), {}
+    bar, tallies = progress_bar("finding patches", sum(sizes)), {}
     for group in _contents(files, max_bytes, unreadable):
         names, texts = zip(*group, strict=True)
         for name, view in zip(names, look(model, list(texts), trained), strict=True):
             tallies.setdefault(name, Tally()).add(view)
-        progress(sum(map(len, texts)))
-    progress.close()
+        bar.update(sum(map(len, texts)))
+    bar.close()
     return tallies
 
 

@@ -29,7 +29,7 @@ from bltjax.evaluation.token_baseline.score import score_continuations, score_do
 from bltjax.inference.model_steps import prepared
 from bltjax.inference.requests import each
 from bltjax.model import functional
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 Text = str | bytes
 STAGE, TOKENIZER = "token_model", "tokenizer.json"  # in the working directory of a run
@@ -45,7 +45,7 @@ def load(
     mesh: jax.sharding.Mesh,
     dtype: str | None = None,
     compute_dtype: str | None = None,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> "TokenModel":
     """The token model of a run, the newest checkpoint; arguments are those of `api.load`.
 
@@ -61,7 +61,7 @@ def load(
     if compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
     params = {STAGE: open_trained(directory / STAGE)}
-    if problems := config.problems(STAGE) or value_problems(flat(params), advance):
+    if problems := config.problems(STAGE) or value_problems(flat(params), on_progress):
         raise WeightsError(directory, problems)
     weights = formats.cast(Weights(None, None, PatchingConfig(), params), dtype)
     lengths = Lengths(row_bytes=run.token_training.row_bytes)
@@ -96,7 +96,7 @@ class TokenModel:
         self,
         documents: Sequence[Text],
         row_bytes: int | None = None,
-        advance: Advance = unwatched,
+        on_progress: OnProgress = None,
     ) -> list[Score]:
         """nats, bytes, ids (as patches) and bits per byte of each document.
 
@@ -104,13 +104,13 @@ class TokenModel:
         """
         documents = [_bytes_of(d, f"documents[{i}]") for i, d in enumerate(_many(documents))]
         with jax.set_mesh(self.mesh):
-            return score_documents(*self._model, documents, self._row(row_bytes), advance)
+            return score_documents(*self._model, documents, self._row(row_bytes), on_progress)
 
     def score_continuations(
         self,
         pairs: Sequence[tuple[Text, Text]],
         row_bytes: int | None = None,
-        advance: Advance = unwatched,
+        on_progress: OnProgress = None,
     ) -> list[ContinuationScore]:
         """nats, bytes and is_greedy of each continuation after its context, in any company."""
         for i, pair in enumerate(pairs):
@@ -120,7 +120,7 @@ class TokenModel:
             tuple(_bytes_of(text, f"pairs[{i}]") for text in pair) for i, pair in enumerate(pairs)
         ]
         with jax.set_mesh(self.mesh):
-            return score_continuations(*self._model, texts, self._row(row_bytes), advance)
+            return score_continuations(*self._model, texts, self._row(row_bytes), on_progress)
 
     def generate(
         self,

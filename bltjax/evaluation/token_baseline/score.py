@@ -22,7 +22,7 @@ from bltjax.evaluation.score import Score, byte_rows, raw_targets, run_rows, tri
 from bltjax.evaluation.token_baseline.generate import drawable
 from bltjax.model import functional
 from bltjax.ops.cross_entropy import next_byte_nats
-from bltjax.runtime.progress import Advance
+from bltjax.runtime.progress import OnProgress
 from bltjax.vocabulary import PAD_ID
 
 
@@ -39,7 +39,7 @@ def score_documents(
     tokenizer: Tokenizer,
     documents: Sequence[bytes],
     row_tokens: int,
-    advance: Advance,
+    on_progress: OnProgress,
 ) -> list[Score]:
     """The Score of each document, on the mesh that is set; its patches are ids, BOS and EOS too.
 
@@ -48,7 +48,7 @@ def score_documents(
     """
     texts = [_Text(tokenizer.encode(document), 1) for document in documents]
     scores = []
-    sums = _sums(config, params, tokenizer, texts, row_tokens, advance)
+    sums = _sums(config, params, tokenizer, texts, row_tokens, on_progress)
     for document, text, (nats, _) in zip(documents, texts, sums, strict=True):
         bits = nats / math.log(2) / len(document) if document else math.nan
         scores.append(Score(nats, len(document), len(text.ids), bits))
@@ -61,7 +61,7 @@ def score_continuations(
     tokenizer: Tokenizer,
     pairs: Sequence[tuple[bytes, bytes]],
     row_tokens: int,
-    advance: Advance,
+    on_progress: OnProgress,
 ) -> list[ContinuationScore]:
     """The ContinuationScore of each (context, continuation), its ids found as lm-eval finds them.
 
@@ -77,7 +77,7 @@ def score_continuations(
             f"{row_tokens}: give a larger row_bytes to keep them",
             stacklevel=3,
         )
-    sums = _sums(config, params, tokenizer, cut, row_tokens, advance)
+    sums = _sums(config, params, tokenizer, cut, row_tokens, on_progress)
     return [
         ContinuationScore(nats, len(continuation), greedy)
         for (_, continuation), (nats, greedy) in zip(pairs, sums, strict=True)
@@ -102,7 +102,7 @@ def _without_early_context(text: _Text, row_tokens: int) -> _Text:
     return _Text(np.concatenate([text.ids[:1], text.ids[begin:]]), text.first - begin + 1)
 
 
-def _sums(config, params, tokenizer, texts: list[_Text], row_tokens: int, advance):
+def _sums(config, params, tokenizer, texts: list[_Text], row_tokens: int, on_progress):
     """(nats, whether all are greedy) of what is scored of each text."""
     nats, greedy = [[] for _ in texts], [True] * len(texts)
     lengths = tokenizer.byte_lengths(config.vocab_size)
@@ -119,7 +119,8 @@ def _sums(config, params, tokenizer, texts: list[_Text], row_tokens: int, advanc
         for (i, _), value, all_greedy in zip(owners, row_nats, row_greedy, strict=False):
             nats[i].append(float(value))
             greedy[i] &= bool(all_greedy)
-        advance(sum(num_bytes for _, num_bytes in owners))
+        if on_progress:
+            on_progress(sum(num_bytes for _, num_bytes in owners))
     # Rows may come back in any order: fsum is exact, and the same in all.
     return zip(map(math.fsum, nats), greedy, strict=True)
 
