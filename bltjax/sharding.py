@@ -253,14 +253,14 @@ def put_whole(tree):
     return jax.device_put(tree, jax.NamedSharding(mesh, PartitionSpec()))
 
 
-def meet(name: str):
-    """Waits for all processes."""
+def barrier(name: str):
+    """Waits until all processes are here; all give the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether it holds in any process."""
+def any_process(flag: bool) -> bool:
+    """Returns whether the flag is set in any process."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())

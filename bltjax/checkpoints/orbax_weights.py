@@ -78,15 +78,20 @@ def open_params(checkpoints_directory: Path) -> dict:
     FileNotFoundError if there is no checkpoint, CheckpointError if it is damaged.
     """
     directory = Path(checkpoints_directory).absolute()
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    steps = [int(name) for name in names if name.isdigit()]
-    if not steps:
+    if not (steps := saved_steps(directory)):
         raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
-    newest = directory / str(max(steps))
+    newest = directory / str(steps[-1])
     params = _open(newest / "state", newest).get("params")
     if not isinstance(params, dict):
         raise _damaged(newest, "it holds no parameters")
     return params
+
+
+def saved_steps(checkpoints_directory: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a directory, in order; it need not be there."""
+    directory = Path(checkpoints_directory)
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

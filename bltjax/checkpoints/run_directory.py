@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bltjax.checkpoints import placing
-from bltjax.checkpoints.orbax_weights import open_params, open_weights
-from bltjax.checkpoints.training_state import has_checkpoint, load_params
+from bltjax.checkpoints.orbax_weights import open_params, open_weights, saved_steps
+from bltjax.checkpoints.training_state import load_params
 from bltjax.config import RunConfig, TrainingConfig
 from bltjax.model import functional
 
@@ -41,7 +41,7 @@ def open_trained(directory: Path) -> dict:
 
 def is_trained(directory: Path) -> bool:
     """Whether a stage's directory holds parameters, of however many steps."""
-    return (directory / WEIGHTS).is_dir() or has_checkpoint(directory / "checkpoints")
+    return (directory / WEIGHTS).is_dir() or bool(saved_steps(directory / "checkpoints"))
 
 
 def is_of_tokens(stages: Iterable[str], workdir: Path) -> bool:

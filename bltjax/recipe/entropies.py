@@ -195,7 +195,7 @@ def ensure_entropies(config: RunConfig, workdir: Path, store: Store, shards: lis
         params = sharding.put_whole(params)
         model_config = config.entropy_model
         add_entropies(store, shards, entropy_fn, params, model_config, row_bytes, batch_size)
-    sharding.meet("the entropies are there")
+    sharding.barrier("the entropies are there")
     return entropy_fn._cache_size()
 
 

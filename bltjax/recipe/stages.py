@@ -87,7 +87,7 @@ def run(prepared: Prepared) -> dict:
     result["seconds"] = round(time.perf_counter() - started, 1)
     if jax.process_index() == 0:
         write_json(workdir / "result.json", result)
-    sharding.meet("the run is over")  # the end of the process waits less long for others
+    sharding.barrier("the run is over")  # the end of the process waits less long for others
     return result
 
 
@@ -118,9 +118,9 @@ def find_patches(
     if config.patching.rule in ENTROPY_RULES:
         result["compilations"]["entropies"] = patched.compilations
         write_json(workdir / "patching.json", to_dict(patched.patching), once=True)
-        sharding.meet("a threshold is written")
+        sharding.barrier("a threshold is written")
         others = entropies_module.stored_threshold(workdir) != patched.patching.threshold
-        if sharding.anywhere(others):  # another run was first
+        if sharding.any_process(others):  # another run was first
             patched = entropies_module.find_patches(config, workdir, store, everything)
         result["threshold"] = patched.patching.threshold
         threshold = f" at threshold {patched.patching.threshold:.4f} nats"

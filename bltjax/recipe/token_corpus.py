@@ -38,7 +38,7 @@ def ensure_tokenizer(config: RunConfig, workdir: Path, store: Store) -> Tokenize
             found = tokenizer.train(texts, model.vocab_size)
         found.byte_lengths(model.vocab_size)  # raises where the model has too few ids
         found.save(path)
-    sharding.meet("the tokenizer is there")
+    sharding.barrier("the tokenizer is there")
     return tokenizer.load(path)
 
 

@@ -174,7 +174,7 @@ class _Run:
                 if stop:
                     break
             self.checkpoints.wait()
-            sharding.meet("the stage is saved")
+            sharding.barrier("the stage is saved")
         if stop or notice.received is not None:  # perhaps after the last step
             raise Stopped(
                 f"{self.stage}: stopped as asked, step {done} of {self.config.steps} is saved: run "
