@@ -25,6 +25,7 @@ TIERS = [
     {"commands"},
 ]
 MODULES_WITHOUT_JAX = [
+    "checkpoints/run_directory",
     "cli",
     "config",
     "costs/chips",

@@ -18,7 +18,7 @@ from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
 from bltjax.checkpoints.pytorch.writing import Plan
-from bltjax.checkpoints.run_directory import is_trained, open_trained
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.training_state import CheckpointError
 from bltjax.checkpoints.weights import (
     Lengths,
@@ -35,7 +35,6 @@ from bltjax.config import (
     EntropyModelConfig,
     PatchingConfig,
     RunConfig,
-    TrainingConfig,
     from_config_dict,
     to_dict,
 )
@@ -225,60 +224,39 @@ def _config(cls, values, name: str, problems: list[str]):
     return None if found else config
 
 
-def _read_run(directory: Path, on_progress: OnProgress) -> Weights:
-    config, patching, notes = _run_settings(directory)
-    stages = [s for s in ("blt", "entropy_model") if is_trained(directory / s)]
-    if not stages:
-        raise WeightsError(directory, ["it is a run without a checkpoint yet: train it first"])
-    params = {stage: open_trained(directory / stage) for stage in stages}
-    configs = {stage: getattr(config, stage) for stage in stages}
-    _check(directory, configs, params, on_progress)
-    training = config.blt_training if "blt" in stages else config.entropy_training
+def _read_run(path: Path, on_progress: OnProgress) -> Weights:
+    directory = RunDirectory(path)
+    config = directory.config()
+    patching, notes = _run_patching(directory, config)
+    names = [name for name in ("blt", "entropy_model") if directory.is_trained(name)]
+    if not names:
+        raise WeightsError(path, ["it is a run without a checkpoint yet: train it first"])
+    stages = [directory.stage(config, name) for name in names]
+    params = {stage.name: stage.lazy_params() for stage in stages}
+    configs = {stage.name: stage.model for stage in stages}
+    _check(path, configs, params, on_progress)
     return Weights(
         configs.get("blt"),
         configs.get("entropy_model"),
         patching,
         params,
-        Lengths(row_bytes=_trained_row_bytes(directory, training)),
-        notes if "blt" in stages else (),
+        Lengths(row_bytes=stages[0].training.row_bytes or directory.row_bytes()),
+        notes if "blt" in names else (),
     )
 
 
-def _trained_row_bytes(directory: Path, training: TrainingConfig) -> int:
-    """The rows that a run chose by itself are in its rows.json."""
-    if training.row_bytes:
-        return training.row_bytes
-    problems: list[str] = []
-    stored = Fields("rows.json", read_json(directory / "rows.json", problems))
-    row_bytes = stored.take("row_bytes", int)
-    if problems := problems + stored.problems:
-        raise WeightsError(directory, problems)
-    return row_bytes
-
-
-def _run_settings(directory: Path) -> tuple[RunConfig, PatchingConfig, tuple[str, ...]]:
-    """A run's settings, where its patches start, and notes on that."""
-    problems: list[str] = []
-    claim = read_json(directory / "config.json", problems)
-    try:
-        config = from_config_dict(RunConfig, claim["config"])
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise WeightsError(directory, [f"config.json: {error}"]) from error
+def _run_patching(
+    directory: RunDirectory, config: RunConfig
+) -> tuple[PatchingConfig, tuple[str, ...]]:
+    """Returns where the patches of a run start, and notes on that."""
     patching = dataclasses.replace(config.patching, target_patch_bytes=None)
-    calibrated = config.patching.rule in ENTROPY_RULES and (
-        config.patching.target_patch_bytes is not None
-    )
-    if not calibrated:
-        return config, patching, ()
-    if not (directory / "patching.json").exists():
+    if config.patching.rule not in ENTROPY_RULES or config.patching.target_patch_bytes is None:
+        return patching, ()
+    threshold = directory.threshold()
+    if threshold is None:
         note = f"no threshold is calibrated yet, {patching.threshold:.4f} nats is used"
-        return config, patching, (note,)
-    stored = Fields("patching.json", read_json(directory / "patching.json", problems))
-    threshold = stored.take("threshold", float)
-    problems += stored.problems
-    if problems:
-        raise WeightsError(directory, problems)
-    return config, dataclasses.replace(patching, threshold=threshold), ()
+        return patching, (note,)
+    return dataclasses.replace(patching, threshold=threshold), ()
 
 
 def _check(directory: Path, configs: dict, params: dict, on_progress: OnProgress):

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from bltjax.checkpoints.lazy_arrays import Index, LazyArray
+from bltjax.checkpoints.run_directory import saved_steps
 from bltjax.runtime.progress import OnProgress
 
 CHUNK_BYTES = 4 * 2**20  # what is read at least
@@ -85,13 +86,6 @@ def open_params(checkpoints_directory: Path) -> dict:
     if not isinstance(params, dict):
         raise _damaged(newest, "it holds no parameters")
     return params
-
-
-def saved_steps(checkpoints_directory: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a directory, in order; it need not be there."""
-    directory = Path(checkpoints_directory)
-    paths = directory.iterdir() if directory.is_dir() else ()
-    return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

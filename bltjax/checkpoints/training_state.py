@@ -48,8 +48,8 @@ from bltjax.checkpoints.orbax_weights import (
     CheckpointError,
     first_line,
     open_weights,
-    saved_steps,
 )
+from bltjax.checkpoints.run_directory import saved_steps
 
 DAMAGED = "damaged"
 PACKAGES = ("bltjax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
@@ -269,7 +269,8 @@ def load_params(directory: Path, abstract_params: dict) -> dict:
 def _read(checkpoint: Path, wanted: dict, prefix: str = "") -> tuple[dict, dict]:
     """Returns the `wanted` arrays of a checkpoint by path, on the devices, and its record.
 
-    prefix: how the paths of the wanted arrays begin. Raises _Damaged, and CheckpointError for another model.
+    prefix: how the paths of the wanted arrays begin. Raises _Damaged, and CheckpointError for
+    another model.
     """
     record = _together(lambda: _checked_record(checkpoint))
     saved = {k: v for k, v in record["arrays"].items() if k.startswith(prefix)}

@@ -30,6 +30,7 @@ from bltjax.config.reading import (
 from bltjax.config.run import (
     ALL_STAGES,
     STAGES,
+    TRAINING,
     EvaluationConfig,
     MeshConfig,
     RunConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "FREE_FIELDS",
     "PATCHING_RULES",
     "STAGES",
+    "TRAINING",
     "BLTConfig",
     "CrossAttentionConfig",
     "DataConfig",

@@ -15,6 +15,9 @@ from bltjax.config.training import OF_BLT_PARTS, OptimizerConfig, ProfileConfig,
 
 STAGES = ("entropy_model", "entropies", "blt", "evaluate", "sample")  # of a BLT
 ALL_STAGES = (*STAGES, "token_model")
+TRAINING = dict(  # of stages that train a model: the name of their settings
+    entropy_model="entropy_training", blt="blt_training", token_model="token_training"
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,5 @@ class RunConfig:
         return []
 
     def trained(self, stage: str):
-        """(model, training) of one of the stages entropy_model, blt and token_model."""
-        short = dict(entropy_model="entropy", blt="blt", token_model="token")[stage]
-        return getattr(self, stage), getattr(self, f"{short}_training")
+        """Returns (model, training), the settings of a stage that TRAINING names."""
+        return getattr(self, stage), getattr(self, TRAINING[stage])

@@ -151,7 +151,7 @@ FAULTS = (flip, empty, truncate, delete, scramble, replace_by_json)
 
 
 def faults(step_directory):
-    """Each kind of fault in each file, then flipped bits in the largest of arrays: (fault, path)."""
+    """Each kind of fault in each file, then flipped bits in the largest one: (fault, path)."""
     files = [path for path in step_directory.rglob("*") if path.is_file()]
     files = sorted(path.relative_to(step_directory) for path in files)
     flips = 20 * [(flip, data_file(step_directory).relative_to(step_directory))]

@@ -27,10 +27,10 @@ from bltjax.data.records.shards import (
     score_histogram,
     write_entropies,
 )
-from bltjax.data.records.writing import NAMED_BAD, PARTS, below, dump, load
+from bltjax.data.records.writing import NAMED_BAD, PARTS, below, load
 from bltjax.data.sources import units as sources
 from bltjax.data.sources.units import Bad, Unit
-from bltjax.runtime.files import share
+from bltjax.runtime.files import share, write_json
 from bltjax.runtime.progress import progress_bar
 
 __all__ = [  # shards are reached through this module too
@@ -240,7 +240,7 @@ def _summary(store: Store, source: str) -> str:
 def _write_once(path: Path, make: Callable[[], dict]):
     """Writes what `make` gives, unless this or another process has."""
     lock = _lock(path.parent, path.name)
-    share([path], Path.exists, lambda path: dump(path, make()), lambda _: lock)
+    share([path], Path.exists, lambda path: write_json(path, make()), lambda _: lock)
 
 
 def _lock(directory: Path, name: str) -> Path:

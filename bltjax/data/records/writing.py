@@ -20,7 +20,7 @@ from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.records.shards import Shard, damaged, encoded, replacing_records, write_entropies
 from bltjax.data.sources import units
 from bltjax.data.sources.units import Bad, Document, Unit
-from bltjax.runtime.files import replacing
+from bltjax.runtime.files import write_json
 
 PARTS = ("train", "validation")
 NAMED_BAD = 20  # bad records that are named; the others are counted
@@ -45,7 +45,7 @@ def record_unit(
         else:
             content = _write_chunk(directory, source, mark.stem, records, data)
             content["records"] += num_read
-            dump(mark, content)
+            write_json(mark, content)
         num_read = content["records"]
         unit_bytes += sum(shard["num_bytes"] for shard in content["shards"])
         yield unit_bytes
@@ -135,12 +135,6 @@ def _mark(directory: Path, source: SourceConfig, unit: Unit, chunk: int) -> Path
 
 def below(directory: Path, shard: dict) -> Shard:
     return Shard(**{**shard, "stem": str(directory / shard["stem"])})
-
-
-def dump(path: Path, content: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
 
 
 def load(path: Path) -> dict:

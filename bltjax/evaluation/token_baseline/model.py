@@ -16,10 +16,9 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.checkpoints import formats, placing
-from bltjax.checkpoints.pytorch.fields import read_json
-from bltjax.checkpoints.run_directory import is_of_tokens, open_trained
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.weights import Lengths, Weights, WeightsError, flat, value_problems
-from bltjax.config import PatchingConfig, RunConfig, TokenModelConfig, from_config_dict
+from bltjax.config import PatchingConfig, TokenModelConfig
 from bltjax.data.tokenizer import Tokenizer
 from bltjax.data.tokenizer import load as load_tokenizer
 from bltjax.evaluation.continuations import ContinuationScore
@@ -32,12 +31,13 @@ from bltjax.model import functional
 from bltjax.runtime.progress import OnProgress
 
 Text = str | bytes
-STAGE, TOKENIZER = "token_model", "tokenizer.json"  # in the working directory of a run
+STAGE = "token_model"  # in the working directory of a run
 
 
 def is_token_run(path: str | os.PathLike) -> bool:
     """Whether a directory is that of a run with a token model, and without a BLT."""
-    return is_of_tokens((), Path(path)) and not (Path(path) / formats.MODEL).exists()
+    run = RunDirectory(Path(path))
+    return run.evaluated() == "token_model" and not (run.path / formats.MODEL).exists()
 
 
 def load(
@@ -51,21 +51,17 @@ def load(
 
     Raises ValueError that lists every problem of the directory, or OSError without its tokenizer.
     """
-    directory, problems = Path(path), []
-    claim = read_json(directory / "config.json", problems)
-    try:
-        run = from_config_dict(RunConfig, claim["config"])
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise WeightsError(directory, [*problems, f"config.json: {error}"]) from error
-    config = run.token_model
+    run = RunDirectory(Path(path))
+    stage = run.stage(run.config(), STAGE)
+    config = stage.model
     if compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
-    params = {STAGE: open_trained(directory / STAGE)}
+    params = {STAGE: stage.lazy_params()}
     if problems := config.problems(STAGE) or value_problems(flat(params), on_progress):
-        raise WeightsError(directory, problems)
+        raise WeightsError(run.path, problems)
     weights = formats.cast(Weights(None, None, PatchingConfig(), params), dtype)
-    lengths = Lengths(row_bytes=run.token_training.row_bytes)
-    found = load_tokenizer(directory / TOKENIZER)
+    lengths = Lengths(row_bytes=stage.training.row_bytes)
+    found = load_tokenizer(run.tokenizer)
     return TokenModel(config, weights.params[STAGE], found, lengths, mesh)
 
 
