@@ -17,7 +17,7 @@ from absl import app, flags
 
 from bltjax import cli
 from bltjax.data.records import store as records
-from bltjax.patching.calibrate import RULES, ScoreHistogram
+from bltjax.patching.calibrate import CALIBRATED, ScoreHistogram
 
 BLOCK = 16_384
 
@@ -54,7 +54,7 @@ def main(argv):
             f"{held_out.num_positions / 1e6:.1f} MB held out\n"
             f"{'rule':12}{'wanted':>8}{'threshold':>12}{'held out':>10}{'off by':>9}"
         )
-        for rule in RULES:
+        for rule in CALIBRATED:
             for target in map(float, chosen.targets):
                 threshold = seen.threshold(target, rule)
                 mean = held_out.mean_patch_bytes(threshold, rule)

@@ -172,8 +172,8 @@ def flops_of_later_rounds(model, row_bytes: int, num_patches: int) -> int:
         stacks = [(model.transformer, row_bytes)]
     total = 0
     for stack, length in stacks:
-        tiles = tiled_attention.plan_tiles(1, length, stack.num_heads, stack.window)
-        later = tiles.rounds - tiles.num_tiles // tiles.together
+        tiles = tiled_attention.choose_tiling(1, length, stack.num_heads, stack.window)
+        later = tiles.rounds - tiles.num_tiles // tiles.group
         total += stack.num_layers * 4 * stack.dim * tiles.pairs_of_a_round * later
     return total
 

@@ -1,8 +1,8 @@
-"""Rows as the published models saw them, and the measure of what our packing saves. Spec 8.4.
+"""Packs rows as the published training code does, to compare padding with ours. Spec 8.4.
 
-The patches of all documents form one stream, cut into sequences of a fixed number of patches. A
-batch of sequences then gets its static shape in bytes: what is longer is dropped, what is shorter
-padded, where `packing.py` drops nothing and pads little. `Batch` counts both.
+The patches of all documents form one stream, which is cut into sequences of a fixed number of
+patches. Each sequence is then cut or padded to a static number of bytes, which `Batch` counts.
+`bltjax.data.batches.packing` drops nothing and pads little.
 
 The stream goes document by document through three functions:
 
@@ -25,13 +25,13 @@ Patched = tuple[np.ndarray, np.ndarray]
 
 
 class Batch(NamedTuple):
-    """B rows of M positions and P patches, under the published names.
+    """A batch of B rows of M positions and P patches, under the published names.
 
-    x, y int32 [B, M]: inputs and their successors, PAD_ID in the padding. A row may begin and end
-    inside a document, and the successor of an EOS is the next document's BOS. mask bool [B, M]:
-    the position is trained. patch_lengths int32 [B, P]: rows sum to M + 1; the last patch of a
+    x, y int32 [B, M]: inputs and the ids that follow them, PAD_ID in the padding. A row may begin
+    and end inside a document; a document's EOS is followed by the next one's BOS. mask bool [B, M]:
+    True where the loss counts. patch_lengths int32 [B, P]: rows sum to M + 1; the last patch of a
     short row holds its padding, and a cut row ends in zeros (P is 0 in rows without patches).
-    lost: ids of the sequences that are neither in x nor in y.
+    lost: number of ids of the sequences that are neither in x nor in y.
     """
 
     x: np.ndarray
@@ -42,17 +42,17 @@ class Batch(NamedTuple):
 
     @property
     def padding(self) -> int:
-        """Positions of x that hold no id."""
+        """Number of positions of x that hold no id."""
         return int(np.count_nonzero(self.x == PAD_ID))
 
 
 def patch_document(
     text: bytes | str, entropies=None, patching: PatchingConfig = PatchingConfig()
 ) -> Patched:
-    """A document's ids, from BOS to EOS, and patch lengths; the default rule is the released one.
+    """Returns a document's ids, from BOS to EOS, and patch lengths, by default as released.
 
-    entropies: nats [S], one after each id, as stored (float16) or not; needed by the entropy rules
-    only. Raises ValueError where their number differs from the ids'.
+    entropies: nats [S], one after each id; needed by the entropy rules only. Raises ValueError
+    where their number differs from that of the ids.
     """
     ids = encode(text)
     if entropies is not None:
@@ -67,7 +67,7 @@ def patch_document(
 
 
 def shuffle_rng(seed: int, rank: int = 0, world: int = 1) -> np.random.Generator:
-    """The published source of shuffles of data worker `rank` of `world`."""
+    """Returns the published random generator for shuffling in data worker `rank` of `world`."""
     return np.random.default_rng((seed + 1, rank, world))
 
 
@@ -79,10 +79,9 @@ def patch_sequences(
 ) -> Iterator[Patched]:
     """Yields sequences of exactly `seq_len` patches, shuffled in buffers if `rng` is given.
 
-    A buffer is `buffer_size` sequences that follow one another in the stream. Documents that do not
-    fill another one at the end are left out; published streams repeat and have no end. Raises
-    ValueError at once for sizes too small, and on reaching a document whose patches do not sum to
-    its ids.
+    A buffer is `buffer_size` consecutive sequences of the stream. Documents at the end that do not
+    fill a buffer are left out; published streams repeat without end. Raises ValueError at once for
+    sizes too small, and on reaching a document whose patches do not sum to its ids.
     """
     if seq_len < 2 or buffer_size < 1:
         raise ValueError(
@@ -102,7 +101,7 @@ def _sequences(documents, seq_len, buffer_size, rng):
 
 
 def _buffers(documents: Iterable[Patched], num_patches: int) -> Iterator[Patched]:
-    """The stream of documents in pieces of `num_patches` patches."""
+    """Yields the stream of documents in pieces of `num_patches` patches."""
     waiting, num_waiting = [], 0
     for ids, lengths in documents:
         if np.sum(lengths) != len(ids):
@@ -128,11 +127,11 @@ def pack_sequences(
     pad_to_max_length: bool = True,
     batch_size: int | None = None,
 ) -> Batch:
-    """The batch, of `max_bytes` positions, of sequences that have the same number of patches.
+    """Returns a batch of `max_bytes` positions from sequences with the same number of patches.
 
     Fewer sequences than `batch_size` are followed by rows of padding. Raises ValueError for no
     sequences, for ids that would be taken for padding, and, without `pad_to_max_length`, where all
-    sequences are shorter than `max_bytes` (the published code can only cut then).
+    sequences are shorter than `max_bytes`: the published code only cuts then.
     """
     sequences = _not_empty(sequences)
     for ids, _ in sequences:
@@ -154,17 +153,17 @@ def pack_sequences(
         size = min(len(ids) - 1, max_bytes)
         x[row, :size], y[row, :size], mask[row, :size] = ids[:size], ids[1 : size + 1], True
         lost += len(sequences[row][0]) - (size + 1)
-    # Rows of padding have the last row's patches: nobody looks at them, but they must sum up.
+    # Rows of padding get the last row's patches: unused, but their sum must be right.
     filling = np.repeat(lengths[-1:], len(x) - len(kept), axis=0)
     return Batch(x, y, mask, np.concatenate([lengths, filling]), lost)
 
 
 def pack_byte_sequences(sequences: Iterable[Patched], batch_size: int | None = None) -> Batch:
-    """The batch, without patches, of sequences of equally many bytes: the entropy model's.
+    """Returns a batch without patches from sequences of equal length, for the entropy model.
 
-    Sequences are those of documents patched by the rule "byte". As published, the last target of a
-    row is PAD_ID and is trained, although its successor is known. Fewer sequences than `batch_size`
-    are followed by rows of padding. Raises ValueError for no sequences.
+    Sequences come from documents patched by the rule "byte". As published, the last target of a row
+    is PAD_ID and counts in the loss, although the next id is known. Fewer sequences than
+    `batch_size` are followed by rows of padding. Raises ValueError for no sequences.
     """
     x = np.stack([ids for ids, _ in _not_empty(sequences)]).astype(np.int32)
     missing = max(batch_size or 0, len(x)) - len(x)
@@ -182,7 +181,7 @@ def _not_empty(sequences: Iterable[Patched]) -> list[Patched]:
 
 
 def _with_first_patch_of_one(ids: np.ndarray, lengths: np.ndarray) -> Patched:
-    """Splits off the first byte, at the cost of the last patch: the number of patches is static."""
+    """Splits off the first byte and drops the last patch, so the number of patches stays."""
     if lengths[0] == 1:
         return ids, lengths
     lengths = np.concatenate([[1, lengths[0] - 1], lengths[1:-1]])
@@ -190,7 +189,7 @@ def _with_first_patch_of_one(ids: np.ndarray, lengths: np.ndarray) -> Patched:
 
 
 def _fitted(lengths: np.ndarray, total: int) -> np.ndarray:
-    """Patch lengths int32 [P] cut or, in the last patch, filled up to sum to `total`."""
+    """Cuts patch lengths int32 [P], or extends the last one, so that they sum to `total`."""
     ends = np.minimum(np.cumsum(lengths), total)
     ends[-1] = total
     return np.diff(ends, prepend=0).astype(np.int32)

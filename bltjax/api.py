@@ -12,7 +12,7 @@ import numpy as np
 from bltjax import sharding
 from bltjax.checkpoints import formats, placing
 from bltjax.checkpoints.weights import Lengths, Weights
-from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.evaluation.continuations import (
     ContinuationScore,
     score_continuations,
@@ -25,9 +25,8 @@ from bltjax.inference.engine import Counts, generate, stream
 from bltjax.inference.model_steps import prepared
 from bltjax.inference.requests import ask, configure
 from bltjax.model import functional
-from bltjax.patching.boundaries import entropy_segments, lengths_from_starts, patch_starts
+from bltjax.patching.boundaries import lengths_from_starts, needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
-from bltjax.patching.entropy import next_byte_entropy
 from bltjax.runtime.progress import OnProgress
 
 __all__ = ["Model", "Score", "load"]
@@ -138,7 +137,7 @@ class Model:
         tokens = self._tokens(tokens)
         if self.config is None:
             raise ValueError("this is an entropy model alone, it has no patches")
-        entropies = self.entropies(tokens) if self.patching.rule in ENTROPY_RULES else None
+        entropies = self.entropies(tokens) if needs_entropies(self.patching) else None
         rows = [lengths_from_starts(row) for row in patch_starts(self.patching, tokens, entropies)]
         result = np.zeros((len(rows), max(map(len, rows))), np.int32)
         for i, row in enumerate(rows):
@@ -277,7 +276,7 @@ class Model:
             )
 
     def _check_patches_can_be_found(self):
-        if self.patching.rule in ENTROPY_RULES and self.entropy_config is None:
+        if needs_entropies(self.patching) and self.entropy_config is None:
             raise ValueError(
                 "patches need an entropy model: load with entropy_model=, a directory that has one"
             )
@@ -323,8 +322,7 @@ def _lm_logits(config, params, tokens):
 @functools.partial(jax.jit, static_argnums=0)
 def _entropies(settings, params, tokens):
     config, reset_at_newlines = settings
-    segments = entropy_segments(tokens, reset_at_newlines)
-    return next_byte_entropy(functional.apply(config, params, tokens, segments))
+    return functional.entropies(config, params, tokens, reset_at_newlines)
 
 
 def _checked_lengths(patch_lengths, tokens: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
+from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.progress import progress_bar
 
 USER_ERROR = 2  # exit code: the command or what it names is at fault
@@ -113,7 +114,9 @@ def read_config(needs_workdir: bool = True) -> tuple[RunConfig, str | None]:
     if chosen is None:
         fail("give --config=NAME, for example --config=quickstart")
     try:
-        return from_config_dict(RunConfig, chosen), workdir
+        config = from_config_dict(RunConfig, chosen)
+        check_rule(config.patching)
+        return config, workdir
     except OSError as error:  # a missing file shows only when the config is read
         fail(f"--config cannot be read: {error}")
     except ValueError as error:

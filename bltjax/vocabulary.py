@@ -1,8 +1,8 @@
-"""Byte vocabulary: four special ids, then the 256 byte values. Spec section 1."""
+"""Converts bytes to ids and back: four special ids, then the 256 byte values. Spec section 1."""
 
 import numpy as np
 
-PAD_ID = 0  # Published as BOE, "beginning of example"; no example starts with it, so it pads.
+PAD_ID = 0  # Published as BOE, "beginning of example", which nothing uses; here it is padding.
 BOS_ID = 1
 EOS_ID = 2
 BPE_ID = 3  # Ends a patch in the "bpe" patching rule; never emitted by `encode`.
@@ -11,7 +11,7 @@ VOCAB_SIZE = BYTE_OFFSET + 256
 
 
 def is_drawable(ids):
-    """Which ids a model may write: bytes, and the EOS that ends a text."""
+    """Returns True for the ids that a model may generate: bytes, and the EOS that ends a text."""
     return ((ids >= BYTE_OFFSET) & (ids < VOCAB_SIZE)) | (ids == EOS_ID)
 
 

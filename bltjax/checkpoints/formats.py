@@ -17,7 +17,7 @@ from bltjax.checkpoints.lazy_arrays import Cast, LazyArray
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
-from bltjax.checkpoints.pytorch.writing import Plan
+from bltjax.checkpoints.pytorch.writing import WritePlan
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.training_state import CheckpointError
 from bltjax.checkpoints.weights import (
@@ -30,7 +30,6 @@ from bltjax.checkpoints.weights import (
     value_problems,
 )
 from bltjax.config import (
-    ENTROPY_RULES,
     BLTConfig,
     EntropyModelConfig,
     PatchingConfig,
@@ -40,6 +39,7 @@ from bltjax.config import (
 )
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
+from bltjax.patching.boundaries import check_rule, needs_entropies
 from bltjax.runtime.files import UNFINISHED
 from bltjax.runtime.progress import OnProgress
 
@@ -126,13 +126,13 @@ def stored_bytes(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
-def plan(weights: Weights, format: str) -> "Plan | _OwnPlan":
+def plan(weights: Weights, format: str) -> "WritePlan | _OwnPlan":
     """What a directory of a format will hold; WeightsError for what the format cannot express."""
     return {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}[format](weights)
 
 
 class _OwnPlan(NamedTuple):
-    """As `Plan`, for the parameters in one Orbax checkpoint."""
+    """As `WritePlan`, for the parameters in one Orbax checkpoint."""
 
     params: dict
     files: dict[str, dict]
@@ -218,6 +218,8 @@ def _config(cls, values, name: str, problems: list[str]):
     try:
         config = from_config_dict(cls, values, name)
         found = config.problems(name)
+        if isinstance(config, PatchingConfig):
+            check_rule(config)
     except (ValueError, TypeError, OverflowError) as error:
         found = [str(error)]
     problems += [f"{MODEL}: {problem}" for problem in found]
@@ -250,7 +252,7 @@ def _run_patching(
 ) -> tuple[PatchingConfig, tuple[str, ...]]:
     """Returns where the patches of a run start, and notes on that."""
     patching = dataclasses.replace(config.patching, target_patch_bytes=None)
-    if config.patching.rule not in ENTROPY_RULES or config.patching.target_patch_bytes is None:
+    if not needs_entropies(patching) or config.patching.target_patch_bytes is None:
         return patching, ()
     threshold = directory.threshold()
     if threshold is None:

@@ -31,6 +31,7 @@ from bltjax.config import (
     from_config_dict,
     to_dict,
 )
+from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.files import LOCK, alone, write_json
 
 CONFIG, PATCHING, ROWS = "config.json", "patching.json", "rows.json"
@@ -173,7 +174,9 @@ class RunDirectory:
         problems: list[str] = []
         claim = read_json(self.path / CONFIG, problems)
         try:
-            return from_config_dict(RunConfig, claim["config"])
+            config = from_config_dict(RunConfig, claim["config"])
+            check_rule(config.patching)
+            return config
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise WeightsError(self.path, [*problems, f"{CONFIG}: {error}"]) from error
 

@@ -20,10 +20,10 @@ from bltjax import cli
 from bltjax.costs import compiler_errors
 from bltjax.costs.compile_report import (
     REMATERIALISED,
-    _show_tail,
     captured_log,
     compile_program,
     print_report,
+    show_tail,
 )
 
 PROGRAMS = ("train", "prefill", "decode")
@@ -52,11 +52,12 @@ def main(argv):
     os.environ.update(ENVIRONMENT)  # before JAX is imported
     with captured_log() as log:
         try:
-            found = compile_program(config, values)
+            what = (values.slices, values.stage, values.program, values.text)
+            found = compile_program(config, values.topology, *what)
         except ValueError as error:
             cli.fail(error)
         except Exception as error:
-            _show_tail(log)
+            show_tail(log)
             from jax.errors import JaxRuntimeError
 
             if isinstance(error, JaxRuntimeError):

@@ -20,23 +20,22 @@ from absl import flags
 
 from bltjax import cli
 from bltjax.evaluation import suites
-from bltjax.evaluation.files import _contents, chosen_files, evaluate
+from bltjax.evaluation.files import chosen_files, evaluate, read_documents
 from bltjax.runtime.terminal import json_number
 
 
 def run(chosen) -> dict:
-    """What the flags ask for, in the order of the help."""
+    """Runs the measurements that the flags ask for; returns their results."""
     if chosen.data is not None:
         Path(chosen.data).stat()  # a wrong path shows before the model is loaded
     model, result = cli.open_model(), {}
     if chosen.data is not None:
-        options = {} if chosen.row_bytes is None else dict(row_bytes=chosen.row_bytes)
-        result |= evaluate(model, chosen.data, chosen.max_bytes, **options)
+        result |= evaluate(model, chosen.data, chosen.max_bytes, chosen.row_bytes)
     if "characters" in chosen.suites:
         result["characters"] = suites.character_suite(model, chosen.words, chosen.limit)
     if "noise" in chosen.suites:
         files = chosen_files(chosen.data, chosen.max_bytes, [])
-        documents = [data for chunk in _contents(files, []) for _, _, data in chunk]
+        documents = [document.data for document in read_documents(files, [])]
         result["noise"] = suites.noise_suite(model, documents, chosen.limit)
     if chosen.samples:
         result["samples"] = suites.sample_suite(model, chosen.samples)

@@ -16,10 +16,12 @@ from pathlib import Path
 from absl import flags
 
 from bltjax import cli
-from bltjax.config import ENTROPY_RULES, PatchingConfig
+from bltjax.config import PatchingConfig
+from bltjax.evaluation.files import read_beginning
 from bltjax.evaluation.patches import pictures
-from bltjax.evaluation.patches.tables import read, result_of, show_folder, show_text
+from bltjax.evaluation.patches.tables import result_of, show_folder, show_text
 from bltjax.evaluation.patches.view import PatchView
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.files import replacing
 from bltjax.runtime.terminal import printable
 
@@ -29,7 +31,7 @@ MAX_SHOWN_BYTES = 1_000_000  # of a text that is shown: pages of more are slow t
 def read_shown(path: str, max_bytes: int | None) -> bytes:
     """The text to show. Raises ValueError where it is longer than MAX_SHOWN_BYTES."""
     most = MAX_SHOWN_BYTES + 1
-    text = read(path, most if max_bytes is None else min(max_bytes, most))
+    text = read_beginning(path, most if max_bytes is None else min(max_bytes, most))
     if len(text) > MAX_SHOWN_BYTES:
         raise ValueError(
             f"{path} has more than the {MAX_SHOWN_BYTES} bytes that can be shown: give "
@@ -40,7 +42,7 @@ def read_shown(path: str, max_bytes: int | None) -> bytes:
 
 def with_threshold(patching: PatchingConfig, threshold: float) -> PatchingConfig:
     """The same rule with another threshold. Raises ValueError for rules that have none."""
-    if patching.rule not in ENTROPY_RULES:
+    if not needs_entropies(patching):
         raise ValueError(
             f"patching rule {patching.rule!r} has no threshold: leave out --threshold={threshold}"
         )
@@ -50,25 +52,25 @@ def with_threshold(patching: PatchingConfig, threshold: float) -> PatchingConfig
 
 
 def run(chosen) -> dict:
-    """What the flags ask for; returns what the last line holds."""
+    """Shows what the flags ask for; returns the content of the last line."""
     is_folder = chosen.input != "-" and Path(chosen.input).is_dir()
     _check_targets(chosen, is_folder)
     text = None if is_folder else read_shown(chosen.input, chosen.max_bytes)
     model = cli.open_model()
-    trained = model.patching
+    patching = model.patching
     if chosen.threshold is not None:
-        model.patching = with_threshold(trained, chosen.threshold)
+        patching = with_threshold(patching, chosen.threshold)
     if is_folder:
-        found = show_folder(model, Path(chosen.input), chosen.max_bytes, trained)
+        found = show_folder(model, Path(chosen.input), chosen.max_bytes, patching)
         total, rows, unreadable = found["total"], found["rows"], found["unreadable"]
     else:
         name = "standard input" if chosen.input == "-" else printable(Path(chosen.input).name)
-        view, total, facts = show_text(model, text, name, trained, _colour(chosen.color))
+        view, total, facts = show_text(model, text, patching, _colour(chosen.color))
         rows, unreadable = [dict(name=chosen.input) | total.report()], []
     print("\n".join(["", "bytes of a patch", *pictures.histogram_lines(total.lengths)]))
     if not is_folder:
         save(view, name, facts, chosen.png, chosen.html)
-    return result_of(total, model.patching, trained) | dict(files=rows, unreadable=unreadable)
+    return result_of(total, patching, model.patching) | dict(files=rows, unreadable=unreadable)
 
 
 def save(view: PatchView, name: str, facts: list[str], png: str | None, page: str | None):

@@ -4,70 +4,54 @@ Prints nats, bits per byte, bytes and patches of each document, and all of it as
 line. Documents are any bytes; a document's score does not depend on the others.
 """
 
-import itertools
 import json
 import math
 import sys
-from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from bltjax import cli
+from bltjax.evaluation.files import read_beginning
+from bltjax.evaluation.patches import pictures
+from bltjax.evaluation.patches.view import look
 from bltjax.runtime.progress import progress_bar
-from bltjax.runtime.terminal import json_number, printable
-from bltjax.vocabulary import PAD_ID, encode
+from bltjax.runtime.terminal import json_number, print_table
 
-MAX_SHOWN_BYTES = 1_000_000  # of a document whose patches are shown: they are found in one pass
-_HEADER = f"{'document':>9} {'bytes':>10} {'patches':>9} {'nats':>13} {'bits/byte':>10}"
+_COLUMNS = ("document", "bytes", "patches", "nats", "bits/byte")
 
 
 def score(model, documents: list[bytes], show_patches: bool = False) -> dict:
-    """Prints a table of the documents' scores, and returns it.
+    """Scores documents, prints a table of their scores, and returns them.
 
-    Raises ValueError where patches are to be shown of a model that has none, or of a text of more
-    than MAX_SHOWN_BYTES.
+    show_patches: prints each document with its patches below the table. Raises ValueError where the
+    model has none.
     """
-    longest = max(map(len, documents), default=0)
-    if show_patches and longest > MAX_SHOWN_BYTES:
-        raise ValueError(
-            f"--show_patches is for documents of up to {MAX_SHOWN_BYTES} bytes, this one has "
-            f"{longest}: leave it out, or give a part of the text"
-        )
     bar = progress_bar("scoring", sum(map(len, documents)))
     scores = model.score(documents, on_progress=bar.update)
     bar.close()
-    print(_HEADER)
-    for number, (document, found) in enumerate(zip(documents, scores, strict=True), 1):
-        print(_line(number, found.num_bytes, found.num_patches, found.nats))
-        if show_patches:
-            print("|".join(map(printable, patches(model, document))))
     nats, num_bytes = math.fsum(s.nats for s in scores), sum(s.num_bytes for s in scores)
+    bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else None
+    rows = [
+        (number, s.num_bytes, s.num_patches, f"{s.nats:.3f}", json_number(s.bits_per_byte))
+        for number, s in enumerate(scores, 1)
+    ]
     if len(scores) != 1:
-        print(_line("all", num_bytes, sum(s.num_patches for s in scores), nats))
+        num_patches = sum(s.num_patches for s in scores)
+        rows.append(("all", num_bytes, num_patches, f"{nats:.3f}", bits_per_byte))
+    print_table(_COLUMNS, rows)
+    for number, view in enumerate(look(model, documents) if show_patches else [], 1):
+        print(f"\ndocument {number}:\n{pictures.terminal(view, colour=False)}")
     return dict(
         documents=[s._asdict() | dict(bits_per_byte=json_number(s.bits_per_byte)) for s in scores],
         nats=nats,
         num_bytes=num_bytes,
-        bits_per_byte=json_number(_bits_per_byte(nats, num_bytes)),
+        bits_per_byte=bits_per_byte,
     )
 
 
-def patches(model, document: bytes) -> list[bytes]:
-    """The document cut where patches start; nothing is cut off, and none are empty."""
-    ids = encode(document)
-    # A power of two of positions, so that few lengths are compiled. What follows a text does not
-    # move its patches.
-    tokens = np.full((1, max(64, 1 << (len(ids) - 1).bit_length())), PAD_ID, np.int32)
-    tokens[0, : len(ids)] = ids
-    starts = np.cumsum(model.patch_lengths(tokens)[0]) - 1  # the first id is BOS
-    cuts = [0, *(int(s) for s in starts if 0 < s < len(document)), len(document)]
-    return [document[a:b] for a, b in itertools.pairwise(cuts) if b > a]
-
-
 def read_documents(path: str, lines: bool = False) -> list[bytes]:
-    """The file (`-`: stdin) as one document, or its lines, without newlines, as one each."""
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    """Reads a file (`-`: stdin) as one document, or each of its lines as one, without newline."""
+    data = read_beginning(path, None)
     if not lines:
         return [data]
     return data.removesuffix(b"\n").split(b"\n") if data else []
@@ -82,16 +66,6 @@ def main(argv):
     except (ValueError, KeyError, OSError) as error:
         cli.fail(error)
     print(json.dumps(result))
-
-
-def _line(name, num_bytes: int, num_patches: int, nats: float) -> str:
-    bits = _bits_per_byte(nats, num_bytes)
-    shown = "-" if math.isnan(bits) else f"{bits:.4f}"
-    return f"{name:>9} {num_bytes:>10} {num_patches:>9} {nats:>13.3f} {shown:>10}"
-
-
-def _bits_per_byte(nats: float, num_bytes: int) -> float:
-    return nats / math.log(2) / num_bytes if num_bytes else math.nan
 
 
 def define_flags():

@@ -1,8 +1,8 @@
-"""Every setting of a run, as frozen dataclasses, and all validation of them.
+"""All settings of a run, as frozen dataclasses that are checked when they are made.
 
-`ml_collections` stops at the edge: a file in `configs/` edits the ConfigDict that
-`default_config()` makes from these classes, the command line edits it further, and
-`from_config_dict` turns it back into dataclasses, checking names, types and values.
+A file in `configs/` edits the ConfigDict (`ml_collections`) that `default_config()` makes from
+these classes, the command line edits it further, and `from_config_dict` turns it back into
+dataclasses. Only this package knows ConfigDicts.
 """
 
 from bltjax.config.data import DataConfig, SourceConfig
@@ -16,7 +16,7 @@ from bltjax.config.model import (
     TokenModelConfig,
     TransformerConfig,
 )
-from bltjax.config.patching import ENTROPY_RULES, PATCHING_RULES, PatchingConfig
+from bltjax.config.patching import PatchingConfig
 from bltjax.config.reading import (
     FREE_FIELDS,
     config_path,
@@ -41,9 +41,7 @@ from bltjax.config.training import OptimizerConfig, ProfileConfig, TrainingConfi
 __all__ = [
     "ALL_STAGES",
     "DTYPES",
-    "ENTROPY_RULES",
     "FREE_FIELDS",
-    "PATCHING_RULES",
     "STAGES",
     "TRAINING",
     "BLTConfig",

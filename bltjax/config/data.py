@@ -1,4 +1,4 @@
-"""Which text a run reads: its sources, their mixture, and what is held out."""
+"""Settings of the corpus: its sources, their mixture, and the held-out part."""
 
 import re
 from dataclasses import dataclass
@@ -13,17 +13,19 @@ SOURCE_KINDS = ("auto", "text", "jsonl", "parquet", "array_record", "arrow", "hu
 class SourceConfig:
     """A named part of the corpus."""
 
-    name: str = "text"  # in metrics, reports and file names
-    # A file, a directory or a glob, local or gs://. kind="huggingface": a dataset on the hub, or a
-    # directory that `datasets.load_dataset` takes.
+    name: str = "text"  # name in metrics, reports and file names
+    # A file, directory or glob, local or gs://; for kind="huggingface" the name of a dataset, or a
+    # directory that `datasets.load_dataset` takes. Empty: the running Python's standard library.
     path: str = ""
-    kind: str = "auto"  # one of SOURCE_KINDS; auto: each file by its name
-    field: str = ""  # of a record's text; empty: the first there is of DataConfig.text_fields
+    # text, jsonl, parquet, array_record, arrow or huggingface; auto: told by each file's name.
+    kind: str = "auto"
+    field: str = ""  # field that holds a record's text; empty: see DataConfig.text_fields
     weight: float = 0.0  # share of the bytes; 0 for all sources: each document once an epoch
-    subset: str = ""  # huggingface: the name of the dataset's configuration
-    split: str = "train"  # huggingface
+    subset: str = ""  # huggingface: the dataset's configuration
+    split: str = "train"  # huggingface: the dataset's split
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "kind", SOURCE_KINDS)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             found.append(
@@ -38,14 +40,14 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The corpus. Documents are split into training and validation by a hash of their names."""
+    """The corpus. A hash of its name puts a document into the training or the validation part."""
 
-    # The path of a single source; empty: the running Python's standard library;
-    # hf://DATASET or hf://DATASET:SUBSET: a Hugging Face dataset.
+    # Path of the only source, or hf://DATASET or hf://DATASET:SUBSET for a Hugging Face dataset.
+    # Empty: the running Python's standard library.
     root: str = ""
-    sources: tuple[SourceConfig, ...] = ()  # named sources, in the place of `root`
-    suffixes: tuple[str, ...] = (".py", ".rst", ".txt", ".md")  # of text files in directories
-    exclude: tuple[str, ...] = (
+    sources: tuple[SourceConfig, ...] = ()  # named sources, instead of `root`
+    suffixes: tuple[str, ...] = (".py", ".rst", ".txt", ".md")  # endings of text files that count
+    exclude: tuple[str, ...] = (  # names of directories that are left out
         "site-packages",
         "dist-packages",
         "test",
@@ -54,18 +56,22 @@ class DataConfig:
         "__pycache__",
         ".git",
     )
-    text_fields: tuple[str, ...] = ("text", "content")  # of records; the first that is there
+    text_fields: tuple[str, ...] = ("text", "content")  # a record's text: the first field there is
+    # A record's name: the first of these fields that there is, else its place in its file.
     id_fields: tuple[str, ...] = ("sample_id", "title", "qid", "paper_id", "path", "url", "id")
-    language_fields: tuple[str, ...] = ("language", "lang")
-    bad_records: str = "skip"  # or "fail": a record without the field, bad JSON, a cut-off file
-    validation_fraction: float = 0.035
-    max_bytes: int | None = None  # of each source, about; files are taken in a seeded order
-    shard_bytes: int = 64_000_000  # of documents in a shard of records, the unit of resuming
-    records: str = ""  # records made by `bltjax.preprocess`; empty: workdir/records
+    language_fields: tuple[str, ...] = ("language", "lang")  # a record's language, likewise
+    # Records without text, bad JSON and files that are cut off are left out ("skip"), or are an
+    # error ("fail").
+    bad_records: str = "skip"
+    validation_fraction: float = 0.035  # share of the documents that is held out
+    max_bytes: int | None = None  # about how much of each source is read, from files drawn by seed
+    shard_bytes: int = 64_000_000  # bytes of a shard of records; a killed run repeats one at most
+    records: str = ""  # directory of records from `bltjax.preprocess`; empty: WORKDIR/records
     workers: int = 0  # processes that prepare batches; 0: a thread of the training process
-    seed: int = 0
+    seed: int = 0  # of the split, and of the order in which files are taken
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "bad_records", ("skip", "fail"))
         found += positive(self, name, "shard_bytes")
         if not 0 < self.validation_fraction < 1:
@@ -100,7 +106,7 @@ class DataConfig:
         return found
 
     def named_sources(self) -> tuple[SourceConfig, ...]:
-        """The sources, or the single one that `root` is."""
+        """Returns the sources; `root` is the only one where it is given."""
         if self.root.startswith(HUB):
             path, _, subset = self.root.removeprefix(HUB).partition(":")
             return (SourceConfig(path=path, kind="huggingface", subset=subset),)

@@ -1,40 +1,42 @@
-"""The shape of the two models, as frozen dataclasses, and what makes a shape impossible."""
+"""Settings of the models: the byte latent transformer, the entropy model, the token model."""
 
 from dataclasses import dataclass
 
 from bltjax.config.checks import finite, one_of, positive
+from bltjax.vocabulary import VOCAB_SIZE
 
-VOCAB_SIZE = 260  # 4 special ids and 256 bytes, see vocabulary.py
 POOLING_MODES = ("max", "min", "mean")
 INIT_FACTORS = ("current_depth", "global_depth", "dim_ratio", "disabled")
 DTYPES = ("float32", "bfloat16")
 REMAT_MODES = ("none", "dots", "full")
-HASH_TABLES = "encoder_hash_tok_embedding"  # their published name
-SHARED_TABLE = 4096  # rows; chips hold smaller hash tables whole where these do not divide
+HASH_TABLES = "encoder_hash_tok_embedding"  # published name of the parameter
+SHARED_TABLE = 4096  # rows; smaller hash tables need not be split over chips
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """One stack of transformer blocks (spec 5.2)."""
+    """A stack of transformer layers (spec 5.2)."""
 
-    dim: int = 64
-    num_layers: int = 1
-    num_heads: int = 4
-    num_kv_heads: int | None = None  # grouped-query attention; None: one per query head
-    head_dim: int | None = None  # None: dim / num_heads
-    window: int | None = None  # bytes a query sees, itself included; None: everything before it
-    rope_theta: float = 500_000.0
-    norm_eps: float = 1e-5
-    ffn_dim_multiplier: float = 1.0
-    ffn_multiple_of: int = 256
-    ffn_width: int | None = None  # None: from the three values above (spec 5.2)
+    dim: int = 64  # width of the vectors that go from layer to layer
+    num_layers: int = 1  # attention and feed-forward layers, in pairs
+    num_heads: int = 4  # query heads of an attention layer
+    num_kv_heads: int | None = None  # key/value heads, each for several query heads; None: one each
+    head_dim: int | None = None  # width of a head; None: dim / num_heads
+    window: int | None = None  # positions a query attends to, its own included; None: all before it
+    rope_theta: float = 500_000.0  # base of the rotary position embedding
+    norm_eps: float = 1e-5  # added under the root in RMSNorm
+    ffn_dim_multiplier: float = 1.0  # scales the hidden width of feed-forward layers, 8/3 * dim
+    ffn_multiple_of: int = 256  # that width is rounded up to a multiple of this
+    ffn_width: int | None = None  # the hidden width itself; None: from the two settings above
 
     @property
     def kv_heads(self) -> int:
+        """Number of key/value heads."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def head_width(self) -> int:
+        """Width of a head."""
         return self.head_dim or self.dim // self.num_heads
 
     @property
@@ -46,21 +48,8 @@ class TransformerConfig:
         return -(-hidden // self.ffn_multiple_of) * self.ffn_multiple_of
 
     def problems(self, name: str) -> list[str]:
-        found = positive(
-            self,
-            name,
-            "dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "rope_theta",
-            "norm_eps",
-            "ffn_dim_multiplier",
-            "ffn_multiple_of",
-            "ffn_width",
-        ) + finite(self, name, "rope_theta", "norm_eps", "ffn_dim_multiplier")
-        if found:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
+        if found := positive(self, name) + finite(self, name):
             return found
         if self.head_dim is None and self.dim % self.num_heads:
             found.append(
@@ -78,61 +67,54 @@ class TransformerConfig:
                 f"{name}.head_dim={self.head_dim} give head width {self.head_width}, but "
                 "rotary embedding turns pairs: choose an even width"
             )
-        if self.window is not None and self.window < 1:
-            found.append(f"{name}.window={self.window} must be at least 1 (or None)")
         return found
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Initial weights: normal, cut at 3 sigma (spec 6)."""
+    """Initial weights, drawn from normal distributions that are cut at 3 sigma (spec 6)."""
 
-    std_factor: str = "current_depth"  # one of INIT_FACTORS
-    base_std: float | None = None  # replaces 1/sqrt(fan-in) in the global stack, without factor
+    # Scales deeper layers down: by their depth, the depth of the stack, its width, or not at all
+    # ("current_depth", "global_depth", "dim_ratio", "disabled").
+    std_factor: str = "current_depth"
+    base_std: float | None = None  # standard deviation in the global stack; None: from fan-in
 
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """Bytes to patches in the encoder, patches to bytes in the decoder (spec 5.5)."""
+    """Attention between bytes and patches (spec 5.5).
 
-    encoder: bool = True
-    decoder: bool = True
-    k: int = 2  # vectors of local width per patch
-    num_heads: int = 4
-    num_kv_heads: int | None = None  # grouped queries; None: one per query head, as published
-    num_heads_decoder: int | None = None  # None: as in the encoder
-    num_kv_heads_decoder: int | None = None  # None: as in the encoder
-    all_layers_encoder: bool = False  # otherwise after the last layer only
-    all_layers_decoder: bool = True  # otherwise before the first layer only
-    window_encoder: int | None = None  # patches; None: each patch reads only its own bytes
-    window_decoder: int | None = None  # patches; None: each byte reads one patch
-    doubled_residual: bool = True  # 2x + attention, as the released weights expect
+    In the encoder patches attend to bytes, in the decoder bytes attend to patches.
+    """
+
+    encoder: bool = True  # off: patches are pooled bytes
+    decoder: bool = True  # off: the patch's vector is added to its bytes
+    k: int = 2  # vectors of local width that a patch consists of
+    num_heads: int = 4  # query heads
+    num_kv_heads: int | None = None  # key/value heads; None: one per query head, as published
+    num_heads_decoder: int | None = None  # query heads in the decoder; None: as in the encoder
+    num_kv_heads_decoder: int | None = None  # key/value heads there; None: as in the encoder
+    all_layers_encoder: bool = False  # after each layer of the encoder; off: after the last only
+    all_layers_decoder: bool = True  # before each layer of the decoder; off: before the first only
+    window_encoder: int | None = None  # patches whose bytes a patch attends to; None: its own only
+    window_decoder: int | None = None  # patches that a byte attends to; None: one only
+    doubled_residual: bool = True  # adds the input twice, as the released weights expect
 
     @property
     def encoder_heads(self) -> tuple[int, int]:
-        """Query heads, key/value heads."""
+        """Numbers of query heads and of key/value heads in the encoder."""
         return self.num_heads, self.num_kv_heads or self.num_heads
 
     @property
     def decoder_heads(self) -> tuple[int, int]:
-        """Query heads, key/value heads."""
+        """Numbers of query heads and of key/value heads in the decoder."""
         if self.num_heads_decoder is None:
             return self.num_heads, self.num_kv_heads_decoder or self.encoder_heads[1]
         return self.num_heads_decoder, self.num_kv_heads_decoder or self.num_heads_decoder
 
     def problems(self, name: str, dim_name: str, dim: int) -> list[str]:
-        """What is impossible with local stacks of width `dim`, a setting called `dim_name`."""
-        found = positive(
-            self,
-            name,
-            "k",
-            "num_heads",
-            "num_kv_heads",
-            "num_heads_decoder",
-            "num_kv_heads_decoder",
-            "window_encoder",
-            "window_decoder",
-        )
+        """Returns problems with local stacks of width `dim`, a setting called `dim_name`."""
+        found = positive(self, name)
         if found or not (self.encoder or self.decoder):
             return found
         sides = {"": self.encoder_heads}
@@ -154,15 +136,15 @@ class CrossAttentionConfig:
 
 @dataclass(frozen=True)
 class HashConfig:
-    """Hash n-gram embeddings (spec 4); no sizes, no tables."""
+    """Embeddings of the n bytes that end at each position, found by their hash (spec 4)."""
 
-    sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
-    vocab: int = 500_002  # rows per table
-    num_functions: int = 1
+    sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)  # each n; empty: no tables
+    vocab: int = 500_002  # rows of a table
+    num_functions: int = 1  # hash functions, and so tables, for each n
 
     @property
     def rows(self) -> int:
-        """Rows per table as held: of a large one so many more, never used, that chips share it."""
+        """Rows of a table in memory: a large one has unused rows, so that chips can share it."""
         if self.vocab < SHARED_TABLE:
             return self.vocab
         step = 1024 if self.vocab < 2**18 else 10_240  # 5 * 2^11: for 40 GPUs, for 2048 chips
@@ -171,15 +153,18 @@ class HashConfig:
 
 @dataclass(frozen=True)
 class EntropyModelConfig:
-    """The small byte language model that says how hard each next byte is (spec 7)."""
+    """A small byte language model whose entropies tell where patches start (spec 7)."""
 
-    transformer: TransformerConfig = TransformerConfig(rope_theta=10_000.0, window=512)
-    vocab_size: int = VOCAB_SIZE
-    init: InitConfig = InitConfig()
-    compute_dtype: str = "float32"
+    transformer: TransformerConfig = TransformerConfig(rope_theta=10_000.0, window=512)  # layers
+    vocab_size: int = VOCAB_SIZE  # 256 bytes and 4 special ids
+    init: InitConfig = InitConfig()  # initial weights
+    compute_dtype: str = "float32"  # of matrix products: float32 or bfloat16
+    # Activations that the backward pass computes again to save memory: none, all but the results
+    # of matrix products ("dots"), or all ("full").
     remat: str = "none"
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = self.transformer.problems(f"{name}.transformer")
         if self.transformer.window is None:
             found.append(
@@ -191,56 +176,60 @@ class EntropyModelConfig:
 
 @dataclass(frozen=True)
 class TokenModelConfig(EntropyModelConfig):
-    """A plain transformer over the ids of a tokenizer: what byte models are measured against."""
+    """A plain transformer over a tokenizer's ids, as a baseline for byte models."""
 
-    transformer: TransformerConfig = TransformerConfig()
-    vocab_size: int = 4096  # at most: of the tokenizer, which has fewer where text is short
+    transformer: TransformerConfig = TransformerConfig()  # layers
+    vocab_size: int = 4096  # ids of the tokenizer, at most: trained on little text it has fewer
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         return self.transformer.problems(f"{name}.transformer") + _common_model_problems(self, name)
 
 
 @dataclass(frozen=True)
 class BLTConfig:
-    """The byte latent transformer (spec 5); the defaults are a toy."""
+    """A byte latent transformer (spec 5). The defaults are a toy."""
 
-    local_encoder: TransformerConfig = TransformerConfig(window=512)
-    global_transformer: TransformerConfig = TransformerConfig(dim=128)
-    local_decoder: TransformerConfig = TransformerConfig(window=512)
-    cross_attention: CrossAttentionConfig = CrossAttentionConfig()
-    hash: HashConfig = HashConfig()
-    pooling: str = "max"  # bytes to patch, one of POOLING_MODES
-    always_project: bool = False  # patches for the decoder, between equal widths too (HF)
-    vocab_size: int = VOCAB_SIZE
-    init: InitConfig = InitConfig()
-    compute_dtype: str = "float32"
-    remat: str = "none"
+    local_encoder: TransformerConfig = TransformerConfig(window=512)  # layers over bytes, before
+    global_transformer: TransformerConfig = TransformerConfig(dim=128)  # layers over patches
+    local_decoder: TransformerConfig = TransformerConfig(window=512)  # layers over bytes, after
+    cross_attention: CrossAttentionConfig = CrossAttentionConfig()  # between bytes and patches
+    hash: HashConfig = HashConfig()  # n-gram embeddings of the encoder
+    pooling: str = "max"  # how a patch starts from its bytes: max, min or mean
+    # Project patches for the decoder even between equal widths, as Hugging Face's model does.
+    always_project: bool = False
+    vocab_size: int = VOCAB_SIZE  # 256 bytes and 4 special ids
+    init: InitConfig = InitConfig()  # initial weights
+    compute_dtype: str = "float32"  # of matrix products: float32 or bfloat16
+    remat: str = "none"  # activations computed again in the backward pass: none, dots or full
 
     @property
     def patch_width(self) -> int:
-        """Width of a patch as the encoder hands it to the global transformer."""
+        """Width of a patch where it leaves the encoder, before any projection."""
         return self.local_encoder.dim * (
             self.cross_attention.k if self.cross_attention.encoder else 1
         )
 
     @property
     def read_width(self) -> int:
-        """Width of a patch as the decoder reads it: k local vectors, or one without attention."""
+        """Width of a patch where it enters the decoder: k local vectors, or 1 without attention."""
         return self.local_decoder.dim * (
             self.cross_attention.k if self.cross_attention.decoder else 1
         )
 
     @property
     def has_decoder_projection(self) -> bool:
-        """As published: unless global and local widths are equal (spec 5.8)."""
+        """True where patches are projected for the decoder, since widths differ (spec 5.8)."""
         widths = {self.global_transformer.dim, self.local_decoder.dim, self.read_width}
         return self.always_project or len(widths) > 1
 
     @property
     def num_hash_tables(self) -> int:
+        """Number of hash n-gram tables."""
         return len(self.hash.sizes) * self.hash.num_functions
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         local, cross = self.local_encoder, self.cross_attention
         found = [
             p
@@ -267,7 +256,7 @@ class BLTConfig:
         found += cross.problems(f"{name}.cross_attention", f"{name}.local_encoder.dim", local.dim)
         found += one_of(self, name, "pooling", POOLING_MODES)
         if self.hash.sizes:
-            found += positive(self.hash, f"{name}.hash", "vocab", "num_functions")
+            found += positive(self.hash, f"{name}.hash")
             if not all(1 <= n <= 16 for n in self.hash.sizes):
                 found.append(f"{name}.hash.sizes={self.hash.sizes} must lie in 1..16")
             if self.hash.vocab > 2**28 or self.hash.num_functions > 11:
@@ -279,20 +268,15 @@ class BLTConfig:
 
 
 def _common_model_problems(config, name: str) -> list[str]:
-    return (
-        one_of(config, name, "compute_dtype", DTYPES)
-        + one_of(config, name, "remat", REMAT_MODES)
-        + one_of(config.init, f"{name}.init", "std_factor", INIT_FACTORS)
-        + (
-            positive(config.init, f"{name}.init", "base_std")
-            or finite(config.init, f"{name}.init", "base_std")
-        )
-        + (
-            []
-            if config.vocab_size >= VOCAB_SIZE
-            else [
-                f"{name}.vocab_size={config.vocab_size} is below the {VOCAB_SIZE} ids of bytes "
-                "and special tokens"
-            ]
-        )
+    init = f"{name}.init"
+    found = one_of(config, name, "compute_dtype", DTYPES) + one_of(
+        config, name, "remat", REMAT_MODES
     )
+    found += one_of(config.init, init, "std_factor", INIT_FACTORS)
+    found += positive(config.init, init) or finite(config.init, init)
+    if config.vocab_size < VOCAB_SIZE:
+        found.append(
+            f"{name}.vocab_size={config.vocab_size} is below the {VOCAB_SIZE} ids of bytes and "
+            "special tokens"
+        )
+    return found

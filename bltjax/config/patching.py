@@ -1,20 +1,15 @@
-"""Settings of patching: where patches start."""
+"""Settings of patching."""
 
 from dataclasses import dataclass
 
-from bltjax.config.checks import finite, one_of, positive
-
-PATCHING_RULES = ("entropy", "monotonic", "global_monotonic", "space", "static", "byte", "bpe")
-
-
-ENTROPY_RULES = ("entropy", "monotonic", "global_monotonic")
+from bltjax.config.checks import finite, positive
 
 
 @dataclass(frozen=True)
 class PatchingConfig:
-    """Where patches start (spec 2)."""
+    """Settings of the patching rule. Spec 2."""
 
-    rule: str = "entropy"  # one of PATCHING_RULES
+    rule: str = "entropy"  # a key of RULES in bltjax/patching/boundaries.py
     target_patch_bytes: float | None = 4.5  # entropy rules: calibrate the threshold to this mean
     threshold: float = 1.335442066192627  # nats; used where target_patch_bytes is None
     threshold_add: float = 0.0  # nats; the difference threshold of global_monotonic
@@ -26,16 +21,10 @@ class PatchingConfig:
     in_step: bool = False  # the training step finds patches, with a frozen entropy model
 
     def problems(self, name: str) -> list[str]:
-        found = one_of(self, name, "rule", PATCHING_RULES) + positive(self, name, "patch_size")
+        found = positive(self, name, "patch_size")
         found += finite(self, name, "threshold", "threshold_add")
         if self.max_patch_length is not None and self.max_patch_length < 1:
             found.append(f"{name}.max_patch_length={self.max_patch_length} must be at least 1")
         if self.target_patch_bytes is not None and self.target_patch_bytes < 1:
             found.append(f"{name}.target_patch_bytes={self.target_patch_bytes} must be at least 1")
-        if self.rule == "global_monotonic" and self.target_patch_bytes is not None:
-            found.append(
-                f"{name}.target_patch_bytes={self.target_patch_bytes} cannot be reached "
-                f"with {name}.rule={self.rule!r}, which has two thresholds: set "
-                "target_patch_bytes to None in the config file, and threshold and threshold_add"
-            )
         return found

@@ -14,8 +14,8 @@ from ml_collections import config_dict
 
 from bltjax.config.run import RunConfig
 
-# Settings that may change between the runs of one working directory: which stages to do now, where
-# they run and how they are watched. (Another mesh adds in another order: equal up to rounding.)
+# Settings that may change between the runs of one working directory: which stages to run, on what,
+# and what is logged. (Another mesh adds in another order: results are equal up to rounding.)
 FREE_FIELDS = (
     "stages",
     "mesh",
@@ -71,12 +71,12 @@ def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> Run
 
 
 def default_config(cls=RunConfig) -> ml_collections.ConfigDict:
-    """All settings at their defaults, as a ConfigDict for a file in `configs/` to edit."""
+    """Returns all settings at their defaults, as a ConfigDict for a config file to edit."""
     return to_config_dict(cls())
 
 
 def to_config_dict(config) -> ml_collections.ConfigDict:
-    """A dataclass as a ConfigDict; optional fields become typed placeholders."""
+    """Turns a dataclass into a ConfigDict; optional fields become typed placeholders."""
     result = ml_collections.ConfigDict()
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
@@ -92,7 +92,7 @@ def to_config_dict(config) -> ml_collections.ConfigDict:
 
 
 def from_config_dict(cls, config, name: str = "config"):
-    """The frozen dataclass that a ConfigDict (or a nested dict) describes.
+    """Turns a ConfigDict (or a nested dict) into the frozen dataclass `cls`.
 
     Raises ValueError that names the field and the value: unknown key (with the nearest known
     one), wrong type, or a value that no model could have.
@@ -142,7 +142,7 @@ def _plain_type(hint):
 
 
 def to_dict(config) -> dict:
-    """A dataclass as nested plain dicts (JSON-ready, tuples as lists)."""
+    """Turns a dataclass into nested dicts for JSON, with lists for tuples."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -153,7 +153,7 @@ def to_dict(config) -> dict:
 
 
 def differences(old: dict, new: dict, name: str = "config") -> list[str]:
-    """Fields whose values differ between two `to_dict` results, free fields left out."""
+    """Returns lines on the fields that differ between two `to_dict` results, but FREE_FIELDS."""
     found = []
     for key in sorted({*old, *new} - set(FREE_FIELDS)):
         a, b = old.get(key), new.get(key)

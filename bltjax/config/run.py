@@ -1,19 +1,15 @@
-"""Settings of a run: its stages, and one group of settings for each of its parts."""
+"""Settings of a whole run: its stages, and a group of settings for each of its parts."""
 
 import dataclasses
 from dataclasses import dataclass
 
 from bltjax.config.checks import positive
 from bltjax.config.data import DataConfig
-from bltjax.config.model import (
-    BLTConfig,
-    EntropyModelConfig,
-    TokenModelConfig,
-)
+from bltjax.config.model import BLTConfig, EntropyModelConfig, TokenModelConfig
 from bltjax.config.patching import PatchingConfig
 from bltjax.config.training import OF_BLT_PARTS, OptimizerConfig, ProfileConfig, TrainingConfig
 
-STAGES = ("entropy_model", "entropies", "blt", "evaluate", "sample")  # of a BLT
+STAGES = ("entropy_model", "entropies", "blt", "evaluate", "sample")  # default: a BLT
 ALL_STAGES = (*STAGES, "token_model")
 TRAINING = dict(  # of stages that train a model: the name of their settings
     entropy_model="entropy_training", blt="blt_training", token_model="token_training"
@@ -22,24 +18,26 @@ TRAINING = dict(  # of stages that train a model: the name of their settings
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Where the ids of the token model come from."""
+    """The tokenizer of the token model."""
 
-    path: str = ""  # a tokenizer.json of another run; empty: it is trained
-    train_bytes: int = 20_000_000  # of training documents, in a seeded order, that it is trained on
+    path: str = ""  # tokenizer.json of another run; empty: a tokenizer is trained
+    train_bytes: int = 20_000_000  # bytes of training documents that it is trained on
 
     def problems(self, name: str) -> list[str]:
-        return positive(self, name, "train_bytes")
+        """Returns what is wrong with the settings, a line each; name: of the group."""
+        return positive(self, name)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1, it takes what is left."""
+    """Number of devices along each axis of the mesh; one axis may be -1: all that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # devices with a copy of the weights and rows of their own
+    fsdp: int = 1  # devices that share the weights and have rows of their own
+    tensor: int = 1  # devices that share the heads and hidden widths of the same rows
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         sizes = dataclasses.astuple(self)
         if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
             return [f"{name}={sizes}: axes must be at least 1, and only one may be -1"]
@@ -48,37 +46,38 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured and shown at the end of a run."""
+    """The evaluation and the samples at the end of a run."""
 
-    batch_size: int = 8
-    max_bytes: int = 100_000_000  # of held-out documents, about
-    baselines: bool = True  # fit n-gram models on the training bytes
-    prompt: str = "def "
-    sample_bytes: int = 200
-    temperature: float = 0.7
-    sentence: str = "Patches are short where text is hard and long where it is easy."
+    batch_size: int = 8  # rows of a batch
+    max_bytes: int = 100_000_000  # about how much held-out text is scored
+    baselines: bool = True  # compare with n-gram models fitted on the training bytes, and with xz
+    prompt: str = "def "  # the sample goes on from it
+    sample_bytes: int = 200  # length of the sample, at most
+    temperature: float = 0.7  # of the sample; 0: the most probable byte each time
+    sentence: str = "Patches are short where text is hard and long where it is easy."  # cut up
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         return positive(self, name, "batch_size", "max_bytes", "sample_bytes")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run: the stages it goes through and the settings of each."""
+    """All settings of a run. Raises ValueError that lists every problem."""
 
-    stages: tuple[str, ...] = STAGES
-    data: DataConfig = DataConfig()
-    patching: PatchingConfig = PatchingConfig()
-    entropy_model: EntropyModelConfig = EntropyModelConfig()
-    entropy_training: TrainingConfig = TrainingConfig()
-    blt: BLTConfig = BLTConfig()
-    blt_training: TrainingConfig = TrainingConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    token_model: TokenModelConfig = TokenModelConfig()
-    token_training: TrainingConfig = TrainingConfig()  # its row_bytes are tokens of a row
-    evaluation: EvaluationConfig = EvaluationConfig()
-    mesh: MeshConfig = MeshConfig()
-    profile: ProfileConfig = ProfileConfig()
+    stages: tuple[str, ...] = STAGES  # stages to go through, of ALL_STAGES
+    data: DataConfig = DataConfig()  # the corpus
+    patching: PatchingConfig = PatchingConfig()  # where patches start
+    entropy_model: EntropyModelConfig = EntropyModelConfig()  # shape of the entropy model
+    entropy_training: TrainingConfig = TrainingConfig()  # training of the entropy model
+    blt: BLTConfig = BLTConfig()  # shape of the byte latent transformer
+    blt_training: TrainingConfig = TrainingConfig()  # training of the byte latent transformer
+    tokenizer: TokenizerConfig = TokenizerConfig()  # tokenizer of the token model
+    token_model: TokenModelConfig = TokenModelConfig()  # shape of the token model
+    token_training: TrainingConfig = TrainingConfig()  # its training; row_bytes counts tokens
+    evaluation: EvaluationConfig = EvaluationConfig()  # measurements at the end
+    mesh: MeshConfig = MeshConfig()  # how devices share the work
+    profile: ProfileConfig = ProfileConfig()  # a trace of some training steps
 
     def __post_init__(self):
         found = [
@@ -97,7 +96,7 @@ class RunConfig:
             raise ValueError("; ".join(found))
 
     def _patchless_problems(self, name: str, model: str) -> list[str]:
-        """Settings that would change nothing, of a model that is no BLT."""
+        """Returns settings that would change nothing, for a model without patches."""
         training, found = getattr(self, name), []
         for setting in OF_BLT_PARTS:
             value, default = (getattr(o, setting) for o in (training.optimizer, OptimizerConfig()))
@@ -122,5 +121,5 @@ class RunConfig:
         return []
 
     def trained(self, stage: str):
-        """Returns (model, training), the settings of a stage that TRAINING names."""
+        """Returns the settings (model, training) of stage entropy_model, blt or token_model."""
         return getattr(self, stage), getattr(self, TRAINING[stage])

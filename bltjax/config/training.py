@@ -1,4 +1,4 @@
-"""How a model is trained: optimizer, steps, rows, what is saved and watched."""
+"""Settings of training: optimizer, batches, checkpoints, profile."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from bltjax.config.checks import finite, one_of, positive
 SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
 MOMENTS = ("float32", "bfloat16", "factored")
 UPDATES = ("dense", "touched")
-# Settings of an optimizer that speak of parts which the entropy model does not have.
+# Settings of an optimizer for parts that only a byte latent transformer has.
 OF_BLT_PARTS = (
     "global_rate",
     "local_rate",
@@ -20,47 +20,42 @@ OF_BLT_PARTS = (
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule, in the published family (spec 8.1)."""
+    """AdamW with a schedule of the learning rate (spec 8.1)."""
 
-    learning_rate: float = 4e-4
-    schedule: str = "cosine"  # one of SCHEDULES
-    warmup_steps: int = 2000
-    min_ratio: float = 0.01  # the last learning rate, as a share of the peak
-    cycle_length: float = 1.0  # cosine: full cycles as a share of all steps
-    cosine_theta: float = 1.0
-    decay_fraction: float = 0.1  # wsd
-    exp_factor: float = 0.5  # inv_sqrt
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    # Times learning_rate, for a part of the model; 0 freezes it and holds no moments. Byte-ifying
-    # a trained transformer (paper 6.2) wants a global_rate of about 0.1.
+    learning_rate: float = 4e-4  # the highest, at the end of the warm-up
+    schedule: str = "cosine"  # after the warm-up: cosine, linear, inv_sqrt, wsd or constant
+    warmup_steps: int = 2000  # steps in which the learning rate grows from 0, linearly
+    min_ratio: float = 0.01  # last learning rate, as a share of the highest
+    cycle_length: float = 1.0  # cosine: share of the steps after which the curve starts over
+    cosine_theta: float = 1.0  # cosine: exponent that bends the curve; 1: a plain cosine
+    decay_fraction: float = 0.1  # wsd: share of the steps at the end in which it falls
+    exp_factor: float = 0.5  # inv_sqrt: exponent of the decay
+    beta1: float = 0.9  # share of the old mean in the running mean of the gradient
+    beta2: float = 0.95  # share of the old mean in the running mean of its square
+    epsilon: float = 1e-8  # added to the root of the mean square
+    weight_decay: float = 0.1  # share of a weight, times the learning rate, taken off in each step
+    clip_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
+    # Factors on learning_rate for parts of the model; 0 freezes the part and keeps no moments of
+    # it. To turn a trained transformer into a byte model (paper 6.2), a global_rate near 0.1.
     global_rate: float = 1.0  # the global transformer
     local_rate: float = 1.0  # local encoder and decoder with their cross-attention
     hash_rate: float = 1.0  # the hash n-gram tables
-    decay_norms: bool = True  # whether weight_decay acts on them; published: on everything
-    decay_embeddings: bool = True  # the byte tables
-    decay_hash_tables: bool = True
-    # What the optimizer holds of the hash tables, one of MOMENTS; factored: of the second moments a
-    # number for each row and feature, and no first ones.
+    # Parts on which weight_decay acts; the published training has it act on all.
+    decay_norms: bool = True  # scales of RMSNorm
+    decay_embeddings: bool = True  # byte embeddings
+    decay_hash_tables: bool = True  # hash n-gram tables
+    # How the optimizer stores moments of the hash tables: float32, bfloat16, or "factored", which
+    # keeps of the second moments one number for each row and each column, and no first moments.
     hash_moments: str = "float32"
-    # Which rows of the hash tables a step updates, one of UPDATES; touched: those that it reads,
-    # and what the others miss is made up when they are next read. On one device.
+    # Rows of the hash tables that a step updates: all of them ("dense"), or those that it reads
+    # ("touched"), which get the updates that they missed when they are next read; on one device.
     hash_updates: str = "dense"
 
     def problems(self, name: str) -> list[str]:
-        found = one_of(self, name, "schedule", SCHEDULES) + positive(
-            self,
-            name,
-            "learning_rate",
-            "clip_norm",
-            "epsilon",
-            "cycle_length",
-            "cosine_theta",
-            "decay_fraction",
-        )
+        """Returns what is wrong with the settings, a line each; name: of the group."""
+        above_0 = ("learning_rate", "clip_norm", "epsilon")
+        above_0 += ("cycle_length", "cosine_theta", "decay_fraction")
+        found = one_of(self, name, "schedule", SCHEDULES) + positive(self, name, *above_0)
         if not 0 <= self.min_ratio <= 1:
             found.append(f"{name}.min_ratio={self.min_ratio} must lie between 0 and 1")
         for share in ("beta1", "beta2"):
@@ -107,36 +102,30 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training stage: rows, steps, optimizer, and how often to log and save."""
+    """Settings of the training of one model."""
 
-    steps: int = 1000
-    batch_size: int = 8  # rows over all devices
-    accumulation_steps: int = 1  # parts of a batch that go through the devices one after the other
-    row_bytes: int = 1024  # L, byte positions of a row; 0: from row_patches and the mean patch
-    row_patches: int = 0  # P, patch slots of a row; 0: from row_bytes and the mean patch
-    optimizer: OptimizerConfig = OptimizerConfig()
-    z_loss: float = 0.0  # weight of the squared log of the softmax's sum; 0: none
-    # Leave an update out where the loss, or the norm of the gradient, is above so many times its
-    # running mean, or is not finite; 0 never does.
-    skip_loss_above: float = 0.0
-    skip_norm_above: float = 0.0
-    log_every: int = 20
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2  # the newest
-    keep_every: int = 0  # and those at multiples of this step, for good; 0: none
-    seed: int = 42
+    steps: int = 1000  # updates of the weights
+    batch_size: int = 8  # rows of a batch, over all devices
+    accumulation_steps: int = 1  # parts that a batch is cut into, one after the other, for memory
+    row_bytes: int = 1024  # byte positions of a row; 0: as many as row_patches patches have
+    row_patches: int = 0  # patches of a row; 0: as many as row_bytes bytes have
+    optimizer: OptimizerConfig = OptimizerConfig()  # learning rate and all that goes with it
+    z_loss: float = 0.0  # weight of the square of the log of the softmax's denominator; 0: none
+    # An update is left out where a value is not finite, or is this many times its running mean.
+    skip_loss_above: float = 0.0  # for the loss; 0: never
+    skip_norm_above: float = 0.0  # for the norm of the gradient; 0: never
+    log_every: int = 20  # steps between lines of metrics
+    checkpoint_every: int = 500  # steps between checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # checkpoints at multiples of this step are kept for good; 0: none
+    seed: int = 42  # of the initial weights and of the order of documents
 
     def problems(self, name: str) -> list[str]:
-        found = positive(
-            self,
-            name,
-            "steps",
-            "batch_size",
-            "accumulation_steps",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ) + finite(self, name, "z_loss", "skip_loss_above", "skip_norm_above")
+        """Returns what is wrong with the settings, a line each; name: of the group."""
+        above_0 = ("steps", "batch_size", "accumulation_steps")
+        above_0 += ("log_every", "checkpoint_every", "keep_checkpoints")
+        found = positive(self, name, *above_0)
+        found += finite(self, name, "z_loss", "skip_loss_above", "skip_norm_above")
         if self.batch_size % max(self.accumulation_steps, 1):
             found.append(
                 f"{name}.batch_size={self.batch_size} is not divisible by "
@@ -179,13 +168,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """A trace of some steps for xprof or Perfetto, in STAGE/profile of the working directory."""
+    """A trace of some steps for xprof or Perfetto, written to WORKDIR/STAGE/profile."""
 
-    first_step: int | None = None  # none: no trace
-    num_steps: int = 3
-    stage: str = "blt"
+    first_step: int | None = None  # first step of the trace; None: no trace
+    num_steps: int = 3  # steps in the trace
+    stage: str = "blt"  # model that is traced: entropy_model, blt or token_model
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(self, name, "num_steps")
         if self.first_step is not None and self.first_step < 0:
             found.append(f"{name}.first_step={self.first_step} must not be negative")

@@ -1,4 +1,4 @@
-"""Compiles a program for chips that are not there, and reports memory, FLOPs and collectives."""
+"""Compiles a program for a topology of chips, none needed, and reports its costs on them."""
 
 import contextlib
 import dataclasses
@@ -7,23 +7,17 @@ import os
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from bltjax.costs import compiler_errors
 from bltjax.costs.chips import GIB, Chip
 
-REMATERIALISED = "Involuntary full rematerialization"  # XLA: an array is made whole to reshard it
-
-
-LOG_TAIL = 4000  # characters that are shown of it where the compiler fails
-
-
+REMATERIALISED = "Involuntary full rematerialization"  # XLA gathers a whole array to reshard it
+LOG_TAIL = 4000  # characters of the compiler's log that are shown where it fails
+# Results of a program that compiled; None where it did not.
 WORK = ("compiled_flops", "kernel_flops", "hbm_traffic_bytes", "collective_bytes", "received_bytes")
-
-
-WORK += ("largest_collective", "unknown_loops", "unknown_kernels", "roofline")  # of what compiled
-
-
-# What to change, by what takes most.
+WORK += ("largest_collective", "unknown_loops", "unknown_kernels", "roofline")
+# Settings to change, by the part that takes most of the memory.
 REMEDIES = dict(
     parameter_bytes="a larger mesh.fsdp, more chips",
     optimizer_bytes="a larger mesh.fsdp, hash_moments='bfloat16', more chips",
@@ -32,9 +26,13 @@ REMEDIES = dict(
 )
 
 
-def compile_program(config, flag_values) -> dict:
-    """What is known of a program, per device.
+def compile_program(
+    config, topology_name: str, slices: int, stage: str, program: str, text_file: str | None
+) -> dict:
+    """Compiles a program of a RunConfig for a topology; returns its costs per device.
 
+    topology_name, slices: see `topology.topology_devices`. program: "train", or of generation
+    "prefill" or "decode". text_file: where the optimized program is written (HLO text), or None.
     Raises ValueError for what cannot be compiled, JaxRuntimeError where the compiler fails.
     """
     import jax
@@ -43,15 +41,15 @@ def compile_program(config, flag_values) -> dict:
     from bltjax.costs import jaxpr_flops, programs, topology
     from bltjax.sharding import check_batch_sizes, check_hash_updates
 
-    name, stage, program = flag_values.topology, flag_values.stage, flag_values.program
-    chip, devices = topology.topology_devices(name, flag_values.slices)
+    chip, devices = topology.topology_devices(topology_name, slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     if program == "train":
         trained = dataclasses.replace(config, stages=(stage,))
         check_batch_sizes(trained, mesh)
         check_hash_updates(trained, mesh)
     sharding.check_model(getattr(config, stage), stage, mesh)
-    print(f"{program} of {stage}, mesh {dict(mesh.shape)} on {len(devices)} devices of {name}")
+    shape = dict(mesh.shape)
+    print(f"{program} of {stage}, mesh {shape} on {len(devices)} devices of {topology_name}")
     with jax.set_mesh(mesh):
         made = programs.trace(config, stage, program)
         written = jaxpr_flops.Work(made.traced.jaxpr)
@@ -61,16 +59,14 @@ def compile_program(config, flag_values) -> dict:
         "model_flops": made.model_flops,
         "recompute_flops": made.recompute_flops,
     }
-    found = dict(program=program, stage=stage, topology=name, slices=flag_values.slices)
-    found |= dict(mesh=dict(mesh.shape), compile_seconds=seconds)
-    found |= dict(hash_table_bytes=hash_table_bytes(config, stage))
+    found = dict(program=program, stage=stage, topology=topology_name, slices=slices, mesh=shape)
+    found |= dict(compile_seconds=seconds, hash_table_bytes=hash_table_bytes(config, stage))
     found |= memory(made, chip, compiled, refused)
     found |= {name: flops / len(devices) for name, flops in each.items()} | dict.fromkeys(WORK)
     if compiled is not None:
         text = compiled.as_text()
-        if flag_values.text:
-            with open(flag_values.text, "w") as file:
-                file.write(text)
+        if text_file:
+            Path(text_file).write_text(text)
         found |= work(text, written.kernels)
         unit = "tokens" if stage == "token_model" else "bytes"
         found["roofline"] = roofline(found, chip, made.num_bytes / len(devices), unit)
@@ -78,14 +74,14 @@ def compile_program(config, flag_values) -> dict:
 
 
 def hash_table_bytes(config, stage: str) -> int:
-    """Of one whole table in float32; 0 without any."""
+    """Returns the bytes of one whole hash table in float32; 0 for a model without any."""
     if stage != "blt" or not config.blt.hash.sizes:
         return 0
     return 4 * config.blt.hash.rows * config.blt.local_encoder.dim
 
 
 def _compile(lowered):
-    """(compiled program or None, why it does not fit or None, seconds)."""
+    """Returns (compiled program or None, reason that it does not fit or None, seconds)."""
     import jax
 
     started = time.perf_counter()
@@ -98,7 +94,7 @@ def _compile(lowered):
 
 
 def memory(made, chip: Chip, compiled, refused: str | None) -> dict:
-    """Bytes of a device: of types, and of what the compiler says or why it refused."""
+    """Returns bytes per device: of the inputs by type, and the peak that the compiler reports."""
     found = dict(
         fits=False,
         hbm_bytes_per_chip=chip.hbm_bytes,
@@ -126,7 +122,7 @@ def memory(made, chip: Chip, compiled, refused: str | None) -> dict:
 
 
 def work(text: str, kernels: dict) -> dict:
-    """FLOPs and bytes that a compiled program takes of a device, see `hlo_cost.Cost`."""
+    """Returns FLOPs and bytes of a compiled program per device, see `hlo_cost.Cost`."""
     from bltjax.costs.hlo_cost import read_cost
 
     cost = read_cost(text, kernels)
@@ -144,7 +140,10 @@ def work(text: str, kernels: dict) -> dict:
 
 
 def roofline(found: dict, chip: Chip, number: float, unit: str) -> dict:
-    """What a run over so many bytes, or tokens, takes at least, as if everything overlapped."""
+    """Returns the least time of one run of a program, if compute, HBM and links all overlapped.
+
+    number: bytes or tokens (`unit`) that a run goes through on one device.
+    """
     seconds = dict(
         compute=found["compiled_flops"] / chip.flops,
         hbm=found["hbm_traffic_bytes"] / chip.hbm_bandwidth,
@@ -163,6 +162,7 @@ def roofline(found: dict, chip: Chip, number: float, unit: str) -> dict:
 
 
 def print_report(found: dict):
+    """Prints the result of `compile_program` for people."""
     for name in ("parameter", "optimizer", "batch", "temp"):
         _print_bytes(name, found[f"{name}_bytes"])
     limit = f"of {found['hbm_bytes_per_chip'] / GIB:.0f} GiB a device"
@@ -213,7 +213,10 @@ def _print_bytes(name: str, size: float | None, note: str = ""):
 
 @contextlib.contextmanager
 def captured_log():
-    """What C++ writes to stderr meanwhile, in a file; Python's own errors are shown as ever."""
+    """Redirects what C++ code (the compiler) writes to stderr into a file, which is yielded.
+
+    Python's own messages still reach the terminal.
+    """
     sys.stderr.flush()
     shown, python = os.dup(2), sys.stderr
     with tempfile.TemporaryFile("w+", errors="replace") as log, os.fdopen(shown, "w") as stderr:
@@ -228,7 +231,8 @@ def captured_log():
             sys.stderr = python
 
 
-def _show_tail(log):
+def show_tail(log):
+    """Prints the last LOG_TAIL characters of a `captured_log` on stderr."""
     log.seek(0)
     tail = log.read()[-LOG_TAIL:].strip()
     if tail:

@@ -1,4 +1,4 @@
-"""What a compiler says where it refuses a program: which memory is too small, and by how much."""
+"""Parses the compiler's out-of-memory messages."""
 
 import re
 import textwrap
@@ -9,19 +9,19 @@ _ASKED = re.compile(r"(?:\(|used )([\d.]+)([kmgt]?)\)? (?:exceeds available|of [
 
 
 def exhausted(reason: str) -> str | None:
-    """The memory that is too small, such as hbm or vmem; None if it is not that, or not named."""
+    """Returns the memory that is too small, such as hbm or vmem; None where none is named."""
     named = _MEMORY.search(reason.lower())
     return named[1] if named and "RESOURCE_EXHAUSTED" in reason else None
 
 
 def asked_hbm_bytes(reason: str) -> int | None:
-    """What the program takes of HBM, if that is said."""
+    """Returns the bytes of HBM that the program needs, if the message names them."""
     asked = _ASKED.search(reason.lower())
     return int(float(asked[1]) * UNITS[asked[2].upper()]) if asked else None
 
 
 def failure(reason: str) -> str:
-    """One sentence on a compiler that failed for another reason than HBM."""
+    """Returns one sentence for the user on a failure that is not about HBM."""
     told, memory = textwrap.shorten(reason, 400), exhausted(reason)
     if memory:
         return (

@@ -1,16 +1,14 @@
-"""FLOPs per byte and parameter counts, from a config and from shapes alone.
+"""Counts FLOPs per byte and parameters, from a config and from shapes alone.
 
 `flops_per_byte` counts the matrix products that a configured model needs, term by term.
 `paper_flops_per_byte` is the paper's own estimate (eq. 13-17), to compare with its figures. Both
-are forward passes with a multiply-add as two FLOPs; look-ups count 0, and norms, softmax, rotary
-embedding and pooling are left out. `run_flops` is the account of a whole run, with what patching
-costs beside the model.
+count a forward pass, with two FLOPs for a multiply-add and none for look-ups, norms, softmax,
+rotary embedding and pooling. `run_flops` counts a whole run, the entropy model included.
 """
 
 from typing import NamedTuple
 
 from bltjax.config import (
-    ENTROPY_RULES,
     BLTConfig,
     EntropyModelConfig,
     RunConfig,
@@ -18,6 +16,7 @@ from bltjax.config import (
     TransformerConfig,
 )
 from bltjax.config.model import HASH_TABLES
+from bltjax.patching.boundaries import needs_entropies
 
 TRAINING_FACTOR = 3  # forward and backward, in forward passes; rematerialisation is not useful work
 PAPER_VOCAB = 256  # the paper's output layer predicts bytes only
@@ -26,12 +25,11 @@ PAPER_VOCAB = 256  # the paper's output layer predicts bytes only
 def flops_per_byte(
     config: BLTConfig | EntropyModelConfig, context_bytes: float, patch_bytes: float = 1.0
 ) -> dict[str, float]:
-    """Forward FLOPs per byte of the configured model, by part, and their `total`.
+    """Returns the forward FLOPs per byte of each part of a model, and their `total`.
 
-    context_bytes: bytes of a row, all of one document, so an upper bound where rows are packed.
-    patch_bytes: mean bytes of a patch or a token; the entropy model has neither, and ignores it.
-    Attention counts the pairs that the mask lets through, on average over the row, and not the
-    masked ones that a kernel may compute besides.
+    context_bytes: bytes of a row, taken as one document, so an upper bound where rows are packed.
+    patch_bytes: mean bytes of a patch or a token; the entropy model ignores it. Attention counts
+    the pairs that the mask lets through, not the masked ones that a kernel may compute besides.
     """
     if isinstance(config, EntropyModelConfig):
         stack, positions = config.transformer, _positions_per_byte(config, patch_bytes)
@@ -72,14 +70,14 @@ def flops_per_byte(
 
 
 def stack_flops(stack: TransformerConfig, keys: float) -> float:
-    """FLOPs of one position through a stack whose queries see `keys` positions (spec 5.2)."""
+    """Returns the FLOPs of a position in a stack whose queries see `keys` positions (spec 5.2)."""
     q_dim, kv_dim = (n * stack.head_width for n in (stack.num_heads, stack.kv_heads))
     attention = 2 * _matrix(stack.dim, q_dim) + 2 * _matrix(stack.dim, kv_dim) + 4 * q_dim * keys
     return stack.num_layers * (attention + 3 * _matrix(stack.dim, stack.ffn_dim))
 
 
 def mean_visible(positions: float, window: int | None = None) -> float:
-    """Keys that a causal query sees, itself included, on average over a row of `positions`."""
+    """Returns the mean number of keys that a causal query in a row sees, its own included."""
     window = positions if window is None else min(window, positions)
     return window - window * (window - 1) / (2 * positions)
 
@@ -87,11 +85,11 @@ def mean_visible(positions: float, window: int | None = None) -> float:
 def paper_flops_per_byte(
     config: BLTConfig | EntropyModelConfig, context_bytes: float, patch_bytes: float = 1.0
 ) -> float:
-    """Forward FLOPs per byte as the paper estimates them (eq. 13-17, Table 11).
+    """Returns the forward FLOPs per byte as the paper estimates them (eq. 13-17, Table 11).
 
-    The estimate takes a feed-forward layer as two matrices of width 4h, a window as half full,
-    cross-attention in every local layer, and no projections between stacks. Only the terms of
-    cross-attention that the config switches off are left out.
+    The paper takes a feed-forward layer for two matrices of width 4h, a window for half full,
+    cross-attention for present in every local layer, and has no projections between stacks.
+    Cross-attention that the config switches off is left out.
     """
     if isinstance(config, EntropyModelConfig):
         stack, positions = config.transformer, _positions_per_byte(config, patch_bytes)
@@ -112,7 +110,7 @@ def paper_flops_per_byte(
 
 
 def paper_transformer_flops(dim: int, num_layers: int, context: float, vocab: int = 0) -> float:
-    """FLOPs per position of a causal transformer, `vocab` being its output layer's (Table 11)."""
+    """Returns the FLOPs per position of a causal transformer (Table 11); vocab: of its output."""
     feed_forward = 16 * num_layers * dim**2
     return (
         _paper_attention(dim, num_layers, context)
@@ -125,33 +123,33 @@ def paper_transformer_flops(dim: int, num_layers: int, context: float, vocab: in
 class RunFlops(NamedTuple):
     """FLOPs of a run."""
 
-    model: dict[str, float]  # forward, per byte, by part, and their total
+    model: dict[str, float]  # forward pass, per byte, by part, and their total
     paper: float  # the paper's estimate of that total
-    entropy_model: float  # forward, per byte; 0 where patches do without
-    num_bytes: float  # that the model is trained on, padding included
-    entropy_training: float  # of the entropy model, all of it; 0 where patches do without
+    entropy_model: float  # its forward pass, per byte; 0 for rules without entropies
+    num_bytes: float  # bytes that the model is trained on, padding included
+    entropy_training: float  # all training of the entropy model; 0 for rules without entropies
 
     @property
     def inference(self) -> float:
-        """Per byte, the entropy model included."""
+        """Forward pass per byte, with the entropy model."""
         return self.model["total"] + self.entropy_model
 
     @property
     def training(self) -> float:
-        """Of all bytes, as the paper counts them: without the entropy model."""
+        """Training of the model on all bytes, without the entropy model, as the paper counts."""
         return TRAINING_FACTOR * self.model["total"] * self.num_bytes
 
     @property
     def patching(self) -> float:
-        """Of the entropy model on the training bytes, once, in the step or before it."""
+        """Entropies of all training bytes, computed once, in the step or before it."""
         return self.entropy_model * self.num_bytes
 
 
 def run_flops(config: RunConfig, patch_bytes: float) -> RunFlops:
-    """The account of the BLT that a run trains, or of its token model, else of the entropy model.
+    """Counts the FLOPs of the BLT of a run, or of its token model, else of its entropy model.
 
-    patch_bytes: mean bytes of a patch or of a token. What remat computes again is not useful work,
-    and not counted.
+    patch_bytes: mean bytes of a patch or of a token. Recomputation (remat) is not useful work, and
+    is not counted.
     """
     stage = next((s for s in ("blt", "token_model") if s in config.stages), "entropy_model")
     model, training = config.trained(stage)
@@ -159,7 +157,7 @@ def run_flops(config: RunConfig, patch_bytes: float) -> RunFlops:
     if stage == "token_model":
         row_bytes *= patch_bytes  # they were tokens
     entropy, entropy_training = 0.0, 0.0
-    if stage == "blt" and config.patching.rule in ENTROPY_RULES:
+    if stage == "blt" and needs_entropies(config.patching):
         rows = config.entropy_training
         entropy = flops_per_byte(config.entropy_model, rows.row_bytes)["total"]
         trained_on = rows.steps * rows.batch_size * rows.row_bytes
@@ -176,11 +174,11 @@ def run_flops(config: RunConfig, patch_bytes: float) -> RunFlops:
 def parameter_report(
     config: BLTConfig | EntropyModelConfig, abstract_params: dict
 ) -> dict[str, int]:
-    """Number of parameters per top-level part, `total`, and `without_hash_tables`.
+    """Counts the parameters of each top-level part, their `total`, and `without_hash_tables`.
 
-    abstract_params: nested dict whose leaves have a `size`: arrays or ShapeDtypeStructs. The hash
-    tables hold most of a BLT's parameters and cost no FLOPs, so the two totals tell different
-    things (spec 5.1). Their rows beyond the configured ones are not counted: no hash names them.
+    abstract_params: nested dict whose leaves have a `size`: arrays or ShapeDtypeStructs. Hash
+    tables hold most of a BLT's parameters and cost no FLOPs, hence two totals (spec 5.1). Rows of
+    the tables beyond the configured ones are not counted, since no hash leads to them.
     """
     counts = {name: _size(part) for name, part in abstract_params.items()}
     hash_tables = counts.pop(HASH_TABLES, 0)
@@ -192,7 +190,7 @@ def parameter_report(
 
 
 def format_report(report: dict[str, int]) -> str:
-    """A `parameter_report` as one line of text."""
+    """Formats a `parameter_report` as one line of text."""
     parts = ", ".join(
         f"{name} {count:,}"
         for name, count in report.items()
@@ -205,7 +203,7 @@ def format_report(report: dict[str, int]) -> str:
 
 
 def _matrix(rows: int, columns: int) -> int:
-    """FLOPs of one vector times a matrix."""
+    """Returns the FLOPs of one vector times a matrix."""
     return 2 * rows * columns
 
 
@@ -220,14 +218,14 @@ def _num_cross_layers(present: bool, everywhere: bool, stack: TransformerConfig)
 def _cross_attention(
     dim: int, heads: tuple[int, int], num_layers: int, queries: float, keys: float, pairs: float
 ) -> float:
-    """Query and output, key and value, scores and values; the last three arguments are per byte."""
+    """Returns the FLOPs per byte of cross-attention; queries, keys and pairs are per byte too."""
     kv_dim = dim * heads[1] // heads[0]
     matrices = 2 * _matrix(dim, dim) * queries + 2 * _matrix(dim, kv_dim) * keys
     return num_layers * (matrices + 4 * dim * pairs)
 
 
 def _projections(config: BLTConfig) -> int:
-    """FLOPs per patch of the matrices between stacks, which the paper leaves out (spec 5.6-5.8)."""
+    """Returns the FLOPs per patch of the projections between stacks (spec 5.6-5.8)."""
     local, trunk = config.local_encoder.dim, config.global_transformer.dim
     cross, total = config.cross_attention, 0
     if cross.encoder:  # pooled bytes to the first queries
@@ -244,7 +242,7 @@ def _paper_attention(dim, num_layers, context):
 
 
 def _paper_qkvo(dim, num_layers, ratio):
-    """`ratio`: keys per query."""
+    """Returns the FLOPs of the four projections of attention; ratio: keys per query."""
     return (2 * ratio + 2) * 2 * num_layers * dim**2
 
 

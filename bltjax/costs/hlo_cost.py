@@ -1,14 +1,14 @@
-"""What a compiled program does, read from its optimized HLO text: FLOPs, bytes, collectives.
+"""Counts the FLOPs, bytes and collectives of a compiled program from its optimized HLO text.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs, and knows nothing of
-Pallas kernels. Here a loop counts as often as its condition says, of a conditional the costliest
-branch, and a kernel what its grid times its body does. A loop whose end the program computes counts
-once, but for the exchange of hash rows: as often as ordinary text needs. The text is that of one
+XLA's own cost analysis counts the body of a loop once, however often it runs, and no FLOPs of
+Pallas kernels. Here the body counts once for each iteration, a conditional as its costliest branch,
+and a kernel as its grid times its body. A loop whose end the program computes counts once, except
+the exchange of hash rows, which counts as often as ordinary text needs. The text is that of one
 device, so all figures are per device.
 
-Bytes of HBM are an estimate: what is read and written by everything outside fusions and in HBM
-(TPU layouts name other memories), slices and gathers counted by the rows they take. Padding of
-tiles and caches are left out.
+Bytes of HBM are an estimate: all that instructions outside fusions read and write in HBM (TPU
+layouts name other memories), with slices and gathers counted by the rows that they take. Padding of
+tiles, and caches, are left out.
 """
 
 import dataclasses
@@ -25,13 +25,15 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"}
 _FREE |= {"conditional", "call", "partition-id", "replica-id", "opt-barrier"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # number of the operand that is written
 _CALLS = r"\bcalls=\{?%?([\w.\-]+)"
-_EXCHANGE = "shard_map/while"  # how the names end of loops of ops/row_exchange.py
+_EXCHANGE = "shard_map/while"  # end of the names of the loops in ops/row_exchange.py
 _EXCHANGE_ROUNDS = 3  # measured: rows of 16k bytes of text over 256 owners
 
 
 class Collective(NamedTuple):
+    """An instruction by which devices exchange data."""
+
     kind: str  # one of COLLECTIVES
     num_bytes: int  # of operands or of results, whichever are more
     group: int  # devices that exchange
@@ -41,7 +43,7 @@ class Collective(NamedTuple):
 
     @property
     def received(self) -> float:
-        """Bytes that a device must receive, at least."""
+        """Bytes that a device receives, at least."""
         if self.kind == "collective-permute":
             return self.num_bytes
         share = self.num_bytes * (self.group - 1) / self.group
@@ -50,16 +52,17 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass
 class Cost:
-    """Of a program, or of a part of it."""
+    """Cost of a program or of a part of it."""
 
     flops: float = 0.0  # dots and convolutions
     kernel_flops: float = 0.0  # Pallas
     hbm_bytes: float = 0.0
     collectives: dict = dataclasses.field(default_factory=dict)  # key: (Collective, times)
-    unknown_loops: set = dataclasses.field(default_factory=set)  # their sources, counted once
-    unknown_kernels: set = dataclasses.field(default_factory=set)  # names, counted as nothing
+    unknown_loops: set = dataclasses.field(default_factory=set)  # file:line; counted once
+    unknown_kernels: set = dataclasses.field(default_factory=set)  # names; counted as nothing
 
     def add(self, other: "Cost", times: float = 1):
+        """Adds a part that runs `times` times."""
         self.flops += times * other.flops
         self.kernel_flops += times * other.kernel_flops
         self.hbm_bytes += times * other.hbm_bytes
@@ -69,7 +72,7 @@ class Cost:
         self.unknown_kernels |= other.unknown_kernels
 
     def collective_bytes(self) -> dict[str, int]:
-        """Bytes by kind, see `Collective.num_bytes`."""
+        """Returns the bytes of each kind, see `Collective.num_bytes`."""
         found = dict.fromkeys(COLLECTIVES, 0)
         for collective, times in self.collectives.values():
             found[collective.kind] += times * collective.num_bytes
@@ -84,15 +87,16 @@ class Cost:
 
 
 def read_cost(text: str, kernels: dict | None = None) -> Cost:
-    """The cost of a program of `compiled.as_text()`; kernels: FLOPs of Pallas ones, by traced.Work.
+    """Returns the cost of a program, given as `compiled.as_text()`.
 
-    Rounds of the exchange of hash rows, which follow from the text, are taken for three.
+    kernels: FLOPs of its Pallas kernels, from `jaxpr_flops.Work`. The exchange of hash rows, whose
+    rounds depend on the text, counts _EXCHANGE_ROUNDS times.
     """
     return Program(text, kernels or {}).cost()
 
 
 class Program:
-    """Computations by name, each a dict of its Instructions."""
+    """A parsed program: its computations by name, each a dict of Instructions."""
 
     def __init__(self, text: str, kernels: dict):
         self.computations, self.entry, self.kernels = {}, None, kernels
@@ -105,7 +109,10 @@ class Program:
         return self._cost_of(self.entry, self.entry)
 
     def _cost_of(self, name: str, scope: str, fused: bool = False) -> Cost:
-        """`scope`: the computation that runs it; a collective in pieces is one within its scope."""
+        """Returns the cost of a computation.
+
+        scope: the computation that runs it; the pieces of a collective within it count as one.
+        """
         total, body = Cost(), self.computations[name]
         for ins in body.values():
             called = ins.attribute(_CALLS)
@@ -148,7 +155,7 @@ class Program:
         )
 
     def _trip_count(self, body: dict, ins: hlo_text.Instruction) -> int | None:
-        """How often a loop runs; None where that is not a constant."""
+        """Returns the number of iterations of a loop; None where it is not a constant."""
         known = ins.attribute(r'"known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
@@ -162,7 +169,7 @@ class Program:
         return None if start is None or end is None else max(end - start, 0)
 
     def _initial(self, body, ins, counter: hlo_text.Instruction) -> int | None:
-        """What a loop counts from; None where it is computed."""
+        """Returns the number that a loop counts from; None where it is computed."""
         index, given = counter.attribute(r"index=(\d+)"), body[ins.operands[0]]
         if index is None or given.opcode != "tuple":
             return None
@@ -171,7 +178,7 @@ class Program:
         return 0 if handed_on else hlo_text.constant(body, start)
 
     def _product_flops(self, body, ins) -> float:
-        """Two for each multiply-add."""
+        """Returns the FLOPs of a matrix product or convolution, two for each multiply-add."""
         left, right = (hlo_text.dimensions(body[name].shape) for name in ins.operands[:2])
         out = hlo_text.dimensions(ins.shape)
         if ins.opcode == "dot":
@@ -214,7 +221,7 @@ class Program:
         return self.sources.get(ins.attribute(r"stack_frame_id=(\d+)"), "")
 
     def _accessed(self, body, ins, called) -> float:
-        """Bytes of HBM read and written by an instruction outside fusions."""
+        """Returns the bytes of HBM that an instruction outside fusions reads and writes."""
         if ins.opcode.removesuffix("-start") in _FREE or ins.opcode.endswith(("-done", "-update")):
             return 0
         if "AllocateBuffer" in ins.text or "ConcatBitcast" in ins.text:
@@ -235,7 +242,7 @@ class Program:
         return sum(given) + result
 
     def _read(self, body, name: str, whole: float) -> float:
-        """Bytes that a computation reads of a value of its own, of `whole` ones."""
+        """Returns the bytes that a computation reads of one of its parameters, `whole` at most."""
         total = 0
         for user in hlo_text.users(body, name):
             if user.opcode in _SLICES and user.operands[0] == name:
@@ -251,7 +258,7 @@ class Program:
         return min(whole, total)
 
     def _written(self, body, shape: str) -> float:
-        """Bytes of HBM that a computation writes of its results; what it is given it hands on."""
+        """Returns the bytes of HBM that a computation writes; results it was given cost none."""
         root, results, total = hlo_text.root(body), hlo_text.arrays(shape), 0
         names = root.operands if root.opcode == "tuple" else [root.name] * len(results)
         for name, array in zip(names, results, strict=True):
@@ -270,7 +277,10 @@ def _is_updated(user: hlo_text.Instruction, name: str) -> bool:
 
 
 def _convolution_flops(ins, left, right, out) -> float:
-    """TPUs multiply matrices by convolutions: batches are axes of which one tap meets an input."""
+    """Returns the FLOPs of a convolution.
+
+    TPUs multiply batches of matrices by convolutions: along a batch axis one tap meets each input.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", ins.text)
     window = dict(re.findall(r"(\w+)=(\S+)", ins.attribute(r"window=\{([^}]*)\}") or ""))
     taps = 1
@@ -291,6 +301,6 @@ def _convolution_flops(ins, left, right, out) -> float:
 
 @functools.cache
 def _valid_taps(size, kernel, out, stride, pad, dilate, kernel_dilate) -> int:
-    """Pairs of an output and a tap of the kernel that meet an input, along one axis."""
+    """Counts the pairs of an output and a kernel tap that meet an input, along one axis."""
     place = np.arange(out)[:, None] * stride + np.arange(kernel) * kernel_dilate - pad
     return int(((place >= 0) & (place <= (size - 1) * dilate) & (place % dilate == 0)).sum())

@@ -1,4 +1,4 @@
-"""HLO, the text of a compiled program, as instructions with shapes and sources."""
+"""Parses HLO, the text of a compiled program, into instructions with shapes and sources."""
 
 import math
 import re
@@ -12,6 +12,8 @@ _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 class Instruction(NamedTuple):
+    """One line of a computation."""
+
     name: str
     shape: str
     opcode: str
@@ -20,16 +22,19 @@ class Instruction(NamedTuple):
     is_root: bool
 
     def attribute(self, pattern: str) -> str | None:
+        """Returns the first group of a regular expression that is found in the text."""
         found = re.search(pattern, self.text)
         return found and found[1]
 
     @property
     def op_name(self) -> str:
-        """Of the JAX program; empty where XLA made it."""
+        """Name in the JAX program; empty for an instruction that XLA added."""
         return self.attribute(r'op_name="([^"]*)"') or ""
 
 
 class Array(NamedTuple):
+    """Type of an array: its dtype, sizes and layout."""
+
     kind: str  # such as bf16
     sizes: tuple[int, ...]
     layout: str
@@ -42,15 +47,15 @@ class Array(NamedTuple):
 
     @property
     def hbm_bytes(self) -> int:
-        """0 in another memory of a TPU, such as S(1), its VMEM."""
+        """Bytes in HBM: 0 for an array in another memory of a TPU, such as S(1), its VMEM."""
         return 0 if re.search(r"S\([1-9]", self.layout) else self.num_bytes
 
 
 def computations(text: str):
-    """(name, is_entry, {name: Instruction}) of each computation.
+    """Yields (name, is_entry, {name: Instruction}) for each computation.
 
-    One lasts until the next begins: the "}" that ends it may have attributes, and those of a kernel
-    may span lines, of which one may be "}}...".
+    A computation lasts until the next begins: its closing "}" may have attributes, and those of a
+    kernel may span several lines, one of which may begin with "}}".
     """
     header, lines = None, []
     for line in text.splitlines():
@@ -78,7 +83,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def sources(text: str) -> dict[str, str]:
-    """file:line of each stack frame, by its id."""
+    """Returns file:line of each stack frame, by the frame's id."""
     tables, table = {}, None
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY")):
@@ -98,20 +103,23 @@ def sources(text: str) -> dict[str, str]:
 
 
 def parameters(body) -> list[str]:
+    """Returns the names of a computation's parameters, in order."""
     found = {int(i.text.split(")")[0]): i.name for i in body.values() if i.opcode == "parameter"}
     return [found[n] for n in sorted(found)]
 
 
 def users(body, name) -> list[Instruction]:
+    """Returns the instructions that take a value as an operand."""
     return [i for i in body.values() if name in i.operands]
 
 
 def root(body) -> Instruction:
+    """Returns the instruction whose value is the computation's result."""
     return next(i for i in body.values() if i.is_root)
 
 
 def constant(body, name: str) -> int | None:
-    """The integer that a value is; None if it is computed."""
+    """Returns the integer that a value is; None where it is computed."""
     ins = body[name]
     while ins.opcode in ("copy", "bitcast"):
         ins = body[ins.operands[0]]
@@ -120,7 +128,7 @@ def constant(body, name: str) -> int | None:
 
 
 def arrays(shape: str) -> list[Array]:
-    """The arrays of a shape, or of a tuple of them."""
+    """Returns the arrays of a shape, which may be a tuple."""
     return [Array(kind, tuple(numbers(sizes)), at) for kind, sizes, at in _ARRAY.findall(shape)]
 
 
@@ -137,7 +145,10 @@ def hbm_bytes(shape: str) -> int:
 
 
 def group_size(text: str) -> int:
-    """Devices of replica_groups={{0,1},{2,3}}, =[2,4]<=[8] or =mesh['a'=2,'b'=4] {'b'}."""
+    """Returns the number of devices in a group of a collective.
+
+    The groups are written as replica_groups={{0,1},{2,3}}, =[2,4]<=[8] or =mesh['a'=2,'b'=4] {'b'}.
+    """
     named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*(?:\([^)]*\)[^{]*)?\{([^}]*)\}", text)
     if named:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))

@@ -1,8 +1,8 @@
-"""FLOPs of a traced program (jaxpr), and what compiled text does not tell: those of its kernels.
+"""Counts the FLOPs of a traced program (jaxpr) and of its kernels, which compiled text hides.
 
-A loop counts as often as it runs, once where the program decides that, of a conditional the
-costliest branch. A Pallas kernel is its grid times its body; splash attention skips blocks of its
-grid that the mask leaves nothing of, and those are left out.
+The body of a loop counts once for each iteration, or once where the program decides their number; a
+conditional counts as its costliest branch. A Pallas kernel counts as its grid times its body,
+without the blocks that splash attention skips because they are masked.
 """
 
 import math
@@ -10,13 +10,16 @@ import math
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxprs_in_params
 
-SPLASH = "splash"  # how the kernels of splash attention are called
-BLOCK_MASK = 1  # their operand that is 0 where a block is skipped
+SPLASH = "splash"  # beginning of the names of splash attention's kernels
+BLOCK_MASK = 1  # number of their operand that is 0 where a block is skipped
 
 
 class Work:
-    """flops: on all devices together. kernels: FLOPs of a run on one device, by (name, shapes of
-    results)."""
+    """FLOPs of a traced program.
+
+    flops: on all devices together. kernels: FLOPs of one run of each Pallas kernel on one device,
+    by (name, shapes of results).
+    """
 
     def __init__(self, closed: ClosedJaxpr):
         self.kernels = {}
@@ -24,7 +27,7 @@ class Work:
         self.flops = self._program(closed.jaxpr, known)
 
     def _program(self, jaxpr, known: dict) -> float:
-        """known: constants, by variable."""
+        """Returns the FLOPs of a jaxpr; known: its constants, by variable."""
         return sum(self._equation(equation, known) for equation in jaxpr.eqns)
 
     def _equation(self, equation, known) -> float:
@@ -58,7 +61,7 @@ class Work:
 
 
 def _passed(equation, inner, known) -> dict:
-    """The constants among the inputs of an inner program; masks are never what a loop changes."""
+    """Returns the constants among the inputs of an inner program; no loop changes a mask."""
     given = equation.invars[1:] if equation.primitive.name == "cond" else equation.invars
     if len(given) != len(inner.invars):
         return {}

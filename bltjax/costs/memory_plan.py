@@ -7,6 +7,7 @@ import numpy as np
 
 from bltjax.costs.chips import CHIPS, GIB
 from bltjax.costs.topology import EXAMPLES
+from bltjax.patching.boundaries import rule_of
 
 HBM_GIB = {name: CHIPS[name].hbm_bytes // GIB for name in EXAMPLES}
 
@@ -78,9 +79,9 @@ def byte_lengths(model):
 
 
 def mean_patch_bytes(patching) -> float:
-    """Of a rule before it has met a text."""
-    fixed = {"static": patching.patch_size, "byte": 1}  # whatever mean is asked of other rules
-    return float(fixed.get(patching.rule) or patching.target_patch_bytes or PATCH_BYTES)
+    """Returns the mean patch of a PatchingConfig as far as it is known before any text is."""
+    fixed_mean = rule_of(patching).fixed_mean
+    return fixed_mean(patching) if fixed_mean else patching.target_patch_bytes or PATCH_BYTES
 
 
 def abstract_batch(config, stage: str) -> dict:

@@ -1,4 +1,4 @@
-"""Peak FLOP/s of the devices: from data sheets, or measured on CPUs."""
+"""Looks up the peak FLOP/s of the devices in data sheets, or measures it on CPUs."""
 
 import functools
 import time
@@ -10,15 +10,15 @@ import numpy as np
 from bltjax import sharding
 from bltjax.costs.chips import PEAKS
 
-MATRIX = 512  # of the products that are timed where the peak is not known
+MATRIX = 512  # rows and columns of the matrices whose product is timed
 
 
 def peak_flops(compute_dtype: str) -> float | None:
-    """FLOP/s of the whole mesh in matrix products: of the data sheet, or measured now on CPUs.
+    """Returns the peak FLOP/s of the whole mesh in matrix products; None for unknown accelerators.
 
-    Data sheets count bfloat16, whatever `compute_dtype`, since accelerators multiply float32 so too
-    unless told otherwise. CPUs are timed, all devices at once, since simulated devices share their
-    cores. None for accelerators that are not known.
+    Data sheets count bfloat16, whatever `compute_dtype`, since accelerators multiply float32 in
+    bfloat16 too unless told otherwise. CPUs are timed, all devices at once, since simulated devices
+    share the cores.
     """
     kind = jax.devices()[0].device_kind.replace("-", " ")  # NVIDIA A100-SXM4-80GB
     names = [name for name in PEAKS if kind == name or kind.startswith(f"{name} ")]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bltjax import sharding
-from bltjax.config import ENTROPY_RULES, BLTConfig
+from bltjax.config import BLTConfig
 from bltjax.costs import memory_plan
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte
 from bltjax.inference import engine, loops
@@ -20,6 +20,7 @@ from bltjax.inference.model_steps import Configs
 from bltjax.inference.row_state import Request
 from bltjax.inference.sampling import Sampling, knobs
 from bltjax.model import functional
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.state import abstract_state
@@ -74,7 +75,7 @@ def _trace_train(config, stage) -> Traced:
 def _patch_finder(config, num_patches):
     """What finds patches inside the step, and the parameters that it takes."""
     finder = make_patch_finder(_patching(config), config.entropy_model, num_patches)
-    if config.patching.rule not in ENTROPY_RULES:
+    if not needs_entropies(config.patching):
         return finder, None
     return finder, sharding.concrete(functional.abstract_params(config.entropy_model))
 
@@ -113,7 +114,7 @@ def _generation(config):
     """(program shape, parameters, tokens, request) of rows as long as in training, from types."""
     mesh = jax.sharding.get_mesh()
     rows = ROWS_PER_SHARD * sharding.num_row_shards(mesh)
-    needed = config.entropy_model if config.patching.rule in ENTROPY_RULES else None
+    needed = config.entropy_model if needs_entropies(config.patching) else None
     length = engine.room_for(config.blt_training.row_bytes)
     configs = Configs(config.blt, needed, _patching(config))
     decoding = engine.Decoding(least_patch_bytes=LEAST_PATCH_BYTES)
@@ -144,7 +145,7 @@ def _forward_flops(config, patch_bytes: float | None = None) -> float:
     length = config.blt_training.row_bytes
     patch_bytes = patch_bytes or config.patching.target_patch_bytes or 1.0
     needed = flops_per_byte(config.blt, length, patch_bytes)["total"]
-    if config.patching.rule in ENTROPY_RULES:
+    if needs_entropies(config.patching):
         needed += flops_per_byte(config.entropy_model, length, 1.0)["total"]
     return needed
 

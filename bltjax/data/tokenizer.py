@@ -1,10 +1,10 @@
-"""Byte-level BPE, for the models that ours are measured against: any bytes to ids, and back.
+"""Byte-level BPE tokenizer for the token models that byte models are compared with.
 
-Ids are those of `vocabulary` as far as they go: 4 special ones and the 256 single bytes, then the
-merges. Text is cut by the expression of Llama 3 before pairs are merged, the tokenizer that the
-paper's baselines use (section 4.2): words keep the space before them, digits come in threes, and
-line ends stay with the blanks before them. What is not UTF-8 is written in single bytes. Training
-takes the `tokenizers` library (extra `tokens`), and a tokenizer is a plain file of that library.
+Ids begin with those of `vocabulary`, 4 special ids and the 256 single bytes; merged pairs follow.
+Before merging, text is cut by the regular expression of Llama 3, whose tokenizer the paper's
+baselines use (section 4.2): words keep the space before them, digits come in threes, and line ends
+stay with the blanks before them. Bytes that are not UTF-8 become single bytes. Training needs the
+`tokenizers` library (extra `tokens`); a tokenizer is saved as a file of that library.
 """
 
 import functools
@@ -17,24 +17,25 @@ from pathlib import Path
 
 import numpy as np
 
+from bltjax.data.sources.readers import need
 from bltjax.runtime.files import replacing
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE
 
-# No merge can make one of these: letters and what surrounds them here are cut apart.
+# No merge can produce these, since letters are cut from the characters around them.
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|spare|>")
 CUTS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LEAST_PAIRS = 2  # a pair that occurs once is no pattern
-# Longer texts are encoded in parts: cutting them by an expression takes memory along their length.
+LEAST_PAIRS = 2  # occurrences of a pair that is merged
+# Longer texts are encoded in parts, since cutting takes memory in proportion to their length.
 PART_CHARACTERS = 1_000_000
 REMEDY = "train one with bltjax.data.tokenizer.train"
-_INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as surrogateescape has them
+_INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as surrogateescape maps them
 
 
 class Tokenizer:
-    """What `train` made or `load` read; it pickles, and opens the library where it is first used.
+    """A tokenizer, from `train` or `load`. It can be pickled.
 
     text: the content of a tokenizer.json. Raises ValueError for one whose ids are not ours.
     """
@@ -54,14 +55,14 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """Tells tokenizers apart: 16 hexadecimal digits."""
+        """Hash that identifies the tokenizer: 16 hexadecimal digits."""
         return hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()
 
     def byte_lengths(self, vocab_size: int | None = None) -> np.ndarray:
-        """int32 [V]: how many bytes each id stands for, 0 for special ones.
+        """Returns the number of bytes that each id stands for, int32 [V]; 0 for special ids.
 
-        vocab_size: of a model, whose ids past the tokenizer's stand for nothing. Raises ValueError
-        where it has too few.
+        vocab_size: V of a model, whose further ids stand for no bytes. Raises ValueError where it
+        is less than the tokenizer's.
         """
         lengths = np.array([len(piece) for piece in self._pieces], np.int32)
         size = len(lengths) if vocab_size is None else vocab_size
@@ -73,10 +74,10 @@ class Tokenizer:
         return np.pad(lengths, (0, size - len(lengths)))
 
     def encode(self, text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.ndarray:
-        """The ids int32 [S] of a document; a str as `vocabulary.encode` takes it."""
+        """Returns the ids int32 [S] of a document. A str is encoded as in `vocabulary.encode`."""
         if isinstance(text, str):
             text = text.encode("utf-8", errors="ignore")
-        # Stretches of UTF-8 and of other bytes by turns, beginning with UTF-8.
+        # Stretches of UTF-8 and of other bytes alternate; the first is UTF-8, maybe empty.
         stretches = _INVALID.split(bytes(text).decode("utf-8", "surrogateescape"))
         ids = [BOS_ID] * add_bos
         for i, stretch in enumerate(stretches):
@@ -90,7 +91,7 @@ class Tokenizer:
         return np.array(ids + [EOS_ID] * add_eos, np.int32)
 
     def decode(self, ids) -> bytes:
-        """The bytes of ids [S], special ones left out; inverts `encode`.
+        """Returns the bytes of ids [S], without special ids; inverts `encode`.
 
         Raises ValueError for ids that the tokenizer does not have.
         """
@@ -102,17 +103,17 @@ class Tokenizer:
         return b"".join(self._pieces[i] for i in ids)
 
     def save(self, path: Path):
-        """Writes a tokenizer.json: the old file, or the new one, never half of one."""
+        """Writes a tokenizer.json, atomically."""
         with replacing(Path(path)) as file:
             file.write(self.text.encode())
 
     @functools.cached_property
     def _library(self):
-        return need_tokenizers().Tokenizer.from_str(self.text)
+        return need("tokenizers", "tokens").Tokenizer.from_str(self.text)
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer in a file that `save` wrote. Raises ValueError, or OSError."""
+    """Loads a tokenizer from a file that `save` wrote. Raises ValueError, or OSError."""
     try:
         return Tokenizer(Path(path).read_text())
     except ValueError as error:
@@ -120,14 +121,14 @@ def load(path: Path) -> Tokenizer:
 
 
 def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
-    """The tokenizer of at most `vocab_size` ids that merges the commonest pairs of some documents.
+    """Trains a tokenizer of at most `vocab_size` ids by merging the most frequent pairs.
 
-    The same documents, in whatever order, give the same one. Raises ValueError for a vocabulary
+    The result does not depend on the order of the documents. Raises ValueError for a vocabulary
     without room for every byte.
     """
     if vocab_size < VOCAB_SIZE:
         raise ValueError(f"vocab_size={vocab_size} must be at least {VOCAB_SIZE}: bytes take those")
-    library = need_tokenizers()
+    library = need("tokenizers", "tokens")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
         [
@@ -153,19 +154,8 @@ def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
     return Tokenizer(_in_our_order(json.loads(tokenizer.to_str())))
 
 
-def need_tokenizers():
-    """The library. Raises ValueError that names the remedy where it is missing."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ValueError(
-            "tokens need a library that is missing: pip install bltjax[tokens]"
-        ) from error
-    return tokenizers
-
-
 def _in_our_order(content: dict) -> str:
-    """A tokenizer.json with bytes in their order, and special ids that no text can name."""
+    """Returns the tokenizer.json with our ids for bytes and special ids, which no text can name."""
     vocab = content["model"]["vocab"]
     vocab |= {name: i for i, name in enumerate(SPECIAL)}
     vocab |= {c: BYTE_OFFSET + byte for c, byte in _characters().items()}
@@ -175,7 +165,7 @@ def _in_our_order(content: dict) -> str:
 
 
 def _pieces(text: str) -> list[bytes]:
-    """The bytes of each id; none of special ones. Raises ValueError for other ids than ours."""
+    """Returns the bytes of each id, none for special ids. Raises ValueError for ids not ours."""
     try:
         content = json.loads(text)
         vocab, added = content["model"]["vocab"], content["added_tokens"]
@@ -196,7 +186,7 @@ def _pieces(text: str) -> list[bytes]:
 
 @functools.cache
 def _characters() -> dict[str, int]:
-    """The printable character that stands for each byte in files of byte-level BPE, as of GPT-2."""
+    """Returns {printable character: byte}, as byte-level BPE files (since GPT-2) write bytes."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     moved = itertools.count(256)
     return {chr(byte if byte in plain else next(moved)): byte for byte in range(256)}

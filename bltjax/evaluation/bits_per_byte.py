@@ -1,4 +1,4 @@
-"""Bits per byte of a model on held-out rows."""
+"""Measures the bits per byte of a model on held-out rows."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,13 +11,14 @@ from bltjax.data.batches.rows import Row
 
 
 def evaluate(eval_step, params, batches: Iterator[Row], sources: Sequence[str], *frozen) -> dict:
-    """Sums of an eval step over batches of rows, in float64, with `bits_per_byte` over raw bytes.
+    """Sums the results of an eval step over batches of rows, in float64.
 
     eval_step: jitted (params, batch, *frozen) -> dict of `nats`, `targets`, `byte_nats`, `bytes`,
-    `source_nats`, `source_bytes`. The result's `sources` has bits_per_byte and bytes of each.
+    `source_nats`, `source_bytes`. Returns these sums, `bits_per_byte` over raw bytes, and `sources`
+    with bits_per_byte and bytes of each source.
     """
     totals = {}
-    for rows in batches:  # of all processes, in each; it gives its own to its devices
+    for rows in batches:  # each process has all rows, and puts its own on its devices
         own = sharding.rows_of_process(len(rows.tokens))
         rows = Row(*(x[own] for x in rows))
         batch = sharding.put_batch(as_batch(rows, sources=True))

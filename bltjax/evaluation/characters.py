@@ -1,12 +1,12 @@
-"""Questions about the characters and words of a text, in the manner of CUTE (Edman et al. 2024).
+"""Asks questions about the characters and words of texts, like CUTE (Edman et al. 2024).
 
-Fourteen tasks, generated from any list of words with a seed. A task is a function from words to a
-question and its answer; a few solved questions stand before the one that is asked:
+There are fourteen tasks, generated from any list of words with a seed. A task is a function from
+words to a question and its answer. A few solved questions come before the one that is asked:
 
     Question: Spell the word "there".
     Answer: t h e r e
 
-Words are not told from other strings of characters: any script will do.
+Words are any strings without spaces, in any script.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ import numpy as np
 from bltjax.evaluation.related_words import RELATED
 
 MAX_WORDS = 6  # of a sentence that is made of words
-_CANDIDATES = 20  # words that are drawn where one must differ from another, or resemble it
+_CANDIDATES = 20  # words that are drawn to find one that differs from another, or resembles it
 
 
 class Question(NamedTuple):
-    """One item: `prompt` ends where a model is to go on with a space, `answer` and a newline."""
+    """An item. A model is to continue `prompt` with a space, `answer` and a newline."""
 
     task: str
     prompt: str
@@ -35,15 +35,11 @@ class Question(NamedTuple):
 
 
 class Material(NamedTuple):
-    """What questions are made of.
+    """Words and sentences that questions are made of."""
 
-    words: without spaces, quotes or newlines, each with two characters that differ. sentences: of
-    three or more words. related: groups of words of one kind.
-    """
-
-    words: Sequence[str]
-    sentences: Sequence[str] = ()
-    related: Sequence[Sequence[str]] = RELATED
+    words: Sequence[str]  # without spaces or quotes, each with two different characters
+    sentences: Sequence[str] = ()  # of three or more words
+    related: Sequence[Sequence[str]] = RELATED  # groups of words of one kind
 
 
 def material(
@@ -51,9 +47,9 @@ def material(
     sentences: Iterable[str] = (),
     related: Sequence[Sequence[str]] = RELATED,
 ) -> Material:
-    """The words and sentences that questions can be made of, each once, in order.
+    """Selects the words and sentences that questions can be made of, each once, in order.
 
-    Without sentences, some are made of the words. Raises ValueError for less than four words, and
+    Without sentences, questions make some of words. Raises ValueError for less than four words, and
     for less than two groups of related words.
     """
     usable = [w for w in dict.fromkeys(words) if len(set(w)) > 1 and _is_plain(w)]
@@ -69,7 +65,7 @@ def material(
 
 
 def split_words(words: Iterable[str], held_out: float, seed: int = 0) -> tuple[list, list]:
-    """(training words, held-out words): where a word goes depends on it and the seed alone."""
+    """Splits words into (training words, held-out words) by a hash of the word and the seed."""
     parts = [], []
     for word in dict.fromkeys(words):
         parts[_hash(f"{seed}:{word}") < held_out * 2**64].append(word)
@@ -85,10 +81,10 @@ def questions(
     shots_from: Material | None = None,
     seed: int = 0,
 ) -> list[Question]:
-    """Questions of one of TASKS, each after `shots` solved ones of the same task.
+    """Makes questions of one of TASKS, each after `shots` solved ones of the same task.
 
-    shots_from: what the solved ones are made of; None: of the same. Each question depends on its
-    number and the seed, not on how many there are. Raises ValueError for another task.
+    shots_from: material of the solved ones; None: `source`. A question depends on its number and
+    the seed, not on how many there are. Raises ValueError for another task.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r} is not known: give one of {', '.join(TASKS)}")
@@ -104,9 +100,9 @@ def questions(
 def training_examples(
     tasks: Sequence[str], source: Material, num_documents: int, *, shots: int = 4, seed: int = 0
 ) -> list[str]:
-    """Documents of `shots` + 1 solved questions each, of one task after the other.
+    """Makes documents of `shots` + 1 solved questions each, of the tasks in turn.
 
-    Made of training words they teach what `questions` of held-out words ask.
+    Made of training words, they teach the tasks that `questions` asks of held-out words.
     """
     examples = [
         questions(task, source, -(-num_documents // len(tasks)), shots=shots, seed=seed)
@@ -117,10 +113,11 @@ def training_examples(
 
 
 def evaluate(model, asked: Sequence[Question]) -> dict[str, dict]:
-    """For each task: questions, exact_match of the greedy line, bits_per_byte of the answers.
+    """Returns for each task: questions, exact_match and bits_per_byte of the answers.
 
-    bits_per_byte counts the answer with the space before and the newline after it: it falls long
-    before a small model is right. Raises ValueError without questions.
+    exact_match: share of questions whose answer greedy decoding writes. bits_per_byte: of the
+    answer with the space before and the newline after it; it falls long before a small model is
+    right. Raises ValueError without questions.
     """
     if not asked:
         raise ValueError("there are no questions: ask for at least one")
@@ -142,7 +139,7 @@ def evaluate(model, asked: Sequence[Question]) -> dict[str, dict]:
     return results
 
 
-# ---- tasks: (generator, material) -> (question, answer)
+# ---- tasks: (random generator, material) -> (question, answer)
 
 
 def spelling(rng, source):
@@ -173,7 +170,7 @@ def contains_word(rng, source):
 
 
 def orthography(rng, source):
-    """The nearer of two words by the edits between them (Levenshtein)."""
+    """Asks for the nearer of two words by edit distance (Levenshtein)."""
     for _ in range(100):
         word = _word(rng, source)
         by_edits = sorted((edits(word, w), w) for w in {*_words(rng, source)} - {word})
@@ -184,69 +181,68 @@ def orthography(rng, source):
 
 
 def semantics(rng, source):
-    """The word of the same group, of two."""
+    """Asks for the word of the same group of related words."""
     own, other = rng.choice(len(source.related), 2, replace=False)
     word, near = rng.choice(source.related[own], 2, replace=False)
     far = _one_of(rng, [w for w in source.related[other] if w not in (word, near)])
     return f'Which is closer in meaning to "{word}": {_either(rng, near, far)}?', str(near)
 
 
-def insert_char(rng, source):
+class _Parts(NamedTuple):
+    """A text in parts: the characters of a word or the words of a sentence."""
+
+    text: str
+    parts: list[str]
+    joint: str
+    others: Callable[[], Sequence[str]]  # draws parts of other texts
+
+    def replaced(self, replace: Callable[[str], str]) -> str:
+        """Returns the text with each part replaced; empty parts vanish."""
+        return self.joint.join(filter(None, map(replace, self.parts)))
+
+
+def _of_word(rng, source) -> _Parts:
     word = _word(rng, source)
-    at = _one_of(rng, word)
-    new = _one_of(rng, [c for c in _word(rng, source) if c != at])
-    return f'Add "{new}" after every "{at}" in "{word}".', word.replace(at, at + new)
+    return _Parts(word, list(word), "", lambda: _word(rng, source))
 
 
-def insert_word(rng, source):
+def _of_sentence(rng, source) -> _Parts:
     sentence = _sentence(rng, source)
-    at = _one_of(rng, sentence.split())
-    new = _one_of(rng, [w for w in _words(rng, source) if w != at])
-    answer = " ".join(f"{w} {new}" if w == at else w for w in sentence.split())
-    return f'Add "{new}" after every "{at}" in "{sentence}".', answer
+    return _Parts(sentence, sentence.split(), " ", lambda: _words(rng, source))
 
 
-def delete_char(rng, source):
-    word = _word(rng, source)
-    at = _one_of(rng, word)
-    return f'Delete every "{at}" in "{word}".', word.replace(at, "")
+def insert(rng, text: _Parts):
+    at = _one_of(rng, text.parts)
+    new = _one_of(rng, [part for part in text.others() if part != at])
+    answer = text.replaced(lambda part: part + text.joint + new if part == at else part)
+    return f'Add "{new}" after every "{at}" in "{text.text}".', answer
 
 
-def delete_word(rng, source):
-    sentence = _sentence(rng, source)
-    at = _one_of(rng, sentence.split())
-    answer = " ".join(w for w in sentence.split() if w != at)
-    return f'Delete every "{at}" in "{sentence}".', answer
+def delete(rng, text: _Parts):
+    at = _one_of(rng, text.parts)
+    answer = text.replaced(lambda part: "" if part == at else part)
+    return f'Delete every "{at}" in "{text.text}".', answer
 
 
-def substitute_char(rng, source):
-    word = _word(rng, source)
-    at = _one_of(rng, word)
-    new = _one_of(rng, [c for c in _word(rng, source) if c != at])
-    return f'Replace every "{at}" with "{new}" in "{word}".', word.replace(at, new)
+def substitute(rng, text: _Parts):
+    at = _one_of(rng, text.parts)
+    new = _one_of(rng, [part for part in text.others() if part != at])
+    answer = text.replaced(lambda part: new if part == at else part)
+    return f'Replace every "{at}" with "{new}" in "{text.text}".', answer
 
 
-def substitute_word(rng, source):
-    sentence = _sentence(rng, source)
-    at = _one_of(rng, sentence.split())
-    new = _one_of(rng, [w for w in _words(rng, source) if w != at])
-    answer = " ".join(new if w == at else w for w in sentence.split())
-    return f'Replace every "{at}" with "{new}" in "{sentence}".', answer
+def swap(rng, text: _Parts):
+    a, b = rng.choice(sorted(set(text.parts)), 2, replace=False)
+    answer = text.replaced(lambda part: {a: b, b: a}.get(part, part))
+    return f'Swap "{a}" and "{b}" in "{text.text}".', answer
 
 
-def swap_char(rng, source):
-    word = _word(rng, source)
-    a, b = rng.choice(sorted(set(word)), 2, replace=False)
-    return f'Swap "{a}" and "{b}" in "{word}".', "".join({a: b, b: a}.get(c, c) for c in word)
+def _on(change: Callable, take: Callable) -> Callable:
+    return lambda rng, source: change(rng, take(rng, source))
 
 
-def swap_word(rng, source):
-    sentence = _sentence(rng, source)
-    a, b = rng.choice(sorted(set(sentence.split())), 2, replace=False)
-    answer = " ".join({a: b, b: a}.get(w, w) for w in sentence.split())
-    return f'Swap "{a}" and "{b}" in "{sentence}".', answer
-
-
+_CHANGES = (insert, delete, substitute, swap)
+_TAKE = {"char": _of_word, "word": _of_sentence}
 TASKS: dict[str, Callable] = {
     task.__name__: task
     for task in (
@@ -256,20 +252,16 @@ TASKS: dict[str, Callable] = {
         contains_word,
         orthography,
         semantics,
-        insert_char,
-        insert_word,
-        delete_char,
-        delete_word,
-        substitute_char,
-        substitute_word,
-        swap_char,
-        swap_word,
     )
+} | {
+    f"{change.__name__}_{kind}": _on(change, take)
+    for change in _CHANGES
+    for kind, take in _TAKE.items()
 }
 
 
 def edits(a: str, b: str) -> int:
-    """Characters to insert, delete or replace to make b of a (Levenshtein)."""
+    """Returns the edit distance of two words: characters to insert, delete or replace."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
@@ -279,7 +271,7 @@ def edits(a: str, b: str) -> int:
 
 
 def _solved(rng, task: str, source: Material, shots: int, unlike: str) -> str:
-    """Solved questions; none is the one that will be asked, as far as there are others."""
+    """Returns the text of solved questions, other than the one to be asked if there are others."""
     text = ""
     for _ in range(shots):
         for _ in range(10):
@@ -295,7 +287,7 @@ def _word(rng, source: Material) -> str:
 
 
 def _words(rng, source: Material) -> list[str]:
-    """Several words to choose from, however long the list is."""
+    """Draws _CANDIDATES words, with repetition."""
     return [_word(rng, source) for _ in range(_CANDIDATES)]
 
 

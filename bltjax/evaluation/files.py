@@ -1,37 +1,44 @@
-"""Bits per byte of files, by source and by language."""
+"""Lists the files of a folder, reads them as documents, and measures a model's bits per byte."""
 
 import lzma
 import math
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from bltjax.config.data import DataConfig
 from bltjax.data.sources.files import ENDINGS
-from bltjax.data.sources.readers import Document, Fields, read_jsonl
+from bltjax.data.sources.readers import Document, Fields, in_chunks, read_jsonl
 from bltjax.runtime.progress import progress_bar
-from bltjax.runtime.terminal import json_number, printable
+from bltjax.runtime.terminal import json_number, print_table, printable
 
-READ_BYTES = 16_000_000  # of files in memory at a time
-
-
-TOP = "."  # the source of files directly in the directory
-
-
+READ_BYTES = 16_000_000  # of documents in memory at a time
+TOP = "."  # the source of files that are in no subdirectory
 _COLUMNS = ("documents", "bytes", "bits/byte", "bytes/patch", "xz")
+_REPORTED = ("documents", "num_bytes", "bits_per_byte", "mean_patch_bytes", "xz_bits_per_byte")
 
 
 class File(NamedTuple):
+    """A file to read. `source` is the top-level directory that it is in."""
+
     source: str
     path: Path
     num_bytes: int
 
 
+class TextOfSource(NamedTuple):
+    """A document: the source it counts for, its language ("" where unknown) and its bytes."""
+
+    source: str
+    language: str
+    data: bytes
+
+
 class Sums:
-    """What has been measured of a source, or of a language, which is not compressed."""
+    """Sums over the documents of a source or of a language, with their size under xz if wanted."""
 
     def __init__(self, compress: bool = True):
         self.documents = self.num_bytes = self.num_patches = self.xz_bytes = 0
@@ -47,12 +54,12 @@ class Sums:
             self.xz_bytes += len(self._xz.compress(data))
 
     def close(self):
-        """Ends the compression: its dictionary is large, and no second one should be alive."""
+        """Ends the compression and frees its dictionary, which is large."""
         self.xz_bytes += len(self._xz.flush())
         self._xz = None
 
     def report(self) -> dict:
-        """Patches are those of BOS + bytes + EOS, and so is their mean."""
+        """Returns the sums and their ratios. Patches include those of BOS and EOS."""
         nats, positions = math.fsum(self.nats), self.num_bytes + 2 * self.documents
         return dict(
             documents=self.documents,
@@ -64,18 +71,21 @@ class Sums:
         )
 
 
-def evaluate(model, path: str | Path, max_bytes: int | None = None, **options) -> dict:
-    """Scores the files at `path`, prints a table of their sources, and returns it.
+def evaluate(
+    model, path: str | Path, max_bytes: int | None = None, row_bytes: int | None = None
+) -> dict:
+    """Scores the files at `path`, prints a table of their sources, and returns its numbers.
 
-    options: those of `model.score`. With `max_bytes` files are left out from the first one that
-    would take the total above it; none is cut. xz is run over the concatenated bytes of each
-    source. What cannot be read, files or lines, is left out, and named in `unreadable`. Raises
+    max_bytes: files are left out from the first one that would take the total above it; none is
+    cut. row_bytes: as in `model.score`. xz compresses the documents of each source as one stream.
+    Files and lines that cannot be read are left out and listed in `unreadable`. Raises
     FileNotFoundError without `path` and ValueError where no file is left.
     """
     unreadable = []
     files = chosen_files(path, max_bytes, unreadable)
     bar = progress_bar("evaluating", sum(file.num_bytes for file in files))
-    sums, languages = measure(model, files, unreadable, dict(options, on_progress=bar.update))
+    options = dict(row_bytes=row_bytes, on_progress=bar.update)
+    sums, languages = measure(model, files, unreadable, options)
     bar.close()
     result = dict(
         sources={name: s.report() for name, s in sums.items()},
@@ -83,32 +93,42 @@ def evaluate(model, path: str | Path, max_bytes: int | None = None, **options) -
         **total(sums).report(),
         unreadable=unreadable,
     )
-    print_table("source", result["sources"], result if len(sums) > 1 else None)
+    _print_reports("source", result["sources"] | ({"all": result} if len(sums) > 1 else {}))
     if languages:
         print()
-        print_table("language", result["languages"])
-    if unreadable:
-        shown = ", ".join(map(printable, unreadable))
-        print(f"{len(unreadable)} could not be read: {shown}", file=sys.stderr)
+        _print_reports("language", result["languages"])
+    warn_of_unreadable(unreadable)
     return result
 
 
 def chosen_files(path: str | Path, max_bytes: int | None, unreadable: list[str]) -> list[File]:
-    """The files at `path`, as far as `max_bytes` goes; ValueError where there is none."""
+    """Returns the files at `path`, up to `max_bytes` together; ValueError where there is none."""
     files = list(_within(list_files(Path(path), unreadable), max_bytes))
     if not files:
-        raise ValueError(
-            f"no file can be read at {str(path)!r} within max_bytes={max_bytes} "
-            f"({len(unreadable)} unreadable; hidden files are left out): choose another path"
-        )
+        raise no_file(path, unreadable, f" within max_bytes={max_bytes}")
     return files
 
 
-def list_files(path: Path, unreadable: list[str]) -> list[File]:
-    """The files to read, by source and path. Names that cannot be read go to `unreadable`.
+def no_file(path: str | Path, unreadable: list[str], limit: str = "") -> ValueError:
+    """Returns the error for a folder without a file that can be read."""
+    return ValueError(
+        f"no file can be read at {str(path)!r}{limit} ({len(unreadable)} unreadable; hidden files "
+        "are left out): choose another path"
+    )
 
-    Hidden files and directories are left out, linked directories are not entered, and what is no
-    regular file (nor a link to one) is no text.
+
+def warn_of_unreadable(unreadable: list[str]):
+    """Names on stderr what could not be read, if there was anything."""
+    if unreadable:
+        shown = ", ".join(map(printable, unreadable))
+        print(f"{len(unreadable)} could not be read: {shown}", file=sys.stderr)
+
+
+def list_files(path: Path, unreadable: list[str]) -> list[File]:
+    """Returns the files below `path`, sorted by source and path.
+
+    Paths that cannot be read are added to `unreadable`. Hidden files and directories, linked
+    directories, and whatever is neither a regular file nor a link to one are left out.
     """
     if not path.is_dir():
         return [File(path.name, path, path.stat().st_size)]
@@ -132,16 +152,35 @@ def list_files(path: Path, unreadable: list[str]) -> list[File]:
     return sorted(found, key=lambda file: (file.source, file.path.parts))
 
 
+def read_beginning(path: str | Path, max_bytes: int | None) -> bytes:
+    """Returns the first `max_bytes` of a file, or all of it (None); "-" is standard input."""
+    limit = -1 if max_bytes is None else max_bytes
+    if str(path) == "-":
+        return sys.stdin.buffer.read(limit)
+    with open(path, "rb") as file:
+        return file.read(limit)
+
+
+def read_documents(files: Iterable[File], unreadable: list[str]) -> Iterator[TextOfSource]:
+    """Yields the documents of files; what cannot be read is added to `unreadable`."""
+    for file in files:
+        try:
+            yield from _documents(file, unreadable)
+        except OSError:
+            unreadable.append(str(file.path))
+
+
 def measure(
     model, files: list[File], unreadable: list[str], options: dict
 ) -> tuple[dict[str, Sums], dict[str, Sums]]:
-    """Sums of each source, in order, and of each language that is known.
+    """Returns the sums of each source, in order, and of each language that is known.
 
-    The documents of a source follow each other, so one compression is going on at a time.
+    The documents of a source follow each other, so only one compression is open at a time.
     """
     sums, languages = {}, {}
-    for chunk in _contents(files, unreadable):
-        scores = model.score([data for _, _, data in chunk], **options)
+    documents = read_documents(files, unreadable)
+    for chunk in in_chunks(documents, lambda document: len(document.data), READ_BYTES):
+        scores = model.score([document.data for document in chunk], **options)
         for (source, language, data), score in zip(chunk, scores, strict=True):
             if source not in sums:
                 if sums:
@@ -156,7 +195,7 @@ def measure(
 
 
 def total(sums: dict[str, Sums]) -> Sums:
-    """All sources together; their xz sizes are added."""
+    """Adds up all sources; their sizes under xz are added too."""
     result = Sums(compress=False)
     for s in sums.values():
         for name in ("documents", "num_bytes", "num_patches", "xz_bytes", "nats"):
@@ -164,16 +203,9 @@ def total(sums: dict[str, Sums]) -> Sums:
     return result
 
 
-def print_table(kind: str, reports: dict[str, dict], of_all: dict | None = None):
-    rows = dict(reports) if of_all is None else reports | {"all": of_all}
-    names = {name: printable(name) for name in rows}
-    width = max(map(len, [kind, *names.values()]))
-    print(f"{kind:{width}}" + "".join(f"{column:>13}" for column in _COLUMNS))
-    for name, row in rows.items():
-        measured = (row["bits_per_byte"], row["mean_patch_bytes"], row["xz_bits_per_byte"])
-        cells = [row["documents"], row["num_bytes"]]
-        cells += ["-" if x is None else f"{x:.4f}" for x in measured]
-        print(f"{names[name]:{width}}" + "".join(f"{cell:>13}" for cell in cells))
+def _print_reports(kind: str, reports: dict[str, dict]):
+    rows = [(name, *(report[key] for key in _REPORTED)) for name, report in reports.items()]
+    print_table((kind, *_COLUMNS), rows)
 
 
 def _within(files: list[File], max_bytes: int | None) -> Iterator[File]:
@@ -185,35 +217,18 @@ def _within(files: list[File], max_bytes: int | None) -> Iterator[File]:
         yield file
 
 
-def _contents(files: list[File], unreadable: list[str]) -> Iterator[list[tuple[str, str, bytes]]]:
-    """(source, language, bytes) of consecutive documents, about READ_BYTES of them at a time."""
-    chunk, size = [], 0
-    for file in files:
-        try:
-            for found in _documents(file, unreadable):
-                chunk.append(found)
-                size += len(found[2])
-                if size >= READ_BYTES:
-                    yield chunk
-                    chunk, size = [], 0
-        except OSError:
-            unreadable.append(str(file.path))
-    if chunk:
-        yield chunk
-
-
-def _documents(file: File, unreadable: list[str]) -> Iterator[tuple[str, str, bytes]]:
-    """(source, language or "", bytes) of each document of a file."""
+def _documents(file: File, unreadable: list[str]) -> Iterator[TextOfSource]:
+    """Yields each line of a JSON lines file, and any other file as one document."""
     ending = next((e for e in ENDINGS["jsonl"] if file.path.name.endswith(e)), None)
     if ending is None:
-        yield file.source, "", file.path.read_bytes()
+        yield TextOfSource(file.source, "", file.path.read_bytes())
         return
     source = file.path.name.removesuffix(ending) if file.source == TOP else file.source
     names = DataConfig()
     fields = Fields(names.text_fields, names.id_fields, names.language_fields)
     for found in read_jsonl(str(file.path), file.path.name, 0, -1, fields):
         if isinstance(found, Document):
-            yield source, found.language, found.data
+            yield TextOfSource(source, found.language, found.data)
         else:
             unreadable.append(f"{file.path.name}: {found.reason}")
 

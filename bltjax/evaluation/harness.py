@@ -1,8 +1,8 @@
-"""bltjax models in lm-evaluation-harness: `--model bltjax --model_args checkpoint=DIR`.
+"""Makes bltjax models available in lm-evaluation-harness, and runs its tasks.
 
-Importing this file registers the name. `run_tasks` runs tasks from Python, and
-`python -m bltjax.evaluate --checkpoint=DIR --tasks=a,b` from a terminal: tasks of the harness,
-whose data come from the hub, or those of a directory of task files, with data of this machine.
+Importing this file registers `--model bltjax --model_args checkpoint=DIR` with the harness.
+`run_tasks` runs tasks from Python, and `python -m bltjax.evaluate --checkpoint=DIR --tasks=a,b`
+from a terminal: tasks of the harness, with data from the hub, or of a directory of task files.
 """
 
 import os
@@ -26,13 +26,13 @@ except ImportError as error:
 
 @register_model("bltjax")
 class HarnessModel(LM):
-    """A model of ours as the harness asks for it.
+    """A model with the harness's interface.
 
-    checkpoint, entropy_model, dtype: as of `bltjax.load`; or model: one that is loaded, anything
-    with `score`, `score_continuations` and `generate`. noise: one of `evaluation.noise.KINDS`, put
-    into the contexts, the continuations or both (noise_where) of every choice, and into the
-    contexts of what is generated. batch_size, device and other options of the harness have no
-    effect: an answer depends on neither.
+    checkpoint, entropy_model, dtype: see `bltjax.load`. model: instead of them, a loaded model or
+    any object with `score`, `score_continuations` and `generate`. noise: one of
+    `evaluation.noise.KINDS`, added to the contexts, the continuations or both (noise_where) of
+    choices, and to the contexts that text is generated from. batch_size, device and other options
+    of the harness have no effect.
     """
 
     tokenizer_name = "bytes"  # in the names of cached requests
@@ -44,7 +44,6 @@ class HarnessModel(LM):
         dtype: str | None = None,
         noise: str | None = None,
         noise_where: str = "both",
-        noise_seed: int = 0,
         model=None,
         **_,
     ):
@@ -54,7 +53,7 @@ class HarnessModel(LM):
         check_where(noise_where)
         if noise is not None:
             noisy("", noise)  # an unknown kind shows before the model is loaded
-        self.noise, self.where, self.seed = noise, noise_where, noise_seed
+        self.noise, self.where = noise, noise_where
         if model is None:
             model = bltjax.load(checkpoint, entropy_model=entropy_model, dtype=dtype)
         self.model = model
@@ -83,10 +82,10 @@ class HarnessModel(LM):
     def _noisy(self, text: str, part: str) -> str:
         if self.noise is None or self.where not in (part, "both"):
             return text
-        return noisy(text, self.noise, self.seed)
+        return noisy(text, self.noise)
 
     def _kept(self, kind: str, requests, found: list) -> list:
-        """The answers, told to the harness's cache if it has one."""
+        """Returns the answers, after adding them to the harness's cache if there is one."""
         for request, answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial(kind, request.args, answer)
         return found
@@ -97,16 +96,15 @@ def run_tasks(
     tasks: Sequence[str],
     tasks_path: str | None = None,
     limit: int | None = None,
-    num_fewshot: int | None = None,
     **noise,
 ) -> dict[str, dict[str, float]]:
-    """The metrics of each task under a model.
+    """Runs tasks on a model and returns the metrics of each.
 
-    tasks_path: a directory of task files (YAML), in which names are looked up instead of among the
-    harness's own; their data files may lie beside them or anywhere. limit: items of each task.
-    noise: as of HarnessModel. Raises ValueError for a task that is not there.
+    tasks_path: a directory of task files (YAML) to take tasks from, instead of the harness's own;
+    their data files may be anywhere. limit: items of each task. noise: see HarnessModel. Raises
+    ValueError for an unknown task.
     """
-    # Standard errors in this process: one with JAX's threads may hang where it is forked.
+    # Standard errors are computed in this process: forking one with JAX's threads may hang.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     manager = TaskManager(include_path=tasks_path, include_defaults=tasks_path is None)
     if missing := [task for task in tasks if not manager.match_tasks([task])]:
@@ -117,7 +115,6 @@ def run_tasks(
         tasks=list(tasks),
         task_manager=manager,
         limit=limit,
-        num_fewshot=num_fewshot,
         bootstrap_iters=1000,
         log_samples=False,
     )

@@ -1,7 +1,7 @@
-"""The three requests of lm-evaluation-harness, answered by a model: plain functions of plain data.
+"""Answers the three kinds of requests of lm-evaluation-harness with a model.
 
-A model is anything with `score`, `score_continuations` and `generate`, as `bltjax.load` gives them.
-An answer depends on its request alone.
+A model is any object with `score`, `score_continuations` and `generate`, like those of
+`bltjax.load`. Results do not depend on how requests are batched.
 """
 
 import collections
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from bltjax.runtime.progress import OnProgress
 
-BYTES_PER_TOKEN = 4  # tasks count tokens of other models' tokenizers; of text about so many bytes
+BYTES_PER_TOKEN = 4  # for limits in tokens: about the mean length of a token in English text
 DEFAULT_MAX_TOKENS = 256
 _PASSED_ON = ("top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -19,7 +19,7 @@ _PASSED_ON = ("top_k", "top_p", "min_p", "repetition_penalty")
 def loglikelihood(
     model, pairs: Sequence[tuple[str, str]], on_progress: OnProgress = None
 ) -> list[tuple[float, bool]]:
-    """(log p, whether it is what greedy decoding writes) of each continuation after its context."""
+    """Returns (log p, True if greedy decoding writes it) of each continuation after its context."""
     scores = model.score_continuations(pairs, on_progress=on_progress)
     return [(-score.nats, score.is_greedy) for score in scores]
 
@@ -27,17 +27,17 @@ def loglikelihood(
 def loglikelihood_rolling(
     model, texts: Sequence[str], on_progress: OnProgress = None
 ) -> list[float]:
-    """log p of each document as `score` counts it: a long one in rows that follow each other."""
+    """Returns log p of each document, see `score`; a long one is scored in consecutive rows."""
     return [-score.nats for score in model.score(texts, on_progress=on_progress)]
 
 
 def generate_until(model, requests: Sequence[tuple[str, Mapping]]) -> list[str]:
-    """What a model writes after each context, up to the first of its stop strings.
+    """Generates a continuation of each context, up to the first stop string.
 
     Each request is (context, options): `until`, one string or several; `max_gen_toks`, of which
     each stands for BYTES_PER_TOKEN bytes; `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
-    `repetition_penalty`. Options that are not known are left out with a warning. The same request
-    twice is drawn twice, with seeds 0 and 1. Bytes that are no UTF-8 become U+FFFD.
+    `repetition_penalty`. Unknown options are ignored with a warning. A request that comes twice is
+    drawn with seeds 0 and 1. Bytes that are no UTF-8 become U+FFFD.
     """
     seen, groups = collections.Counter(), collections.defaultdict(list)
     for i, (context, given) in enumerate(requests):
@@ -58,7 +58,7 @@ def generate_until(model, requests: Sequence[tuple[str, Mapping]]) -> list[str]:
 
 
 def generation_options(given: Mapping) -> dict:
-    """The harness's options as those of `generate`: max_new_bytes, temperature, stop and others.
+    """Translates the harness's options into those of `generate`.
 
     Raises ValueError for a max_gen_toks that is no number of bytes.
     """
@@ -96,5 +96,5 @@ def generation_options(given: Mapping) -> dict:
 
 
 def _encoded(text: str) -> bytes:
-    """UTF-8; what it cannot hold is left out, as everywhere."""
+    """Encodes text as UTF-8, without characters that UTF-8 cannot hold."""
     return text.encode("utf-8", "ignore")

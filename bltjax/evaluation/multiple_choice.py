@@ -1,7 +1,7 @@
-"""Multiple choice: which of several texts goes on from a prompt, by their likelihood.
+"""Multiple choice: a model picks the most likely of several continuations of a prompt.
 
-Items come from a task, or are made from any corpus: the true continuation of a passage stands
-among those of other passages.
+Items come from a task, or are made from any corpus: the true continuation of a passage is put among
+continuations of other passages.
 """
 
 import math
@@ -14,11 +14,11 @@ from bltjax.runtime.progress import OnProgress
 
 ACCURACIES = ("accuracy", "accuracy_per_byte", "accuracy_mutual")
 _SPACE = b" \n\t"
-_SEARCH = 24  # bytes within which a passage is rather cut at a space
+_SEARCH = 24  # bytes within which a space is searched to cut a passage there
 
 
 class Choice(NamedTuple):
-    """One item: `choices` may follow `prompt`, and choices[answer] does."""
+    """An item: a prompt and its possible continuations, of which choices[answer] is right."""
 
     prompt: str | bytes
     choices: tuple[str | bytes, ...]
@@ -26,12 +26,12 @@ class Choice(NamedTuple):
 
 
 def accuracy(model, items: Sequence[Choice], on_progress: OnProgress = None) -> dict:
-    """How often the right choice is the most probable one, of all a model's `score_continuations`.
+    """Measures how often a model gives the right choice the highest score.
 
-    accuracy: by the log-likelihood of all its bytes; accuracy_per_byte: by the mean of a byte;
-    accuracy_mutual: by how much the prompt adds to it, log p(choice | prompt) - log p(choice), by
-    which small models see the most; bits_per_byte: of the right choices after their prompts;
-    chance: of guessing. Of equals the first counts as chosen. Raises ValueError without items, and
+    Returns dict(items, accuracy: choices scored by their log-likelihood; accuracy_per_byte: by its
+    mean over bytes; accuracy_mutual: by log p(choice | prompt) - log p(choice), which is the most
+    sensitive for small models; bits_per_byte: of the right choices after their prompts; chance:
+    accuracy of guessing). Of equal scores the first counts. Raises ValueError without items, and
     for an answer that is no choice.
     """
     if not items:
@@ -73,9 +73,9 @@ def items_from_documents(
     completion_bytes: int = 48,
     seed: int = 0,
 ) -> list[Choice]:
-    """Items in bytes from passages that do not overlap, drawn from all documents alike.
+    """Makes items of non-overlapping passages, drawn uniformly from all documents.
 
-    Prompts and completions have about the lengths given: they are cut at spaces where one is near,
+    Prompts and completions have about the given lengths: they are cut at a space if one is near,
     else between characters, and a completion begins with its space. The same documents and seed
     give the same items. Raises ValueError where the documents have too few passages.
     """
@@ -94,7 +94,7 @@ def items_from_documents(
     rng = np.random.default_rng(seed)
     items = []
     for right in rng.choice(len(completions), num_items, replace=False):
-        # Of all but the right one: what lies behind it moves up by one.
+        # Drawn from all but the right one: numbers from it on move up by one.
         others = rng.choice(len(completions) - 1, num_choices - 1, replace=False)
         chosen = [completions[i + (i >= right)] for i in others]
         answer = int(rng.integers(num_choices))
@@ -104,7 +104,7 @@ def items_from_documents(
 
 
 def _passages(data: bytes, prompt_bytes: int, completion_bytes: int):
-    """(prompt, completion) of consecutive stretches of a document."""
+    """Yields (prompt, completion) for consecutive passages of a document."""
     size = prompt_bytes + completion_bytes
     for start in range(0, len(data) - size - 2 * _SEARCH + 1, size + 2 * _SEARCH):
         middle = _cut(data, start + prompt_bytes)
@@ -115,11 +115,11 @@ def _passages(data: bytes, prompt_bytes: int, completion_bytes: int):
 
 
 def _cut(data: bytes, near: int) -> int:
-    """The first space from `near` on, if one is near; else the first beginning of a character."""
+    """Returns the first space within _SEARCH bytes after `near`, else the next character start."""
     found = [at for space in _SPACE if (at := data.find(space, near, near + _SEARCH)) >= 0]
     return min(found) if found else _character(data, near)
 
 
 def _character(data: bytes, near: int) -> int:
-    """`near`, or up to three bytes behind it, where a UTF-8 character begins."""
+    """Returns the first of `near` .. `near` + 3 at which a UTF-8 character begins."""
     return next((at for at in range(near, near + 4) if data[at] & 0xC0 != 0x80), near)

@@ -1,7 +1,7 @@
-"""Byte models without a neural network, to say what a number of bits per byte is worth.
+"""Baselines without a neural network, for comparison with a model's bits per byte.
 
-Interpolated Witten-Bell n-gram models fitted on the training bytes, and xz run on the validation
-bytes alone. An order-n model sees the n previous bytes:
+Interpolated Witten-Bell n-gram models are fitted on the training bytes; xz compresses the
+validation bytes alone. An order-n model sees the n previous bytes:
 
     p_n(b | c) = (count(c, b) + T(c) p_{n-1}(b | c')) / (count(c) + T(c))
 
@@ -83,7 +83,7 @@ def xz_bits_per_byte(validation: bytes) -> float:
 
 
 def _ngrams(data: bytes, order: int) -> np.ndarray:
-    """The order + 1 bytes that end at each position from `order` on, as one big-endian uint64."""
+    """Returns the order + 1 bytes that end at each position, from `order` on, as one uint64."""
     stream = np.frombuffer(data, np.uint8)
     count = max(len(stream) - order, 0)
     ngrams = np.zeros(count, np.uint64)
@@ -99,7 +99,7 @@ def _sorted_with_positions(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _counts(ngrams: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each query (c, b): count(c, b), count(c) and T(c), among the sorted `ngrams`."""
+    """Returns count(c, b), count(c) and T(c) of each query (c, b), among the sorted `ngrams`."""
     last_byte = np.uint64(0xFF)
     lowest, highest = queries & ~last_byte, queries | last_byte
     is_first = np.append(True, ngrams[1:] != ngrams[:-1])[: len(ngrams)]
@@ -111,6 +111,6 @@ def _counts(ngrams: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _count_between(ordered: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """How many entries of `ordered` lie in [low, high]."""
+    """Counts the entries of `ordered` in [low, high]."""
     after = np.searchsorted(ordered, high, side="right")
     return after - np.searchsorted(ordered, low, side="left")

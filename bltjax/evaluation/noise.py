@@ -1,8 +1,7 @@
-"""Text with the noise of the paper's robustness test (section 5.1, table 3).
+"""Adds the noise of the paper's robustness test to texts (section 5.1, table 3).
 
-What is drawn for a text follows from the seed and the text itself, so neither order nor company
-matters. Noise works on characters; bytes that are no UTF-8 count as one each, and stay what they
-are.
+The noise of a text depends on the seed and the text alone, not on other texts. Noise works on
+characters; a byte that is no UTF-8 counts as a character, and is not changed.
 """
 
 import hashlib
@@ -20,18 +19,18 @@ WHERE = ("prompt", "completion", "both")
 
 
 def antspeak(text: str, rng: np.random.Generator) -> str:
-    """Upper case, with a space between characters."""
+    """Writes text in upper case, with a space between characters."""
     return " ".join(text.upper())
 
 
 def drop(text: str, rng: np.random.Generator) -> str:
-    """Each character is left out with a probability of 10%."""
+    """Drops each character with a probability of 10%."""
     kept = rng.random(len(text)) >= DROPPED
     return "".join(c for c, keep in zip(text, kept, strict=True) if keep)
 
 
 def random_case(text: str, rng: np.random.Generator) -> str:
-    """Each character in upper or in lower case, at equal chances."""
+    """Writes each character in upper or lower case with equal probability."""
     is_upper = rng.random(len(text)) < 0.5
     return "".join(
         c.upper() if upper else c.lower() for c, upper in zip(text, is_upper, strict=True)
@@ -39,14 +38,14 @@ def random_case(text: str, rng: np.random.Generator) -> str:
 
 
 def repeat(text: str, rng: np.random.Generator) -> str:
-    """Each character stands two, three or four times with a probability of 20%."""
+    """Repeats each character with a probability of 20%, so that there are two to four of it."""
     is_repeated = rng.random(len(text)) < REPEATED
     copies = np.where(is_repeated, rng.integers(2, MAX_COPIES + 1, len(text)), 1)
     return "".join(c * int(n) for c, n in zip(text, copies, strict=True))
 
 
 def upper(text: str, rng: np.random.Generator) -> str:
-    """Upper case."""
+    """Writes text in upper case."""
     return text.upper()
 
 
@@ -56,7 +55,7 @@ KINDS: dict[str, Callable[[str, np.random.Generator], str]] = {
 
 
 def noisy(text: str | bytes, kind: str, seed: int = 0) -> str | bytes:
-    """A text with noise of one of KINDS; the type is kept. Raises ValueError for other kinds."""
+    """Adds noise of one of KINDS to a text, str or bytes. Raises ValueError for other kinds."""
     if kind not in KINDS:
         raise ValueError(f"noise {kind!r} is not known: give one of {', '.join(KINDS)}")
     if isinstance(text, bytes):
@@ -66,17 +65,10 @@ def noisy(text: str | bytes, kind: str, seed: int = 0) -> str | bytes:
     return KINDS[kind](text, np.random.default_rng([seed, int.from_bytes(digest, "big")]))
 
 
-def noisy_documents(
-    documents: Iterable[str | bytes], kind: str, seed: int = 0
-) -> list[str | bytes]:
-    """The documents of a corpus, each with noise."""
-    return [noisy(document, kind, seed) for document in documents]
-
-
 def noisy_items(
     items: Iterable[Choice], kind: str, where: str = "both", seed: int = 0
 ) -> list[Choice]:
-    """Multiple-choice items with noise in the prompt, in all choices ("completion") or in both.
+    """Adds noise to the prompt of items, to all choices ("completion"), or to both.
 
     Raises ValueError for another `where`.
     """
@@ -94,16 +86,17 @@ def noisy_items(
 
 
 def check_where(where: str):
+    """Raises ValueError unless `where` is one of WHERE."""
     if where not in WHERE:
         raise ValueError(f"where={where!r} must be one of {', '.join(WHERE)}")
 
 
 def robustness(model, items: Sequence[Choice], seed: int = 0) -> dict:
-    """The accuracy of a model on multiple-choice items without noise and with each of it.
+    """Measures a model on multiple-choice items without noise and with each kind of it.
 
-    clean: of `multiple_choice.accuracy`; noisy: {kind: {where: the same}}; mean: each accuracy
-    averaged over kinds and places, as in the paper's table 3; bits_per_byte: {"clean" or kind: of
-    the right texts, prompt and completion, with noise}. Raises ValueError without items.
+    Returns dict(clean: result of `multiple_choice.accuracy`; noisy: {kind: {where: the same}};
+    mean: each accuracy averaged over kinds and places, as in the paper's table 3; bits_per_byte:
+    {"clean" or kind: of prompts with their right completion}). Raises ValueError without items.
     """
     noisy_results = {
         kind: {where: accuracy(model, noisy_items(items, kind, where, seed)) for where in WHERE}
@@ -111,7 +104,9 @@ def robustness(model, items: Sequence[Choice], seed: int = 0) -> dict:
     }
     found = [result for by_place in noisy_results.values() for result in by_place.values()]
     texts = [item.prompt + item.choices[item.answer] for item in items]
-    corpora = {"clean": texts} | {kind: noisy_documents(texts, kind, seed) for kind in KINDS}
+    corpora = {"clean": texts} | {
+        kind: [noisy(text, kind, seed) for text in texts] for kind in KINDS
+    }
     return dict(
         clean=accuracy(model, items),
         noisy=noisy_results,

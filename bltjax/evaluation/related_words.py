@@ -1,4 +1,4 @@
-"""Groups of English words of one kind, for questions about meaning; together a small word list."""
+"""Groups of related English words, for questions about meaning and as a small word list."""
 
 RELATED = tuple(
     tuple(group.split())

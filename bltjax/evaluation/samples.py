@@ -1,4 +1,4 @@
-"""What a model writes by itself: how much of it is valid UTF-8."""
+"""Measures the share of generated text that is valid UTF-8."""
 
 import math
 
@@ -6,12 +6,12 @@ MAX_NEW_BYTES = 256
 
 
 def samples(model, num_samples: int, max_new_bytes: int = MAX_NEW_BYTES, seed: int = 0) -> dict:
-    """Draws texts from BOS at temperature 1 and tells how many of them are valid UTF-8.
+    """Draws texts from BOS at temperature 1 and measures how many of them are valid UTF-8.
 
-    valid: share of the texts; where a text was cut at `max_new_bytes`, its last character may be
-    incomplete. valid_bytes: share of all bytes that belong to valid characters. bits_per_byte: of
-    the texts under the model, which is its entropy rate but for chance. Raises ValueError for less
-    than one sample.
+    Returns dict(samples, num_bytes, valid: share of the texts, where one that is cut at
+    `max_new_bytes` may end in half a character; valid_bytes: share of the bytes that belong to
+    valid characters; bits_per_byte: of the texts under the model, an estimate of its entropy rate).
+    Raises ValueError for less than one sample.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
@@ -30,7 +30,7 @@ def samples(model, num_samples: int, max_new_bytes: int = MAX_NEW_BYTES, seed: i
 
 
 def is_valid(text: bytes, cut: bool = False) -> bool:
-    """Whether a text is UTF-8; `cut`: its last character may go on behind the end."""
+    """Returns True if a text is UTF-8; cut: its last character may be incomplete."""
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -21,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax import sharding
-from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.data.batches.loader import as_batch, whole_batches
 from bltjax.data.batches.packing import pack_bytes, pack_patches
 from bltjax.data.batches.rows import Row
 from bltjax.data.records.entropies import corpus_entropies, make_entropy_fn, receptive_bytes
 from bltjax.model import functional
 from bltjax.ops.cross_entropy import next_byte_nats
-from bltjax.patching.boundaries import patch_starts
+from bltjax.patching.boundaries import needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.runtime.progress import OnProgress
 from bltjax.vocabulary import BYTE_OFFSET, PAD_ID, encode
@@ -141,7 +141,7 @@ def document_starts(
     """
     _check_entropy_model(entropy_config, patching)
     entropies = [None] * len(documents)
-    if patching.rule in ENTROPY_RULES:
+    if needs_entropies(patching):
         entropies = document_entropies(
             entropy_config, entropy_params, documents, patching.reset_at_newlines
         )
@@ -307,7 +307,7 @@ def _chunks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def _check_entropy_model(entropy_config: EntropyModelConfig | None, patching: PatchingConfig):
-    if patching.rule in ENTROPY_RULES and entropy_config is None:
+    if needs_entropies(patching) and entropy_config is None:
         raise ValueError(
             f"patching rule {patching.rule!r} needs an entropy model and there is none: "
             "give entropy_model="

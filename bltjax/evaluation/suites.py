@@ -1,6 +1,6 @@
-"""What `python -m bltjax.evaluate` measures beside bits per byte, and how it is printed.
+"""Measurements of `python -m bltjax.evaluate` beside bits per byte.
 
-Each function runs one part on a model, prints it as a table, and returns it.
+Each function measures a model, prints the result as a table, and returns it.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bltjax.evaluation import characters, multiple_choice, noise, samples
 from bltjax.evaluation.related_words import WORDS
-from bltjax.runtime.terminal import printable
+from bltjax.runtime.terminal import print_table
 
 SUITES = ("characters", "noise")
 QUESTIONS = 50  # of each character task
@@ -16,7 +16,11 @@ ITEMS = 100  # of multiple choice
 
 
 def character_suite(model, words: str | None, count: int | None, seed: int = 0) -> dict:
-    """Every character task, of the words of a file (one a line or more) or of a small list."""
+    """Asks questions of every character task. Returns dict(tasks, exact_match: their mean).
+
+    words: a file of words, separated by blanks or line ends; None for a short list of ours. count:
+    questions of each task, QUESTIONS by default.
+    """
     if words is None:
         source = characters.material(WORDS)
     else:
@@ -28,33 +32,37 @@ def character_suite(model, words: str | None, count: int | None, seed: int = 0) 
     ]
     result = characters.evaluate(model, asked)
     mean = sum(found["exact_match"] for found in result.values()) / len(result)
-    print(f"\n{'characters':18}{'questions':>12}{'exact match':>13}{'bits/byte':>13}")
-    for task, found in result.items():
-        cells = f"{found['exact_match']:>13.3f}{found['bits_per_byte']:>13.4f}"
-        print(f"{task:18}{found['questions']:>12}{cells}")
-    print(f"{'mean':18}{'':12}{mean:>13.3f}")
+    keys = ("questions", "exact_match", "bits_per_byte")
+    rows = [(task, *map(found.get, keys)) for task, found in result.items()]
+    print()
+    print_table(
+        ("characters", "questions", "exact match", "bits/byte"), [*rows, ("mean", "", mean, "")]
+    )
     return dict(tasks=result, exact_match=mean)
 
 
 def noise_suite(model, documents: Sequence[bytes], count: int | None, seed: int = 0) -> dict:
-    """Multiple choice made of the documents, and their bits per byte, with noise and without.
+    """Measures multiple choice made of documents, and their bits per byte, with and without noise.
 
-    The table shows accuracy_mutual, the result also the others of `multiple_choice.accuracy`.
+    count: items, ITEMS by default. The table shows accuracy_mutual; the result also has the other
+    accuracies, see `multiple_choice.accuracy`.
     """
     items = multiple_choice.items_from_documents(documents, count or ITEMS, seed=seed)
     result = noise.robustness(model, items, seed)
-    print(f"\n{'accuracy':18}" + "".join(f"{w:>13}" for w in (*noise.WHERE, "bits/byte")))
-    clean, bits = result["clean"]["accuracy_mutual"], result["bits_per_byte"]
-    print(f"{'clean':18}{'':26}{clean:>13.3f}{bits['clean']:>13.4f}")
-    for kind, by_place in result["noisy"].items():
-        cells = [f"{by_place[w]['accuracy_mutual']:>13.3f}" for w in noise.WHERE]
-        print(f"{kind:18}{''.join(cells)}{bits[kind]:>13.4f}")
-    print(f"{'mean with noise':18}{'':26}{result['mean']['accuracy_mutual']:>13.3f}")
+    bits, key = result["bits_per_byte"], "accuracy_mutual"
+    rows = [
+        (kind, *(by_place[where][key] for where in noise.WHERE), bits[kind])
+        for kind, by_place in result["noisy"].items()
+    ]
+    clean = ("clean", "", "", result["clean"][key], bits["clean"])
+    mean = ("mean with noise", "", "", result["mean"][key], "")
+    print()
+    print_table(("accuracy", *noise.WHERE, "bits/byte"), [clean, *rows, mean])
     return result
 
 
 def sample_suite(model, num_samples: int, seed: int = 0) -> dict:
-    """How much of what the model writes is valid UTF-8."""
+    """Measures the share of generated text that is valid UTF-8."""
     result = samples.samples(model, num_samples, seed=seed)
     print(
         f"\n{num_samples} samples, {result['num_bytes']} bytes: {result['valid']:.1%} are valid "
@@ -66,7 +74,7 @@ def sample_suite(model, num_samples: int, seed: int = 0) -> dict:
 def harness_suite(
     model, tasks: Sequence[str], tasks_path: str | None, limit: int | None, noise_kind: str | None
 ) -> dict:
-    """Tasks of lm-evaluation-harness; noise_kind: "KIND" or "KIND:WHERE"."""
+    """Runs tasks of lm-evaluation-harness. noise_kind: "KIND" or "KIND:WHERE", see `noise`."""
     from bltjax.evaluation.harness import run_tasks  # late: the library is optional, and slow
 
     options = {}
@@ -74,8 +82,9 @@ def harness_suite(
         kind, _, where = noise_kind.partition(":")
         options = dict(noise=kind, noise_where=where or "both")
     result = run_tasks(model, tasks, tasks_path, limit, **options)
-    print(f"\n{'task':30}{'metric':>20}{'value':>13}")
-    for task, metrics in result.items():
-        for metric, value in metrics.items():
-            print(f"{printable(task):30}{metric:>20}{value:>13.4f}")
+    rows = [
+        (task, name, float(x)) for task, metrics in result.items() for name, x in metrics.items()
+    ]
+    print()
+    print_table(("task", "metric", "value"), rows)
     return result

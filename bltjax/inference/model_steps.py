@@ -10,11 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.model import functional
 from bltjax.model.cache import BLTCache, Room, Stack, new_blt_cache, new_entropy_cache
 from bltjax.model.incremental import ngram_reach
+from bltjax.model.unstacked import unstacked
 from bltjax.ops.slots import read_positions, span
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.patching.incremental import Record, new_record, note_lines, note_starts
 
 
@@ -27,7 +29,7 @@ class Configs(NamedTuple):
 
     @property
     def needs_entropies(self) -> bool:
-        return self.patching.rule in ENTROPY_RULES
+        return needs_entropies(self.patching)
 
 
 class State(NamedTuple):
@@ -40,7 +42,7 @@ def prepared(params: dict) -> dict:
     """Parameters as loops on CPUs like them; elsewhere a copy would only cost memory."""
     if jax.sharding.get_mesh().devices.flat[0].platform != "cpu":
         return params
-    return {name: jax.jit(functional.apart)(tree) for name, tree in params.items()}
+    return {name: jax.jit(unstacked)(tree) for name, tree in params.items()}
 
 
 def new_state(configs: Configs, room: Room, tokens: jax.Array) -> State:

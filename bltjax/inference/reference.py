@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax import sharding
-from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.inference.sampling import Sampling, distribution, draw, knobs, row_keys
 from bltjax.model import functional
-from bltjax.patching.boundaries import entropy_segments, patch_starts
+from bltjax.patching.boundaries import needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_starts
-from bltjax.patching.entropy import next_byte_entropy
 from bltjax.vocabulary import EOS_ID, PAD_ID, VOCAB_SIZE, decode, encode
 
 
@@ -27,11 +26,10 @@ def row_patch_starts(
 
     Rules that need no entropies run no entropy model, and the entropies are then None.
     """
-    if patching.rule not in ENTROPY_RULES:
+    if not needs_entropies(patching):
         return patch_starts(patching, tokens), None
-    segments = entropy_segments(tokens, patching.reset_at_newlines)
-    entropies = next_byte_entropy(
-        functional.apply(entropy_config, entropy_params, tokens, segments)
+    entropies = functional.entropies(
+        entropy_config, entropy_params, tokens, patching.reset_at_newlines
     )
     return patch_starts(patching, tokens, entropies), entropies
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bltjax.config import ENTROPY_RULES, BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.inference.engine import Decoding, Prompt
 from bltjax.inference.model_steps import Configs
 from bltjax.inference.sampling import Sampling
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.vocabulary import encode
 
 
@@ -27,7 +28,7 @@ def configure(
     Raises ValueError for an option that there is not, or a value that makes no sense.
     """
     if threshold is not None:
-        if patching.rule not in ENTROPY_RULES:
+        if not needs_entropies(patching):
             raise ValueError(f"threshold={threshold}: the patching rule {patching.rule!r} has none")
         patching = dataclasses.replace(patching, threshold=threshold)
         if problems := patching.problems("patching"):
@@ -46,7 +47,7 @@ def configure(
     stops = [s.encode("utf-8", "ignore") if isinstance(s, str) else s for s in stops]
     if b"" in stops:
         raise ValueError("stop holds an empty string, with which every text ends: leave it out")
-    needed = entropy_config if patching.rule in ENTROPY_RULES else None
+    needed = entropy_config if needs_entropies(patching) else None
     return Configs(config, needed, patching), dict(
         sampling=Sampling(**of_sampling), stops=stops, decoding=Decoding(**of_decoding)
     )

@@ -1,4 +1,4 @@
-"""The byte latent transformer: embed, encode, global, decode (spec 0)."""
+"""The byte latent transformer: embedding, encoder, global transformer, decoder (spec 0)."""
 
 import chex
 import jax
@@ -32,14 +32,14 @@ class BLT(nnx.Module):
         self.local_decoder = LocalDecoder(config, key_decoder)
 
     def __call__(self, tokens, patches, document_ids=None, ngrams=None):
-        """Logits and every intermediate, by name.
+        """Returns logits and every intermediate, by name.
 
         Args:
           tokens: int32 [B, L] byte ids.
           patches: PatchBuffers over L bytes and P patches.
           document_ids: int32 [B, L]; bytes see only their own document. None: a document ends
             with its EOS (spec 5.9).
-          ngrams: [B, L, E], the sum of each byte's hash n-gram rows. None: it is looked up.
+          ngrams: [B, L, E], the sum of each byte's hash n-gram rows. None: a lookup finds it.
         Returns:
           dict of `embedded` [B, L, E], `byte_states` [B, L, E], `patch_states` [B, P, patch_width],
           `global_states` [B, P, G], `decoder_states` [layers, B, L, E], `logits` float32 [B, L, V].
@@ -70,7 +70,7 @@ class BLT(nnx.Module):
 
 
 def patch_documents(tokens, document_ids, starts):
-    """Document of each patch [B, P]: that of its first byte (spec 5.9).
+    """Returns the document of each patch [B, P], which is that of its first byte (spec 5.9).
 
     Patches past the last byte belong to the last document, or to a new one after its EOS.
     """

@@ -1,12 +1,14 @@
 """Cross-attention between bytes and patches (spec 5.5).
 
-Both directions share parameters' names and shapes: pre-norm on queries and keys/values, no rotary
-embedding, heads of the local width, residual on the un-normalised queries.
+Both directions have parameters of the same names and shapes: pre-norm on queries and keys/values,
+no rotary embedding, heads of the local width, residual on the un-normalised queries. A patch is K
+vectors of local width: side by side as [B, P, K*E], or in a row as [B, P*K, E].
 """
 
 import jax
 from flax import nnx
 
+from bltjax.config import TransformerConfig
 from bltjax.model.parameters import Linear, RMSNorm
 from bltjax.model.transformer import (
     depth_factor,
@@ -19,7 +21,7 @@ from bltjax.ops.attention import bytes_from_patches_attention, patches_from_byte
 
 
 class CrossAttention(nnx.Module):
-    """`heads` are the numbers of query heads and of key/value heads."""
+    """One layer; heads: the numbers of query heads and of key/value heads."""
 
     def __init__(self, dim, heads, eps, std, key):
         num_heads, num_kv_heads = heads
@@ -35,61 +37,62 @@ class CrossAttention(nnx.Module):
         self.wo = Linear(dim, dim, std=std, axes=("embed", "heads"), key=ko)
 
     def patches_from_bytes(self, patches, h, patch_ids, k, window):
-        """What the k vectors of each patch read from its bytes.
+        """Attends from the k vectors of each patch to its bytes.
 
         patches [B, P*k, E], h [B, L, E], patch_ids int32 [B, L] -> [B, P*k, E].
         """
-        q, keys, values = self._project(patches, h)
-        out = patches_from_bytes_attention(split_slots(q, k), keys, values, patch_ids, window)
-        return self.wo(merge_heads(merge_slots(out)))
+        keys, values = self._keys_values_for_all_heads(h)
+
+        def attend(q):
+            out = patches_from_bytes_attention(split_vectors(q, k), keys, values, patch_ids, window)
+            return merge_vectors(out)
+
+        return self.read(patches, attend)
 
     def bytes_from_patches(self, h, patches, patch_ids, k, window):
-        """What each byte reads from the k vectors of its patch.
+        """Attends from each byte to the k vectors of its patch.
 
         h [B, L, E], patches [B, P*k, E], patch_ids int32 [B, L] -> [B, L, E].
         """
-        q, keys, values = self._project(h, patches)
-        out = bytes_from_patches_attention(
-            q, split_slots(keys, k), split_slots(values, k), patch_ids, window
+        keys, values = (split_vectors(x, k) for x in self._keys_values_for_all_heads(patches))
+        return self.read(
+            h, lambda q: bytes_from_patches_attention(q, keys, values, patch_ids, window)
         )
-        return self.wo(merge_heads(out))
 
     def keys_values(self, kv):
-        """kv [B, L, E] -> keys, values [B, L, G, D], to be kept for `read`."""
+        """Projects kv [B, L, E] -> keys, values [B, L, G, D], which `read` may attend to."""
         kv = self.cross_attn_norm_kv(kv)
         return tuple(split_heads(w(kv), self.head_width) for w in (self.wk, self.wv))
 
     def read(self, x, attend):
-        """What x [B, L, E] reads; attend: queries [B, L, H, D] -> [B, L, H, D]."""
+        """Attends from x [B, L, E] -> [B, L, E]; attend: queries [B, L, H, D] -> [B, L, H, D]."""
         q = split_heads(self.wq(self.cross_attn_norm_q(x)), self.head_width)
         return self.wo(merge_heads(attend(q)))
 
-    def _project(self, x, kv):
-        q = split_heads(self.wq(self.cross_attn_norm_q(x)), self.head_width)
-        keys, values = self.keys_values(kv)
-        return q, repeat_heads(keys, self.group_size), repeat_heads(values, self.group_size)
+    def _keys_values_for_all_heads(self, kv):
+        return (repeat_heads(x, self.group_size) for x in self.keys_values(kv))
 
 
-def make_cross_layers(dim, heads, eps, init, num_layers, num_blocks, key) -> CrossAttention:
-    """`num_layers` stacked cross-attention layers beside `num_blocks` blocks (spec 6).
+def make_cross_layers(config: TransformerConfig, heads, init, all_layers, key) -> CrossAttention:
+    """Makes stacked cross-attention layers beside a stack of blocks: a single one, or for all.
 
-    heads: the numbers of query heads and of key/value heads.
+    heads: the numbers of query heads and of key/value heads. Spec 6.
     """
 
     def make(index, key):
-        std = dim**-0.5 / depth_factor(init, dim, index, num_blocks)
-        return CrossAttention(dim, heads, eps, std, key)
+        std = config.dim**-0.5 / depth_factor(init, config.dim, index, config.num_layers)
+        return CrossAttention(config.dim, heads, config.norm_eps, std, key)
 
-    return stack_layers(make, num_layers, key)
+    return stack_layers(make, config.num_layers if all_layers else 1, key)
 
 
 def add_residual(x, read, doubled: bool):
-    """x + read inside the layer, and the caller's second x (spec 5.5): 2x + read as published."""
+    """Returns x + read, or 2x + read as published, where layer and caller both add x (spec 5.5)."""
     return 2 * x + read if doubled else x + read
 
 
-def split_slots(x, k: int):
-    """[B, P*k, ...] -> [B, P, k, ...]; slot r of patch j is row j*k + r."""
+def split_vectors(x, k: int):
+    """Splits [B, P*k, ...] -> [B, P, k, ...]; vector r of patch j is row j*k + r."""
     batch, _, *rest = jax.typeof(x).sharding.spec
     return jax.lax.reshape(
         x,
@@ -98,11 +101,22 @@ def split_slots(x, k: int):
     )
 
 
-def merge_slots(x):
-    """[B, P, k, ...] -> [B, P*k, ...]."""
+def merge_vectors(x):
+    """Joins [B, P, k, ...] -> [B, P*k, ...]."""
     batch, _, _, *rest = jax.typeof(x).sharding.spec
     return jax.lax.reshape(
         x,
         (x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]),
         out_sharding=jax.P(batch, None, *rest),
     )
+
+
+def wide_to_vectors(patches, k: int):
+    """Splits patches [B, P, k*E] -> their vectors [B, P*k, E]."""
+    return merge_vectors(patches.reshape(*patches.shape[:2], k, patches.shape[2] // k))
+
+
+def vectors_to_wide(vectors, k: int):
+    """Puts the k vectors of each patch side by side: [B, P*k, E] -> [B, P, k*E]."""
+    split = split_vectors(vectors, k)
+    return split.reshape(*split.shape[:2], -1)

@@ -6,11 +6,11 @@ from bltjax.ops.hashing import ngram_hash_ids
 
 
 def embed_bytes(tokens, byte_embedding, hash_tables, config, ngrams=None, before=None):
-    """Byte row plus the plain sum of all n-gram rows, no normalisation (spec 4.2).
+    """Adds to each byte's embedding the rows of all its n-grams, without normalisation (spec 4.2).
 
     tokens int32 [B, L] -> [B, L, E] in the compute dtype. `hash_tables` is None without n-grams.
-    ngrams: [B, L, E], the sum of their rows where it is known. before: int32 [B, n], the ids before
-    the first; None, and 0 for those that are not there: a text starts.
+    ngrams: [B, L, E], the sum of the n-gram rows where it is known. before: int32 [B, n], the ids
+    before the first one, 0 before the text; None: all rows start a text.
     """
     embedded = byte_embedding(tokens, config.compute_dtype)
     if ngrams is not None:

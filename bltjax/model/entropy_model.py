@@ -25,9 +25,9 @@ class EntropyModel(nnx.Module):
         )
 
     def __call__(self, tokens, segments=None):
-        """tokens int32 [B, L], segments int32 [B, L] (None: split at EOS) -> dict of `logits`.
+        """Returns a dict of `logits` float32 [B, L, V], of tokens int32 [B, L].
 
-        Logits are float32 [B, L, V].
+        segments: int32 [B, L]; bytes see only their own. None: a document ends with its EOS.
         """
         if segments is None:
             segments = document_segments(tokens)

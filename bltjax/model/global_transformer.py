@@ -10,7 +10,7 @@ from bltjax.model.transformer import make_blocks, run_blocks
 
 
 class GlobalTransformer(nnx.Module):
-    """Input projection where widths differ, blocks, and no final norm."""
+    """Blocks over patches, after a projection where widths differ, without a final norm."""
 
     def __init__(self, config: BLTConfig, key):
         self.config = config
@@ -27,7 +27,7 @@ class GlobalTransformer(nnx.Module):
         self.layers = make_blocks(stack, config.init, key_blocks)
 
     def __call__(self, x, segments):
-        """x [B, P, patch_width], segments int32 [B, P] -> [B, P, G]."""
+        """Maps x [B, P, patch_width], segments int32 [B, P] -> [B, P, G]."""
         chex.assert_shape(x, (*segments.shape, self.config.patch_width))
         if self.config.patch_width != self.config.global_transformer.dim:
             x = self.token_embedding_projection(x)

@@ -5,10 +5,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec, reshard
 
 from bltjax import sharding
-from bltjax.model import hash_tables
 from bltjax.model.parameters import truncated_normal
 from bltjax.ops import row_exchange
-from bltjax.sharding import batch_spec
 
 
 class HashTables(nnx.Module):
@@ -20,19 +18,19 @@ class HashTables(nnx.Module):
         )
 
     def __call__(self, ids, dtype):
-        """ids int32 [B, L, T] -> their sum [B, L, dim], added up in float32."""
-        return hash_tables.lookup_sum(self.weight[...], ids, dtype)
+        """Sums the rows `ids` int32 [B, L, T] of all tables, in float32 -> [B, L, dim]."""
+        return lookup_sum(self.weight[...], ids, dtype)
 
 
 def lookup_sum(tables: jax.Array, ids: jax.Array, dtype) -> jax.Array:
-    """Sum over T tables [T, rows, E], laid out by `table_spec`, of their rows `ids` [B, L, T].
+    """Sums the rows `ids` [B, L, T] of T tables [T, rows, E], laid out by `table_spec`.
 
     -> [B, L, E] in `dtype`. Chips ask the owners for the rows that they need, once for each, and
-    the gradient goes back the same way: neither tables nor their gradients travel. Only those of
-    whole rows are added up over the chips.
+    the gradient goes back the same way: neither tables nor their gradients travel. Tables that
+    every chip holds whole have their gradients added up over the chips.
     """
     _, owners, features = jax.typeof(tables).sharding.spec
-    batch = batch_spec(3)
+    batch = sharding.batch_spec(3)
 
     def of_chip(tables, ids):
         if owners is not None:

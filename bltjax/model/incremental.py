@@ -16,10 +16,15 @@ import jax.numpy as jnp
 
 from bltjax.model.blt import BLT
 from bltjax.model.cache import BLTCache, KeysValues, Stack
-from bltjax.model.cross_attention import add_residual, merge_slots, split_slots
+from bltjax.model.cross_attention import (
+    add_residual,
+    merge_vectors,
+    split_vectors,
+    vectors_to_wide,
+    wide_to_vectors,
+)
 from bltjax.model.embeddings import embed_bytes
 from bltjax.model.entropy_model import EntropyModel
-from bltjax.model.local_encoder import widen
 from bltjax.model.transformer import each_layer
 from bltjax.ops.cached_attention import (
     ring_attention,
@@ -27,7 +32,7 @@ from bltjax.ops.cached_attention import (
     span_attention,
     store_attention,
 )
-from bltjax.ops.rotary import angles_at
+from bltjax.ops.rotary import rotary_angles
 from bltjax.ops.slots import below, read_slots, span, write_slots
 from bltjax.patching.entropy import next_byte_entropy
 
@@ -166,7 +171,7 @@ def _run_blocks(layers, stack, x, cache, first, attend, before=None, states=None
     attend(q, k, v, kept): the result and the cache of a layer with the new keys and values.
     before(index, x) comes before each block; its result is put into `states`.
     """
-    angles = angles_at(span(first, 0, x.shape[1]), stack.head_width, stack.rope_theta)
+    angles = rotary_angles(span(first, 0, x.shape[1]), stack.head_width, stack.rope_theta)
     kept = []
 
     def attend_and_keep(q, k, v):
@@ -176,7 +181,7 @@ def _run_blocks(layers, stack, x, cache, first, attend, before=None, states=None
 
     for index, block in enumerate(each_layer(layers)):
         x = before(index, x) if before else x
-        x, _ = block(x, angles, attend_and_keep)
+        x = block(x, angles, attend_and_keep)
         if states is not None:
             states.append(x)
     return x, tuple(kept)
@@ -231,13 +236,13 @@ def _encode_patches(model: BLT, cache, starts, ends, seen_from):
         return pooled
 
     def attend(q, kept):
-        return merge_slots(span_attention(split_slots(q, cross.k), *kept, seen_from, ends))
+        return merge_vectors(span_attention(split_vectors(q, cross.k), *kept, seen_from, ends))
 
-    patches = encoder.slots_of(encoder.patch_embedding_projection(pooled))
+    patches = wide_to_vectors(encoder.patch_embedding_projection(pooled), cross.k)
     for layer, kept in zip(each_layer(encoder.cross_attn_layers), cache.byte, strict=True):
         read = layer.read(patches, functools.partial(attend, kept=kept))
         patches = add_residual(patches, read, cross.doubled_residual)
-    return widen(patches, cross.k)
+    return vectors_to_wide(patches, cross.k)
 
 
 def _offer(decoder, cache: BLTCache, patches, numbers, valid) -> BLTCache:
@@ -249,7 +254,7 @@ def _offer(decoder, cache: BLTCache, patches, numbers, valid) -> BLTCache:
         num_slots = cache.patch_states.shape[1]
         slots = jnp.where(valid, numbers % num_slots, num_slots)
         return cache._replace(patch_states=write_slots(cache.patch_states, patches, slots))
-    vectors = decoder.slots_of(patches)
+    vectors = wide_to_vectors(patches, cross.k)
     num_slots = cache.read[0].keys.shape[2]
     slots = span(numbers % (num_slots // cross.k) * cross.k, 0, cross.k)
     slots = jnp.where(valid[..., None], slots, num_slots).reshape(len(slots), -1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bltjax.config import BLTConfig
-from bltjax.model.cross_attention import add_residual, make_cross_layers, merge_slots
+from bltjax.model.cross_attention import add_residual, make_cross_layers, wide_to_vectors
 from bltjax.model.parameters import Linear, RMSNorm
 from bltjax.model.transformer import block_of_rows, layer_slice, make_blocks, scan_layers
 from bltjax.ops.pooling import take_patches
@@ -32,15 +32,8 @@ class LocalDecoder(nnx.Module):
         init = dataclasses.replace(config.init, base_std=None)
         self.layers = make_blocks(local, init, key_blocks)
         if cross.decoder:
-            num_cross = local.num_layers if cross.all_layers_decoder else 1
             self.cross_attn_layers = make_cross_layers(
-                local.dim,
-                cross.decoder_heads,
-                local.norm_eps,
-                init,
-                num_cross,
-                local.num_layers,
-                key_cross,
+                local, cross.decoder_heads, init, cross.all_layers_decoder, key_cross
             )
         self.norm = RMSNorm(local.dim, local.norm_eps)
         self.output = Linear(
@@ -48,9 +41,10 @@ class LocalDecoder(nnx.Module):
         )
 
     def __call__(self, h, patch_states, patches, segments):
-        """h [B, L, E], patch_states [B, P, G] -> float32 logits [B, L, V], states [layers, B, L, E]
+        """Maps h [B, L, E], patch_states [B, P, G] -> logits, states of all layers [N, B, L, E].
 
-        A byte reads `patches.decoder_ids`, the last patch complete once the byte is known.
+        Logits are float32 [B, L, V]. A byte reads `patches.decoder_ids`, the last patch complete
+        once the byte is known.
         """
         config, local = self.config, self.config.local_decoder
         chex.assert_shape(h, (*segments.shape, local.dim))
@@ -65,7 +59,8 @@ class LocalDecoder(nnx.Module):
             h, states = scan_layers(self.layers, h, run_block, config.remat)
             return self.logits(h), states
 
-        patch_states, k = self.slots_of(patch_states), config.cross_attention.k
+        k = config.cross_attention.k
+        patch_states = wide_to_vectors(patch_states, k)
 
         def both(layer, h):
             block, cross = layer
@@ -85,11 +80,6 @@ class LocalDecoder(nnx.Module):
             states = jnp.concatenate([states, more])
         return self.logits(h), states
 
-    def slots_of(self, wide):
-        """[B, P, k*E] -> [B, P*k, E]."""
-        k, width = self.config.cross_attention.k, self.config.local_decoder.dim
-        return merge_slots(wide.reshape(*wide.shape[:2], k, width))
-
     def logits(self, h):
-        """[B, L, E] -> float32 [B, L, V]."""
+        """Maps h [B, L, E] -> float32 logits [B, L, V]."""
         return self.output(self.norm(h)).astype(jnp.float32)

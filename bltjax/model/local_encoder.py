@@ -7,7 +7,12 @@ import jax
 from flax import nnx
 
 from bltjax.config import BLTConfig
-from bltjax.model.cross_attention import add_residual, make_cross_layers, merge_slots, split_slots
+from bltjax.model.cross_attention import (
+    add_residual,
+    make_cross_layers,
+    vectors_to_wide,
+    wide_to_vectors,
+)
 from bltjax.model.parameters import Embedding, Linear
 from bltjax.model.transformer import (
     block_of_rows,
@@ -31,22 +36,15 @@ class LocalEncoder(nnx.Module):
         init = dataclasses.replace(config.init, base_std=None)
         self.layers = make_blocks(local, init, key_blocks)
         if cross.encoder:
-            num_cross = local.num_layers if cross.all_layers_encoder else 1
             self.cross_attn_layers = make_cross_layers(
-                local.dim,
-                cross.encoder_heads,
-                local.norm_eps,
-                init,
-                num_cross,
-                local.num_layers,
-                key_cross,
+                local, cross.encoder_heads, init, cross.all_layers_encoder, key_cross
             )
             self.patch_embedding_projection = Linear(
                 cross.k * local.dim, local.dim, std=std, axes=(None, "embed"), key=key_patch
             )
 
     def __call__(self, embedded, patches, segments):
-        """embedded [B, L, E] -> byte states h [B, L, E] and patches [B, P, patch_width]."""
+        """Maps embedded [B, L, E] -> byte states h [B, L, E] and patches [B, P, patch_width]."""
         local, remat = self.config.local_encoder, self.config.remat
         chex.assert_shape(embedded, (*segments.shape, local.dim))
         if not self.config.cross_attention.encoder:
@@ -59,10 +57,10 @@ class LocalEncoder(nnx.Module):
             )
         else:
             h, patch_states = self._alternate(embedded, patches, segments)
-        return h, widen(patch_states, self.config.cross_attention.k)
+        return h, vectors_to_wide(patch_states, self.config.cross_attention.k)
 
     def _alternate(self, h, patches, segments):
-        """Cross-attention after every block; the first one pools its queries, no other does."""
+        """Runs cross-attention after every block; only the first one pools its queries."""
         local = self.config.local_encoder
         run_block = block_of_rows(local, segments)
 
@@ -84,13 +82,9 @@ class LocalEncoder(nnx.Module):
         return pool_patches(h, patches.encoder_ids, patches.lengths.shape[1], self.config.pooling)
 
     def _queries(self, h, patches):
-        """k vectors of local width per patch, from its pooled bytes: [B, P*k, E]."""
-        return self.slots_of(self.patch_embedding_projection(self._pool(h, patches)))
-
-    def slots_of(self, wide):
-        """[B, P, k*E] -> [B, P*k, E]."""
-        k = self.config.cross_attention.k
-        return merge_slots(wide.reshape(*wide.shape[:2], k, wide.shape[2] // k))
+        """Returns k vectors of each patch, from its pooled bytes: [B, P*k, E]."""
+        wide = self.patch_embedding_projection(self._pool(h, patches))
+        return wide_to_vectors(wide, self.config.cross_attention.k)
 
     def _read(self, cross, patch_states, h, patches):
         config = self.config.cross_attention
@@ -100,12 +94,6 @@ class LocalEncoder(nnx.Module):
         return add_residual(patch_states, read, config.doubled_residual)
 
 
-def widen(patch_states, k: int):
-    """[B, P*k, E] -> [B, P, k*E]: a patch is its k vectors side by side."""
-    slots = split_slots(patch_states, k)
-    return slots.reshape(*slots.shape[:2], -1)
-
-
 def only(layers):
-    """The single layer of a stack of one, unstacked."""
+    """Returns the single layer of a stack of one."""
     return jax.tree.map(lambda w: w[0], layers)

@@ -1,7 +1,7 @@
 """Parameters and the layers that own them, under the published names (spec 10.2).
 
-Matrices keep the published layout [out, in] and compute y = x W^T, so weights come and go without
-a transpose. They are held in float32 and cast to the activations' dtype where they are used.
+Matrices keep the published layout [out, in] and compute y = x W^T, so published weights need no
+transpose. Parameters are float32, and are cast to the activations' dtype where they are used.
 """
 
 import functools
@@ -16,29 +16,29 @@ from bltjax.ops.norm import rms_norm
 
 
 def truncated_normal(key, shape, std, spec):
-    """Normal cut at 3 sigma, the published initialiser (spec 6); born sharded."""
+    """Draws from a normal cut at 3 sigma, the published initialiser (spec 6); created sharded."""
     return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec)
 
 
 class Linear(nnx.Module):
-    """y = x W^T without bias; `axes` are the logical axes of W [out, in]."""
+    """Linear layer y = x W^T without bias; `axes` are the logical axes of W [out, in]."""
 
     def __init__(self, out_dim, in_dim, *, std, axes, key):
         self.axes = axes
         self.weight = nnx.Param(truncated_normal(key, (out_dim, in_dim), std, sharding.spec(*axes)))
 
     def __call__(self, x):
-        """x [B, L, in] -> [B, L, out]."""
+        """Maps x [B, L, in] -> [B, L, out]."""
         return checkpoint_name(_project(self.axes, x, self.weight[...]), "linear")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project(axes, x, weight):
-    """x [B, L, in] times float32 weight [out, in], in the precision of x.
+    """Multiplies x [B, L, in] by a float32 weight [out, in], in the precision of x.
 
     The backward pass gathers the weight again rather than keep it whole, and adds up its gradient
-    in float32, over the positions of a chip and over chips, whatever the precision of x: what
-    JAX derives would add bfloat16 numbers of all chips (spec 8.2).
+    in float32, over the positions of a chip and over chips, whatever the precision of x: JAX's own
+    derivative would add bfloat16 numbers of all chips (spec 8.2).
     """
     split = axes[0] if axes[0] in ("heads", "ffn") else None
     return jnp.einsum(
@@ -74,15 +74,15 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 class Embedding(nnx.Module):
-    """A row per byte id, whole on every device: 260 rows are not worth splitting."""
+    """Table of a row per byte id, whole on every device: 260 rows are not worth splitting."""
 
     def __init__(self, rows, dim, *, std, key):
         self.weight = nnx.Param(truncated_normal(key, (rows, dim), std, sharding.spec(None, None)))
 
     def __call__(self, ids, dtype):
-        """ids int32 [B, L] -> [B, L, dim].
+        """Looks up ids int32 [B, L] -> [B, L, dim].
 
-        Cast after the lookup: the gradient adds up a row's many uses, and must do so in float32.
+        Casts after the lookup: the gradient adds up a row's many uses, and must do so in float32.
         """
         return sharding.lookup(self.weight[...], ids).astype(dtype)
 

@@ -7,13 +7,13 @@ from flax import nnx
 from bltjax import sharding
 from bltjax.config import InitConfig, TransformerConfig
 from bltjax.model.parameters import Linear, RMSNorm
-from bltjax.ops.attention import causal_attention, window_attention
+from bltjax.ops.attention import self_attention
 from bltjax.ops.rotary import apply_rotary, rotary_angles
 from bltjax.ops.swiglu import swiglu
 
 
 def depth_factor(init: InitConfig, dim: int, index, num_layers: int):
-    """What an initial standard deviation is divided by; `index` may be traced (spec 6)."""
+    """Returns the divisor of an initial standard deviation; `index` may be traced (spec 6)."""
     if init.std_factor == "current_depth":
         return jnp.sqrt(2.0 * (index + 1))
     if init.std_factor == "global_depth":
@@ -22,7 +22,7 @@ def depth_factor(init: InitConfig, dim: int, index, num_layers: int):
 
 
 def initial_std(init: InitConfig, fan_in: int, factor):
-    """fan_in^-0.5 / factor; a base_std replaces both, as published (spec 6)."""
+    """Returns fan_in^-0.5 / factor; a base_std replaces both, as published (spec 6)."""
     return fan_in**-0.5 / factor if init.base_std is None else init.base_std
 
 
@@ -38,13 +38,13 @@ class Attention(nnx.Module):
         self.wo = Linear(config.dim, q_dim, std=std, axes=("embed", "heads"), key=ko)
 
     def __call__(self, x, angles, attend):
-        """x [B, L, E], angles [L, D/2] or [B, L, D/2] -> [B, L, E], and the keys and values.
+        """Maps x [B, L, E], angles [L, D/2] or [B, L, D/2] -> [B, L, E].
 
         attend(q, k, v): q [B, L, H, D]; k, v [B, L, G, D] -> [B, L, H, D].
         """
         q, k, v = (split_heads(w(x), self.config.head_width) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rotary(q, angles), apply_rotary(k, angles)
-        return self.wo(merge_heads(attend(q, k, v))), (k, v)
+        return self.wo(merge_heads(attend(q, k, v)))
 
 
 class FeedForward(nnx.Module):
@@ -70,29 +70,28 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def __call__(self, x, angles, attend):
-        """As `Attention`, with the residuals and the feed-forward layer."""
-        read, keys_values = self.attention(self.attention_norm(x), angles, attend)
-        x = x + read
-        return x + self.feed_forward(self.ffn_norm(x)), keys_values
+        """Applies `Attention` and the feed-forward layer, each with its residual."""
+        x = x + self.attention(self.attention_norm(x), angles, attend)
+        return x + self.feed_forward(self.ffn_norm(x))
 
 
 def make_blocks(config: TransformerConfig, init: InitConfig, key) -> Block:
-    """All blocks of a stack as one Block whose parameters have a leading layer axis."""
+    """Makes all blocks of a stack as one Block whose parameters have a leading layer axis."""
     return stack_layers(lambda index, key: Block(config, init, index, key), config.num_layers, key)
 
 
 def stack_layers(make, num_layers: int, key):
-    """vmap of `make(index, key)` over layers."""
+    """Stacks the results of `make(index, key)` of all layers."""
     return jax.vmap(make)(jnp.arange(num_layers), jax.random.split(key, num_layers))
 
 
 def layer_slice(layers, start: int, stop: int | None):
-    """Some of the stacked layers, still stacked."""
+    """Returns layers start .. stop - 1 of a stack, still stacked."""
     return jax.tree.map(lambda w: w[start:stop], layers)
 
 
 def each_layer(layers) -> list:
-    """The layers of a stack one by one, where they are stacked and where they are not."""
+    """Lists the layers of a stack, stacked or as an nnx.List (see `model/unstacked.py`)."""
     if isinstance(layers, nnx.List):
         return list(layers)
     (num_layers,) = {len(w) for w in jax.tree.leaves(layers)}
@@ -100,7 +99,7 @@ def each_layer(layers) -> list:
 
 
 def scan_layers(layers, carry, apply, remat: str):
-    """carry = apply(layer, carry) through the stacked layers; also every carry [layers, ...].
+    """Runs carry = apply(layer, carry) through a stack; returns the last carry and all of them.
 
     remat: "none" keeps all intermediates for the backward pass, "dots" the results of linear layers
     and of self-attention, "full" only the carries.
@@ -114,7 +113,7 @@ def scan_layers(layers, carry, apply, remat: str):
 
 
 def rematerialised(function, remat: str):
-    """The function, computed again in the backward pass as `scan_layers` says."""
+    """Wraps a function so that the backward pass computes it again, see `scan_layers`."""
     if remat == "none":
         return function
     policy = jax.checkpoint_policies.save_only_these_names("linear", "attention")
@@ -122,25 +121,23 @@ def rematerialised(function, remat: str):
 
 
 def run_blocks(blocks: Block, config: TransformerConfig, x, segments, remat: str):
-    """x [B, L, E] through all blocks of a stack."""
-    run_block = block_of_rows(config, segments)
-    return scan_layers(blocks, x, run_block, remat)[0]
+    """Runs x [B, L, E] through all blocks of a stack."""
+    return scan_layers(blocks, x, block_of_rows(config, segments), remat)[0]
 
 
 def block_of_rows(config: TransformerConfig, segments):
-    """run_block(block, x) of whole rows x [B, L, E], whose positions see their segment [B, L]."""
-    angles = rotary_angles(segments.shape[1], config.head_width, config.rope_theta)
+    """Returns run_block(block, x) for rows x [B, L, E] whose positions see their segment [B, L]."""
+    positions = jnp.arange(segments.shape[1])
+    angles = rotary_angles(positions, config.head_width, config.rope_theta)
 
     def attend(q, k, v):
-        if config.window is None:
-            return causal_attention(q, k, v, segments)
-        return window_attention(q, k, v, segments, config.window)
+        return self_attention(q, k, v, segments, config.window)
 
-    return lambda block, x: block(x, angles, attend)[0]
+    return lambda block, x: block(x, angles, attend)
 
 
 def split_heads(x, head_width: int):
-    """[B, L, H*D] -> [B, L, H, D], heads over the tensor axis."""
+    """Splits [B, L, H*D] -> [B, L, H, D], heads over the tensor axis."""
     return jax.lax.reshape(
         x,
         (*x.shape[:2], x.shape[2] // head_width, head_width),
@@ -149,7 +146,7 @@ def split_heads(x, head_width: int):
 
 
 def repeat_heads(x, times: int):
-    """[B, L, G, D] -> [B, L, G*times, D]: a key/value head serves `times` query heads in a row."""
+    """Repeats each head `times` times in a row: [B, L, G, D] -> [B, L, G*times, D]."""
     if times == 1:
         return x
     batch, length, heads, width = x.shape
@@ -162,7 +159,7 @@ def repeat_heads(x, times: int):
 
 
 def merge_heads(x):
-    """[B, L, H, D] -> [B, L, H*D]."""
+    """Joins heads: [B, L, H, D] -> [B, L, H*D]."""
     return jax.lax.reshape(
         x,
         (*x.shape[:2], x.shape[2] * x.shape[3]),

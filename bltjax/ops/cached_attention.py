@@ -1,7 +1,7 @@
 """Attention of new positions to cached ones, for generation.
 
 A ring of R slots holds the newest positions of a row, position p in slot p mod R; a store holds all
-of them, position p in slot p. Rows stand at positions of their own. Softmaxes are in float32.
+of them, position p in slot p. Each row is at a position of its own. Softmaxes are in float32.
 
 Letters: B rows, T new positions, H query heads, G key/value heads, D head width.
 """
@@ -9,21 +9,21 @@ Letters: B rows, T new positions, H query heads, G key/value heads, D head width
 import jax
 import jax.numpy as jnp
 
+from bltjax.ops import partial_softmax
 from bltjax.ops.slots import below, on_shards, read_row, span, write_rows
 
 BLOCK = 128  # slots of a store that are read at a time
-_MASKED = -1e30  # finite, so that parts where a query sees nothing merge without NaN
 
 
 def ring_attention(q, k, v, ring_k, ring_v, first, count, earliest):
-    """New positions see those in the ring, and of each other those not later, from `earliest` on.
+    """Attends from new positions to the ring and to new ones not later, from `earliest` on.
 
     q [B, T, H, D]; k, v [B, T, G, D]: positions first .. first + T - 1, of which the first `count`
     [B] are kept, or if T is 1 all. ring_k, ring_v [B, G, R, D], R at least T; earliest int32 [B, T]
     -> [B, T, H, D], and the rings.
 
-    A slot is taken to hold the latest position that it can. So a row may step back by n positions
-    if R is n more than any query looks back.
+    A slot counts as the latest position that it can hold. So a row may step back by n positions if
+    R is n more than any query looks back.
     """
 
     def attend(q, k, v, ring_k, ring_v, first, count, earliest):
@@ -39,9 +39,9 @@ def ring_attention(q, k, v, ring_k, ring_v, first, count, earliest):
             held = last - (last - jnp.arange(num_slots)[None]) % num_slots
             return _add(sums, q, *rings, held[:, None] >= earliest[..., None])
 
-        if num_new == 1:  # Written first, so that XLA sees that nobody reads the old ring any more.
+        if num_new == 1:  # Written first, so that XLA sees the old ring unused and writes in place.
             rings = written()
-            return _result(see_rings(_nothing(q, k.shape[2]), rings, positions), q), *rings
+            return _result(see_rings(_no_sums(q, k.shape[2]), rings, positions), q), *rings
         sums = _see_new(q, k, v, first, earliest)
         return _result(see_rings(sums, (ring_k, ring_v), positions[:, :1] - 1), q), *written()
 
@@ -49,7 +49,7 @@ def ring_attention(q, k, v, ring_k, ring_v, first, count, earliest):
 
 
 def store_attention(q, k, v, store_k, store_v, first, count, block: int = BLOCK):
-    """New positions see all stored ones before `first`, and of each other those not later.
+    """Attends from new positions to all stored ones before `first`, and to new ones not later.
 
     Shapes as in `ring_attention`; the number of slots is a multiple of `block`, or less. Cost
     follows the longest row, not the number of slots.
@@ -74,7 +74,7 @@ def store_attention(q, k, v, store_k, store_v, first, count, block: int = BLOCK)
 
         if num_new == 1:
             stores = written()
-            sums = see_stores(_nothing(q, groups), stores, first + count)
+            sums = see_stores(_no_sums(q, groups), stores, first + count)
             return _result(sums, q), *stores
         sums = _see_new(q, k, v, first, jnp.zeros_like(first)[:, None])
         return _result(see_stores(sums, (store_k, store_v), first), q), *written()
@@ -83,7 +83,7 @@ def store_attention(q, k, v, store_k, store_v, first, count, block: int = BLOCK)
 
 
 def span_attention(q, store_k, store_v, starts, ends, block: int = 16):
-    """The K queries of each of M spans of a row see the stored positions start .. end - 1.
+    """Attends from the K queries of each of M spans to stored positions start .. end - 1.
 
     q [B, M, K, H, D]; store_k, store_v [B, G, P, D]; starts, ends int32 [B, M]
     -> [B, M, K, H, D], 0 for empty spans. Cost follows the longest span.
@@ -100,14 +100,14 @@ def span_attention(q, store_k, store_v, starts, ends, block: int = 16):
             return _add(sums, flat, keys, values, visible)
 
         num_blocks = ((ends - starts).max() + block - 1) // block
-        sums = jax.lax.fori_loop(0, num_blocks, add_block, _nothing(flat, store_k.shape[1]))
+        sums = jax.lax.fori_loop(0, num_blocks, add_block, _no_sums(flat, store_k.shape[1]))
         return _result(sums, flat).reshape(q.shape)
 
     return on_shards(attend, q, store_k, store_v, starts, ends)
 
 
 def slots_attention(q, cache_k, cache_v, slots, visible):
-    """Each new position sees the cached slots that it names.
+    """Attends from each new position to the cached slots that `slots` names for it.
 
     q [B, T, H, D]; cache_k, cache_v [B, G, R, D]; slots int32 and visible bool [B, T, M]
     -> [B, T, H, D], 0 where nothing is visible.
@@ -118,7 +118,7 @@ def slots_attention(q, cache_k, cache_v, slots, visible):
         flat = q.reshape(rows * new, 1, *q.shape[2:])
         keys, values = (_take_each(x, slots) for x in (cache_k, cache_v))
         sums = _add(
-            _nothing(flat, keys.shape[1]), flat, keys, values, visible.reshape(len(flat), 1, -1)
+            _no_sums(flat, keys.shape[1]), flat, keys, values, visible.reshape(len(flat), 1, -1)
         )
         return _result(sums, flat).reshape(q.shape)
 
@@ -126,7 +126,7 @@ def slots_attention(q, cache_k, cache_v, slots, visible):
 
 
 def _take_each(cache, slots):
-    """cache [B, G, R, D], slots [B, M, S] -> [B * M, G, S, D]."""
+    """Reads slots [B, M, S] of a cache [B, G, R, D] -> [B * M, G, S, D]."""
     rows, groups, _, width = cache.shape
     taken = jax.vmap(read_row)(cache, slots.reshape(rows, -1)).reshape(
         rows, groups, *slots.shape[1:], width
@@ -135,46 +135,38 @@ def _take_each(cache, slots):
 
 
 def _write(cache, new, slots):
-    """cache [B, G, R, D] with new [B, T, G, D] in slots [B, T]."""
+    """Writes new [B, T, G, D] into slots [B, T] of a cache [B, G, R, D]."""
     return write_rows(cache, jnp.swapaxes(new, 1, 2), slots)
 
 
-# A softmax in parts: the largest score, the sum of weights and the sum of weighted values.
-
-
-def _nothing(q, groups):
+def _no_sums(q, groups):
     batch, new, heads, width = q.shape
-    mixed = jnp.zeros((batch, groups, heads // groups, new, width), jnp.float32)
-    return jnp.full(mixed.shape[:-1], _MASKED), jnp.zeros(mixed.shape[:-1]), mixed
+    shape = batch, groups, heads // groups, new, width
+    return partial_softmax.empty(jnp.zeros(shape, jnp.float32))
 
 
 def _add(sums, q, keys, values, visible):
     """Adds keys, values [B, G, S, D] that visible [B, T or 1, S] lets each query see."""
-    top, total, mixed = sums
     queries = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[3])
     scores = _product("btgrd,bgsd->bgrts", queries, keys) * q.shape[3] ** -0.5
-    visible = visible[:, None, None]
-    scores = jnp.where(visible, scores, _MASKED)
-    new_top = jnp.maximum(top, scores.max(axis=-1))
-    weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0)
-    kept = jnp.exp(top - new_top)
-    read = _product("bgrts,bgsd->bgrtd", weights, values)
-    return new_top, total * kept + weights.sum(axis=-1), mixed * kept[..., None] + read
+
+    def read(weights):
+        return _product("bgrts,bgsd->bgrtd", weights, values)
+
+    return partial_softmax.add(sums, scores, read, visible[:, None, None])
 
 
 def _see_new(q, k, v, first, earliest):
-    """What new positions see of each other."""
+    """Sums over the new positions that each new position sees."""
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     positions = span(first, 0, q.shape[1])
     visible = positions[:, None] <= positions[..., None]
     visible &= positions[:, None] >= earliest[..., None]
-    return _add(_nothing(q, k.shape[2]), q, keys, values, visible)
+    return _add(_no_sums(q, k.shape[2]), q, keys, values, visible)
 
 
 def _result(sums, q):
-    _, total, mixed = sums
-    out = mixed / jnp.where(total > 0, total, 1)[..., None]
-    return jnp.moveaxis(out, 3, 1).reshape(q.shape).astype(q.dtype)
+    return jnp.moveaxis(partial_softmax.mean(sums), 3, 1).reshape(q.shape).astype(q.dtype)
 
 
 def _product(subscripts, a, b):

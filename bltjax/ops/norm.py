@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last axis: all in float32, rounded once (spec 5.3).
+    """Returns x / rms(x) * weight over the last axis, in float32, rounded once (spec 5.3).
 
     Shapes: x [..., E], weight [E] -> [..., E] in x's dtype. The backward pass keeps x alone.
     """
@@ -38,8 +38,10 @@ def _scale(x, eps):
 
 
 def _dot(a, b):
-    """Sum of a * b over the last axis, which stays; as a product of vectors, since a plain sum over
-    the last axis of a single row is ten times slower on CPUs (jax 0.10)."""
+    """Sums a * b over the last axis -> [..., 1].
+
+    A product of vectors: a plain sum over a single row is ten times slower on CPUs (jax 0.10).
+    """
     return jnp.einsum("...e,...e->...", a, b)[..., None]
 
 

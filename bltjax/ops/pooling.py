@@ -11,25 +11,25 @@ import jax.numpy as jnp
 
 
 def segment_sum(x: jax.Array, ids: jax.Array, num_patches: int) -> jax.Array:
-    """Sum of x [B, L, ...] over the bytes of each patch -> [B, P, ...]; 0 where there are none."""
+    """Sums x [B, L, ...] over the bytes of each patch -> [B, P, ...]; 0 where there are none."""
     return _reduce(x, ids, num_patches, "add", 0)
 
 
 def segment_max(x: jax.Array, ids: jax.Array, num_patches: int) -> jax.Array:
-    """Maximum of x [B, L, ...] over the bytes of each patch -> [B, P, ...]; -inf without bytes.
+    """Returns the maximum of x [B, L, ...] over the bytes of each patch -> [B, P, ...].
 
-    Equal maxima share the gradient evenly, as in the published code (spec 3.5).
+    -inf without bytes. Equal maxima share the gradient evenly, as published (spec 3.5).
     """
     return _reduce(x, ids, num_patches, "max", -jnp.inf)
 
 
 def take_patches(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Row ids[b, t] of x [B, P, ...] for each byte -> [B, L, ...]; ids outside are clipped."""
+    """Takes row ids[b, t] of x [B, P, ...] for each byte -> [B, L, ...]; clips ids outside."""
     return jax.vmap(lambda row, i: row.at[i].get(mode="clip", wrap_negative_indices=False))(x, ids)
 
 
 def pool_patches(h: jax.Array, ids: jax.Array, num_patches: int, mode: str) -> jax.Array:
-    """One vector per patch from the byte states h [B, L, E] -> [B, P, E]; 0 for empty patches.
+    """Pools byte states h [B, L, E] into a vector for each patch [B, P, E]; 0 for empty patches.
 
     mode: "max", "min" or "mean" (spec 5.10).
     """

@@ -1,8 +1,8 @@
-"""Sums of table rows that all lie on one chip, or are spread over many and asked for by number.
+"""Sums of table rows, which all lie on one chip or are spread over many.
 
 Functions on the arrays that one chip holds; `exchange_lookup_sum` belongs inside `jax.shard_map`.
-Rows are rounded to the compute dtype first, so that a sum is of the same numbers whether they
-travelled or not; sums, and those of gradients, are in float32.
+Rows are rounded to the compute dtype first, so that sums have the same terms whether rows travelled
+or not; sums, of gradients too, are in float32.
 """
 
 import functools
@@ -11,13 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MAX_ROWS = 2**31 - 1  # of all tables together, which int32 numbers
-NOWHERE = MAX_ROWS  # a row number or place that is in no table or message
+MAX_ROWS = 2**31 - 1  # rows of all tables together that int32 can number
+NOWHERE = MAX_ROWS  # number of a row or place that does not exist
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup_sum(tables, ids, dtype):
-    """Sum over T tables of their rows `ids`, all on this chip.
+    """Sums over T tables their rows `ids`, which are all on this chip.
 
     tables float32 [T, R, E], ids int32 [b, L, T] in 0..R-1 -> [b, L, E] in `dtype`. Raises
     ValueError where int32 cannot number the rows.
@@ -45,13 +45,13 @@ lookup_sum.defvjp(_lookup_forward, _lookup_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def exchange_lookup_sum(tables, ids, dtype, axes):
-    """Sum over T tables of their rows `ids`, of which each of S chips of the mesh axes owns R.
+    """Sums over T tables their rows `ids`, of which each of S chips of the mesh axes owns R.
 
     tables float32 [T, R, E]: rows of every table from R times the chip's index along `axes`.
     ids int32 [b, L, T] in 0..S*R-1 -> [b, L, E] in `dtype`. A chip asks once for each row that it
-    needs. Messages have room for an ordinary text's rows in two or three rounds; there are as many
-    rounds as the fullest needs, so that the result is exact for any ids. Raises ValueError where
-    int32 cannot number the rows.
+    needs. Messages have room for an ordinary text's rows in two or three rounds; the fullest chip
+    decides the number of rounds, so the result is exact for any ids. Raises ValueError where int32
+    cannot number the rows.
     """
     return _exchange_forward(tables, ids, dtype, axes)[0]
 
@@ -75,7 +75,7 @@ def _exchange_backward(dtype, axes, saved, gradient):
     tables, route = saved
     dim, num_tables = tables.shape[-1], tables.shape[0]
     gradient = gradient.reshape(-1, dim)
-    # Sorted, since a TPU sorts what it scatters: once, instead of for each table in each round.
+    # Sorted here once: a TPU would sort before each scatter, for each table in each round.
     owners, ranks = route.owners.reshape(-1)[route.order], route.ranks.reshape(-1)[route.order]
     positions = jax.lax.div(route.order, num_tables)
 
@@ -85,7 +85,7 @@ def _exchange_backward(dtype, axes, saved, gradient):
         places = owners * route.room + jnp.clip(slots, 0, route.room - 1)
         sources = jnp.where(_is_in(slots, route), positions, NOWHERE)
         sums = jnp.zeros_like(gradient, dtype=jnp.float32, shape=(asked.size, dim))
-        # In as many parts as there are tables: all of them at once would take T times the memory.
+        # In T parts: all tables at once would take T times the memory.
         parts = zip(jnp.split(places, num_tables), jnp.split(sources, num_tables), strict=True)
         for here, source in parts:
             found = gradient.at[source].get(mode="fill", fill_value=0).astype(jnp.float32)
@@ -100,11 +100,11 @@ exchange_lookup_sum.defvjp(_exchange_forward, _exchange_backward)
 
 
 class _Route(NamedTuple):
-    """Which rows a chip asks of which owner, and in what order.
+    """Rows that a chip asks of each owner, in order.
 
     rows int32 [n]: the distinct rows by owner, as the owner numbers them. starts int32 [S + 1]:
-    where an owner's begin among them. owners, ranks int32 [b, L, T]: who has the row of an id, and
-    at which place among those asked of this owner. order int32 [n]: ids by owner and rank. rounds:
+    where each owner's begin in `rows`. owners, ranks int32 [b, L, T]: the owner of an id's row, and
+    the row's place among those asked of this owner. order int32 [n]: ids by owner and rank. rounds:
     int32, the same on all chips.
     """
 
@@ -117,10 +117,10 @@ class _Route(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Rows in a message to one owner: a quarter of what is asked, were it spread evenly.
+        """Number of rows in a message: a quarter of the ids, divided evenly by the owners.
 
-        About half of what an ordinary text asks for are other rows, more of one owner than of
-        another; small messages follow that closely, and are reused.
+        About half of an ordinary text's ids name distinct rows, more of one owner than of another;
+        several rounds of small messages fit that closely, and use the same memory.
         """
         evenly = self.order.size / (self.starts.size - 1)
         return max(8, 8 * round(evenly / 32))
@@ -132,7 +132,7 @@ def _find_route(ids, num_rows, axes) -> _Route:
     _check_rows(num_owners * owned)
     owners, rows = jax.lax.div(ids, num_rows), jax.lax.rem(ids, num_rows)
     keys = (owners * owned + number_rows(rows, num_rows)).reshape(-1)
-    # No sort is a stable one, which takes TPUs twice as long to compile: equal keys are one row.
+    # Equal keys are one row, so sorts need not be stable, which doubles a TPU's compile time.
     order = jax.lax.broadcasted_iota(jnp.int32, keys.shape, 0)
     keys, order = jax.lax.sort((keys, order), num_keys=1, is_stable=False)
     first = jnp.concatenate([jnp.ones_like(keys[:1], bool), keys[1:] != keys[:-1]])
@@ -153,7 +153,7 @@ def _find_route(ids, num_rows, axes) -> _Route:
 
 
 def _requests(route, i):
-    """Rows asked of each owner in round i [S, room]; NOWHERE where a message has room left."""
+    """Returns the rows [S, room] asked of each owner in round i; NOWHERE fills up messages."""
     slots = jnp.arange(route.room, dtype=jnp.int32) + i * route.room
     slots = route.starts[:-1, None] + slots[None]
     rows = route.rows.at[slots].get(mode="clip")
@@ -161,30 +161,30 @@ def _requests(route, i):
 
 
 def _is_in(slots, route):
-    """Whether a place in a message is in the message at all, and not in that of another round."""
+    """Tells whether a place lies in the message of this round."""
     return (slots >= 0) & (slots < route.room)
 
 
 def _swap(messages, axes):
-    """Messages to each chip [S, ...] -> those from each chip [S, ...]."""
+    """Exchanges messages: those to each chip [S, ...] -> those from each chip [S, ...]."""
     return jax.lax.all_to_all(messages, axes, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _add_rows(total, rows, places, dtype):
-    """total float32 [b, L, E] plus the rows [N, E] at `places` [b, L, T], zeros where NOWHERE.
+    """Adds the rows [N, E] at `places` [b, L, T] to total float32 [b, L, E]; 0 where NOWHERE.
 
     Table by table: a gather of all rows would take T times the memory, and several times as long.
     """
     kind = jnp.finfo(dtype)
     for t in range(places.shape[-1]):
         row = rows.at[places[..., t]].get(mode="fill", fill_value=0)
-        # A cast to the dtype and back is one that XLA may leave out.
+        # XLA may leave out a cast to the dtype and back, but not this.
         total += jax.lax.reduce_precision(row, kind.nexp, kind.nmant).astype(jnp.float32)
     return total
 
 
 def number_rows(ids, num_rows):
-    """Rows `ids` [b, L, T] of T tables, as numbered in all tables together."""
+    """Numbers the rows `ids` [b, L, T] of T tables through all tables."""
     _check_rows(num_rows * ids.shape[-1])
     return ids + num_rows * jax.lax.broadcasted_iota(ids.dtype, ids.shape, ids.ndim - 1)
 
@@ -198,10 +198,10 @@ def _check_rows(number):
 
 
 def _flat(tables):
-    """[T, R, E] as [T * R, E]."""
+    """Reshapes [T, R, E] -> [T * R, E]."""
     return tables.reshape(-1, tables.shape[-1])
 
 
 def _no_sum(tables, ids):
-    """The sum of no rows [b, L, E], which varies over chips as tables do: a loop starts from it."""
+    """Returns zeros [b, L, E] that vary over chips as tables do, from which a loop can start."""
     return jnp.zeros_like(tables, dtype=jnp.float32, shape=(*ids.shape[:-1], tables.shape[-1]))

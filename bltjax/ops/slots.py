@@ -1,4 +1,4 @@
-"""Reading and writing the slots of caches, at other places in each row.
+"""Reads and writes cache slots, at different places in each row.
 
 Arrays may be sharded by rows, and by any axis but that of the slots.
 """
@@ -10,27 +10,27 @@ import jax.numpy as jnp
 
 
 def read_slots(cache: jax.Array, slots: jax.Array) -> jax.Array:
-    """cache [B, ..., R, D], slots int32 [B, M], clipped -> [B, ..., M, D]."""
+    """Reads slots int32 [B, M], clipped, of a cache [B, ..., R, D] -> [B, ..., M, D]."""
     return on_shards(jax.vmap(read_row), cache, slots)
 
 
 def read_row(row: jax.Array, slots: jax.Array) -> jax.Array:
-    """row [..., R, D], slots int32 [M], clipped -> [..., M, D]."""
+    """Reads slots int32 [M], clipped, of one row [..., R, D] -> [..., M, D]."""
     return row.at[..., slots, :].get(mode="clip", wrap_negative_indices=False)
 
 
 def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    """The cache [B, ..., R, D] with new [B, ..., M, D] in slots int32 [B, M], none of them twice.
+    """Writes new [B, ..., M, D] into slots int32 [B, M] of a cache [B, ..., R, D]; returns it.
 
-    Slots from R on are dropped; none may be negative.
+    Drops slots from R on. No slot may be negative, or named twice in a row.
     """
     return on_shards(write_rows, cache, new, slots)
 
 
 def write_rows(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    """`write_slots` on the rows of one device."""
+    """Does `write_slots` on the rows of one device."""
     write = jax.vmap(lambda row, new, at: row.at[at].set(new, mode="drop"))
-    # Heads are rows too: XLA makes of a scatter to a single slot something that copies the cache.
+    # Heads become rows: XLA turns a scatter to a single slot into a copy of the whole cache.
     groups = math.prod(cache.shape[1:-2])
     slots = jnp.repeat(slots, groups, axis=0)
     flat, new = (x.reshape(-1, *x.shape[-2:]) for x in (cache, new.astype(cache.dtype)))
@@ -38,19 +38,19 @@ def write_rows(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def read_positions(values: jax.Array, positions: jax.Array) -> jax.Array:
-    """values [B, C], positions int32 [B, M], clipped -> [B, M]."""
+    """Reads positions int32 [B, M], clipped, of values [B, C] -> [B, M]."""
     return read_slots(values[..., None], positions)[..., 0]
 
 
 def write_positions(values: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """The values [B, C] with new [B, M] at positions int32 [B, M]; those from C on are dropped."""
+    """Writes new [B, M] at positions int32 [B, M] of values [B, C]; drops those from C on."""
     return write_slots(values[..., None], new[..., None], positions)[..., 0]
 
 
 def on_shards(function, *arguments, like=0):
-    """function of the rows and heads of each device, which see nothing of each other.
+    """Calls a function on the rows and heads of each device on its own.
 
-    like: the argument that the result is sharded as; of several results, one for each.
+    like: the number of the argument that the result is sharded as; for several results, a tuple.
     """
     specs = tuple(jax.typeof(x).sharding.spec for x in arguments)
     out = tuple(specs[i] for i in like) if isinstance(like, tuple) else specs[like]
@@ -58,9 +58,9 @@ def on_shards(function, *arguments, like=0):
 
 
 def on_rows(function, *arguments):
-    """function of the rows of each device; its results are sharded by rows, as the first argument.
+    """Calls a function on the rows of each device; shards its results as the first argument.
 
-    Arguments are arrays, or pytrees of arrays that all devices hold whole.
+    Arguments are arrays sharded by rows, or pytrees of arrays that all devices hold whole.
     """
     arguments = jax.tree.map(jnp.asarray, arguments)
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, arguments)
@@ -69,11 +69,11 @@ def on_rows(function, *arguments):
 
 
 def span(first: jax.Array, start: int, stop: int) -> jax.Array:
-    """first int32 [...] plus start .. stop - 1 -> int32 [..., stop - start]."""
+    """Adds start .. stop - 1 to first int32 [...] -> int32 [..., stop - start]."""
     offsets = jnp.arange(start, stop)
     return first[..., None] + offsets.reshape((1,) * first.ndim + offsets.shape)
 
 
 def below(count: jax.Array, number: int) -> jax.Array:
-    """Which of 0 .. number - 1 are below count int32 [...] -> bool [..., number]."""
+    """Tells which of 0 .. number - 1 are below count int32 [...] -> bool [..., number]."""
     return span(jnp.zeros_like(count), 0, number) < count[..., None]

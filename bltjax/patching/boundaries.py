@@ -1,13 +1,22 @@
-"""Where patches start: the rules of the published patcher, one code for NumPy and JAX.
+"""Patching rules: where patches start. One table, one code for NumPy and JAX.
 
-Every rule returns bool `starts [..., S+1]` for S tokens: starts[..., s] says that a patch starts at
-position s, and position S is the byte that follows the last token ("N+1" convention of spec 2.1).
+`RULES` holds all that is known of each rule, and everything else asks it. A new rule is one entry
+there: a function that says after which positions a patch starts.
+
+Starts are bool [..., S+1] for S tokens: starts[..., s] says that a patch starts at position s, and
+position S is the byte that follows the last token ("N+1" convention of spec 2.1).
 `starts[..., :S]` are the starts of a whole document. A start at s depends on tokens[..., :s] and
 entropies[..., :s] only, so the starts of a prefix are a prefix of the starts.
 
 Rows need at least one token. The arrays may be NumPy's (data pipeline; JAX is not imported then) or
 JAX's (inside a jitted step); the result is of the same kind and, on a mesh, sharded alike.
 """
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,119 +26,195 @@ from bltjax.vocabulary import BPE_ID, BYTE_OFFSET, EOS_ID
 NEWLINE_ID = ord("\n") + BYTE_OFFSET
 
 
+class Context(NamedTuple):
+    """S positions as a rule sees them; arrays are [..., S], NumPy's or JAX's."""
+
+    tokens: np.ndarray  # ids, integers
+    entropies: np.ndarray | None  # float32, nats: of the byte that follows
+    positions: np.ndarray  # int32, in their document; what is before 0 is no part of it
+    from_start: np.ndarray | bool  # False: the document began before its position 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A patching rule. Under every rule a document's first two positions start patches."""
+
+    name: str  # of PatchingConfig.rule
+    # (PatchingConfig, Context) -> bool [..., S]: whether a patch starts after each position. It may
+    # look at that position and at the `looks_back` before it in the same document, at none after.
+    opens: Callable
+    # Of a rule by entropies: (score, name of its threshold in PatchingConfig). A score is that of
+    # each of the entropies [..., S] and looks at the one before it at most.
+    scores: tuple[tuple[Callable, str], ...] = ()
+    looks_back: int = 0
+    num_forced: int = 2  # positions at the start of a document that start patches in any case
+    fixed_mean: Callable | None = None  # PatchingConfig -> mean bytes of a patch, whatever the text
+    needs_delimiters: bool = False  # id 3 among the tokens, which raw bytes do not have
+
+    @property
+    def needs_entropies(self) -> bool:
+        return bool(self.scores)
+
+    @property
+    def can_be_calibrated(self) -> bool:
+        """Returns whether its threshold can be set for a wanted mean patch."""
+        return len(self.scores) == 1
+
+
+def _previous(x):
+    """Shifts x [..., S] right by one; the first entry stays and is its own predecessor."""
+    return _concatenate(x[..., :1], x[..., :-1])
+
+
+def _entropy(entropies):
+    return entropies
+
+
+def _rise(entropies):
+    return entropies - _previous(entropies)
+
+
+def _above_thresholds(config, context):
+    """Starts a patch where each score of the entropy is above its threshold. Spec 2.3, 2.4."""
+    scores = rule_of(config).scores
+    above = [score(context.entropies) > getattr(config, name) for score, name in scores]
+    return functools.reduce(operator.and_, above)
+
+
+def _above_two_thresholds(config, context):
+    """Starts a patch as `_above_thresholds` does, but for a quirk of the published code.
+
+    With `published_skip_at_3` no patch starts at position 3.
+    """
+    opens = _above_thresholds(config, context)
+    if config.published_skip_at_3:
+        opens &= ~(context.from_start & (context.positions == 2))
+    return opens
+
+
+def _word_ends(config, context):
+    """Starts a patch after each byte that ends a word, and each special token. Spec 2.6.
+
+    A byte ends a word if it is neither an ASCII letter or digit nor a UTF-8 continuation byte, and
+    the byte before it is either.
+    """
+    byte = context.tokens.astype(np.int32) - BYTE_OFFSET
+    letter = (byte >= ord("A")) & (byte <= ord("Z")) | (byte >= ord("a")) & (byte <= ord("z"))
+    digit = (byte >= ord("0")) & (byte <= ord("9"))
+    continuation = (byte >= 0x80) & (byte < 0xC0)
+    inside_word = letter | digit | continuation
+    return ~inside_word & _previous(inside_word) | (byte < 0)
+
+
+def _every_patch_size(config, context):
+    """Starts a patch every `patch_size` bytes, whatever they are. Spec 2.7.
+
+    Byte 0 is a patch of its own, so lengths are 1, p-1, p, p, ... Raises ValueError for a patch
+    size that is not a positive whole number.
+    """
+    size = config.patch_size
+    if size < 1 or size != int(size):
+        raise ValueError(f"static patch_size is {size}; it must be a whole number >= 1")
+    return (context.positions + 1) % int(size) == 0
+
+
+def _every_byte(config, context):
+    """Starts a patch at every byte. Spec 2.7."""
+    return context.positions >= 0
+
+
+def _delimiters(config, context):
+    """Starts a patch after each BPE delimiter. Spec 2.7.
+
+    The published code never starts a patch at position S, which would make a boundary depend on
+    later bytes; here a delimiter that comes last does open one there.
+    """
+    return context.tokens == BPE_ID
+
+
+_TABLE = (
+    Rule("entropy", _above_thresholds, ((_entropy, "threshold"),)),
+    Rule("monotonic", _above_thresholds, ((_rise, "threshold"),), looks_back=1, num_forced=3),
+    Rule(
+        "global_monotonic",
+        _above_two_thresholds,
+        ((_entropy, "threshold"), (_rise, "threshold_add")),
+        looks_back=1,
+        num_forced=3,
+    ),
+    Rule("space", _word_ends, looks_back=1),
+    Rule("static", _every_patch_size, fixed_mean=lambda config: float(config.patch_size)),
+    Rule("byte", _every_byte, fixed_mean=lambda config: 1.0),
+    Rule("bpe", _delimiters, needs_delimiters=True),
+)
+RULES = {rule.name: rule for rule in _TABLE}
+WITHOUT_ENTROPIES = ", ".join(rule.name for rule in RULES.values() if not rule.needs_entropies)
+
+
+def rule_of(config) -> Rule:
+    """Returns the rule that a PatchingConfig names. Raises ValueError for an unknown name."""
+    if config.rule not in RULES:
+        known = ", ".join(RULES)
+        raise ValueError(f"patching.rule={config.rule!r} is unknown: choose one of {known}")
+    return RULES[config.rule]
+
+
+def needs_entropies(config) -> bool:
+    """Returns whether the rule of a PatchingConfig needs entropies, and so has a threshold."""
+    return rule_of(config).needs_entropies
+
+
+def check_rule(config):
+    """Raises ValueError for an unknown rule, or a mean patch that it cannot be calibrated to."""
+    rule = rule_of(config)
+    if len(rule.scores) > 1 and config.target_patch_bytes is not None:
+        raise ValueError(
+            f"patching.target_patch_bytes={config.target_patch_bytes} cannot be reached with "
+            f"patching.rule={rule.name!r}, which has two thresholds: set target_patch_bytes to "
+            "None in the config file, and threshold and threshold_add"
+        )
+
+
 def patch_starts(config, tokens, entropies=None):
-    """Returns bool starts [..., S+1] under a PatchingConfig. Spec 2.
+    """Returns bool starts [..., S+1] of whole documents under a PatchingConfig. Spec 2.
 
     tokens: integers [..., S]. entropies: nats [..., S], entropies[..., i] being the uncertainty
-    after tokens[..., :i+1]; needed by the entropy rules only. Raises ValueError where they are
-    missing, and for an unknown rule.
+    after tokens[..., :i+1]; only rules that need them look at them. Raises ValueError where they
+    are missing, and for an unknown rule.
     """
-    starts = rule_starts(config, tokens, entropies)
+    xp = _namespace(tokens)
+    positions = xp.broadcast_to(xp.arange(tokens.shape[-1], dtype=np.int32), tokens.shape)
+    sharded_like_tokens = xp.zeros_like(tokens, dtype=np.int32)
+    opens = starts_after(config, tokens, entropies, positions + sharded_like_tokens)
+    starts = _concatenate(xp.ones_like(opens[..., :1]), opens)
     if config.max_patch_length is not None:
         starts = limit_patch_length(starts, config.max_patch_length)
     return starts
 
 
-def num_forced(rule):
-    """How many positions at the start of a text start patches in any case. Spec 2.3, 2.4."""
-    return 3 if rule in ("monotonic", "global_monotonic") else 2
+def starts_after(config, tokens, entropies, positions, from_start=True):
+    """Returns whether a patch starts after each position, bool [..., S], without max_patch_length.
 
-
-def rule_starts(config, tokens, entropies):
-    """`patch_starts` without the limit on a patch's length."""
-    if config.rule == "space":
-        return space_starts(tokens)
-    if config.rule == "static":
-        return static_starts(tokens, config.patch_size)
-    if config.rule == "byte":
-        return byte_starts(tokens)
-    if config.rule == "bpe":
-        return bpe_starts(tokens)
-    if config.rule not in ("entropy", "monotonic", "global_monotonic"):
-        raise ValueError(f"unknown patching rule {config.rule!r}")
-    if entropies is None:
-        raise ValueError(
-            f"patching rule {config.rule!r} needs the entropies of the tokens: store them with the "
-            "data or run the entropy model first, or choose the rule space, static, byte or bpe"
-        )
-    threshold, threshold_add = config.threshold, config.threshold_add
-    if config.bf16_compat:
-        entropies = _bf16(entropies)
-        threshold, threshold_add = (float(_bf16(np.float32(t))) for t in (threshold, threshold_add))
-    if config.rule == "entropy":
-        return entropy_starts(entropies, threshold)
-    if config.rule == "monotonic":
-        return monotonic_starts(entropies, threshold)
-    return global_monotonic_starts(entropies, threshold, threshold_add, config.published_skip_at_3)
-
-
-def entropy_starts(entropies, threshold):
-    """Starts where the next byte is hard: at s >= 2 where entropies[s-1] > threshold. Spec 2.3."""
-    return _with_forced_starts(_float32(entropies) > threshold)
-
-
-def monotonic_starts(entropies, threshold):
-    """Starts where entropy rises by more than the threshold in nats; always at 2. Spec 2.4."""
-    return _with_forced_starts(_rise(_float32(entropies)) > threshold, num_forced=3)
-
-
-def global_monotonic_starts(entropies, threshold, threshold_add, published_skip_at_3=False):
-    """Starts where entropy is over a threshold and rises by more than another. Spec 2.4.
-
-    entropies, threshold, threshold_add: nats. Position 2 always starts. `published_skip_at_3`
-    reproduces a quirk of the published code: position 3 never starts.
+    The arguments are those of `Context`; entropies may be of any float type. Raises ValueError as
+    `patch_starts` does.
     """
-    entropies = _float32(entropies)
-    opens = (entropies > threshold) & (_rise(entropies) > threshold_add)
-    if published_skip_at_3:
-        never = _namespace(opens).zeros_like(opens[..., 2:3])
-        opens = _concatenate(opens[..., :2], never, opens[..., 3:])
-    return _with_forced_starts(opens, num_forced=3)
-
-
-def space_starts(tokens):
-    """Starts after each byte that ends a word, and after each special token. Spec 2.6.
-
-    A byte ends a word if it is neither an ASCII letter or digit nor a UTF-8 continuation byte, and
-    the byte before it is either.
-    """
-    byte = tokens.astype(np.int32) - BYTE_OFFSET
-    letter = (byte >= ord("A")) & (byte <= ord("Z")) | (byte >= ord("a")) & (byte <= ord("z"))
-    digit = (byte >= ord("0")) & (byte <= ord("9"))
-    continuation = (byte >= 0x80) & (byte < 0xC0)
-    inside_word = letter | digit | continuation
-    ends = ~inside_word & _previous(inside_word) | (byte < 0)
-    return _with_forced_starts(ends)
-
-
-def static_starts(tokens, patch_size, split_first=True):
-    """Starts every `patch_size` bytes, whatever they are. Spec 2.7.
-
-    Only the shape of tokens [..., S] matters. `split_first` makes byte 0 a patch of its own, as the
-    model wants it: lengths 1, p-1, p, p, ...; without it they are p, p, ... Raises ValueError for a
-    patch size that is not a positive whole number.
-    """
-    if patch_size < 1 or patch_size != int(patch_size):
-        raise ValueError(f"static patch_size is {patch_size}; it must be a whole number >= 1")
-    xp = _namespace(tokens)
-    grid = xp.arange(1, tokens.shape[-1] + 1) % int(patch_size) == 0
-    sharded_like_tokens = xp.zeros_like(tokens, dtype=bool)
-    opens = sharded_like_tokens | xp.broadcast_to(grid, tokens.shape)
-    return _with_forced_starts(opens, num_forced=2 if split_first else 1)
-
-
-def byte_starts(tokens):
-    """Starts at every byte of tokens [..., S]. Spec 2.7."""
-    return _with_forced_starts(_namespace(tokens).ones_like(tokens, dtype=bool))
-
-
-def bpe_starts(tokens):
-    """Starts after each BPE delimiter of tokens [..., S]. Spec 2.7.
-
-    The published code never starts a patch at position S, which would make a boundary depend on
-    later bytes; here a delimiter that comes last does open one there.
-    """
-    return _with_forced_starts(tokens == BPE_ID)
+    rule = rule_of(config)
+    if rule.needs_entropies:
+        if entropies is None:
+            raise ValueError(
+                f"patching rule {rule.name!r} needs the entropies of the tokens: store them with "
+                "the data or run the entropy model first, or choose one of the rules "
+                f"{WITHOUT_ENTROPIES}"
+            )
+        # Stored entropies are float16: compared as they are, they would round the threshold.
+        entropies = entropies.astype(np.float32)
+        if config.bf16_compat:
+            entropies = _bf16(entropies)
+            threshold, add = _bf16(np.float32([config.threshold, config.threshold_add])).tolist()
+            config = dataclasses.replace(config, threshold=threshold, threshold_add=add)
+    opens = rule.opens(config, Context(tokens, entropies, positions, from_start))
+    num_forced = _namespace(positions).where(from_start, rule.num_forced, 2)
+    return opens | (positions + 1 < num_forced)
 
 
 def limit_patch_length(starts, max_patch_length):
@@ -153,25 +238,25 @@ def lengths_from_starts(starts: np.ndarray) -> np.ndarray:
     return np.diff(np.flatnonzero(starts), append=starts.size).astype(np.int32)
 
 
-def document_segments(tokens, eos_id=EOS_ID):
+def document_segments(tokens):
     """Returns int32 [..., S], the number of documents that ended before each token. Spec 5.9.
 
     An EOS belongs to the document that it ends.
     """
-    return _segments(tokens == eos_id)
+    return _segments(tokens == EOS_ID)
 
 
-def newline_segments(tokens, eos_id=EOS_ID):
+def newline_segments(tokens):
     """Returns int32 [..., S], the number of lines and documents that ended before each token.
 
     For an entropy model whose context is reset at newlines (paper 4.4, spec 2.10). A newline byte
     belongs to the line that it ends, as an EOS does.
     """
-    return _segments((tokens == eos_id) | (tokens == NEWLINE_ID))
+    return _segments((tokens == EOS_ID) | (tokens == NEWLINE_ID))
 
 
 def entropy_segments(tokens, reset_at_newlines):
-    """Context segments of the entropy model: documents, or lines of documents."""
+    """Returns the context segments of the entropy model: documents, or lines of documents."""
     return newline_segments(tokens) if reset_at_newlines else document_segments(tokens)
 
 
@@ -180,33 +265,9 @@ def _segments(ends):
     return _namespace(ends).cumsum(ends, axis=-1, dtype=np.int32) - ends
 
 
-def _with_forced_starts(opens, num_forced=2):
-    """Returns starts [..., S+1] from opens [..., S], whose entry i says "a patch starts at i+1".
-
-    The first `num_forced` positions (at least one) start in any case.
-    """
-    forced = _namespace(opens).ones_like(opens[..., : num_forced - 1])
-    first = _namespace(opens).ones_like(opens[..., :1])
-    return _concatenate(first, forced, opens[..., num_forced - 1 :])
-
-
 def _bf16(x):
-    """Rounded to bfloat16: the published demo compares in it, threshold included (spec 2.9)."""
+    """Rounds to bfloat16: the published demo compares in it, threshold included. Spec 2.9."""
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
-
-
-def _float32(entropies):
-    # Stored entropies are float16: compared as they are, they would round the threshold (spec 2.9).
-    return entropies.astype(np.float32)
-
-
-def _rise(entropies):
-    return entropies - _previous(entropies)
-
-
-def _previous(x):
-    """Shifts x [..., S] right by one; the first entry stays and is its own predecessor."""
-    return _concatenate(x[..., :1], x[..., :-1])
 
 
 def _concatenate(*parts):

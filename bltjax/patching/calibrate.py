@@ -1,17 +1,18 @@
-"""The entropy threshold that gives patches of a wanted mean size, and the rows that hold them.
+"""Calibrates the entropy threshold to a wanted mean patch, and sizes rows for that mean.
 
-What a rule compares with its threshold is counted in a histogram, once per corpus: histograms of
-parts add up, and a threshold for any mean is read off the sum. Bins are right-closed on a uniform
-grid, so the number of scores above a grid value is exact, and so is the mean patch size at a
-threshold taken from the grid (all its values are float32 numbers).
+The score that a rule compares with its threshold is counted in a histogram, once per corpus:
+histograms of parts add up, and a threshold for any mean is read off the sum. Bins are right-closed
+on a uniform grid, so the number of scores above a grid value is exact, and so is the mean patch
+size at a threshold taken from the grid (all its values are float32 numbers).
 """
 
 import math
 
 import numpy as np
 
-# Positions 0 and 1 always start a patch; under the monotonic rule 2 does too. Spec 2.3, 2.4.
-RULES = ("entropy", "monotonic")
+from bltjax.patching.boundaries import RULES
+
+CALIBRATED = {name: rule for name, rule in RULES.items() if rule.can_be_calibrated}
 STEPS_PER_NAT = 4096
 # Shares of an 8B model's compute that go with bytes and with patches (paper eq. 13-17).
 BYTE_COMPUTE, PATCH_COMPUTE = 0.26, 0.74
@@ -23,7 +24,7 @@ _LAST_LENGTH = 256  # of a length histogram: this and longer
 
 
 class ScoreHistogram:
-    """Counts of what the rules "entropy" and "monotonic" compare with their thresholds.
+    """Counts the scores of the rules in CALIBRATED.
 
     Bin k of a rule counts scores in ((k - 1) / 4096, k / 4096] nats. Patches are those of whole
     documents, before any limit on their length.
@@ -32,8 +33,9 @@ class ScoreHistogram:
     def __init__(self):
         self.num_documents = 0
         self.num_positions = 0
-        self._counts = {rule: np.zeros(_BINS, np.int64) for rule in RULES}
-        self._waiting = {rule: [] for rule in RULES}  # scores: few are as dear to count as many
+        self._counts = {rule: np.zeros(_BINS, np.int64) for rule in CALIBRATED}
+        # Scores that are not counted yet: to count few takes as long as to count many.
+        self._waiting = {rule: [] for rule in CALIBRATED}
         self._num_waiting = 0
 
     def add(self, entropies: np.ndarray) -> None:
@@ -45,32 +47,34 @@ class ScoreHistogram:
         _check_entropies(entropies)
         self.num_documents += 1
         self.num_positions += len(entropies)
-        # A start at s depends on entry s - 1, and entry 0 is of a start that is forced anyway.
+        # A start at s has the score of entry s - 1, and that of entry 0 is forced anyway.
         compared = entropies[1:-1]
         for first in range(0, len(compared), _CHUNK):
             # With the entry before, from which the first one rises.
             piece = compared[max(first - 1, 0) : first + _CHUNK].astype(np.float32)
-            self._waiting["entropy"].append(piece[1:] if first else piece)
-            self._waiting["monotonic"].append(piece[1:] - piece[:-1])
+            for name, rule in CALIBRATED.items():
+                uncounted = 1 if first else rule.num_forced - 2
+                ((score, _),) = rule.scores
+                self._waiting[name].append(score(piece)[uncounted:])
             self._num_waiting += len(piece)
             if self._num_waiting >= _CHUNK:
                 self._count()
 
     def merge(self, other: "ScoreHistogram", times: int = 1) -> None:
-        """Adds what another histogram has counted, so many times."""
+        """Adds the counts of another histogram, multiplied by `times`."""
         self.num_documents += times * other.num_documents
         self.num_positions += times * other.num_positions
-        for rule in RULES:
+        for rule in CALIBRATED:
             self._counts[rule] += times * other._counted(rule)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The histogram as arrays for `np.savez_compressed`; empty ends are left out."""
+        """Returns the histogram as arrays for `np.savez_compressed`, without its empty ends."""
         arrays = {
             "steps_per_nat": np.int64(STEPS_PER_NAT),
             "num_documents": np.int64(self.num_documents),
             "num_positions": np.int64(self.num_positions),
         }
-        for rule in RULES:
+        for rule in CALIBRATED:
             counts = self._counted(rule)
             used = np.flatnonzero(counts)
             first, stop = (used[0], used[-1] + 1) if used.size else (_OFFSET, _OFFSET)
@@ -80,7 +84,7 @@ class ScoreHistogram:
 
     @classmethod
     def from_arrays(cls, arrays) -> "ScoreHistogram":
-        """The histogram that `arrays` was called on; any mapping will do, as of `np.load`.
+        """Returns the histogram of the mapping that `arrays` returned, or that `np.load` opened.
 
         Raises ValueError for arrays of another grid or that do not fit each other, and KeyError
         where one is missing.
@@ -89,7 +93,7 @@ class ScoreHistogram:
         histogram.num_documents = int(arrays["num_documents"])
         histogram.num_positions = int(arrays["num_positions"])
         steps = int(arrays["steps_per_nat"])
-        for rule in RULES:
+        for rule in CALIBRATED:
             counts, first = arrays[f"{rule}_counts"], int(arrays[f"{rule}_first"]) + _OFFSET
             fits = first >= 0 and first + len(counts) <= _BINS
             if steps != STEPS_PER_NAT or not fits or counts.sum() > histogram.num_positions:
@@ -145,8 +149,8 @@ class ScoreHistogram:
 
     def _means(self, rule: str) -> np.ndarray:
         """Positions / patches float64 [bins] at each threshold of the grid."""
-        if rule not in RULES:
-            raise ValueError(f"rule is {rule!r}; a threshold is calibrated for {list(RULES)}")
+        if rule not in CALIBRATED:
+            raise ValueError(f"rule is {rule!r}; a threshold is calibrated for {list(CALIBRATED)}")
         if not self.num_documents:
             raise ValueError("there are no entropies to calibrate on: give at least one document")
         # Patches are all positions but those whose score is not above: forced starts have no score.

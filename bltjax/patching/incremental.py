@@ -1,7 +1,7 @@
-"""Where patches start as bytes come: the rules of `boundaries.py` without the text before them.
+"""Patch starts of texts that grow byte by byte, equal to those of the whole texts.
 
 A `Record` holds what is known of every position of a row, so that a row can step back: positions
-from some point on are then read again, and what was noted for them is written over.
+from some point on are then read again, and their entries are written over.
 """
 
 from typing import NamedTuple
@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.ops.slots import read_positions, span, write_positions
-from bltjax.patching.boundaries import NEWLINE_ID, num_forced, rule_starts
-
-_BEFORE = 3  # positions that rules are shown before new ones: as many as a rule may force to start
+from bltjax.patching.boundaries import NEWLINE_ID, rule_of, starts_after
 
 
 class Record(NamedTuple):
-    """What is known of the positions of B rows, with room for C."""
+    """Facts about each position of B rows, with room for C positions."""
 
     tokens: jax.Array  # int32 [B, C]
     entropies: jax.Array  # float32 [B, C], nats: of the byte that follows
@@ -27,14 +25,14 @@ class Record(NamedTuple):
 
 
 def new_record(tokens: jax.Array) -> Record:
-    """Nothing is known yet of the tokens int32 [B, C] but what they are."""
+    """Returns the record of tokens int32 [B, C] of which nothing else is known yet."""
     zeros = jnp.zeros_like(tokens)
     more = jnp.concatenate([zeros, zeros[:, :1]], axis=1)
     return Record(tokens, jnp.zeros_like(tokens, jnp.float32), zeros, zeros, zeros, more)
 
 
 def note_lines(record: Record, first: jax.Array, count: jax.Array, num_new: int) -> Record:
-    """With `line_starts` of the positions first .. first + count - 1 of each row.
+    """Returns the record with `line_starts` of positions first .. first + count - 1 of each row.
 
     first, count int32 [B], count at most num_new. A newline belongs to the line that it ends.
     """
@@ -47,13 +45,21 @@ def note_lines(record: Record, first: jax.Array, count: jax.Array, num_new: int)
 
 
 def note_starts(config, record: Record, first, count, entropies: jax.Array) -> Record:
-    """With patch starts after the positions first .. first + count - 1 of each row.
+    """Returns the record with patch starts after positions first .. first + count - 1 of each row.
 
-    entropies float32 [B, T], of T positions from `first` on; rules without entropies do not look at
-    them. first, count int32 [B]. Equal to `patch_starts` under a PatchingConfig.
+    config: a PatchingConfig. entropies: float32 [B, T], of T positions from `first` on; anything
+    for rules that need none. first, count: int32 [B], count at most T.
     """
     positions = span(first, 0, entropies.shape[1])
-    starts = _rule_starts_after(config, record, positions, entropies)
+    back = rule_of(config).looks_back
+    shown = span(first, -back, entropies.shape[1])
+    earlier = read_positions(record.entropies, shown[:, :back])
+    starts = starts_after(
+        config,
+        read_positions(record.tokens, shown),
+        jnp.concatenate([earlier, entropies], axis=1),
+        shown,
+    )[:, back:]
     following = positions + 1
     last = jnp.where(first > 0, read_positions(record.rule_starts, first[:, None] - 1)[:, 0], 0)
     last_start = jax.lax.cummax(jnp.where(starts, following, last[:, None]), axis=1)
@@ -71,26 +77,6 @@ def note_starts(config, record: Record, first, count, entropies: jax.Array) -> R
             record.start_positions, following, jnp.where(noted, num_starts - 1, room)
         ),
     )
-
-
-def _rule_starts_after(config, record, positions, entropies):
-    """Whether a patch starts after each of the positions [B, T], by the rule alone."""
-    following = positions + 1
-    forced = following < num_forced(config.rule)
-    if config.rule == "static":
-        return forced | (following % config.patch_size == 0)
-    # What stands for positions before a text reaches forced ones only.
-    shown = span(positions[:, 0], -_BEFORE, positions.shape[1])
-    earlier = read_positions(record.entropies, shown[:, :_BEFORE])
-    starts = rule_starts(
-        config,
-        read_positions(record.tokens, shown),
-        jnp.concatenate([earlier, entropies], axis=1),
-    )
-    starts = starts[:, _BEFORE + 1 :]
-    if config.rule == "global_monotonic" and config.published_skip_at_3:
-        starts &= following != 3
-    return forced | starts
 
 
 def _write(values, new, positions, count):

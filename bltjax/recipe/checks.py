@@ -8,9 +8,10 @@ import jax
 
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import RunDirectory
-from bltjax.config import ENTROPY_RULES, RunConfig
+from bltjax.config import RunConfig
 from bltjax.data.records.store import ENTROPIES, has_entropies, open_store
 from bltjax.data.sources.units import list_units
+from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
 from bltjax.sharding import check_batch_sizes, check_hash_updates
 
 
@@ -30,6 +31,7 @@ def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool 
     """
     directory = RunDirectory(Path(workdir).absolute())
     mesh = sharding.make_mesh(config.mesh)
+    check_rule(config.patching)
     check_sources(config, directory)
     if needs_models:
         check_stages(config, directory)
@@ -49,17 +51,17 @@ def used_models(config: RunConfig, directory: RunDirectory | None = None) -> lis
         tokens = directory.evaluated() == "token_model"
     blt = bool(stages & {"blt", "sample"}) or (stages == {"evaluate"} and not tokens)
     patched = blt or "entropies" in stages
-    entropy_model = "entropy_model" in stages or (patched and config.patching.rule in ENTROPY_RULES)
+    entropy_model = "entropy_model" in stages or (patched and needs_entropies(config.patching))
     return ["entropy_model"] * entropy_model + ["blt"] * blt + ["token_model"] * tokens
 
 
 def check_stages(config: RunConfig, directory: RunDirectory):
     """Raises ValueError where a model that the stages use is not trained by them, or before."""
     used = used_models(config, directory)
-    if config.patching.rule == "bpe" and "blt" in used:
+    if rule_of(config.patching).needs_delimiters and "blt" in used:
         raise ValueError(
-            "patching.rule='bpe' starts patches at delimiters (id 3), which files of raw bytes do "
-            "not have: choose another rule"
+            f"patching.rule={config.patching.rule!r} starts patches at delimiters (id 3), which "
+            "files of raw bytes do not have: choose another rule"
         )
     for name in used:
         if name in config.stages or directory.is_trained(name):

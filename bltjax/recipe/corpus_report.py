@@ -1,20 +1,21 @@
-"""What a corpus looks like to the rule that patches it: thresholds, means, lengths of patches."""
+"""Reports the patches of a corpus: thresholds, means and lengths, by source and by language."""
 
-from bltjax.config import ENTROPY_RULES, RunConfig
+from collections import Counter
+
+from bltjax.config import RunConfig
 from bltjax.data.records import store as records
 from bltjax.data.records.store import Store
-from bltjax.patching.calibrate import RULES, ScoreHistogram, describe_lengths, length_histogram
+from bltjax.evaluation.patches.pictures import histogram_lines
+from bltjax.patching.boundaries import needs_entropies
+from bltjax.patching.calibrate import CALIBRATED, ScoreHistogram, describe_lengths, length_histogram
 from bltjax.recipe.entropies import Patched, blt_layout, in_step_patches
-from bltjax.runtime.terminal import printable
-
-_BAR = 40  # characters of the longest bar
-_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)  # lengths that end a row
+from bltjax.runtime.terminal import print_table
 
 
 def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
-    """Of the training part: sizes, mean patch and threshold, in all, by source and by language.
+    """Returns sizes, mean patch and threshold of the training part, by source and by language too.
 
-    A source's or language's `threshold` is the one that would give it the wanted mean by itself;
+    The `threshold` of a source or language is the one that would give it alone the wanted mean;
     None where none does. Patch lengths are those of a sample.
     """
     patching, histogram = patched.patching, length_histogram(patched.lengths)
@@ -24,7 +25,7 @@ def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
         documents={part: store.documents(part) for part in records.PARTS},
         bytes={part: store.num_bytes(part) for part in records.PARTS},
         rule=patching.rule,
-        threshold=patching.threshold if patching.rule in ENTROPY_RULES else None,
+        threshold=patching.threshold if needs_entropies(patching) else None,
         target_patch_bytes=config.patching.target_patch_bytes,
         mean_patch_bytes=patched.mean_patch_bytes,
         row_bytes=layout.row_bytes,
@@ -41,7 +42,7 @@ def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
         },
         languages={},
     )
-    if patching.rule in RULES:
+    if patching.rule in CALIBRATED:
         _add_thresholds(report, config, store, patched)
     return report
 
@@ -71,6 +72,7 @@ def _add_thresholds(report: dict, config: RunConfig, store: Store, patched: Patc
 
 
 def print_report(report: dict):
+    """Prints a `corpus_report` for people."""
     threshold, sizes = report["threshold"], report["bytes"]
     at = "" if threshold is None else f" at threshold {threshold:.4f} nats"
     print(
@@ -79,34 +81,12 @@ def print_report(report: dict):
         f"mean patch {report['mean_patch_bytes']:.3f} bytes{at}; rows of {report['row_bytes']} "
         f"bytes and {report['row_patches']} patches"
     )
-    for kind in ("sources", "languages"):
-        if report[kind]:
-            _print_table(kind[:-1], report[kind])
-    _print_lengths(report["length_histogram"], report["lengths"])
-
-
-def _print_table(kind: str, rows: dict):
-    names = {name: printable(name) for name in rows}
-    width = max(len(kind), *map(len, names.values()))
-    target = "its threshold"
-    print(f"\n{kind:{width}}{'documents':>12}{'bytes':>14}{'mean patch':>12}{target:>15}")
-    for name, row in rows.items():
-        size = row.get("bytes", row.get("positions"))
-        measured = [row.get("mean_patch_bytes"), row.get("threshold")]
-        cells = ["-" if x is None else f"{x:.3f}" for x in measured]
-        bad = f"  {row['bad']} bad records" if row.get("bad") else ""
-        print(
-            f"{names[name]:{width}}{row['documents']:>12}{size:>14}{cells[0]:>12}{cells[1]:>15}{bad}"
-        )
-
-
-def _print_lengths(histogram: list[int], percentiles: dict):
-    total, first, groups = sum(histogram), 1, []
-    for last in _ROWS:
-        groups.append((first, last, sum(histogram[first : last + 1]) / total))
-        first = last + 1
-    most = max(share for *_, share in groups)
-    print("\nbytes of a patch, " + ", ".join(f"{k} {v}" for k, v in percentiles.items()))
-    for first, last, share in groups:
-        name = f"{first}" if first == last else f"{first}-{last}" if last < 256 else f"{first}+"
-        print(f"{name:>8} {share:7.2%} {'#' * round(_BAR * share / most)}")
+    for kind, size, *bad in (("source", "bytes", "bad"), ("language", "positions")):
+        keys = ("documents", size, "mean_patch_bytes", "threshold", *bad)
+        rows = [(name, *map(row.get, keys)) for name, row in report[f"{kind}s"].items()]
+        if rows:
+            print()
+            print_table((kind, "documents", size, "mean patch", "threshold", *bad), rows, digits=3)
+    percentiles = ", ".join(f"{name} {length}" for name, length in report["lengths"].items())
+    counts = Counter({n: count for n, count in enumerate(report["length_histogram"]) if count})
+    print("\n".join([f"\nbytes of a patch, {percentiles}", *histogram_lines(counts)]))

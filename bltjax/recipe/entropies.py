@@ -13,14 +13,14 @@ from bltjax.checkpoints import formats, placing
 from bltjax.checkpoints.fingerprints import digest
 from bltjax.checkpoints.orbax_weights import save_weights
 from bltjax.checkpoints.run_directory import RunDirectory
-from bltjax.config import ENTROPY_RULES, PatchingConfig, RunConfig, differences, to_dict
+from bltjax.config import PatchingConfig, RunConfig, differences, to_dict
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.records import store as records
 from bltjax.data.records.entropies import add_entropies, make_entropy_fn, receptive_bytes
 from bltjax.data.records.store import Documents, Shard, Store
 from bltjax.model import functional
-from bltjax.patching.boundaries import lengths_from_starts, patch_starts
-from bltjax.patching.calibrate import RULES, ScoreHistogram, row_bytes_for, row_patches_for
+from bltjax.patching.boundaries import lengths_from_starts, needs_entropies, patch_starts
+from bltjax.patching.calibrate import CALIBRATED, ScoreHistogram, row_bytes_for, row_patches_for
 from bltjax.recipe.corpus import needed_bytes, select, shares
 from bltjax.runtime.files import alone
 from bltjax.vocabulary import encode
@@ -79,7 +79,7 @@ def find_patches(
     already stays. Raises ValueError where there is no model for missing entropies.
     """
     patched, at = measure_patches(config, directory, store, everything), ""
-    if config.patching.rule in ENTROPY_RULES:
+    if needs_entropies(config.patching):
         directory.write_patching(patched.patching)
         sharding.barrier("a threshold is written")
         if sharding.any_process(directory.threshold() != patched.patching.threshold):
@@ -97,7 +97,7 @@ def measure_patches(
     train = select(config, store, needed)
     validation = select(config, store, config.evaluation.max_bytes, "validation")
     sample, counts, compilations = train, None, 0
-    if patching.rule in ENTROPY_RULES:
+    if needs_entropies(patching):
         if everything:
             sample = store.shards()
             wanted = sample + store.shards(part="validation")
@@ -113,7 +113,7 @@ def measure_patches(
         if threshold is not None:
             patching = dataclasses.replace(patching, threshold=threshold)
     lengths = sample_lengths(patching, sample)
-    if counts is not None and patching.rule in RULES and patching.max_patch_length is None:
+    if counts is not None and patching.rule in CALIBRATED and patching.max_patch_length is None:
         mean = counts.mean_patch_bytes(patching.threshold, patching.rule)
     else:
         by_source = shares(config, store).items()
@@ -148,7 +148,7 @@ def sample_lengths(patching: PatchingConfig, shards: list[Shard]) -> dict[str, n
         share = SAMPLE_BYTES // len(own) // len(sources)
         for shard in own:
             size = 0
-            for document in Documents([shard], entropies=patching.rule in ENTROPY_RULES):
+            for document in Documents([shard], entropies=needs_entropies(patching)):
                 ids = encode(document.data)
                 starts = patch_starts(patching, ids, document.entropies)[: len(ids)]
                 found[shard.source].append(lengths_from_starts(starts))

@@ -25,7 +25,7 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import RunDirectory, Stage
-from bltjax.config import ENTROPY_RULES, RunConfig, to_dict
+from bltjax.config import RunConfig, to_dict
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte, format_report, parameter_report
 from bltjax.costs.peak import peak_flops
 from bltjax.data.batches.lanes import Lane, Layout
@@ -39,11 +39,11 @@ from bltjax.inference.model_steps import prepared
 from bltjax.inference.reference import row_patch_starts
 from bltjax.inference.requests import ask, configure
 from bltjax.model import functional
-from bltjax.patching.boundaries import lengths_from_starts
+from bltjax.patching.boundaries import lengths_from_starts, needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches, in_step_patches
-from bltjax.training.loop import InStep, TrainingData, Watch, train
+from bltjax.training.loop import InStep, Reporting, TrainingData, train
 from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.step import make_eval_step
 from bltjax.vocabulary import encode
@@ -109,7 +109,7 @@ def train_entropy_model(config: RunConfig, directory: RunDirectory, store: Store
 def describe_patches(config: RunConfig, patched: Patched) -> dict:
     """Returns the part of the result that is about patches."""
     result = dict(mean_patch_bytes=patched.mean_patch_bytes)
-    if config.patching.rule in ENTROPY_RULES:
+    if needs_entropies(config.patching):
         result |= dict(
             threshold=patched.patching.threshold,
             compilations=dict(entropies=patched.compilations),
@@ -123,7 +123,7 @@ def train_blt(config: RunConfig, directory: RunDirectory, store: Store, patched:
     parameters = count_parameters(stage)
     layout = blt_layout(config, patched)
     directory.write_rows(layout._replace(patching=None)._asdict())
-    stored = config.patching.rule in ENTROPY_RULES and not config.patching.in_step
+    stored = needs_entropies(config.patching) and not config.patching.in_step
     data = corpus.training_data(config, store, patched.train, layout, entropies=stored)
     filled = measure_rows(data)
     in_step = in_step_patching(config, directory, patched, layout)
@@ -147,7 +147,7 @@ def train_token_model(config: RunConfig, directory: RunDirectory, store: Store) 
     reported = watch(config, stage, layout)
     reported = reported._replace(
         flops_per_byte=reported.flops_per_byte / mean,
-        about=reported.about | dict(tokenizer=tokenizer.digest),
+        metadata=reported.metadata | dict(tokenizer=tokenizer.digest),
     )
     trained = train_stage(stage, data, reported)
     return dict(
@@ -157,9 +157,11 @@ def train_token_model(config: RunConfig, directory: RunDirectory, store: Store) 
     )
 
 
-def train_stage(stage: Stage, data: TrainingData, watch: Watch, in_step: InStep | None = None):
+def train_stage(
+    stage: Stage, data: TrainingData, reporting: Reporting, in_step: InStep | None = None
+):
     """Trains the model of a stage in its directory; returns a TrainResult."""
-    return train(stage.name, stage.model, stage.training, data, stage.directory, in_step, watch)
+    return train(stage.name, stage.model, stage.training, data, stage.directory, in_step, reporting)
 
 
 def count_parameters(stage: Stage) -> dict:
@@ -169,12 +171,14 @@ def count_parameters(stage: Stage) -> dict:
     return {stage.name: counts}
 
 
-def watch(config: RunConfig, stage: Stage, layout: Layout, mean_patch_bytes: float = 1.0) -> Watch:
+def watch(
+    config: RunConfig, stage: Stage, layout: Layout, mean_patch_bytes: float = 1.0
+) -> Reporting:
     """Returns what a stage reports beside its loss: useful FLOPs, traces, and its settings."""
     forward = flops_per_byte(stage.model, layout.row_bytes, mean_patch_bytes)["total"]
     about = dict(config=to_dict(config), mesh=dict(jax.sharding.get_mesh().shape))
     peak = peak_flops(stage.model.compute_dtype)
-    return Watch(TRAINING_FACTOR * forward, peak, config.profile, about)
+    return Reporting(TRAINING_FACTOR * forward, peak, config.profile, about)
 
 
 def in_step_patching(
@@ -184,7 +188,7 @@ def in_step_patching(
     if layout.row_patches:
         return None
     columns = in_step_patches(config, patched, layout.row_bytes)
-    if config.patching.rule not in ENTROPY_RULES:
+    if not needs_entropies(config.patching):
         return InStep(make_patch_finder(patched.patching, None, columns), None)
     stage = directory.stage(config, "entropy_model")
     return InStep(make_patch_finder(patched.patching, stage.model, columns), stage.params())
@@ -235,7 +239,7 @@ def evaluate_model(
     """Measures the bits per byte of held-out documents, beside n-gram models and xz."""
     stage = directory.stage(config, name)
     layout, shards, in_step, byte_lengths = held_out(config, directory, store, patched, stage)
-    stored = bool(layout.row_patches) and config.patching.rule in ENTROPY_RULES
+    stored = bool(layout.row_patches) and needs_entropies(config.patching)
     # One document after the other, so that each has as much context as its rows can give.
     documents = corpus.in_order(store, shards, stored)
     rows = Lane(documents, layout._replace(pool=1), 0, 1)
@@ -279,7 +283,7 @@ def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
     settings, patching = config.evaluation, config.patching
     models = dict(blt=directory.stage(config, "blt").params())
     entropy_config = None
-    if patching.rule in ENTROPY_RULES:
+    if needs_entropies(patching):
         entropy_config = config.entropy_model
         models["entropy_model"] = directory.stage(config, "entropy_model").params()
         patching = dataclasses.replace(patching, threshold=directory.threshold())

@@ -20,12 +20,12 @@ from bltjax.runtime.signals import Stopped, noticing
 from bltjax.training.metrics import MetricsLog, SourceMeter
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.profiling import Profiler, memory
-from bltjax.training.sparse_hash_updates import settle
+from bltjax.training.sparse_hash_updates import finish_missed_updates
 from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
 
-IN_FLIGHT = 2  # steps given to the devices before the host looks at what the oldest of them says
-MAX_SKIPPED = 20  # updates left out in a row before the run counts as lost
+IN_FLIGHT = 2  # steps that the devices have been given whose metrics the host has not read
+MAX_SKIPPED = 20  # skipped updates in a row before the run counts as lost
 
 
 class TrainingData(NamedTuple):
@@ -38,19 +38,19 @@ class TrainingData(NamedTuple):
 
 
 class InStep(NamedTuple):
-    """For rows without patches: the result of `make_patch_finder` and the entropy parameters."""
+    """Finder of patches for rows without them, see `make_patch_finder`, and its parameters."""
 
     find_patches: Any
     entropy_params: dict | None
 
 
-class Watch(NamedTuple):
-    """What is told of a stage beside its loss."""
+class Reporting(NamedTuple):
+    """Settings of metrics, profiles and checkpoints that do not change the training."""
 
-    flops_per_byte: float | None = None  # of training, for the model-FLOP utilisation
-    peak_flops: float | None = None  # FLOP/s of the mesh, to which the utilisation is relative
+    flops_per_byte: float | None = None  # of training; both give the model-FLOP utilisation
+    peak_flops: float | None = None  # FLOP/s of the mesh
     profile: ProfileConfig | None = None
-    about: dict | None = None  # kept in each checkpoint: the resolved config
+    metadata: dict | None = None  # stored in each checkpoint: the resolved config
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -70,11 +70,11 @@ def train(
     data: TrainingData,
     workdir: Path,
     in_step: InStep | None = None,
-    watch: Watch = Watch(),
+    reporting: Reporting = Reporting(),
 ) -> TrainResult:
-    """Train a model on packed rows, resuming from the newest good checkpoint in `workdir`.
+    """Trains a model on packed rows, resuming from the newest good checkpoint in `workdir`.
 
-    Stopped at any moment and called again it ends with the same parameters and metrics, bit for
+    Killed at any moment and called again, it ends with the same parameters and metrics, bit for
     bit, with any number of workers. SIGTERM or Ctrl-C to any process makes all of them save the
     same step and raise Stopped. Raises NonFiniteLoss, CheckpointError, OSError where nothing can be
     saved, and ValueError for another tokenizer than that of the checkpoint.
@@ -84,35 +84,29 @@ def train(
     byte_lengths = tokenizer and tokenizer.byte_lengths(model_config.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     checkpoints = Checkpoints(
-        workdir / CHECKPOINTS, config.keep_checkpoints, config.keep_every, watch.about
+        workdir / CHECKPOINTS, config.keep_checkpoints, config.keep_every, reporting.metadata
     )
-    try:
+    with contextlib.closing(checkpoints):
         state, position = _start(stage, model_config, config, optimizer, checkpoints)
         _check_tokenizer(position, tokenizer, checkpoints.directory)
         first_step = int(state.step)
         if first_step >= config.steps:
             return TrainResult(state.params, compilations=0)
-        find_patches = in_step and in_step.find_patches
+        finder = in_step and in_step.find_patches
         step_fn = make_train_step(
-            model_config, config, optimizer, find_patches, len(data.sources), byte_lengths
+            model_config, config, optimizer, finder, len(data.sources), byte_lengths
         )
-        log = MetricsLog(
-            workdir, stage, first_step, config.steps, watch.flops_per_byte, watch.peak_flops
-        )
-        profiler = Profiler(watch.profile, stage, workdir / "profile")
+        flops = reporting.flops_per_byte, reporting.peak_flops
+        log = MetricsLog(workdir, stage, first_step, config.steps, *flops)
+        profiler = Profiler(reporting.profile, stage, workdir / "profile")
         run = _Run(stage, config, data, checkpoints, log, profiler, position, first_step)
-        try:
-            frozen = [in_step.entropy_params] if in_step else []
-            state = run.steps(step_fn, state, frozen)
-        finally:
-            run.close()
+        with contextlib.closing(run):
+            state = run.steps(step_fn, state, [in_step.entropy_params] if in_step else [])
         return TrainResult(state.params, step_fn._cache_size(), log.data_wait_fraction)
-    finally:
-        checkpoints.close()
 
 
 def _start(stage, model_config, config, optimizer, checkpoints: Checkpoints):
-    """The newest good checkpoint's state and data position, or a fresh start."""
+    """Returns the newest good checkpoint's state and data position, or a fresh state and {}."""
     restored = checkpoints.restore(abstract_state(model_config, optimizer))
     if restored is None:
         return create_state(model_config, optimizer, config.seed), {}
@@ -130,19 +124,9 @@ def _check_tokenizer(position: dict, tokenizer, directory: Path):
 
 
 class _Run:
-    """The steps of a stage from where it stands."""
+    """Steps of a stage from `first_step` on, with their log and checkpoints."""
 
-    def __init__(
-        self,
-        stage: str,
-        config: TrainingConfig,
-        data: TrainingData,
-        checkpoints: Checkpoints,
-        log: MetricsLog,
-        profiler: Profiler,
-        position: dict,
-        first_step: int,
-    ):
+    def __init__(self, stage, config, data, checkpoints, log, profiler, position, first_step):
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.log, self.profiler, self.first_step = log, profiler, first_step
         self.sources = SourceMeter(data.sources, position.get("sources"))
@@ -152,10 +136,11 @@ class _Run:
         self.stream = batches(
             data.documents, data.layout, config.batch_size, states, rows, data.workers
         )
-        # (step, metrics still on the device), so that the host never waits for the newest step
+        # (step, metrics on the device) of steps in flight: the host never waits for the newest.
         self.pending = collections.deque()
 
     def steps(self, step_fn, state, frozen):
+        """Trains up to the last step; returns the state, or raises Stopped."""
         with noticing() as notice:
             for step in range(self.first_step, self.config.steps):
                 batch, lanes = self.next_batch(notice.received is not None)
@@ -164,12 +149,12 @@ class _Run:
                 self.pending.append((step, metrics))
                 done = step + 1
                 due = done == self.config.steps or done % self.config.checkpoint_every == 0
-                # What other processes ask for comes with the metrics, so all see it in this step.
+                # A stop of any process comes with the metrics, so all see it in the same step.
                 stop = self.drain(step_fn, 0 if due else IN_FLIGHT)
                 if stop and not due:
                     self.drain(step_fn, 0)
                 if done == self.config.steps and self.config.optimizer.hash_updates == "touched":
-                    state = settle(self.config, state)
+                    state = finish_missed_updates(self.config, state)
                 if due or stop:
                     self.save(done, state, lanes)
                 if stop:
@@ -184,7 +169,7 @@ class _Run:
         return state
 
     def next_batch(self, stop: bool):
-        """The next batch on the devices, and the lanes' state after it."""
+        """Returns the next batch, on the devices, and the lanes' state after it."""
         asked = time.perf_counter()
         rows, lanes = next(self.stream)
         self.log.waited(time.perf_counter() - asked)
@@ -193,7 +178,7 @@ class _Run:
         return sharding.put_batch(batch), lanes
 
     def drain(self, step_fn, in_flight: int) -> bool:
-        """Read the metrics of all but the newest steps; whether a process was asked to stop."""
+        """Reads the metrics of all but the newest steps; True where a process was told to stop."""
         stop = False
         while len(self.pending) > in_flight:
             step, metrics = self.pending.popleft()
@@ -208,11 +193,11 @@ class _Run:
                 compiled = dict(compilations=step_fn._cache_size())
                 self.log.write(step, metrics | self.sources.values() | compiled | memory())
             elif step == self.first_step:
-                self.log.restart(step + 1)  # it was compiled meanwhile
+                self.log.restart(step + 1)  # the first step includes compilation
         return stop
 
     def check(self, step: int, metrics: dict):
-        """Raises NonFiniteLoss where training is lost."""
+        """Raises NonFiniteLoss where the loss is not finite, or too many updates were skipped."""
         if "skipped" in metrics:
             lost = metrics["skipped_in_a_row"] >= MAX_SKIPPED
             why = f"{MAX_SKIPPED} updates in a row were left out, "
@@ -221,7 +206,7 @@ class _Run:
             why = ""
         if not lost:
             return
-        # The checkpoint of the first bad step holds what gave its loss: the last good one is older.
+        # The checkpoint at the first bad step holds the parameters that gave its loss.
         self.checkpoints.wait()
         first_bad = step - max(int(metrics.get("skipped_in_a_row", 1)) - 1, 0)
         older = [saved for saved in self.checkpoints.all_steps() if saved < first_bad]
@@ -240,7 +225,7 @@ class _Run:
         position = dict(
             lanes=sharding.gather_rows(lanes).tolist(), sources=copy.deepcopy(self.sources.state)
         )
-        if self.tokenizer is not None:  # whose ids the lanes count
+        if self.tokenizer is not None:  # the lanes count its ids
             position["tokenizer"] = self.tokenizer.digest
         self.checkpoints.save(step, state, position)
 

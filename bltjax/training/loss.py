@@ -1,4 +1,4 @@
-"""Next-byte cross-entropy and what is counted in bits per byte."""
+"""Sums of next-byte cross-entropy over a batch, and bits per byte."""
 
 import functools
 
@@ -13,22 +13,16 @@ LN2 = 0.6931471805599453
 
 
 def loss_sums(
-    logits,
-    targets,
-    mask,
-    source_ids=None,
-    num_sources: int = 1,
-    with_z: bool = False,
-    byte_lengths=None,
+    logits, targets, mask, source_ids=None, num_sources: int = 1, with_z=False, byte_lengths=None
 ):
-    """Float32 sums over a batch: nats and number of trained targets, the same for raw bytes.
+    """Sums over a batch, float32: `nats` and `targets`, and `byte_nats` and `bytes` of raw bytes.
 
-    Bits per byte count raw bytes only: neither the nats nor the number hold BOS or EOS, so the
-    figure compares with any compressor's. source_ids: int32 [B, L], the source of each position;
-    with them come the raw bytes of each source and their nats, float32 [num_sources]. with_z: also
-    `z`, the squared log of the softmax's sum over trained targets; a loss on it keeps logits near 0
-    (PaLM, 2022, section 5). byte_lengths: int32 [V], where ids are tokens: how many raw bytes each
-    stands for; then also `tokens`, how many targets stand for any.
+    Raw bytes leave out BOS and EOS, in nats and in number, so that bits per byte compare with any
+    compressor's. source_ids: int32 [B, L], the source of each position; with them the result has
+    `source_nats` and `source_bytes` [num_sources] of raw bytes. with_z: the result has `z`, the
+    squared log of the softmax's sum over targets; a loss on it keeps logits near 0 (PaLM, 2022,
+    section 5). byte_lengths: int32 [V], where ids are tokens, the raw bytes of each; the result
+    then has `tokens`, the number of targets that stand for raw bytes.
     """
     nats = next_byte_nats(logits, targets)
     raw = num_bytes = mask & (targets >= BYTE_OFFSET)
@@ -53,5 +47,5 @@ def loss_sums(
 
 
 def bits_per_byte(sums):
-    """Bits per raw byte of `loss_sums` (or of several added up)."""
+    """Returns bits per raw byte from `loss_sums`, or from the sum of several."""
     return sums["byte_nats"] / sums["bytes"] / LN2

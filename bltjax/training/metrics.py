@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress line, JSON lines, TensorBoard."""
+"""Metrics of a run: a progress line, JSON lines, TensorBoard."""
 
 import json
 import math
@@ -15,9 +15,9 @@ from bltjax.training.profiling import num_chips
 
 
 class SourceMeter:
-    """Bits per byte of each source since the last line, and the bytes seen of it in all.
+    """Bits per byte of each source since the last log line, and its bytes since the start.
 
-    A resumed run goes on from `state`, so that its lines are those of one never interrupted.
+    A resumed run goes on from `state`, and so logs what a run that never stopped would log.
     """
 
     def __init__(self, names: Sequence[str], state: dict | None = None):
@@ -32,7 +32,7 @@ class SourceMeter:
             self.state["bytes"][name] += b
 
     def values(self) -> dict[str, float]:
-        """For the next line; a source that gave nothing since the last one has no bits per byte."""
+        """Returns the next line's values; a source without bytes since the last has no bits."""
         found = {f"bytes_seen/{name}": seen for name, seen in self.state["seen"].items()}
         for name, num_bytes in self.state["bytes"].items():
             if num_bytes:
@@ -45,10 +45,10 @@ class SourceMeter:
 class MetricsLog:
     """Writes each logged step to `metrics.jsonl`, TensorBoard and the console.
 
-    Opened at step s it drops what an interrupted run wrote for s and later, so that a resumed run
-    leaves the same lines as one that was never interrupted. Of several processes only the first
-    writes; all keep time. flops_per_byte and peak_flops (FLOP/s of all devices) give the
-    utilisation; without them it is left out.
+    Opened at step s it drops the lines of s and later that an interrupted run wrote, so that a
+    resumed run leaves the same lines as one that never stopped. Only the first process writes; all
+    keep time. flops_per_byte and peak_flops (FLOP/s of all devices) give the utilisation, which
+    needs both.
     """
 
     def __init__(
@@ -65,10 +65,12 @@ class MetricsLog:
         self._flops = flops_per_byte and peak_flops and flops_per_byte / peak_flops
         self._tensorboard = None
         if jax.process_index() == 0:
-            from tensorboardX import SummaryWriter  # late: it loads PyTorch where there is one
+            from tensorboardX import (
+                SummaryWriter,
+            )  # here, since it loads PyTorch where there is one
 
             kept = [line for line in _lines(self.path) if line["step"] < first_step]
-            with replacing(self.path) as file:  # killed here, a run loses no line
+            with replacing(self.path) as file:  # atomic: a killed run loses no line
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self._tensorboard = SummaryWriter(
                 str(Path(directory) / "tensorboard"), purge_step=first_step
@@ -77,26 +79,26 @@ class MetricsLog:
         self.restart(first_step)
 
     def count(self, num_bytes: float):
-        """Real bytes of a step, for the bytes per second of the next line."""
+        """Adds the real bytes of a step to the bytes per second of the next line."""
         self._bytes += float(num_bytes)
 
     def restart(self, step: int):
-        """Leaves the time so far, in which programs were compiled, out of the next line."""
+        """Starts the clock again, so that the next line leaves out the time to compile."""
         self._last_step, self._last_time, self._bytes = step, time.perf_counter(), 0.0
         self._waited, self._all_waited, self._started = 0.0, 0.0, self._last_time
 
     def waited(self, seconds: float):
-        """Time in which the host had no batch to give to the devices."""
+        """Adds time in which the host had no batch for the devices."""
         self._waited += seconds
         self._all_waited += seconds
 
     @property
     def data_wait_fraction(self) -> float:
-        """Of the time since the log was opened, or restarted."""
+        """Share of the time since the log was opened, or restarted, that waited for data."""
         return self._all_waited / (time.perf_counter() - self._started)
 
     def write(self, step: int, values: dict):
-        """Log the metrics of `step` (completed steps before it)."""
+        """Logs the metrics of `step`, counted from 0."""
         now = time.perf_counter()
         seconds = now - self._last_time
         steps = step + 1 - self._last_step
@@ -138,7 +140,7 @@ class MetricsLog:
 
 
 def format_seconds(seconds: float) -> str:
-    """45s, 3m07s, 2h05m."""
+    """Formats a duration: 45s, 3m07s, 2h05m."""
     seconds = int(seconds)
     if seconds < 60:
         return f"{seconds}s"
@@ -147,7 +149,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _lines(path: Path) -> list[dict]:
-    """Whole lines of a JSON-lines file; a last line cut short by a crash is left out."""
+    """Returns the lines of a JSON-lines file, without a last one that a crash cut short."""
     if not path.exists():
         return []
     found = []

@@ -1,6 +1,6 @@
-"""AdamW with the published schedules and clipping (spec 8.1); a rate for each part of a model.
+"""AdamW with the published schedules and clipping (spec 8.1), and a rate for each part of a model.
 
-A parameter is known by its published name, such as `local_encoder.layers.ffn_norm.weight`.
+Names of parameters are the published ones, such as `local_encoder.layers.ffn_norm.weight`.
 """
 
 from typing import NamedTuple
@@ -26,10 +26,10 @@ PARTS = {  # by the first word of a parameter's name
 
 
 def schedule_multiplier(config: OptimizerConfig, step, num_steps: int):
-    """Share of the peak learning rate at `step` completed steps, so 0 at the first step.
+    """Returns the share of the peak learning rate after `step` steps, so 0 at the first step.
 
-    step: int or traced int32. The wsd schedule decays to `min_ratio` within `decay_fraction`,
-    which the published one means to do but stops short of (spec 8.1).
+    step: int or traced int32. The wsd schedule decays to `min_ratio` within `decay_fraction`;
+    the published one is meant to, but stops short (spec 8.1).
     """
     warmup, ratio = config.warmup_steps, config.min_ratio
     if config.schedule == "constant":
@@ -54,15 +54,15 @@ def schedule_multiplier(config: OptimizerConfig, step, num_steps: int):
 
 
 def learning_rate(config: OptimizerConfig, step, num_steps: int):
-    """The learning rate at `step` completed steps."""
+    """Returns the learning rate after `step` completed steps."""
     return config.learning_rate * schedule_multiplier(config, step, num_steps)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW, with rates and decay by part; the defaults are as published.
+    """Makes clipping by global norm, then AdamW, with rates and decay by part (spec 8.1).
 
-    All gradients count in the norm, those of frozen parts too. What is held of a parameter is laid
-    out over the mesh as the parameter is.
+    The defaults are as published. All gradients count in the norm, those of frozen parts too. The
+    state of a parameter is sharded as the parameter is.
     """
     rates = _rates(config)
 
@@ -84,11 +84,13 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 class RowUpdates(NamedTuple):
-    counts: dict  # by name: int32 [T, rows], how many updates a row of a hash table has had
+    """State of `_count_row_updates`."""
+
+    counts: dict  # by name: int32 [T, rows], number of updates of each row of a hash table
 
 
 def _count_row_updates() -> optax.GradientTransformation:
-    """Counts updates of the rows of hash tables; they differ where a step updates some of them."""
+    """Counts the updates of each row of the hash tables, since a sparse step updates only some."""
 
     def init(params):
         tables = {HASH_TABLES: params[HASH_TABLES]} if HASH_TABLES in params else {}
@@ -100,11 +102,11 @@ def _count_row_updates() -> optax.GradientTransformation:
 
 
 def part_of(name: str) -> str:
-    """The part of a model that a parameter belongs to, one of the values of PARTS.
+    """Returns the part of a model that a parameter belongs to, one of the values of PARTS.
 
-    Raises ValueError for a parameter of none.
+    Raises ValueError for an unknown parameter.
     """
-    if "token_embedding_projection" in name:  # from local vectors, and new where a model is copied
+    if "token_embedding_projection" in name:  # reads local vectors
         return "local"
     part = PARTS.get(name.split(".")[0])
     if part is None:
@@ -113,7 +115,7 @@ def part_of(name: str) -> str:
 
 
 def decays(config: OptimizerConfig, name: str) -> bool:
-    """Whether weight decay acts on a parameter."""
+    """Tells whether weight decay acts on a parameter."""
     if part_of(name) == "hash":
         return config.decay_hash_tables
     module = name.split(".")[-2]
@@ -132,7 +134,7 @@ def _rates(config: OptimizerConfig) -> dict[str, float]:
 
 
 def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam without its rate, leaner for hash tables where asked; nothing for frozen parts."""
+    """Scales by Adam's moments, smaller ones for hash tables where asked, none for frozen parts."""
     rates = _rates(config)
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     if config.hash_moments == "float32" and all(rates.values()):
@@ -154,7 +156,7 @@ def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _held_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, computing in float32, with the floats of its state in bfloat16 between steps."""
+    """Wraps `inner`, which computes in float32: its state is bfloat16 between steps."""
 
     def cast(state, dtype):
         def cast_floats(x):
@@ -172,13 +174,14 @@ def _held_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTran
 
 
 def _factored(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adafactor's second moments, of each table's rows and of its features, and no first moment.
+    """Scales by Adafactor's second moments of each table's rows and features; no first moment.
 
     Moments are averaged with Adam's beta2 and its correction: Adafactor's own average forgets ever
     more slowly, and most rows are idle in most steps, so that one which comes up late would find a
     moment near 0 and leap. A row now moves at most by 1 / sqrt(1 - beta2) rates, about what Adam's
-    first moment adds up to over the steps that follow. Where rows times features miss the whole
-    moment it could be more, and is clipped: by row, since the mean over a table is of idle rows.
+    first moment adds up to over the steps that follow. Where the product of row and feature moments
+    misses the whole moment, an update could be larger, and is clipped by row: the mean over a table
+    would mostly be of idle rows.
     """
 
     def beta2(step, beta):
@@ -202,7 +205,7 @@ def _factored(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _map_named(function, *trees):
-    """jax.tree.map of `function(name, *leaves)`."""
+    """Maps function(name, *leaves) over trees, as jax.tree.map does."""
 
     def named(path, *leaves):
         return function(jax.tree_util.keystr(path, simple=True, separator="."), *leaves)

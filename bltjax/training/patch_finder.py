@@ -1,8 +1,8 @@
-"""Patches found inside the step, by a frozen entropy model, from rows of raw bytes.
+"""Finds patches inside the training step, by a frozen entropy model, from rows of raw bytes.
 
 A row holds several documents, and each is patched as if it stood alone: its first two positions
 start patches whatever the rule, and neither entropies nor patches look at the document before it.
-For whole documents the buffers are those of stored entropies and `data/batches/packing.py`. But
+Whole documents get the same buffers as from stored entropies and `data/batches/packing.py`. But
 rows are filled without regard to patches, so a row may have more of them than columns (`overflow`).
 """
 
@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from bltjax import sharding
-from bltjax.config import ENTROPY_RULES, EntropyModelConfig, PatchingConfig
+from bltjax.config import EntropyModelConfig, PatchingConfig
 from bltjax.model import functional
-from bltjax.patching.boundaries import entropy_segments
+from bltjax.patching.boundaries import WITHOUT_ENTROPIES, needs_entropies
 from bltjax.patching.buffers import PatchBuffers, buffers_from_starts
-from bltjax.patching.entropy import next_byte_entropy
 from bltjax.patching.packed_rows import Array, row_starts
 from bltjax.vocabulary import PAD_ID
 
@@ -22,27 +21,27 @@ from bltjax.vocabulary import PAD_ID
 def make_patch_finder(
     patching: PatchingConfig, entropy_config: EntropyModelConfig | None, num_patches: int
 ):
-    """(entropy_params, tokens, document_ids int32 [B, L]) -> PatchBuffers of `num_patches` columns.
+    """Returns (entropy_params, tokens, document_ids) -> PatchBuffers of `num_patches` columns.
 
-    Rules that need no entropies run no model, and take None for its config and parameters. No
-    gradient reaches the parameters. Raises ValueError at once for an entropy rule without a model.
+    tokens, document_ids: int32 [B, L]. Rules that need no entropies run no model, and take None for
+    its config and parameters. No gradient reaches the parameters. Raises ValueError at once for an
+    entropy rule without a model.
     """
-    needs_entropies = patching.rule in ENTROPY_RULES
-    if needs_entropies and entropy_config is None:
+    has_model = needs_entropies(patching)
+    if has_model and entropy_config is None:
         raise ValueError(
             f"patching rule {patching.rule!r} needs an entropy model in the step: give its config, "
-            "or choose the rule space, static, byte or bpe"
+            f"or choose one of the rules {WITHOUT_ENTROPIES}"
         )
 
     def find_patches(entropy_params, tokens: Array, document_ids: Array) -> PatchBuffers:
         tokens, document_ids = sharding.shard_rows((tokens, document_ids))
         entropies = None
-        if needs_entropies:
+        if has_model:
             frozen = jax.lax.stop_gradient(entropy_params)
-            # A document that is cut has no EOS to end its context.
-            segments = entropy_segments(tokens, patching.reset_at_newlines) + document_ids
-            logits = functional.apply(entropy_config, frozen, tokens, segments)
-            entropies = next_byte_entropy(logits)
+            entropies = functional.entropies(
+                entropy_config, frozen, tokens, patching.reset_at_newlines, document_ids
+            )
         starts = row_starts(patching, tokens, entropies, document_ids)
         return buffers_from_starts(starts, num_patches)
 
@@ -50,9 +49,9 @@ def make_patch_finder(
 
 
 def patch_counts(tokens: Array, patches: PatchBuffers) -> dict[str, Array]:
-    """Float32 sums over a batch: patches of inputs, inputs, columns, and what did not fit in them.
+    """Sums over a batch, float32: patches, inputs (bytes), columns and patches that did not fit.
 
-    The mean patch has inputs / patches bytes. tokens int32 [B, L]; tails are not counted.
+    The mean patch has inputs / patches bytes. tokens int32 [B, L]; the tail of a row is no patch.
     """
     overflow = jnp.sum(patches.overflow, dtype=jnp.float32)
     used = jnp.sum(patches.mask, dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""What is measured of the machine while it trains: its peak, its memory, traces of its steps."""
+"""Memory of the machine while it trains, and traces of training steps."""
 
 import contextlib
 import resource
@@ -11,7 +11,7 @@ from bltjax.config import ProfileConfig
 
 
 def num_chips() -> int:
-    """Of all processes; some TPUs have two devices a chip."""
+    """Counts the chips of all processes; some TPUs have two devices on a chip."""
     devices = jax.devices()
     if devices[0].platform != "tpu":
         return len(devices)
@@ -19,7 +19,7 @@ def num_chips() -> int:
 
 
 def memory() -> dict[str, float]:
-    """Peak bytes of this process's fullest device, where it tells, and of the host process."""
+    """Returns peak bytes of the fullest local device, where it reports them, and of the process."""
     found = {}
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
@@ -42,7 +42,7 @@ class Profiler:
             self._steps = range(0)
 
     def step(self, step: int, previous=None):
-        """A context for a step to run in; `previous`, arrays of the step before it, end a trace."""
+        """Returns the context to run a step in; a trace waits for `previous`, the step before."""
         if step not in self._steps:
             self.close(previous)
             return contextlib.nullcontext()

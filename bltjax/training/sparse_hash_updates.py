@@ -1,9 +1,10 @@
-"""Updates of the hash tables whose cost follows the rows that a batch reads, not all there are.
+"""Updates of the hash tables whose cost follows the rows that a batch reads.
 
 A step takes the rows that its n-grams name out of the tables and out of Adam's moments, trains as
-if they were the tables, and puts them back in place: no gradient of a table's size exists. What
-dense updates would have done to a row meanwhile is made up when it is next read (`catch_up`): its
-moments fade, and go on moving it. Without that a rare row moves by a thirteenth of what it should.
+if they were the tables, and writes them back in place: no gradient of a table's size exists. Dense
+updates would have moved a row also while no batch read it, by its fading moments; the row gets
+these updates when it is next read (`apply_missed_updates`). Without them a rare row would move by a
+thirteenth of what it should.
 """
 
 import functools
@@ -17,19 +18,38 @@ from bltjax.ops.row_exchange import number_rows
 from bltjax.training.optimizer import HASH_TABLES, learning_rate
 from bltjax.training.state import TrainState
 
-POINTS = 8  # of the updates that a row missed, for averages of what changes slowly
+POINTS = 8  # missed updates at which slowly changing factors are sampled, to average them
+
+
+def with_sparse_hash_updates(model_config, config: TrainingConfig, step):
+    """Wraps a training step: it works on the rows of the hash tables that the batch reads."""
+
+    def sparse_step(state: TrainState, batch, *inputs):
+        if HASH_TABLES not in state.params:
+            return step(state, batch, *inputs)
+        tables = state.params[HASH_TABLES]["weight"]
+        ids, places = find_rows(model_config.hash, batch["tokens"], tables)
+        rows = apply_missed_updates(config, take_rows(state, ids))
+        new, metrics = step(rows, batch | dict(ngram_places=places), *inputs)
+        if "skipped_in_a_row" in metrics:
+            # A skipped step leaves out the missed updates too: ids past the last row write nothing.
+            beyond = ids + tables.shape[0] * tables.shape[1]
+            ids = jnp.where(new.health.skipped_in_a_row > 0, beyond, ids)
+        return put_rows(state, new, ids), metrics
+
+    return sparse_step
 
 
 def find_rows(hashing, tokens, tables):
-    """The rows of tables [T, rows, E] that the n-grams of tokens [B, L] read, each named once.
+    """Finds the rows of tables [T, rows, E] that the n-grams of tokens [B, L] read, each once.
 
     hashing: HashConfig. Returns ids int32 [U] into the rows of all tables, U = B * L * T, and
-    places int32 [B, L, T] in ids. An id that is used by no place is beyond the last row.
+    places int32 [B, L, T] in ids. An id that no place uses is beyond the last row.
     """
     hashed = ngram_hash_ids(tokens, hashing.sizes, hashing.num_functions, hashing.vocab)
     num_tables, rows, _ = tables.shape
     ids = number_rows(hashed, rows).reshape(-1)
-    # Of those who read a row the last stands for all: cheaper than to sort them.
+    # The last reader of a row stands for all of its readers: cheaper than sorting.
     order = jax.lax.iota(jnp.int32, ids.size)
     places = jnp.zeros(num_tables * rows, jnp.int32).at[ids].max(order)[ids]
     ids = jnp.where(places == order, ids, num_tables * rows + order)
@@ -37,7 +57,7 @@ def find_rows(hashing, tokens, tables):
 
 
 def take_rows(state: TrainState, ids) -> TrainState:
-    """The state with the rows `ids` [U, E] for tables; zeros for ids beyond the last."""
+    """Returns the state with the rows `ids` as its tables [U, E]; zeros for ids past the last."""
 
     def take(_, x):
         return _flat(x).at[ids].get(mode="fill", fill_value=0, unique_indices=True)
@@ -46,7 +66,7 @@ def take_rows(state: TrainState, ids) -> TrainState:
 
 
 def put_rows(state: TrainState, rows: TrainState, ids) -> TrainState:
-    """`rows`, with the tables of `state` for its rows, which are written into them."""
+    """Returns `rows` with whole tables: those of `state`, into which its rows are written."""
 
     def put(_, x, new):
         written = _flat(x).at[ids].set(new, mode="drop", unique_indices=True)
@@ -56,23 +76,23 @@ def put_rows(state: TrainState, rows: TrainState, ids) -> TrainState:
 
 
 def sum_rows(rows, places, dtype):
-    """Sum of rows [U, E] over the last axis of places [B, L, T] -> [B, L, E] in `dtype`.
+    """Sums rows [U, E] over the last axis of places [B, L, T] -> [B, L, E] in `dtype`.
 
-    Rounded and added up as whole tables are.
+    Rounds and adds as a lookup in whole tables does.
     """
     columns = (rows[places[..., t]] for t in range(places.shape[-1]))
     return sum(column.astype(dtype).astype(jnp.float32) for column in columns).astype(dtype)
 
 
-def catch_up(config: TrainingConfig, state: TrainState) -> TrainState:
-    """The state after the updates that its rows, or tables, have missed, all with gradient 0.
+def apply_missed_updates(config: TrainingConfig, state: TrainState) -> TrainState:
+    """Returns the state after the updates that its rows have missed, all with gradient 0.
 
-    Moments fade evenly, so that the motion of a row is a geometric series. A single update is made
-    up exactly; of many, the learning rate and Adam's correction are averaged over a few, and
-    epsilon is taken to fade with the moments.
+    Moments fade by constant factors, so the motion of a row is a geometric series. One missed
+    update is exact; for many, the learning rate and Adam's bias correction are averages over a few
+    of them, and epsilon is taken to fade with the moments.
     """
     optimizer = config.optimizer
-    if HASH_TABLES not in state.params or optimizer.hash_rate == 0:  # frozen: nothing is held
+    if HASH_TABLES not in state.params or optimizer.hash_rate == 0:  # frozen: no moments
         return state
     held = {}
     _map_tables(lambda kind, x: held.setdefault(kind, x), state)
@@ -89,7 +109,7 @@ def catch_up(config: TrainingConfig, state: TrainState) -> TrainState:
         return rate(step) * correction
 
     def average(function, quantile):
-        """Over missed updates: quantile tells the one at a share of the sum of their weights."""
+        """Weighted mean over missed updates; quantile(s): the one at a share s of all weight."""
         shares = [(i + 0.5) / POINTS for i in range(POINTS)]
         return sum(function(had + jnp.floor(quantile(share))) for share in shares) / POINTS
 
@@ -101,19 +121,19 @@ def catch_up(config: TrainingConfig, state: TrainState) -> TrainState:
     shrinking = average(lambda step: jnp.log1p(-decay * rate(step)), lambda share: share * missed)
     kept = jnp.exp(missed * shrinking)
     motion = pace_of_row * (kept - ratio**missed) / (jnp.exp(shrinking) - ratio)
-    caught_up = dict(
+    updated = dict(
         params=kept[..., None] * held["params"] - motion[..., None] * direction,
         mu=mu * (beta1**missed)[..., None],
         nu=nu * (beta2**missed)[..., None],
         counts=jnp.full_like(had, state.health.updates),
     )
-    return _map_tables(lambda kind, x: caught_up[kind].astype(x.dtype), state)
+    return _map_tables(lambda kind, x: updated[kind].astype(x.dtype), state)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def settle(config: TrainingConfig, state: TrainState) -> TrainState:
-    """`catch_up` of whole tables, when training is over; the old state's memory is reused."""
-    return catch_up(config, state)
+def finish_missed_updates(config: TrainingConfig, state: TrainState) -> TrainState:
+    """Applies the missed updates of all rows, at the end of training; reuses the state's memory."""
+    return apply_missed_updates(config, state)
 
 
 def _flat(x):
@@ -121,9 +141,9 @@ def _flat(x):
 
 
 def _map_tables(function, *states):
-    """function(kind, *arrays) of what states hold of tables; all else is the last state's.
+    """Maps function(kind, *arrays) over the arrays of tables; all else is the last state's.
 
-    kind: params, mu, nu, or counts.
+    kind: "params", "mu", "nu" or "counts".
     """
 
     def mapped(path, *leaves):

@@ -1,4 +1,4 @@
-"""What a training step changes: step number, parameters, optimizer state, health of the run."""
+"""State of training: step number, parameters, optimizer state, health of the run."""
 
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ from bltjax.model import functional
 
 
 class Health(NamedTuple):
-    """What tells a usual update from one to leave out; scalars, see `step.is_usual`."""
+    """Running means and counts, scalars, that tell unusual updates apart; see `step.is_usual`."""
 
     loss: jax.Array  # float32, running mean over the updates that were made
     grad_norm: jax.Array  # float32, the same
-    updates: jax.Array  # int32, how many were made
-    skipped: jax.Array  # int32, how many were left out
-    skipped_in_a_row: jax.Array  # int32, up to now
+    updates: jax.Array  # int32, number of updates made
+    skipped: jax.Array  # int32, number of updates left out
+    skipped_in_a_row: jax.Array  # int32, left out since the last one made
 
 
 class TrainState(NamedTuple):
@@ -27,17 +27,17 @@ class TrainState(NamedTuple):
 
 
 def create_state(model_config, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A fresh state, created on the devices already sharded; no host ever holds all of it."""
+    """Creates a fresh state, sharded over the devices from the start; no host holds all of it."""
     return start_state(functional.init(model_config, jax.random.key(seed)), optimizer)
 
 
 def start_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step from parameters, which it takes over."""
+    """Makes the state before the first step from parameters, whose memory it takes over."""
     return jax.jit(lambda params: _start(params, optimizer), donate_argnums=0)(params)
 
 
 def abstract_state(model_config, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes, dtypes and shardings of `create_state`'s result."""
+    """Returns shapes, dtypes and shardings of `create_state`'s result."""
     params = functional.abstract_params(model_config)
     return jax.eval_shape(lambda params: _start(params, optimizer), params)
 

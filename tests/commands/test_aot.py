@@ -134,8 +134,7 @@ def on_cpus(monkeypatch):
 
     def compile_program(changes, program):
         config = from_config_dict(RunConfig, settings("configs/quickstart.py", **changes))
-        values = dict(topology="two", slices=1, stage="blt", program=program, text=None)
-        return compile_report.compile_program(config, SimpleNamespace(**values))
+        return compile_report.compile_program(config, "two", 1, "blt", program, None)
 
     two = CHIPS["v5e"], jax.devices()[:2]
     monkeypatch.setattr(topology, "topology_devices", lambda name, slices: two)

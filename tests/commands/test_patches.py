@@ -16,6 +16,7 @@ from bltjax import cli
 from bltjax.commands import patches
 from bltjax.evaluation.patches import tables
 from bltjax.evaluation.patches import view as patch_view
+from bltjax.patching.boundaries import RULES
 from bltjax.runtime import terminal
 from bltjax.vocabulary import encode
 from tests import directories, processes
@@ -68,7 +69,7 @@ def cut(model, text):
     ]
 
 
-@pytest.mark.parametrize("rule", ["entropy", "monotonic", "global_monotonic", "space", "static"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("text", [TEXT, b"a", b""])
 def test_a_view_has_the_models_patches_and_entropies(model, rule, text):
     model.patching = dataclasses.replace(model.patching, rule=rule, threshold_add=-0.1)
@@ -78,10 +79,10 @@ def test_a_view_has_the_models_patches_and_entropies(model, rule, text):
     assert view.patches == cut(model, text) and view.num_trained == len(view.starts)
     expected = model.entropies(row(text))[0, : len(text)]
     np.testing.assert_allclose(view.entropies, expected, rtol=0, atol=1e-5)
-    if rule in ("space", "static"):
+    if not RULES[rule].needs_entropies:
         assert view.levels is None
-    else:  # byte 0 always starts, and byte 1 under the rules that look at differences
-        forced = 1 if rule == "entropy" else 2
+    else:
+        forced = RULES[rule].num_forced - 1  # bytes; BOS is the first position
         above = np.flatnonzero(view.entropies > view.levels)
         assert view.starts[forced:].tolist() == [s for s in above if s >= forced]
         assert len(text) < 2 or len(view.starts) > forced
@@ -124,7 +125,7 @@ def test_another_threshold_is_reported_beside_the_models_own(model, tmp_path, ca
     assert result["trained"]["mean_patch_bytes"] == len(TEXT) / own
     assert result["trained"]["threshold"] == pytest.approx(directories.THRESHOLD)
     assert f"{own} patches, mean {len(TEXT) / own:.3f} bytes" in capsys.readouterr().out
-    assert model.patching.threshold == 0.0
+    assert model.patching.threshold == pytest.approx(directories.THRESHOLD)  # as it was
     assert patches.run(chosen(path, threshold=99.0))["patches"] == 1
 
 

@@ -1,5 +1,6 @@
 """The commands score and evaluate: what they print, read and refuse, around a model of ours."""
 
+import functools
 import json
 import lzma
 import math
@@ -15,12 +16,15 @@ from hypothesis import strategies as st
 
 import bltjax
 from bltjax.commands import score as score_command
+from bltjax.config import BLTConfig, PatchingConfig
 from bltjax.evaluation import files as evaluate_command
+from bltjax.evaluation.patches.view import look
 from bltjax.evaluation.score import Score
-from bltjax.patching.boundaries import lengths_from_starts, space_starts
-from bltjax.runtime import terminal
+from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
 from tests import directories, processes
+
+space_starts = functools.partial(patch_starts, PatchingConfig("space"))
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +53,8 @@ runpy.run_module("bltjax." + sys.argv[0], run_name="__main__", alter_sys=True)
 class FakeModel:
     """Half a bit for each byte, and a patch for each word."""
 
+    config, entropy_config, patching = BLTConfig(), None, PatchingConfig(rule="space")
+
     def __init__(self):
         self.calls = []
 
@@ -61,9 +67,6 @@ class FakeModel:
         nats = 0.5 * math.log(2) * len(document)
         num_patches = int(space_starts(encode(document))[:-1].sum())
         return Score(nats, len(document), num_patches, 0.5 if document else math.nan)
-
-    def patch_lengths(self, tokens):
-        return lengths_from_starts(space_starts(tokens[0]))[None]
 
 
 def run(name, *arguments, stdin=b""):
@@ -93,11 +96,10 @@ def test_score_prints_a_table_and_json_in_the_last_line():
     assert code == 0 and err == ["loaded DIR E bfloat16", "[{}]"]
     assert out[0].split() == ["document", "bytes", "patches", "nats", "bits/byte"]
     assert out[1].split() == ["1", "9", "3", "3.119", "0.5000"]
-    assert out[2] == "two |words"
-    assert out[3].split() == ["2", "0", "2", "0.000", "-"]
-    assert out[4] == ""
-    assert out[6].startswith("é |\\xff\\x1b") and "\x1b" not in "".join(out)
-    assert out[7].split()[:2] == ["all", "17"]
+    assert out[2].split() == ["2", "0", "2", "0.000", "-"]
+    assert out[4].split()[:2] == ["all", "17"]
+    assert out[5:12] == ["", "document 1:", "two |words", "", "document 2:", "", ""]
+    assert out[13].startswith("é |\\xff\\x1b") and "\x1b" not in "".join(out)
     result = json.loads(out[-1], parse_constant=pytest.fail)
     assert [d["num_bytes"] for d in result["documents"]] == [9, 0, 8]
     assert result["documents"][1]["bits_per_byte"] is None
@@ -122,29 +124,10 @@ def test_a_file_is_one_document_unless_its_lines_are(tmp_path, monkeypatch):
 
 @given(st.one_of(st.binary(max_size=80), st.text("ab \n", max_size=150).map(str.encode)))
 def test_patches_are_the_document_cut_where_they_start(document):
-    pieces = score_command.patches(FakeModel(), document)
-    assert b"".join(pieces) == document and all(pieces)
+    (view,) = look(FakeModel(), [document])
+    assert b"".join(view.patches) == document and all(view.patches)
     starts = np.flatnonzero(space_starts(encode(document)))
-    assert len(pieces) == np.count_nonzero((starts >= 1) & (starts <= len(document)))
-
-
-def test_patches_of_very_long_texts_are_refused(monkeypatch):
-    monkeypatch.setattr(score_command, "MAX_SHOWN_BYTES", 5)
-    with pytest.raises(ValueError, match="documents of up to 5 bytes, this one has 6"):
-        score_command.score(FakeModel(), [b"123456"], show_patches=True)
-
-
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        (b"caf\xc3\xa9\n", "café\n"),
-        (b"\xc3", "\\xc3"),
-        (b"\x00\x7f\xc2\x9b", "\\x00\\x7f\\x9b"),
-        ("a\udcff", "a\\xff"),
-    ],
-)
-def test_what_steers_a_terminal_is_not_printed(text, shown):
-    assert terminal.printable(text) == shown
+    assert len(view.patches) == np.count_nonzero((starts >= 1) & (starts <= len(document)))
 
 
 # ---- evaluate

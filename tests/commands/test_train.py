@@ -43,6 +43,11 @@ CASES = {
         ["--config.stages=('sample',)"],
         ["need a trained entropy_model", "add the stage"],
     ),
+    "patching rule": (["--config.patching.rule=words"], ["rule='words'", "entropy, monotonic"]),
+    "mean patch of two thresholds": (
+        ["--config.patching.rule=global_monotonic"],
+        ["target_patch_bytes=4", "rule='global_monotonic'", "threshold_add"],
+    ),
     "bpe without delimiters": (["--config.patching.rule=bpe"], ["delimiters"]),
     "missing corpus": (["--config.data.root=/no/such/corpus"], ["/no/such/corpus"]),
     "empty corpus": (["--config.data.root=EMPTY"], ["EMPTY", "no bytes"]),

@@ -126,7 +126,7 @@ PROBLEMS = [
     ),
     (dict(blt__global_transformer__head_dim=7), "blt.global_transformer.head_dim=7 even"),
     (dict(blt__global_transformer__window=8), "blt.global_transformer.window=8 None"),
-    (dict(blt__local_encoder__window=0), "blt.local_encoder.window=0 at least 1"),
+    (dict(blt__local_encoder__window=0), "blt.local_encoder.window=0 must be positive"),
     (dict(blt__local_decoder__window=None), "blt.local_decoder.window None 512"),
     (dict(entropy_model__transformer__window=None), "entropy_model.transformer.window None 512"),
     (dict(blt__local_encoder__dim=32), "blt.local_encoder.dim=32 blt.local_decoder.dim=64"),
@@ -161,14 +161,9 @@ PROBLEMS = [
         dict(entropy_model__init__std_factor="depth"),
         "entropy_model.init.std_factor='depth' current_depth",
     ),
-    (dict(patching__rule="words"), "patching.rule='words' entropy"),
     (dict(patching__patch_size=0), "patching.patch_size=0"),
     (dict(patching__max_patch_length=0), "patching.max_patch_length=0"),
     (dict(patching__target_patch_bytes=0.5), "patching.target_patch_bytes=0.5"),
-    (
-        dict(patching__rule="global_monotonic"),
-        "patching.target_patch_bytes=4.5 patching.rule='global_monotonic' threshold_add",
-    ),
     (dict(data__validation_fraction=1.0), "data.validation_fraction=1.0"),
     (dict(data__bad_records="ignore"), "data.bad_records='ignore' skip"),
     (dict(data__workers=-1), "data.workers=-1"),
@@ -230,7 +225,6 @@ def test_a_root_is_a_single_source():
 
 def test_settings_that_look_alike_are_valid():
     changed(blt_training__row_bytes=0, blt_training__row_patches=512)
-    changed(patching__rule="global_monotonic", patching__target_patch_bytes=None)
     changed(blt_training__optimizer__min_ratio=0.0)
     changed(blt__hash__sizes=(), blt__hash__vocab=0)
     changed(blt__global_transformer__dim=130, blt__global_transformer__head_dim=32)

@@ -198,8 +198,7 @@ def dense_attention(monkeypatch):
     def attention(q, k, v, *_):
         return jax.nn.dot_product_attention(q, k, v)
 
-    monkeypatch.setattr(transformer, "causal_attention", attention)
-    monkeypatch.setattr(transformer, "window_attention", attention)
+    monkeypatch.setattr(transformer, "self_attention", attention)
     monkeypatch.setattr(parameters, "rms_norm", lambda x, weight, eps: x * weight[None, None])
 
 

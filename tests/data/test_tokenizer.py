@@ -105,5 +105,5 @@ def test_sizes_that_do_not_fit():
 
 def test_without_the_library_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"pip install bltjax\[tokens\]"):
+    with pytest.raises(ValueError, match=r"pip install 'bltjax\[tokens\]'"):
         tokenizer.train([], 300)

@@ -13,7 +13,7 @@ def as_bytes(text) -> bytes:
 class CaseModel:
     """A nat for each capital, and two for each byte of a continuation that the context has not."""
 
-    def score(self, documents, on_progress=None):
+    def score(self, documents, row_bytes=None, on_progress=None):
         return [self._score(as_bytes(document)) for document in documents]
 
     def _score(self, data):

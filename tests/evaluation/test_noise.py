@@ -65,9 +65,9 @@ def test_bytes_that_are_no_characters_stay():
 @pytest.mark.parametrize("kind", ["drop", "random_case", "repeat"])
 def test_noise_follows_from_the_seed_and_the_text_alone(kind):
     documents = ["The quick brown fox jumps over the lazy dog. " * 3, "another text, as long " * 6]
-    found = noise.noisy_documents(documents, kind, seed=1)
-    assert found == noise.noisy_documents(documents[::-1], kind, seed=1)[::-1]
-    assert found != noise.noisy_documents(documents, kind, seed=2)
+    found = [noise.noisy(document, kind, seed=1) for document in documents]
+    assert found[::-1] == [noise.noisy(document, kind, seed=1) for document in documents[::-1]]
+    assert found != [noise.noisy(document, kind, seed=2) for document in documents]
     assert found[0] != documents[0]
 
 

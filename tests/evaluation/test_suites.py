@@ -1,5 +1,6 @@
 """What evaluate measures beside files: records with languages, suites, samples, harness tasks."""
 
+import functools
 import gzip
 import json
 import sys
@@ -9,13 +10,16 @@ import pytest
 
 from bltjax import cli
 from bltjax.commands import evaluate
+from bltjax.config import PatchingConfig
 from bltjax.evaluation import files, suites
 from bltjax.evaluation.characters import TASKS
 from bltjax.evaluation.noise import KINDS
-from bltjax.patching.boundaries import space_starts
+from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
 from tests.commands.test_score import FakeModel, run
 from tests.evaluation.fakes import Speller
+
+space_starts = functools.partial(patch_starts, PatchingConfig("space"))
 
 ASKED = dict(data=None, suites=[], samples=0, tasks=[], row_bytes=None, max_bytes=None)
 ASKED |= dict(limit=None, words=None, tasks_path=None, noise=None)

@@ -17,17 +17,20 @@ from bltjax.config import (
     HashConfig,
     InitConfig,
     OptimizerConfig,
+    PatchingConfig,
     TrainingConfig,
     TransformerConfig,
 )
 from bltjax.model import functional
 from bltjax.model.parameters import Embedding
-from bltjax.patching.boundaries import space_starts
+from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.buffers import buffers_from_starts
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import create_state
 from bltjax.training.step import batch_sums, make_train_step
 from bltjax.vocabulary import encode
+
+space_starts = functools.partial(patch_starts, PatchingConfig("space"))
 
 B, L, P = 4, 24, 12
 TEXT = __doc__ * 20

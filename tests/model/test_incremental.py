@@ -193,14 +193,3 @@ def test_pieces_equal_the_full_pass(name, patching, num_new, apart):
     # All patches went through the global stack but the one that the next byte is in.
     np.testing.assert_array_equal(state.blt.num_patches, starts.sum(axis=1) - 1)
     assert len(set(state.blt.num_patches)) > 1 or patching.rule == "static"
-
-
-def test_layers_apart_and_together():
-    """Matrices come back as they were, layer by layer."""
-    params = models(WINDOWS)[1]["blt"]
-    apart = functional.together(functional.apart(params))
-    for stack in ("local_encoder", "global_transformer", "local_decoder"):
-        layers = apart[stack].pop("layers")
-        stacked = jax.tree.map(lambda *x: np.stack(x), *layers)
-        jax.tree.map(np.testing.assert_array_equal, stacked, params[stack]["layers"])
-    assert apart["local_encoder"].keys() < params["local_encoder"].keys()

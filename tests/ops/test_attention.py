@@ -10,9 +10,8 @@ import pytest
 from bltjax import sharding
 from bltjax.ops.attention import (
     bytes_from_patches_attention,
-    causal_attention,
     patches_from_bytes_attention,
-    window_attention,
+    self_attention,
 )
 from bltjax.ops.kernels import tiled_attention as tiles
 from bltjax.ops.kernels.splash_attention import splash_attention
@@ -86,10 +85,7 @@ def normal(rng, *shape, scale=1.0):
 )
 def test_self_attention(length, window, heads, kv_heads):
     """Spec 5.9: s is seen from t iff t - window < s <= t and both are in one document."""
-    attention = (
-        causal_attention if window is None else functools.partial(window_attention, window=window)
-    )
-    run = with_gradients(attention)
+    run = with_gradients(functools.partial(self_attention, window=window))
     t, s = np.arange(length)[:, None], np.arange(length)[None, :]
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
@@ -124,18 +120,18 @@ def test_rounds_are_those_that_run(window, monkeypatch):
     """`Plan.rounds` counts what the loop of the forward pass does."""
     ran, scores = [], tiles._scores
 
-    def counting(plan, index, *rest):
+    def counting(tiling, index, *rest):
         jax.debug.callback(lambda _: ran.append(1), index)
-        return scores(plan, index, *rest)
+        return scores(tiling, index, *rest)
 
     monkeypatch.setattr(tiles, "_scores", counting)
     q, k, v = jnp.ones((3, 1, 500, 4, 8))
     tiles.tiled_attention(q, k, v, jnp.zeros((1, 500), jnp.int32), window)
     jax.effects_barrier()
-    plan = tiles.plan_tiles(1, 500, 4, window)
-    assert plan.rounds == len(ran)
+    tiling = tiles.choose_tiling(1, 500, 4, window)
+    assert tiling.rounds == len(ran)
     visible = sum(min(i + 1, window or 500) for i in range(500))
-    assert visible <= plan.rounds * plan.pairs_of_a_round < 4 * visible
+    assert visible <= tiling.rounds * tiling.pairs_of_a_round < 4 * visible
 
 
 @pytest.mark.parametrize("window", [None, 33])
@@ -245,7 +241,7 @@ def largest(kind, length):
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     of_bytes, of_patches = f32(1, length, 1, 2), f32(1, length // 4, 2, 1, 2)
     attention, q, kv = {
-        "self": (functools.partial(window_attention, window=8), of_bytes, of_bytes),
+        "self": (functools.partial(self_attention, window=8), of_bytes, of_bytes),
         "encoder": (patches_from_bytes_attention, of_patches, of_bytes),
         "encoder, windowed": (
             functools.partial(patches_from_bytes_attention, window=3),
@@ -258,7 +254,7 @@ def largest(kind, length):
             of_bytes,
             of_patches,
         ),
-        "causal": (causal_attention, of_bytes, of_bytes),
+        "causal": (self_attention, of_bytes, of_bytes),
         "dense": (lambda q, k, v, ids: jax.nn.dot_product_attention(q, k, v), of_bytes, of_bytes),
     }[kind]
     traced = jax.make_jaxpr(with_gradients(attention))(q, kv, kv, ids, q)

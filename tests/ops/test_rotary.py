@@ -11,7 +11,7 @@ B, L, H, D = 2, 33, 3, 8
 
 
 def rotate(x, theta):
-    return apply_rotary(x, rotary_angles(x.shape[1], x.shape[3], theta))
+    return apply_rotary(x, rotary_angles(jnp.arange(x.shape[1]), x.shape[3], theta))
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])

@@ -1,10 +1,10 @@
 """Patch starts against published patch lengths, and the properties every rule must have."""
 
+import functools
 import json
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,27 +16,19 @@ from hypothesis import strategies as st
 from bltjax import vocabulary
 from bltjax.config import PatchingConfig
 from bltjax.patching import boundaries
+from bltjax.patching.boundaries import RULES, check_rule, patch_starts
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden_data" / "golden"
 CASES = json.loads((GOLDEN / "meta_tokenizer_hash_patch_cases.json").read_text())["patch"]
 RELEASED_THRESHOLD = 1.335442066192627
 
-# The same text in every configuration of every rule: (name, changes to the default config).
-CONFIGS = {
-    "entropy": {"rule": "entropy", "threshold": 1.5},
-    "entropy, at most 3": {"rule": "entropy", "threshold": 1.5, "max_patch_length": 3},
-    "monotonic": {"rule": "monotonic", "threshold": 0.5},
-    "global_monotonic": {"rule": "global_monotonic", "threshold": 1.0, "threshold_add": 0.5},
-    "published global_monotonic": {
-        "rule": "global_monotonic",
-        "threshold": 0.5,
-        "published_skip_at_3": True,
-    },
-    "space": {"rule": "space"},
-    "space, at most 2": {"rule": "space", "max_patch_length": 2},
-    "static": {"rule": "static", "patch_size": 4},
-    "byte": {"rule": "byte"},
-    "bpe": {"rule": "bpe"},
+# Every rule, and settings that change what a rule does: what holds for all must hold for these.
+CONFIGS = {name: PatchingConfig(name, threshold=1.0, threshold_add=0.5) for name in RULES} | {
+    "entropy, at most 3": PatchingConfig(threshold=1.5, max_patch_length=3),
+    "published global_monotonic": PatchingConfig(
+        "global_monotonic", threshold=0.5, published_skip_at_3=True
+    ),
+    "space, at most 2": PatchingConfig("space", max_patch_length=2),
 }
 
 S = 16
@@ -46,17 +38,10 @@ INTERESTING = [0, 1, 2, 3] + [byte + 4 for byte in b" .\nazAZ09@[`{/:\x7f\x80\xb
 TOKENS = st.lists(st.sampled_from(INTERESTING), min_size=S, max_size=S)
 
 
-def config(**changes):
-    defaults = {
-        "rule": "entropy",
-        "threshold": RELEASED_THRESHOLD,
-        "threshold_add": 0.0,
-        "max_patch_length": None,
-        "patch_size": 4,
-        "published_skip_at_3": False,
-        "bf16_compat": False,
-    }
-    return types.SimpleNamespace(**(defaults | changes))
+def starts_of(rule, tokens=None, entropies=None, **settings):
+    """Starts under a rule; any tokens will do where only the entropies matter."""
+    tokens = np.zeros_like(entropies, int) if tokens is None else tokens
+    return patch_starts(PatchingConfig(rule, **settings), tokens, entropies)
 
 
 def padded_lengths(starts):
@@ -75,8 +60,7 @@ def test_published_cases(case):
         rule = "global_monotonic"
     tokens = np.array(case["tokens"])
     entropies = np.array(case["entropies"], np.float32) if "entropies" in case else None
-    published = config(rule=rule, published_skip_at_3=True, **args)
-    starts = boundaries.patch_starts(published, tokens, entropies)
+    starts = starts_of(rule, tokens, entropies, published_skip_at_3=True, **args)
     assert starts.dtype == bool
     if not case["include_next_token"]:
         starts = starts[:, :-1]
@@ -86,11 +70,11 @@ def test_published_cases(case):
 def test_published_entropy_model():
     golden = np.load(GOLDEN / "meta_entropy.npz")
     threshold = float(golden["threshold"])
-    starts = boundaries.entropy_starts(golden["entropies"], threshold)
+    starts = starts_of("entropy", entropies=golden["entropies"], threshold=threshold)
     assert padded_lengths(starts) == golden["patch_lengths_next"].tolist()
     assert padded_lengths(starts[:, :-1]) == golden["patch_lengths_nonext"].tolist()
     flattened = golden["entropies_calculate_entropies_flattened"]
-    starts = boundaries.entropy_starts(flattened, threshold)
+    starts = starts_of("entropy", entropies=flattened, threshold=threshold)
     assert padded_lengths(starts) == golden["patch_lengths_next_flattened"].tolist()
 
 
@@ -99,13 +83,13 @@ def test_published_entropy_model():
 @given(tokens=TOKENS, entropies=ENTROPIES)
 def test_rules_are_causal(name, tokens, entropies):
     """The starts of a prefix are a prefix of the starts."""
-    rule = config(**CONFIGS[name])
+    config = CONFIGS[name]
     tokens, entropies = np.array(tokens), np.array(entropies, np.float32)
-    starts = boundaries.patch_starts(rule, tokens, entropies)
+    starts = patch_starts(config, tokens, entropies)
     assert starts.shape == (S + 1,)
     assert starts[:2].all()
     for i in range(1, S):
-        prefix = boundaries.patch_starts(rule, tokens[:i], entropies[:i])
+        prefix = patch_starts(config, tokens[:i], entropies[:i])
         np.testing.assert_array_equal(prefix, starts[: i + 1])
 
 
@@ -113,11 +97,11 @@ def test_rules_are_causal(name, tokens, entropies):
 @settings(max_examples=10, deadline=None)
 @given(tokens=TOKENS, entropies=ENTROPIES)
 def test_numpy_and_jax_agree(name, tokens, entropies):
-    rule = config(**CONFIGS[name])
+    config = CONFIGS[name]
     tokens = np.array([tokens, tokens[::-1]], np.int32)
     entropies = np.array([entropies, entropies[::-1]], np.float32)
-    on_host = boundaries.patch_starts(rule, tokens, entropies)
-    on_device = boundaries.patch_starts(rule, jnp.asarray(tokens), jnp.asarray(entropies))
+    on_host = patch_starts(config, tokens, entropies)
+    on_device = patch_starts(config, jnp.asarray(tokens), jnp.asarray(entropies))
     assert isinstance(on_host, np.ndarray)
     assert isinstance(on_device, jnp.ndarray)
     assert on_host.dtype == on_device.dtype == bool
@@ -131,35 +115,37 @@ def test_entropy_rules_against_loops(entropies, threshold):
     h = np.array(entropies, np.float32)
     rest = range(3, S + 1)
     expected = [h[s - 1] > threshold for s in range(2, S + 1)]
-    assert boundaries.entropy_starts(h, threshold)[2:].tolist() == expected
+    assert starts_of("entropy", entropies=h, threshold=threshold)[2:].tolist() == expected
     rises = {s: h[s - 1] - h[s - 2] for s in rest}
     expected = [True] + [rises[s] > threshold for s in rest]
-    assert boundaries.monotonic_starts(h, threshold)[2:].tolist() == expected
+    assert starts_of("monotonic", entropies=h, threshold=threshold)[2:].tolist() == expected
     expected = [True] + [h[s - 1] > threshold and rises[s] > 0.5 for s in rest]
-    assert boundaries.global_monotonic_starts(h, threshold, 0.5)[2:].tolist() == expected
+    both = functools.partial(
+        starts_of, "global_monotonic", entropies=h, threshold=threshold, threshold_add=0.5
+    )
+    assert both()[2:].tolist() == expected
     expected[1] = False
-    published = boundaries.global_monotonic_starts(h, threshold, 0.5, published_skip_at_3=True)
-    assert published[2:].tolist() == expected
+    assert both(published_skip_at_3=True)[2:].tolist() == expected
 
 
 def test_the_threshold_is_strict_and_compared_in_float32():
     # 1e-5 is below half a float16 step here: a comparison in float16 would find the two equal.
     entropies = np.full(4, 1.335, np.float16)
     threshold = float(entropies[0])
-    assert not boundaries.entropy_starts(entropies, threshold)[2:].any()
-    assert boundaries.entropy_starts(entropies, threshold - 1e-5)[2:].all()
-    assert boundaries.entropy_starts(jnp.asarray(entropies), threshold - 1e-5)[2:].all()
+    assert not starts_of("entropy", entropies=entropies, threshold=threshold)[2:].any()
+    for array in (entropies, jnp.asarray(entropies)):
+        assert starts_of("entropy", array, array, threshold=threshold - 1e-5)[2:].all()
 
 
 def test_shortest_rows():
-    for name, changes in CONFIGS.items():
-        starts = boundaries.patch_starts(config(**changes), np.ones(1, int), np.ones(1, np.float32))
+    for name, config in CONFIGS.items():
+        starts = patch_starts(config, np.ones(1, int), np.ones(1, np.float32))
         assert starts.tolist() == [True, True], name
 
 
 def test_space_starts_on_text():
     tokens = vocabulary.encode("Hi, caf\u00e9 x2!", add_eos=False)
-    starts = boundaries.space_starts(tokens.astype(np.uint16))
+    starts = starts_of("space", tokens.astype(np.uint16))
     pieces = np.split(tokens, np.flatnonzero(starts)[1:])
     assert [vocabulary.decode(piece) for piece in pieces] == [
         b"",
@@ -181,25 +167,22 @@ def test_space_starts_for_every_pair_of_bytes(dtype):
     before, last = (grid.ravel() for grid in np.meshgrid(ids, ids, indexing="ij"))
     tokens = np.stack([np.ones_like(before), before, last], axis=-1).astype(dtype)
     expected = outside[last] & ~outside[before] | (last < 4)
-    np.testing.assert_array_equal(boundaries.space_starts(tokens)[:, 3], expected)
+    np.testing.assert_array_equal(starts_of("space", tokens)[:, 3], expected)
 
 
 def test_static_starts():
     tokens = np.zeros(9, int)
-    split = boundaries.lengths_from_starts(boundaries.static_starts(tokens, 4))
-    assert split.tolist() == [1, 3, 4, 2]
-    plain = boundaries.lengths_from_starts(boundaries.static_starts(tokens, 4, split_first=False))
-    assert plain.tolist() == [4, 4, 2]
-    assert boundaries.static_starts(tokens, 1).all()
-    with pytest.raises(ValueError, match=r"patch_size is 4\.5"):
-        boundaries.static_starts(tokens, 4.5)
-    with pytest.raises(ValueError, match="patch_size is 0"):
-        boundaries.static_starts(tokens, 0)
+    lengths = boundaries.lengths_from_starts(starts_of("static", tokens, patch_size=4))
+    assert lengths.tolist() == [1, 3, 4, 2]
+    assert starts_of("static", tokens, patch_size=1).all()
+    for wrong in (4.5, 0):
+        with pytest.raises(ValueError, match=f"patch_size is {wrong}"):
+            starts_of("static", tokens, patch_size=wrong)
 
 
 def test_bpe_delimiter_is_the_last_byte_of_its_patch():
     tokens = np.array([1, 101, 3, 102, 103, 3])
-    starts = boundaries.bpe_starts(tokens)
+    starts = starts_of("bpe", tokens)
     assert boundaries.lengths_from_starts(starts[:-1]).tolist() == [1, 2, 3]
     assert boundaries.lengths_from_starts(starts).tolist() == [1, 2, 3, 1]
 
@@ -241,23 +224,35 @@ def test_segments(array):
 @pytest.mark.parametrize("rule", ["entropy", "monotonic", "global_monotonic"])
 def test_missing_entropies(rule):
     with pytest.raises(ValueError, match=f"'{rule}' needs the entropies .* run the entropy model"):
-        boundaries.patch_starts(config(rule=rule), np.ones(4, int))
+        starts_of(rule, np.ones(4, int))
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="unknown patching rule 'spaces'"):
-        boundaries.patch_starts(config(rule="spaces"), np.ones(4, int))
+    with pytest.raises(ValueError, match=r"rule='spaces' is unknown: choose one of .*, space,"):
+        starts_of("spaces", np.ones(4, int))
     with pytest.raises(ValueError, match="max_patch_length is 0"):
-        boundaries.patch_starts(config(rule="byte", max_patch_length=0), np.ones(4, int))
+        starts_of("byte", np.ones(4, int), max_patch_length=0)
+
+
+def test_only_a_rule_of_one_threshold_reaches_a_mean_patch():
+    for name in RULES:
+        check_rule(PatchingConfig(name, target_patch_bytes=None))
+        if name != "global_monotonic":
+            check_rule(PatchingConfig(name, target_patch_bytes=4.5))
+    wrong = r"target_patch_bytes=4\.5 .* patching\.rule='global_monotonic', .* threshold_add"
+    with pytest.raises(ValueError, match=wrong):
+        check_rule(PatchingConfig("global_monotonic", target_patch_bytes=4.5))
 
 
 def test_data_workers_do_not_load_jax():
     program = """
 import sys, numpy as np
 from bltjax.patching import boundaries, calibrate
-starts = boundaries.entropy_starts(np.ones(8), 0.5)
-boundaries.lengths_from_starts(boundaries.limit_patch_length(starts, 2))
-boundaries.static_starts(np.ones(8, int), 4), boundaries.space_starts(np.ones(8, int))
+from bltjax.config import PatchingConfig
+for rule in boundaries.RULES:
+    config = PatchingConfig(rule, max_patch_length=2)
+    starts = boundaries.patch_starts(config, np.ones(8, int), np.ones(8))
+    boundaries.lengths_from_starts(starts)
 assert "jax" not in sys.modules
 """
     root = pathlib.Path(__file__).parents[2]
@@ -272,6 +267,6 @@ def test_bf16_compat_compares_as_the_published_demo_does(values):
     tokens = np.full(entropies.shape, 65, np.int32)
     rounded = entropies.astype(ml_dtypes.bfloat16).astype(np.float32)
     expected = np.concatenate([[True, True], rounded[1:] >= 1.34375])
-    np.testing.assert_array_equal(boundaries.patch_starts(config, tokens, entropies), expected)
-    on_device = boundaries.patch_starts(config, jnp.asarray(tokens), jnp.asarray(entropies))
+    np.testing.assert_array_equal(patch_starts(config, tokens, entropies), expected)
+    on_device = patch_starts(config, jnp.asarray(tokens), jnp.asarray(entropies))
     np.testing.assert_array_equal(np.asarray(on_device), expected)

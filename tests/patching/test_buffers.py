@@ -1,6 +1,5 @@
 """Patch buffers: published ids, overflow, and the same numbers on every mesh."""
 
-import functools
 import pathlib
 
 import jax
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bltjax.config import PatchingConfig
 from bltjax.patching import boundaries, buffers
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden_data" / "golden"
@@ -33,7 +33,9 @@ def test_published_ids(name):
     golden = np.load(GOLDEN / f"{name}.npz")
     lengths = golden["patch_lengths"]
     num_bytes = golden["tokens"].shape[1]
-    starts = boundaries.entropy_starts(jnp.asarray(golden["entropies"]), THRESHOLD)
+    entropies = jnp.asarray(golden["entropies"])
+    config = PatchingConfig(threshold=THRESHOLD)
+    starts = boundaries.patch_starts(config, jnp.zeros_like(entropies, jnp.int32), entropies)
     by_lengths = from_lengths(lengths, num_bytes)
     by_starts = from_starts(starts, lengths.shape[1])
     for result in (by_lengths, by_starts):
@@ -102,19 +104,13 @@ def test_the_batch_stays_sharded(shape):
     rng = np.random.default_rng(0)
     entropies = rng.uniform(0, 3, (8, L)).astype(np.float32)
     tokens = rng.integers(0, 260, (8, L)).astype(np.int32)
-    rule_starts = [
-        functools.partial(boundaries.entropy_starts, threshold=1.0),
-        functools.partial(boundaries.global_monotonic_starts, threshold=1.0, threshold_add=0.1),
-    ]
-    token_starts = [
-        boundaries.space_starts,
-        functools.partial(boundaries.static_starts, patch_size=3),
-        boundaries.byte_starts,
+    configs = [
+        PatchingConfig(name, threshold=1.0, threshold_add=0.1, patch_size=3, max_patch_length=5)
+        for name in boundaries.RULES
     ]
 
     def step(tokens, entropies):
-        starts = [rule(entropies) for rule in rule_starts] + [rule(tokens) for rule in token_starts]
-        starts = [boundaries.limit_patch_length(row, 5) for row in starts]
+        starts = [boundaries.patch_starts(config, tokens, entropies) for config in configs]
         packed = [buffers.buffers_from_starts(row, NUM_PATCHES) for row in starts]
         return packed, [buffers.buffers_from_lengths(each.lengths, L) for each in packed]
 

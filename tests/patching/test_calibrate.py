@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bltjax.config import PatchingConfig
-from bltjax.patching import calibrate
+from bltjax.patching import boundaries, calibrate
 from bltjax.patching.boundaries import patch_starts
-from bltjax.patching.calibrate import ScoreHistogram
+from bltjax.patching.calibrate import CALIBRATED, ScoreHistogram
 
-RULES = ("entropy", "monotonic")
+RULES = sorted(CALIBRATED)
 # Between neighbours on the grid, on it, and with many ties.
 VALUES = st.one_of(
     st.sampled_from([0.0, 2**-12, 0.25, 0.5, 1.0, 3.0, np.log(260)]),
@@ -178,8 +178,9 @@ def test_impossible_entropies_are_refused(value):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="rule is 'space'"):
-        histogram([np.ones(9)]).threshold(4.5, "space")
+    for rule in boundaries.RULES.keys() - CALIBRATED:
+        with pytest.raises(ValueError, match=f"rule is '{rule}'; .* calibrated for .*'monotonic'"):
+            histogram([np.ones(9)]).threshold(4.5, rule)
     for unready in (ScoreHistogram().threshold, ScoreHistogram().mean_patch_bytes):
         with pytest.raises(ValueError, match="at least one document"):
             unready(4.5)

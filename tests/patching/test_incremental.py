@@ -11,27 +11,20 @@ from hypothesis import strategies as st
 
 from bltjax.config import PatchingConfig
 from bltjax.patching import incremental
-from bltjax.patching.boundaries import newline_segments, patch_starts
+from bltjax.patching.boundaries import RULES, newline_segments, patch_starts
 from bltjax.vocabulary import EOS_ID
 
 ROWS, SIZE = 3, 18
-CONFIGS = {
-    "entropy": dict(threshold=1.5),
-    "entropy, at most 3": dict(threshold=1.5, max_patch_length=3),
-    "entropy in bfloat16": dict(threshold=1.335442066192627, bf16_compat=True),
-    "monotonic": dict(rule="monotonic", threshold=0.5),
-    "monotonic, at most 2": dict(rule="monotonic", threshold=0.5, max_patch_length=2),
-    "global_monotonic": dict(rule="global_monotonic", threshold=1.0, threshold_add=0.25),
-    "published global_monotonic": dict(
-        rule="global_monotonic", threshold=0.5, published_skip_at_3=True
+CONFIGS = {name: PatchingConfig(name, threshold=1.0, threshold_add=0.25) for name in RULES} | {
+    "entropy, at most 3": PatchingConfig(threshold=1.5, max_patch_length=3),
+    "entropy in bfloat16": PatchingConfig(threshold=1.335442066192627, bf16_compat=True),
+    "monotonic, at most 2": PatchingConfig("monotonic", threshold=0.5, max_patch_length=2),
+    "published global_monotonic": PatchingConfig(
+        "global_monotonic", threshold=0.5, published_skip_at_3=True
     ),
-    "space": dict(rule="space"),
-    "space, at most 2": dict(rule="space", max_patch_length=2),
-    "static": dict(rule="static", patch_size=4),
-    "static 1": dict(rule="static", patch_size=1),
-    "byte": dict(rule="byte"),
-    "bpe": dict(rule="bpe"),
-    "bpe, at most 4": dict(rule="bpe", max_patch_length=4),
+    "space, at most 2": PatchingConfig("space", max_patch_length=2),
+    "static 1": PatchingConfig("static", patch_size=1),
+    "bpe, at most 4": PatchingConfig("bpe", max_patch_length=4),
 }
 # Few values, so that some equal a threshold and each other, in bfloat16 if not in float32.
 ENTROPIES = [0.0, 0.5, 1.0, 1.3345, 1.3354, 1.337, 1.3301, 1.5, 1.75, 2.25]
@@ -59,7 +52,7 @@ def note_lines(*inputs):
 @given(steps=STEPS, seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=8)
 def test_starts(name, num_new, steps, seed):
-    config = PatchingConfig(**CONFIGS[name])
+    config = CONFIGS[name]
     rng = np.random.default_rng(seed)
     tokens = rng.choice(TOKENS, (ROWS, SIZE)).astype(np.int32)
     entropies = np.zeros((ROWS, SIZE), np.float32)

@@ -23,7 +23,7 @@ from bltjax.config import (
     TransformerConfig,
 )
 from bltjax.model import functional
-from bltjax.patching.boundaries import lengths_from_starts, limit_patch_length, patch_starts
+from bltjax.patching.boundaries import RULES, lengths_from_starts, limit_patch_length, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.patching.packed_rows import row_starts
@@ -36,15 +36,11 @@ pytestmark = pytest.mark.long  # one interpreter will do
 
 B, L = 8, 24
 MIDDLE = 0.5  # nats, where the entropies of the property test have their middle
-RULES = {
+CONFIGS = {name: PatchingConfig(name, threshold=0.2, patch_size=3) for name in RULES} | {
     "entropy": PatchingConfig("entropy", threshold=MIDDLE),
     "bf16": PatchingConfig("entropy", threshold=MIDDLE, bf16_compat=True),
-    "monotonic": PatchingConfig("monotonic", threshold=0.1),
     "global_monotonic": PatchingConfig("global_monotonic", threshold=MIDDLE),
     "skip_at_3": PatchingConfig("global_monotonic", threshold=0.2, published_skip_at_3=True),
-    "space": PatchingConfig("space"),
-    "static": PatchingConfig("static", patch_size=3),
-    "byte": PatchingConfig("byte"),
     "entropy, limited": PatchingConfig("entropy", threshold=0.8, max_patch_length=3),
     "static, limited": PatchingConfig("static", patch_size=5, max_patch_length=2),
     "skip_at_3, limited": PatchingConfig(
@@ -86,11 +82,14 @@ def lengths_with_tail(starts_of_pieces):
 
 
 def piece_starts(patching, ids, entropies, begin, end):
-    """Starts of ids[begin:end]: the document's own, and two where a row enters it."""
+    """Starts of ids[begin:end]: those of a document that begins where the row enters it.
+
+    But what a rule does at the start of a document alone, it does not do there.
+    """
     if not begin:
         return patch_starts(patching, ids, entropies)[:end]
-    if patching.rule == "static":  # Nobody can tell how much of the document was before.
-        return patch_starts(patching, ids[begin:end])[:-1]
+    if RULES[patching.rule].num_forced == 2:
+        return patch_starts(patching, ids[begin:end], entropies[begin:end])[:-1]
     unlimited = dataclasses.replace(patching, max_patch_length=None)
     starts = patch_starts(unlimited, ids, entropies)[begin:end]
     starts[:2] = True
@@ -122,7 +121,7 @@ find_row_starts = jax.jit(row_starts, static_argnums=0)
 def test_documents_of_a_row_are_patched_as_if_alone(pieces):
     row = pack([(ids[begin:end], entropies[begin:end]) for ids, entropies, begin, end in pieces])
     tokens, document_ids, entropies = (x[None] for x in row)
-    for name, patching in RULES.items():
+    for name, patching in CONFIGS.items():
         starts = np.asarray(find_row_starts(patching, tokens, entropies, document_ids))[0]
         expected = lengths_with_tail([piece_starts(patching, *piece) for piece in pieces])
         assert lengths_from_starts(starts).tolist() == expected, name

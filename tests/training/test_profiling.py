@@ -25,7 +25,7 @@ from bltjax.data.batches.lanes import Layout
 from bltjax.data.batches.order import Shuffled
 from bltjax.data.sources.units import Document
 from bltjax.training import profiling
-from bltjax.training.loop import TrainingData, Watch, train
+from bltjax.training.loop import Reporting, TrainingData, train
 from bltjax.training.profiling import Profiler, memory
 
 pytestmark = pytest.mark.long  # one interpreter will do
@@ -159,8 +159,8 @@ def test_what_a_run_says_of_itself(tmp_path):
     layout = Layout(TRAINING.row_bytes, TRAINING.row_patches, PatchingConfig("space"))
     data = TrainingData(Shuffled(sources, 0), layout, ("even", "odd"))
     peak = peak_flops(BLT.compute_dtype)
-    watch = Watch(FLOPS_PER_BYTE, peak, ProfileConfig(first_step=4, num_steps=9))
-    train("blt", BLT, TRAINING, data, tmp_path, watch=watch)
+    reporting = Reporting(FLOPS_PER_BYTE, peak, ProfileConfig(first_step=4, num_steps=9))
+    train("blt", BLT, TRAINING, data, tmp_path, reporting=reporting)
     assert traced_steps(tmp_path / "profile") == [[4, 5]]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 3, 5]

@@ -197,7 +197,7 @@ def test_missed_updates_are_made_up(settings, had, number, share):
     state = sparse_hash_updates._map_tables(lambda kind, x: jnp.asarray(held[kind], x.dtype), state)
     state = state._replace(health=state.health._replace(updates=jnp.int32(had + number)))
     before = {kind: np.float64(x) for kind, x in table(state).items()}
-    found = table(sparse_hash_updates.settle(config, state))
+    found = table(sparse_hash_updates.finish_missed_updates(config, state))
     del before["counts"]
     expected = missed_by_numpy(config.optimizer, *before.values(), had, number)
     way = np.abs(expected["params"] - before["params"]).max()
@@ -218,7 +218,7 @@ def test_training_ends_about_where_dense_updates_end():
     np.testing.assert_allclose(losses, dense_losses, rtol=0, atol=1e-3)
     dense, behind = table(dense)["params"], table(touched)
     assert behind["counts"].min() == 0 and np.median(behind["counts"]) < STEPS - 3
-    found = table(sparse_hash_updates.settle(GUARDED, touched))["params"]
+    found = table(sparse_hash_updates.finish_missed_updates(GUARDED, touched))["params"]
     way = np.abs(dense - start).mean()
     assert np.abs(found - dense).mean() < 0.02 * way < np.abs(behind["params"] - dense).mean()
 
@@ -312,7 +312,9 @@ def test_a_model_without_tables_trains_as_ever():
     batch, config = sharding.put_batch(host_batch(0)), training("touched")
     optimizer, step = compiled(plain, config)
     state, _ = jax.eval_shape(step, abstract_state(plain, optimizer), batch)
-    state = jax.eval_shape(functools.partial(sparse_hash_updates.catch_up, config), state)
+    state = jax.eval_shape(
+        functools.partial(sparse_hash_updates.apply_missed_updates, config), state
+    )
     shapes = jax.tree.map(jnp.shape, (state.params, state.opt_state[1:]))
     dense = abstract_state(plain, compiled(plain, training("dense"))[0])
     assert shapes == jax.tree.map(jnp.shape, (dense.params, dense.opt_state))

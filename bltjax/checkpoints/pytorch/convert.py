@@ -1,4 +1,4 @@
-"""Writes weights of any format in any format."""
+"""Converts weights from any known format to any other."""
 
 import math
 import shutil
@@ -21,12 +21,12 @@ def convert(
     progress: bool = False,
     dry_run: bool = False,
 ) -> dict:
-    """Write the weights in `source` as a new directory `target`, "bltjax", "hf" or "meta".
+    """Writes the weights in `source` to a new directory `target` in `format`, one of FORMATS.
 
-    The source is checked as a whole first, every value included. Then tensors go through block by
-    block, so memory does not grow with the model. Raises WeightsError, which lists all problems
-    of the source or all that the format cannot say, or OSError; the target is then not there.
-    Returns what was written, and notes on it.
+    The whole source is checked first, every value included. Then tensors are copied block by block,
+    so memory does not grow with the model. Raises WeightsError, which lists all problems of the
+    source or all that the format cannot express, or OSError; the target then does not exist.
+    dry_run: only checks, and returns the tensors that would be written. Returns a summary for JSON.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
@@ -62,7 +62,7 @@ def convert(
 
 
 def read_and_check(source: Path, target: Path, entropy_model, progress: bool):
-    """The source's Weights; one error for everything that is wrong with it and with the target."""
+    """Reads the source. Raises one error for all problems with it and with the target."""
     from bltjax.checkpoints import formats
     from bltjax.checkpoints.weights import WeightsError
 
@@ -84,7 +84,7 @@ def read_and_check(source: Path, target: Path, entropy_model, progress: bool):
 
 
 def write_new(plan, target: Path, num_bytes: int, progress: bool):
-    """Write into a directory that becomes `target` in the end."""
+    """Writes a directory that appears as `target` once it is complete."""
     bar = progress_bar("writing", num_bytes, shown=progress)
     with new_directory(target) as partial, bar:
         free = shutil.disk_usage(partial).free
@@ -97,7 +97,7 @@ def write_new(plan, target: Path, num_bytes: int, progress: bool):
 
 
 def tensors_of(plan, directory: str = "") -> dict[str, str]:
-    """What a plan would write: dtype and shape by file path and name."""
+    """Returns dtype and shape of each tensor that a plan writes, by directory and name."""
     found = {
         directory + name: f"{tensor.dtype.name} {list(tensor.shape)}"
         for name, tensor in plan.tensors.items()

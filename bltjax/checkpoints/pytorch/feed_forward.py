@@ -1,4 +1,4 @@
-"""Feed-forward widths as the published formula gives them (spec 5.2)."""
+"""Finds the settings that give feed-forward widths by the published formula (spec 5.2)."""
 
 import dataclasses
 import math
@@ -7,9 +7,9 @@ from bltjax.config import TransformerConfig
 
 
 def common_widths(stacks: dict[str, TransformerConfig], problems: list[str]) -> tuple[float, int]:
-    """(multiplier, multiple_of) under which the formula gives the hidden width of every stack.
+    """Returns (multiplier, multiple_of) with which the formula gives the width of every stack.
 
-    Where no pair does, that is added to `problems`.
+    A line is added to `problems` where no pair does.
     """
     widths = [stack.ffn_dim for stack in stacks.values()]
     given = [

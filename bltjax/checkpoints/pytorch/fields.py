@@ -1,6 +1,7 @@
-"""Settings of a published format and ours: one table of pairs, used in both directions.
+"""Converts settings between a published format and ours by one table of pairs.
 
-A format's settings are a JSON object, taken field by field, so that nothing in it goes unnoticed.
+A format's settings are a JSON object. Its fields are taken one by one, so that an unknown field is
+noticed.
 """
 
 import difflib
@@ -11,25 +12,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 REQUIRED = object()
-LARGEST = 2**28  # of whole numbers; no size of a model is near it
-DEEPEST = 20  # objects inside each other
+LARGEST = 2**28  # limit of whole numbers; sizes of models are far below
+DEEPEST = 20  # limit of nesting
 
 
 class Pair(NamedTuple):
-    """One of our settings and the field of the format that holds it, as dotted paths.
+    """One of our settings and the field of the format that holds it.
 
-    Several of ours may share a field: then they must agree to be written. `default` stands in for
-    a field that is absent or null.
+    Several of our settings may share a field; to be written they must be equal.
     """
 
-    ours: str
-    theirs: str
+    ours: str  # dotted path
+    theirs: str  # dotted path
     kind: type
-    default: Any = REQUIRED
+    default: Any = REQUIRED  # value of a field that is absent or null
 
 
 def read_json(path: Path, problems: list[str]) -> dict:
-    """The JSON object in a file; {} and a problem where there is none."""
+    """Reads the JSON object in a file; returns {} and adds a problem where there is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text, object_pairs_hook=_object_without_twins)
@@ -61,17 +61,17 @@ def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict:
 
 
 class Fields:
-    """Takes fields of a JSON object by dotted path; what is wrong with them goes to `problems`."""
+    """Fields of a JSON object, taken by dotted path; `problems` lists what is wrong with them."""
 
     def __init__(self, name: str, values: dict):
         self.name, self.values, self.problems = name, values, []
         self._taken: set[str] = set()
 
     def take(self, path: str, kind: type, default=REQUIRED):
-        """The value of a field, or its default where it is absent or null.
+        """Returns the value of a field, or its default where it is absent or null.
 
-        Whole numbers pass as floats and the other way round. Without a default, or with another
-        type, a problem is noted and the result is None.
+        Whole numbers are accepted as floats and the other way round. A field that is missing
+        without a default, or has another type, is a problem and gives None.
         """
         self._taken.add(path)
         value = self._get(path)
@@ -100,25 +100,25 @@ class Fields:
         return value
 
     def must_be(self, path: str, allowed: Collection, why: str):
-        """A field that may be absent or null, and otherwise has one of the allowed values."""
+        """Checks that a field is absent, null, or one of the allowed values."""
         self._taken.add(path)
         value = self._get(path)
         if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
             self._problem(f"{self.name}.{path}={_short(value)} is not supported: {why}")
 
     def must_not_be_null(self, path: str, why: str):
-        """A field that may be absent, but null would not mean its default."""
+        """Checks that a field whose null does not mean its default is not null."""
         *groups, last = path.split(".")
         group = self._get(".".join(groups)) if groups else self.values
         if isinstance(group, dict) and last in group and group[last] is None:
             self._problem(f"{self.name}.{path}=null is not supported: {why}")
 
     def ignore(self, paths: Iterable[str]):
-        """Fields that are known and change nothing here."""
+        """Accepts fields that change nothing here, whatever their value."""
         self._taken.update(paths)
 
     def check_all_known(self):
-        """Notes every field that was neither taken nor ignored."""
+        """Adds a problem for each field that was neither taken nor ignored."""
         for path in _paths(self.values):
             groups = {known for known in self._taken if known.startswith(f"{path}.")}
             if groups and not self._get(path):  # a group that says nothing
@@ -145,7 +145,7 @@ class Fields:
 
 
 def read_pairs(fields: Fields, pairs: Iterable[Pair]) -> dict:
-    """Our settings as a nested dict."""
+    """Reads our settings from a format's fields, as a nested dict."""
     ours: dict = {}
     for pair in pairs:
         *groups, last = pair.ours.split(".")
@@ -157,7 +157,7 @@ def read_pairs(fields: Fields, pairs: Iterable[Pair]) -> dict:
 
 
 def write_pairs(config, pairs: Iterable[Pair], problems: list[str]) -> dict:
-    """The format's settings as a nested dict; settings that do not agree are noted."""
+    """Writes our settings as a format's nested dict; adds a problem where ours contradict."""
     theirs: dict = {}
     source: dict[str, tuple[str, Any]] = {}
     for pair in pairs:
@@ -179,7 +179,7 @@ def write_pairs(config, pairs: Iterable[Pair], problems: list[str]) -> dict:
 
 
 def in_their_words(problems: Iterable[str], name: str, pairs: Iterable[Pair]) -> list[str]:
-    """Problems of our settings `name.*`, with the names of the fields that hold them."""
+    """Returns problems of our settings `name.*` in terms of the format's fields."""
     longest_first = sorted(pairs, key=lambda pair: -len(pair.ours))
     told = []
     for problem in problems:
@@ -190,7 +190,7 @@ def in_their_words(problems: Iterable[str], name: str, pairs: Iterable[Pair]) ->
 
 
 def merged(*trees: dict) -> dict:
-    """Nested dicts laid over each other; later ones win."""
+    """Merges nested dicts; values of later ones win."""
     result: dict = {}
     for tree in trees:
         for key, value in tree.items():

@@ -1,6 +1,6 @@
-"""Hugging Face's BltConfig and ours.
+"""Converts Hugging Face's BltConfig to our settings and back.
 
-Absent fields have the defaults of transformers, since its files may leave out what equals them.
+Absent fields have the defaults of transformers, whose files may leave out defaults.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ GENERATION = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "use_cache": False
 
 
 class Settings(NamedTuple):
-    """What a config.json says."""
+    """Our settings from a config.json."""
 
     blt: BLTConfig
     entropy_model: EntropyModelConfig | None
@@ -38,7 +38,7 @@ class Settings(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """A group of the format, its type, and its defaults."""
+    """A group of settings in the format, with its type and its defaults."""
 
     group: str
     model_type: str
@@ -93,8 +93,8 @@ _PATCHING = [
     Pair("patch_size", "patch_size", int, 4),
 ]
 
-# Fields that every configuration of transformers may hold, over its versions; none of them changes
-# what a BLT computes.
+# Fields that any config of any version of transformers may have, and that do not change what a BLT
+# computes.
 _GENERIC = """
     _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
     _name_or_path add_cross_attention architectures attention_dropout attn_implementation auto_map
@@ -115,7 +115,7 @@ _GENERIC = """
 
 
 def read(config: dict, problems: list[str]) -> Settings | None:
-    """What a config.json says; None where something is wrong, which is added to `problems`."""
+    """Reads a config.json; where something is wrong adds it to `problems` and returns None."""
     if not config:
         return None
     fields = Fields("config", config)
@@ -167,7 +167,7 @@ def read(config: dict, problems: list[str]) -> Settings | None:
 
 
 def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
-    """A config.json for `BltForCausalLM`; what it cannot say is added to `problems`."""
+    """Writes a config.json for `BltForCausalLM`; adds what it cannot express to `problems`."""
     blt, patching = weights.blt, weights.patching
     problems += _cannot_say(blt, patching)
     stacks = {
@@ -238,7 +238,7 @@ def _ignore_what_changes_nothing(fields: Fields):
 
 
 def _complete_stack(fields: Fields, values: dict, stack: _Stack):
-    """Adds what has older names, or is checked rather than set."""
+    """Adds values that may have older names, and checks fields that have one supported value."""
     group = stack.group
     legacy_theta = fields.take(f"{group}.rope_theta", float, stack.rope_theta)
     values["rope_theta"] = fields.take(f"{group}.rope_parameters.rope_theta", float, legacy_theta)
@@ -283,7 +283,7 @@ def _check_supported(fields: Fields, blt: dict):
 
 
 def notes(blt: BLTConfig, patching: PatchingConfig) -> tuple[str, ...]:
-    """Where transformers computes something else with the same weights (spec 11.3)."""
+    """Returns notes on what transformers computes differently with these weights (spec 11.3)."""
     found = []
     if blt.cross_attention.all_layers_encoder and blt.local_encoder.num_layers > 1:
         found.append(
@@ -299,7 +299,7 @@ def notes(blt: BLTConfig, patching: PatchingConfig) -> tuple[str, ...]:
 
 
 def _plain_heads(settings: Settings) -> Settings:
-    """Numbers of key/value heads that say nothing new are left out, and so are known widths."""
+    """Drops numbers of key/value heads and widths that are equal to the defaults."""
 
     def plain(stack: TransformerConfig) -> TransformerConfig:
         kv = None if stack.kv_heads == stack.num_heads else stack.kv_heads

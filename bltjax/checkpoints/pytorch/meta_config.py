@@ -1,7 +1,6 @@
-"""Meta's settings (ByteLatentTransformerArgs, LMTransformerArgs, PatcherArgs) and ours.
+"""Converts Meta's settings (ByteLatentTransformerArgs, LMTransformerArgs, PatcherArgs) and ours.
 
-Spec 2.1, 5.1, 5.10, 5.12, 7 and 10.1 say which fields there are, which of them do nothing, and
-what absent ones mean.
+Spec 2.1, 5.1, 5.10, 5.12, 7 and 10.1 list the fields, those without effect, and the defaults.
 """
 
 import dataclasses
@@ -18,8 +17,8 @@ from bltjax.config import (
 )
 from bltjax.vocabulary import EOS_ID
 
-ROPE_THETA = 10_000.0  # of the published base settings; the BLT's files say 500000 (spec 7)
-WINDOW = 512  # hard-coded where the published code loads its entropy model (spec 7)
+ROPE_THETA = 10_000.0  # default of the published settings; files of a BLT have 500000 (spec 7)
+WINDOW = 512  # hard-coded in the published code that loads the entropy model (spec 7)
 
 
 def _stack_pairs(stack: str, suffix: str, kv_heads: str, window: str | None) -> list[Pair]:
@@ -61,7 +60,7 @@ _BLT = [
     *_INIT,
 ]
 _ENTROPY_MODEL = [*_stack_pairs("transformer", "", "n_kv_heads", "sliding_window"), *_INIT]
-# Of each pair the patcher's field counts, and the model's where the patcher says nothing.
+# (Field of the patcher, field of the model where the patcher has none, type, default.)
 _PATCHING = [
     ("patching_mode", "patching_mode", str, "entropy"),
     ("threshold", "patching_threshold", float, PatchingConfig.threshold),
@@ -75,9 +74,9 @@ _PATCHER_IGNORED = """
     realtime_patching
 """
 _POOLING = {"avg": "mean", "mean": "mean", "max": "max", "min": "min"}
-_MODES = {"entropy": "entropy", "space": "space", "static": "static", "byte": "byte", "bpe": "bpe"}
+_MODES = ("entropy", "space", "static", "byte", "bpe")
 
-# Fields that the published code reads nowhere, or that do not change what a model computes.
+# Fields that the published code never reads, or that do not change what a model computes.
 _IGNORED = {
     "attn_bias_type": "block_causal",
     "attn_impl": "xformers",
@@ -137,7 +136,7 @@ _BLT_IGNORED = {
     "use_local_encoder_transformer": True,
     "use_rope": True,
 }
-# Fields that do change it, the values that are supported, and the reason.
+# Fields that do change it: the supported values, and the reason.
 _EOS = {"eos_id": ((EOS_ID,), f"documents end with id {EOS_ID}")}
 _LIMITED = {
     **_EOS,
@@ -147,14 +146,14 @@ _LIMITED = {
     "pm_size": ((0,), "the vocabulary is bytes and special ids only"),
     "tokenize_with_bpe_delimiter": ((False,), "text is bytes without delimiters"),
     "downsampling_by_pooling": (tuple(_POOLING), "one of max, min, avg"),
-    "patching_mode": (tuple(_MODES), f"one of {tuple(_MODES)}"),
+    "patching_mode": (_MODES, f"one of {_MODES}"),
 }
 
 
 def read_blt(args: dict, patcher_args: dict, problems: list[str]):
-    """(BLTConfig, PatchingConfig, Lengths) of ByteLatentTransformerArgs and PatcherArgs.
+    """Reads (BLTConfig, PatchingConfig, Lengths) from ByteLatentTransformerArgs and PatcherArgs.
 
-    Whatever is wrong is added to `problems`; the configs are then None.
+    Where something is wrong, it is added to `problems` and the configs are None.
     """
     fields, patcher = Fields("args", args), Fields("patcher_args", patcher_args)
     fields.ignore([*_BLT_IGNORED, "cross_attn_init_by_pooling"])
@@ -195,7 +194,7 @@ def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
     for theirs, models, kind, default in _PATCHING:
         fallback = fields.take(models, kind, default)
         values[theirs] = patcher.take(theirs, kind, fallback)
-    rule = _MODES.get(values["patching_mode"], "entropy")
+    rule = values["patching_mode"]
     if rule == "entropy" and values["monotonicity"]:
         rule = "monotonic"
     elif rule == "entropy" and values["threshold_add"] is not None:
@@ -212,7 +211,7 @@ def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
 
 
 def read_entropy_model(args: dict, problems: list[str]):
-    """(EntropyModelConfig, Lengths) of LMTransformerArgs; see `read_blt`."""
+    """Reads (EntropyModelConfig, Lengths) from LMTransformerArgs; see `read_blt`."""
     fields = Fields("entropy_model", args)
     fields.ignore(_IGNORED)
     for key, (allowed, why) in _EOS.items():
@@ -232,7 +231,7 @@ def read_entropy_model(args: dict, problems: list[str]):
 def write_blt(
     config: BLTConfig, patching: PatchingConfig, lengths: Lengths, problems: list[str]
 ) -> dict:
-    """ByteLatentTransformerArgs; what the format cannot say is added to `problems`."""
+    """Writes ByteLatentTransformerArgs; what the format cannot express is added to `problems`."""
     cross = config.cross_attention
     if not cross.doubled_residual:
         problems.append("cross_attention.doubled_residual=False: Meta's code always doubles it")
@@ -272,10 +271,12 @@ def write_blt(
 
 
 def write_patcher(patching: PatchingConfig, problems: list[str]) -> dict:
-    """PatcherArgs."""
+    """Writes PatcherArgs; see `write_blt`."""
     if patching.reset_at_newlines:
         problems.append("patching.reset_at_newlines=True: Meta's code never resets at newlines")
-    rules = {"monotonic": "entropy", "global_monotonic": "entropy"}
+    mode = "entropy" if patching.rule in ("monotonic", "global_monotonic") else patching.rule
+    if mode not in _MODES:
+        problems.append(f"patching.rule={patching.rule!r}: Meta's code has no such rule")
     return {
         "max_patch_length": patching.max_patch_length,
         "monotonicity": patching.rule == "monotonic",
@@ -283,21 +284,21 @@ def write_patcher(patching: PatchingConfig, problems: list[str]) -> dict:
         if (patching.rule, patching.patch_size) == ("entropy", 4)
         else patching.patch_size,
         "patching_batch_size": 1,
-        "patching_mode": rules.get(patching.rule, patching.rule),
+        "patching_mode": mode,
         "threshold": patching.threshold,
         "threshold_add": patching.threshold_add if patching.rule == "global_monotonic" else None,
     }
 
 
 def notes(patching: PatchingConfig) -> tuple[str, ...]:
-    """Where Meta's code finds other patches with the same settings (spec 2.4)."""
+    """Returns notes on patches that Meta's code finds elsewhere with these settings (spec 2.4)."""
     if patching.rule == "global_monotonic" and not patching.published_skip_at_3:
         return ("Meta's code never starts a patch at position 3 under threshold_add, bltjax may",)
     return ()
 
 
 def write_entropy_model(config: EntropyModelConfig, lengths: Lengths, problems: list[str]) -> dict:
-    """LMTransformerArgs; see `write_blt`."""
+    """Writes LMTransformerArgs; see `write_blt`."""
     stacks = _plain_stacks({"transformer": config.transformer}, problems)
     return {
         **_IGNORED,
@@ -311,7 +312,7 @@ def write_entropy_model(config: EntropyModelConfig, lengths: Lengths, problems: 
 def _plain_stacks(
     stacks: dict[str, TransformerConfig], problems: list[str]
 ) -> dict[str, TransformerConfig]:
-    """The same stacks, said with as few differing fields as possible: the format shares them."""
+    """Returns equivalent stacks with equal fields where possible, since the format shares them."""
     multiplier, multiple_of = common_widths(stacks, problems)
     grouped = any(s.kv_heads != s.num_heads for name, s in stacks.items() if "global" not in name)
     return {

@@ -1,7 +1,7 @@
-"""Files that torch.save wrote, read without torch and without running anything.
+"""Reads files of torch.save without torch and without running code in them.
 
-Such a file is a zip archive: one pickle, which holds the structure (`pickle_program` reads it), and
-one entry of plain bytes for each storage, which tensors share.
+Such a file is a zip archive: a pickle with the structure (see `pth_pickle`), and an entry of plain
+bytes for each storage, of which tensors are views.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from bltjax.checkpoints.pytorch.pth_pickle import Entry, Refused, read_program
 from bltjax.checkpoints.pytorch.stored_array import one_line
 from bltjax.runtime.progress import OnProgress
 
-MAX_PICKLE_BYTES = 8 * 2**20  # fifty thousand tensors
+MAX_PICKLE_BYTES = 8 * 2**20  # enough for fifty thousand tensors
 
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _ENCRYPTED, _UTF_8 = 0x41, 0x800  # flag bits of a zip entry
@@ -30,10 +30,10 @@ class _Archive(NamedTuple):
 
 
 def open_pth(path: Path) -> Any:
-    """The nested dicts, lists and tuples that a file holds, its tensors as lazy arrays.
+    """Returns the nested dicts, lists and tuples in a file, with lazy arrays for tensors.
 
-    Attributes that torch adds to ordered dicts and parameters are dropped. Damage in the tensors'
-    bytes does not show here: `verify` finds it. Raises FileNotFoundError, or ValueError for a file
+    Attributes that torch adds to ordered dicts and parameters are dropped. Damage in the bytes of
+    tensors is not noticed here but by `verify`. Raises FileNotFoundError, or ValueError for a file
     that is damaged or holds anything but tensors and plain values.
     """
     path = Path(path)
@@ -43,10 +43,9 @@ def open_pth(path: Path) -> Any:
 
 
 def verify(path: Path, on_progress: OnProgress = None) -> list[str]:
-    """Reads all storages block by block; a line for each damaged one.
+    """Checks the CRC-32 of all storages; returns a line for each damaged one.
 
-    on_progress: called with the number of bytes of each block. Raises as `open_pth` for a file
-    without readable storages.
+    on_progress: called with the number of bytes of each block. Raises like `open_pth`.
     """
     path, problems = Path(path), []
     with _explained(path):
@@ -66,7 +65,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, Refused):
         raise
-    except Exception as error:  # whatever a damaged file provokes in two parsers
+    except Exception as error:  # a damaged file may cause any error in the parsers
         raise ValueError(
             f"{path} is not a whole torch.save file ({one_line(error)}): download it again"
         ) from error
@@ -102,7 +101,7 @@ def _read_archive(path: Path) -> _Archive:
 
 
 def _is_pickle(name: str) -> bool:
-    """The archive's only folder has the name of the file that was saved."""
+    """Returns True for data.pkl in the archive's only folder, whose name is arbitrary."""
     return name.endswith("/data.pkl") and name.count("/") == 1
 
 
@@ -113,7 +112,7 @@ def _check_byte_order(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInf
 
 
 def _small_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """An entry's bytes, after ZipFile has checked their CRC-32."""
+    """Reads a small entry, of which ZipFile checks the CRC-32."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"entry {info.filename!r} is compressed")
     if info.file_size > MAX_PICKLE_BYTES:
@@ -134,7 +133,7 @@ def _storages(file, infos: dict[str, zipfile.ZipInfo], folder: str) -> dict[str,
 
 
 def _entry(file, info: zipfile.ZipInfo, file_size: int) -> Entry:
-    """Where an entry's bytes are: after its local header, whose length only the header tells."""
+    """Locates an entry's bytes: after its local header, whose length is in that header only."""
     stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
     if not stored or info.flag_bits & _ENCRYPTED:
         raise ValueError(f"entry {info.filename!r} is compressed or encrypted")

@@ -1,9 +1,9 @@
-"""The pickle in a file of torch.save, read without running anything.
+"""Reads the pickle in a file of torch.save without running code in it.
 
-A pickle is a program that may call anything importable, so no `pickle.Unpickler` comes near it.
-The interpreter below knows only the opcodes that build plain values and the few names that make up
-tensors: it has no import, no attribute look-up and no call of anything from outside this file,
-hence nothing to be talked into.
+A pickle is a program that may call anything importable, so `pickle.Unpickler` is not used. The
+interpreter below knows only the opcodes that build plain values and the few names that make up
+tensors. It has no import, no attribute look-up and no call of anything outside this file, so a
+malicious file has nothing to call.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ import numpy as np
 
 from bltjax.checkpoints.pytorch.stored_array import StoredArray
 
-MAX_DEPTH = 100  # so that a reader of the tree may recurse
-MAX_NODES = 2**22  # entries shared over and over make a small pickle a tree without end
+MAX_DEPTH = 100  # so that readers of the tree can recurse
+MAX_NODES = 2**22  # shared entries can make an endless tree of a small pickle
 
 REMEDY = (
     "a weight file holds tensors only; re-save it with torch.save({'model': model.state_dict()})"
@@ -29,11 +29,11 @@ REMEDY = (
 
 
 class Refused(ValueError):
-    """Its message is for the user as it is."""
+    """An error whose message needs no more context for the user."""
 
 
 class Entry(NamedTuple):
-    """The bytes of one storage in the file."""
+    """Place of a storage's bytes in the file."""
 
     start: int
     size: int
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """What tensors are views of. Not a tuple, which a pickle could make."""
+    """A storage that tensors are views of. No tuple, since a pickle can make tuples."""
 
     start: int
     numel: int
@@ -50,15 +50,16 @@ class _Storage:
 
 
 def read_program(program: bytes, path: Path, storages: Mapping[str, Entry]) -> Any:
-    """What a pickle in the file `path` builds, tensors as lazy arrays into `storages`.
+    """Returns the object that a pickle in file `path` builds, with lazy arrays for tensors.
 
-    Raises Refused for what no weight file needs, and any Exception for a damaged pickle.
+    storages: places of the bytes, by key. Raises Refused for what no weight file needs, and any
+    Exception for a damaged pickle.
     """
     return _checked(_Interpreter(path, storages).run(program), path)
 
 
 def _checked(tree: Any, path: Path) -> Any:
-    """The tree, if it holds tensors and plain values and recursion over it ends."""
+    """Returns the tree if it holds only tensors and plain values and is not too deep."""
     level, num_nodes = [tree], 0
     for _ in range(MAX_DEPTH):
         children = itertools.chain.from_iterable(_children(node, path) for node in level)
@@ -82,7 +83,7 @@ def _children(node: Any, path: Path):
 
 
 class _Interpreter:
-    """The machine of a pickle: a stack, the stacks set aside at marks, and the memo."""
+    """Pickle's machine: a stack, the stacks that were set aside at marks, and the memo."""
 
     def __init__(self, path: Path, storages: Mapping[str, Entry]):
         self.path, self.storages = path, storages
@@ -195,15 +196,15 @@ def _updated(machine, target, *items):
 
 
 def _without_attributes(machine, target, attributes):
-    """torch adds `_metadata`, module versions, to the ordered dict of a state."""
+    """Drops attributes of an ordered dict: torch adds `_metadata`, versions of modules."""
     if not isinstance(target, OrderedDict):
         raise machine.refusal(f"attributes of a {type(target).__name__}")
     return target
 
 
-_MARKED, _AND_BELOW = -1, -2  # all since the mark; those and the one below it
+_MARKED, _AND_BELOW = -1, -2  # all entries since the mark; these and the one below
 
-# Opcode: how many entries of the stack it takes, and what of these it puts there.
+# By opcode: number of stack entries it takes, and the function that makes its result of them.
 _BUILDERS: dict[str, tuple[int, Callable]] = {
     "NONE": (0, lambda machine: None),
     "NEWTRUE": (0, lambda machine: True),
@@ -225,7 +226,7 @@ _BUILDERS: dict[str, tuple[int, Callable]] = {
     "BINPERSID": (1, _Interpreter.storage),
 }
 
-# Opcodes whose argument is a value.
+# Opcodes that push their argument.
 _VALUES = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),

@@ -1,11 +1,11 @@
-"""Reads directories of PyTorch weights, without PyTorch: Hugging Face's and Meta's two kinds.
+"""Reads directories of PyTorch weights of Hugging Face and Meta, without PyTorch.
 
     Hugging Face     config.json, model.safetensors or shards with an index, entropy model inside
     Meta, hub        config.json {"args": ...}, model.safetensors, train_args.json
     Meta, local      params.json, consolidated.pth
 
-Meta keeps the entropy model in a directory of its own, of either kind. Nothing is loaded here
-beyond a check of every value: the parameters come back as lazy arrays.
+Meta keeps the entropy model in a directory of its own, of either kind. Every value is checked, but
+nothing is kept in memory: parameters are lazy arrays.
 """
 
 import re
@@ -21,26 +21,26 @@ from bltjax.config import PatchingConfig
 from bltjax.runtime.progress import OnProgress
 
 ENTROPY_MODEL_DIRECTORY = "entropy_model"
-PATCHER = "model.patcher."  # of the entropy model's tensors in Hugging Face's files
-# Tables of positions, which some checkpoints carry and everybody computes (spec 10.1).
+PATCHER = "model.patcher."  # prefix of the entropy model's tensors in Hugging Face's files
+# Tables for rotary positions, which some checkpoints contain and nobody needs (spec 10.1).
 _TABLES = re.compile(r"(.*\.)?rope\w*\.freqs_cis|freqs_cis")
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # left by data parallelism and compilation
 
 
 def is_hf(config: dict) -> bool:
-    """Whether a config.json is Hugging Face's."""
+    """Returns True for a config.json of Hugging Face's."""
     return config.get("model_type") == "blt" or "encoder_config" in config
 
 
 def is_meta(config: dict) -> bool:
-    """Whether a config.json is Meta's, with or without its wrapper."""
+    """Returns True for a config.json of Meta's, with or without "args" around it."""
     return "args" in config or "dim_global" in config or "n_layers" in config
 
 
 def read_hf(directory: Path, on_progress: OnProgress = None) -> Weights:
-    """A `BltForCausalLM` directory. Raises WeightsError that lists every problem found.
+    """Reads a `BltForCausalLM` directory. Raises WeightsError that lists every problem.
 
-    A directory whose `patch_in_forward` is false has no entropy model.
+    There is no entropy model where `patch_in_forward` is false.
     """
     problems: list[str] = []
     settings = hf_config.read(read_json(directory / "config.json", problems), problems)
@@ -71,7 +71,7 @@ def read_hf(directory: Path, on_progress: OnProgress = None) -> Weights:
 
 
 def _not_explained(found: list[str], directory: Path, unreadable: list[str]) -> list[str]:
-    """Problems of a model without tensors that are missing because their file cannot be read."""
+    """Drops the problems of tensors that are missing because their file cannot be read."""
     if not unreadable:
         return found
     index = read_json(directory / safetensors_files.INDEX, []).get("weight_map")
@@ -81,9 +81,9 @@ def _not_explained(found: list[str], directory: Path, unreadable: list[str]) -> 
 
 
 def read_meta(directory: Path, on_progress: OnProgress = None) -> Weights:
-    """A directory of Meta's: a BLT (with `entropy_model/` where that is there) or an entropy model.
+    """Reads a directory of Meta's: a BLT, with `entropy_model/` if it exists, or an entropy model.
 
-    Raises WeightsError that lists every problem found.
+    Raises WeightsError that lists every problem.
     """
     problems: list[str] = []
     tensors = _meta_tensors(directory, problems, on_progress)
@@ -106,7 +106,7 @@ def read_meta(directory: Path, on_progress: OnProgress = None) -> Weights:
 
 
 class _Settings(NamedTuple):
-    """What the JSON files of one of Meta's directories say."""
+    """Settings in the JSON files of one of Meta's directories."""
 
     args: dict
     entropy_model: dict
@@ -134,7 +134,7 @@ def _with_entropy_model(
 
 
 def _meta_blt(settings: _Settings, tensors, problems) -> tuple[Weights | None, list[str]]:
-    """The model, and what is wrong with its tensors; `problems` takes what is with its settings."""
+    """Returns the model and problems of its tensors; those of settings go to `problems`."""
     config, patching, lengths = meta_config.read_blt(settings.args, settings.patcher_args, problems)
     if config is None:
         return None, []
@@ -154,7 +154,7 @@ def _meta_entropy_model(settings: _Settings, tensors, problems) -> tuple[Weights
 
 
 def _meta_settings(directory: Path, problems: list[str]) -> _Settings | None:
-    """None where a file cannot be read, or holds other things than settings."""
+    """Reads the settings; None where a file cannot be read or holds something else."""
     before = len(problems)
     if (directory / "config.json").exists():
         config = read_json(directory / "config.json", problems)
@@ -187,7 +187,7 @@ def _object(values: dict, key: str, default: dict, problems: list[str]) -> dict:
 def _meta_tensors(
     directory: Path, problems: list[str], on_progress: OnProgress
 ) -> dict[str, LazyArray]:
-    """Tensors of either kind of directory, under their bare names."""
+    """Opens the tensors of either kind of directory, by name without wrappers' prefixes."""
     pickled = sorted(directory.glob("*.pth"))
     in_safetensors = (safetensors_files.SINGLE, safetensors_files.INDEX)
     if pickled and not any((directory / name).exists() for name in in_safetensors):
@@ -223,7 +223,7 @@ def _meta_tensors(
 
 
 def _leaves(contents: Any, prefix: str = ""):
-    """(dotted name, leaf) of nested dicts."""
+    """Yields (dotted name, leaf) of nested dicts."""
     if isinstance(contents, dict):
         for key, value in contents.items():
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
@@ -232,6 +232,6 @@ def _leaves(contents: Any, prefix: str = ""):
 
 
 def stored_bytes(directory: Path) -> int:
-    """Size of the weight files that reading a PyTorch directory goes through."""
+    """Returns the bytes of the weight files in a PyTorch directory."""
     kinds = ("*.safetensors", "*.pth")
     return sum(path.stat().st_size for kind in kinds for path in directory.rglob(kind))

@@ -1,4 +1,4 @@
-"""Safetensors files, read and written piece by piece: weights need not fit in memory."""
+"""Reads and writes safetensors files piece by piece, so that weights need not fit in memory."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from bltjax.runtime.progress import OnProgress
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-METADATA = {"format": "pt"}  # transformers loads no file without it
+METADATA = {"format": "pt"}  # transformers does not load a file without it
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -44,7 +44,7 @@ _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 def open_safetensors(path: Path) -> dict[str, LazyArray]:
-    """The tensors of a file by name, in the file's order.
+    """Opens the tensors of a file, by name in the file's order.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds a dtype that NumPy
     does not have.
@@ -61,14 +61,14 @@ def open_safetensors(path: Path) -> dict[str, LazyArray]:
         }
     except (FileNotFoundError, _UnknownDtype):
         raise
-    except Exception as error:  # whatever a damaged file provokes in two parsers
+    except Exception as error:  # a damaged file may cause any error in the parsers
         raise ValueError(
             f"{path} is not a whole safetensors file ({one_line(error)}): download it again"
         ) from error
 
 
 class _UnknownDtype(ValueError):
-    """Its message is for the user as it is."""
+    """An error whose message needs no more context for the user."""
 
 
 def _read_header(path: Path) -> tuple[dict, int]:
@@ -88,7 +88,7 @@ def _stored(path: Path, start: int, name: str, entry: dict) -> StoredArray:
 
 
 def open_sharded(directory: Path) -> tuple[dict[str, LazyArray], list[str]]:
-    """The tensors of a model's directory and what is wrong with it, a line a problem.
+    """Opens the tensors of a model's directory; returns them by name, and a list of problems.
 
     Reads the files that `model.safetensors.index.json` names if there is one, else
     `model.safetensors`. Tensors with a problem are left out.
@@ -158,9 +158,9 @@ def write_safetensors(
     on_progress: OnProgress = None,
     metadata: Mapping[str, str] = METADATA,
 ) -> None:
-    """Write a file block by block, `on_progress(number of bytes)` after each.
+    """Writes a file block by block; on_progress: called with the number of bytes after each.
 
-    The file appears when it is whole. Raises ValueError for a dtype that the format does not have.
+    The file appears when it is complete. Raises ValueError for a dtype that the format lacks.
     """
     names = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
     header = _header([(name, tensors[name]) for name in names], metadata)
@@ -199,7 +199,7 @@ def _write_array(file, name: str, array: LazyArray, on_progress: OnProgress) -> 
                 f"tensor {name!r} gave {piece.dtype}{list(piece.shape)} for "
                 f"{array.dtype}{list(wanted)}: a bug in what reads it"
             )
-        # Unsigned bytes: files take no buffer of a dtype that NumPy does not know, like bfloat16.
+        # As bytes, since files take no buffer of a dtype that NumPy lacks, like bfloat16.
         file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
         if on_progress:
             on_progress(piece.nbytes)
@@ -211,10 +211,10 @@ def write_sharded(
     on_progress: OnProgress = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write `model.safetensors`, or shards of at most `max_shard_bytes` of data and an index.
+    """Writes `model.safetensors`, or shards of at most `max_shard_bytes` of data and an index.
 
-    Tensors keep their order from shard to shard; one that is larger has a shard to itself. Raises
-    ValueError if the directory has weights already: mixed with new ones, either could be loaded.
+    Tensors keep their order over the shards; a larger tensor gets a shard to itself. Raises
+    ValueError if the directory has weights already, since a reader could load those.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def write_sharded(
 
 
 def _shards(tensors: Mapping[str, LazyArray], max_bytes: int) -> list[list[str]]:
-    """The names of each shard, filled in order."""
+    """Returns the names of the tensors of each shard, which are filled in order."""
     shards, room = [[]], max_bytes
     for name, array in tensors.items():
         size = num_bytes(array)

@@ -1,4 +1,4 @@
-"""What the readers of weight files share: an array in a file, and words for damage."""
+"""An array in a weight file, read piece by piece, for all formats."""
 
 import math
 from pathlib import Path
@@ -9,10 +9,10 @@ from bltjax.checkpoints.lazy_arrays import BLOCK_BYTES, Index
 
 
 class StoredArray:
-    """An array in a file: bytes from `start` on, `strides` elements apart (default: C order).
+    """A lazy array in a file that begins at byte `start`; strides: in elements, default C order.
 
-    Each reading opens the file anew, maps the range of its piece, copies the piece and drops the
-    map: threads may share an array, and what has been read stays out of resident memory.
+    Each read maps the file where the piece lies, copies the piece and drops the map. So threads may
+    share an array, and what has been read does not stay in memory.
     """
 
     def __init__(self, path: Path, start: int, shape, dtype, strides=None):
@@ -34,7 +34,7 @@ class StoredArray:
         return result
 
     def _fill(self, piece: np.ndarray, begin: int) -> None:
-        """Read `piece` from byte `begin` on, mapping at most a block at a time."""
+        """Reads `piece` from byte `begin` on, mapping at most a block at a time."""
         reach = [(n - 1) * step for n, step in zip(piece.shape, self._steps, strict=True)]
         num_mapped = sum(reach) + self.dtype.itemsize
         if num_mapped > BLOCK_BYTES:
@@ -49,5 +49,5 @@ class StoredArray:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, short enough for a message."""
+    """Returns the message of an error on one line, shortened."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,9 +1,9 @@
-"""What every tensor is called, and how it lies, in Meta's and in Hugging Face's files.
+"""Maps our parameters to the tensors of Meta's and Hugging Face's files, and back.
 
-One table for both directions. Matrices are [out, in] everywhere and rotary pairs are interleaved
-everywhere, so nothing is ever transposed or permuted: tensors are only stacked (layers; n-gram
-tables in Meta's files) or cut out of one another (n-gram tables in Hugging Face's), and the rows
-that n-gram tables are held with beyond the published ones come and go.
+One table of names serves both directions. Matrices are [out, in] and rotary pairs interleaved in
+all formats, so nothing is transposed or permuted. Tensors are stacked (layers; n-gram tables in
+Meta's files) or cut apart (n-gram tables in Hugging Face's files), and n-gram tables get the extra
+rows that they have in memory, or lose them.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from bltjax.checkpoints.weights import shape_problems, shapes
 from bltjax.config import BLTConfig, TransformerConfig
 from bltjax.model import functional
 
-META, HF = "meta", "hf"  # the two styles of names
+META, HF = "meta", "hf"  # styles of names
 
 
 class Name(NamedTuple):
-    """Names of one of our parameters; `{}` stands for the layer or table.
+    """Published names of one of our parameters; `{}` stands for the number of a layer or table.
 
-    Our path is Meta's name without the number. Where a name has no number although ours is
-    stacked, the entries are joined along their first axis in one tensor.
+    Our path is Meta's name without the number. A stacked parameter whose published name has no
+    number is one tensor there, joined along the first axis.
     """
 
     meta: str
@@ -104,7 +104,7 @@ ENTROPY_MODEL_NAMES = [
 
 
 def to_published(config, params: dict, style: str) -> dict[str, LazyArray]:
-    """Our nested parameters -> lazy tensors by published name. Only `shape`s are looked at."""
+    """Converts our nested parameters to lazy tensors by published name; reads only shapes."""
     tensors = {}
     for path, leaf in tree_leaves(params):
         name = _by_path(isinstance(config, BLTConfig))[path]
@@ -121,11 +121,10 @@ def to_published(config, params: dict, style: str) -> dict[str, LazyArray]:
 
 
 def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tuple[dict, list[str]]:
-    """Lazy tensors by published name -> our nested parameters, and every problem found.
+    """Converts lazy tensors by published name to our nested parameters; returns problems too.
 
-    Problems are tensors that are missing, that the config has no place for, that have another shape
-    than the config says, or that are stacked with others of another dtype. With problems the nested
-    parameters are incomplete.
+    Problems are missing and unexpected tensors, shapes other than the config's, and stacks of
+    tensors of several dtypes. With problems the nested parameters are incomplete.
     """
     if too_many := _more_than(config, len(tensors)):
         return {}, too_many
@@ -152,7 +151,7 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
 
 
 def _more_than(config, num_tensors: int) -> list[str]:
-    """The problem of a config with absurdly many layers, whose names would fill the memory."""
+    """Returns the problem of a config with absurdly many layers, whose names would fill memory."""
     stacks = [getattr(config, field.name) for field in dataclasses.fields(config)]
     layers = sum(s.num_layers for s in stacks if isinstance(s, TransformerConfig))
     if layers <= max(1000, num_tensors):

@@ -1,7 +1,7 @@
-"""Writes directories of PyTorch weights, without PyTorch: for `transformers`, and Meta's hub kind.
+"""Writes directories of PyTorch weights, for `transformers` or in Meta's layout, without PyTorch.
 
-A directory is planned first, and whatever its format cannot say is listed and raised, before
-anything is written. Then tensors go through one block at a time.
+A directory is planned first, and everything that its format cannot express is raised in one error
+before anything is written. Then tensors are copied block by block.
 """
 
 import json
@@ -20,17 +20,17 @@ from bltjax.checkpoints.weights import Weights, WeightsError
 from bltjax.runtime.progress import OnProgress
 
 
-class Plan(NamedTuple):
-    """What a directory will hold: lazy tensors by name, JSON files, and directories."""
+class WritePlan(NamedTuple):
+    """Content of a directory that is to be written."""
 
-    tensors: dict[str, LazyArray]
-    files: dict[str, dict]
-    inside: dict[str, "Plan"]
+    tensors: dict[str, LazyArray]  # by name
+    files: dict[str, dict]  # JSON, by file name
+    inside: dict[str, "WritePlan"]  # directories
     notes: tuple[str, ...] = ()
     max_shard_bytes: float = math.inf
 
     def write(self, directory: Path, on_progress: OnProgress = None):
-        """Raises OSError where the disk takes no more."""
+        """Writes the directory. Raises OSError where the disk is full."""
         directory.mkdir(parents=True, exist_ok=True)
         write_sharded(directory, self.tensors, on_progress, max_shard_bytes=self.max_shard_bytes)
         for name, plan in self.inside.items():
@@ -39,8 +39,11 @@ class Plan(NamedTuple):
             (directory / name).write_text(json.dumps(value, indent=2) + "\n")
 
 
-def plan_hf(weights: Weights, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
-    """What `BltForCausalLM.from_pretrained` loads; WeightsError for what it cannot express."""
+def plan_hf(weights: Weights, max_shard_bytes: int = MAX_SHARD_BYTES) -> WritePlan:
+    """Plans a directory for `BltForCausalLM.from_pretrained`.
+
+    Raises WeightsError for what the format cannot express.
+    """
     if weights.blt is None:
         raise WeightsError(
             "Hugging Face's format",
@@ -56,20 +59,22 @@ def plan_hf(weights: Weights, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
     if problems:
         raise WeightsError("Hugging Face's format", problems)
     files = {"generation_config.json": hf_config.GENERATION, "config.json": config}
-    return Plan(tensors, files, {}, hf_config.notes(weights.blt, weights.patching), max_shard_bytes)
+    notes = hf_config.notes(weights.blt, weights.patching)
+    return WritePlan(tensors, files, {}, notes, max_shard_bytes)
 
 
-def plan_meta(weights: Weights) -> Plan:
-    """Meta's hub layout, the entropy model in `entropy_model/`, or alone if there is no BLT.
+def plan_meta(weights: Weights) -> WritePlan:
+    """Plans a directory in Meta's hub layout, with the entropy model in `entropy_model/`.
 
-    Raises WeightsError for what it cannot express.
+    Without a BLT the directory is that of the entropy model. Raises WeightsError for what the
+    format cannot express.
     """
     problems: list[str] = []
     entropy_model = None
     if weights.entropy_model is not None:
         args = meta_config.write_entropy_model(weights.entropy_model, weights.lengths, problems)
         tensors = to_published(weights.entropy_model, weights.params["entropy_model"], META)
-        entropy_model = Plan(tensors, {"config.json": {"args": args}}, {})
+        entropy_model = WritePlan(tensors, {"config.json": {"args": args}}, {})
     plan = entropy_model
     if weights.blt is not None:
         args = meta_config.write_blt(weights.blt, weights.patching, weights.lengths, problems)
@@ -81,7 +86,7 @@ def plan_meta(weights: Weights) -> Plan:
                 "tokenizer_args": {"name": "blt"},
             },
         }
-        plan = Plan(
+        plan = WritePlan(
             to_published(weights.blt, weights.params["blt"], META),
             {"train_args.json": training, "config.json": {"args": args}},
             {} if entropy_model is None else {ENTROPY_MODEL_DIRECTORY: entropy_model},
@@ -93,7 +98,7 @@ def plan_meta(weights: Weights) -> Plan:
 
 
 def _projection(weights: Weights) -> dict:
-    """transformers multiplies with this matrix where the published model has none."""
+    """Returns the identity for a matrix that only transformers has, or nothing."""
     if weights.blt.has_decoder_projection:
         return {}
     like = weights.params["blt"]["local_decoder"]["output"]["weight"]

@@ -1,9 +1,9 @@
-"""Rows in a fixed number of lanes, so that any number of processes gives the same batches.
+"""Packs rows in a fixed number of lanes, so that any number of processes makes the same batches.
 
 Row i of every batch comes from lane i. Lane i of n reads the documents at places i, i + n,
-i + 2n, ... of the corpus's order and packs them by itself. Which process works on a lane, with
-how many helpers, and how far ahead, changes nothing; and a lane's position is a few numbers: the
-next document it will read, and how much it has taken of those it has open.
+i + 2n, ... of the corpus's order and packs them independently of other lanes. Results do not depend
+on the process that works on a lane, its helpers, or how far it reads ahead. The state of a lane is
+a few numbers: the documents read, and the position in each open one.
 """
 
 from typing import NamedTuple
@@ -18,28 +18,25 @@ from bltjax.data.tokenizer import Tokenizer
 from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
 
-NONE = -1  # in a state, the place of a document that is not there
+NONE = -1  # place in a state where there is no open document
 
 
 class Layout(NamedTuple):
-    """What rows look like. Without `patching` they have no patches, and row_patches is 0.
+    """Shape and content of rows."""
 
-    tokenizer: whose ids rows hold, where they are not bytes; row_bytes are positions all the same.
-    """
-
-    row_bytes: int
+    row_bytes: int  # positions, also where ids are not bytes
     row_patches: int = 0
-    patching: PatchingConfig | None = None
+    patching: PatchingConfig | None = None  # None: rows have no patches, and row_patches is 0
     pool: int = 32  # documents that a lane has open
-    slack: float = 0.02  # of a row's compute, see `packing`
-    tokenizer: Tokenizer | None = None
+    slack: float = 0.02  # share of a row's compute, see `packing`
+    tokenizer: Tokenizer | None = None  # source of the ids; None: ids are bytes
 
 
 class Lane:
     """An iterator over the rows of one lane.
 
-    documents: places -> (source number, document). `state` is int64 [1 + 2 * pool]: the number of
-    documents read, then the place and the position of each open one.
+    documents: an order, see `order`. `state` is int64 [1 + 2 * pool]: the number of documents read,
+    then the place and the position of each open one.
     """
 
     def __init__(self, documents, layout: Layout, lane: int, num_lanes: int, state=None):
@@ -93,16 +90,16 @@ class Lane:
 
 
 def initial_state(layout: Layout) -> np.ndarray:
-    """Of a lane that has read nothing."""
+    """Returns the state of a lane that has read nothing."""
     state = np.full(1 + 2 * layout.pool, NONE, np.int64)
     state[0] = 0
     return state
 
 
 class LaneBatches(grain.IterDataset):
-    """Batches of one row from each of some lanes, with the state of the lanes after it.
+    """Batches of one row from each of several lanes, with the states of the lanes.
 
-    An element is (Row [lanes, ...], int64 [lanes, 1 + 2 * pool]).
+    An element is (Row [lanes, ...], int64 [lanes, 1 + 2 * pool]); the next batch follows from it.
     """
 
     def __init__(self, documents, layout: Layout, lanes, num_lanes: int, states: np.ndarray):

@@ -1,4 +1,4 @@
-"""Documents to an endless, resumable stream of batches."""
+"""Turns documents into a stream of batches that can be resumed."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -25,12 +25,13 @@ def batches(
     rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[tuple[Row, np.ndarray]]:
-    """Batches, each with the state from which the next one follows.
+    """Yields batches, each with the state from which the next one follows.
 
-    documents: places -> (source number, document), as `mixture` gives them. A batch is a Row whose
-    arrays have a leading axis; a state is int64 [rows, ...], one line for each row's lane, and
-    given back as `states` it resumes there. rows: the rows of the batch that this process makes
-    (default: all). workers: processes that share them; 0 uses a thread. Neither changes a batch.
+    A batch is a Row whose arrays have a leading axis.
+
+    documents: an order, see `order`. states: int64 [rows, ...], one line for the lane of each row,
+    to resume from a state that came with a batch. rows: the rows of the batch that this process
+    makes, default all. workers: processes that share the work, 0 for a thread; same batches.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if states is None:
@@ -48,7 +49,7 @@ def batches(
 
 
 def _serve_parent(*_):
-    """A worker ends when its parent does, and not before: signals are for the parent to hear."""
+    """Makes a worker ignore signals, which are for its parent, and end when its parent does."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -65,9 +66,9 @@ def _join(parts) -> tuple[Row, np.ndarray]:
 
 
 def as_batch(rows: Row, sources: bool = False) -> dict:
-    """Rows as the dict of arrays that a step takes; int32, masks bool.
+    """Returns rows as the dict of arrays that a step takes: int32, masks bool.
 
-    patch_lengths are left out where rows carry no patches, source_ids unless they are asked for.
+    patch_lengths are left out where rows have no patches, source_ids unless `sources` is True.
     """
     batch = {
         name: np.asarray(value, value.dtype if value.dtype == bool else np.int32)
@@ -81,7 +82,7 @@ def as_batch(rows: Row, sources: bool = False) -> dict:
 
 
 def whole_batches(rows: Iterator[Row], batch_size: int) -> Iterator[Row]:
-    """Every row once, in order; the last batch is filled with rows that count nothing."""
+    """Yields all rows in batches; the last one is filled up with rows whose loss_mask is False."""
     group = []
     for row in rows:
         group.append(row)

@@ -1,7 +1,7 @@
-"""The order in which documents are read: shuffled over the whole corpus, sources mixed.
+"""Orders of documents: shuffled over the whole corpus, or mixed from sources by weight.
 
-An order gives the document at any place at once, so reading can go on anywhere, in any number of
-processes. `num_places` is where it ends, or None.
+An order maps a place in the stream to a document in constant time, so reading can start anywhere
+and be split over processes. `num_places` is its length, or None where it is endless.
 """
 
 import functools
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 from grain.experimental import index_shuffle
 
-SMALL = 2**18  # documents that are shuffled as an array; Grain's cipher is slow for few
-# A mixture has its proportions in each block of so many documents, or more if it takes more for
-# so many of the rarest source.
+SMALL = 2**18  # up to so many documents are shuffled as an array; Grain's cipher is slow for few
+# A mixture has its proportions in each block of BLOCK documents. Blocks are longer where they would
+# hold fewer than RAREST documents of a source.
 BLOCK, RAREST, LONGEST_BLOCK = 4096, 32, 2**22
 
 
 def shuffled_place(place: int, size: int, seed: int) -> int:
-    """Which of `size` documents stands at a place: each once an epoch, in a new order each."""
+    """Returns the number of the document at a place: each once an epoch, each epoch reshuffled."""
     epoch, place = divmod(place, size)
     if size <= SMALL:
         return int(_permutation(size, seed, epoch)[place])
@@ -30,7 +30,7 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class InOrder:
-    """Places -> (source number, document): every document once, source by source."""
+    """Order in which every document comes once, source by source: place -> (source, document)."""
 
     def __init__(self, sources: Sequence):
         self.sources = sources
@@ -44,9 +44,9 @@ class InOrder:
 
 
 class Shuffled(InOrder):
-    """Places -> (source number, document), over all documents of all sources together.
+    """Order in which all documents of all sources are shuffled: place -> (source, document).
 
-    sources: sequences of documents. Without `endless` there is one epoch, and a last place.
+    sources: sequences of documents. endless: epochs follow each other; else there is one.
     """
 
     def __init__(self, sources: Sequence, seed: int, endless: bool = True):
@@ -59,10 +59,10 @@ class Shuffled(InOrder):
 
 
 class Mixture:
-    """Places -> (source number, document), each source giving its share of the bytes.
+    """Order in which each source gives its share of the bytes: place -> (source, document).
 
-    A source is read again, in a new order, when it has been read whole. weights: shares of the
-    bytes, in any unit. mean_bytes: of a document of each source.
+    A source that has been read whole is read again in a new order. weights: relative shares of the
+    bytes. mean_bytes: mean length of the documents of each source.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Mixture:
 
 
 def _counts(shares: np.ndarray) -> np.ndarray:
-    """Documents of each source in a block, which is as long as the rarest source needs."""
+    """Returns the number of documents of each source in a block."""
     shares = shares / shares.sum()
     block = int(min(max(BLOCK, RAREST / shares.min()), LONGEST_BLOCK))
     return np.maximum(np.round(block * shares), 1).astype(int)

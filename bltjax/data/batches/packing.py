@@ -1,19 +1,19 @@
 """Packs documents into rows of static shape under two budgets: byte positions and patches.
 
-A row closes at a patch boundary when the next patch would exceed either budget, and the rest of
-the document goes on in a later row: no byte is dropped and no boundary moves, except that
+A row ends at a patch boundary when the next patch would exceed either budget, and the rest of the
+document goes into a later row. No byte is dropped and no boundary moves, except that
 
-* a row that begins inside a document has its first patch split in [1, length - 1], since the
+* the first patch of a row that begins inside a document is split in [1, length - 1], since the
   published model expects every row to begin with a patch of one byte (spec 8.4);
-* a patch longer than a whole row is cut at the end of the row it is in.
+* a patch longer than a whole row is cut at the end of its row.
 
 Documents differ in bytes per patch (languages, code, tables), and a row of one kind runs out of
 one budget long before the other. So a few documents are open at a time. A row begins with the one
-that has waited longest, takes whole documents that keep its bytes per patch on course, and ends
-with a piece of one document; where that would leave more than `slack` of a row's compute to
-padding, a second document of the other kind first takes as much as makes both budgets run out
-together. A document that is cut waits behind the others, so that rows that follow each other differ
-as much as rows of a shuffled corpus do.
+that has waited longest, takes whole documents that bring it closest to using up both budgets, and
+ends with a piece of one document. Where that would leave more than `slack` of a row's compute to
+padding, a second document with the opposite bytes per patch is cut too, so that both budgets run
+out together. A document that is cut waits behind the others, so that consecutive rows differ as
+much as rows of a shuffled corpus do.
 
 Patch lengths follow the published N+1 convention: they sum to `row_bytes + 1`, because predicting
 the last byte's successor needs to know whether a patch opens there. A row with n real bytes has
@@ -30,18 +30,18 @@ from bltjax.data.batches.rows import Row
 from bltjax.patching.calibrate import BYTE_COMPUTE, PATCH_COMPUTE
 from bltjax.vocabulary import PAD_ID
 
-# A row must be able to hold [1, length - 1] of a split first patch, and the tail.
+# A row must have room for a first patch that is split in two, and for the tail.
 MIN_ROW_PATCHES = 3
 MIN_ROW_BYTES = 2
-# Memory of a lane: with so many bytes in open documents no more are opened, but for a few of them.
+# Limits memory: with POOL_BYTES in open documents no more are opened, unless there are < MIN_OPEN.
 POOL_BYTES, MIN_OPEN = 4_000_000, 4
 
 
 class OpenDocument:
-    """A document of which rows have taken the bytes before `position`.
+    """A document whose ids before `position` are in rows already.
 
-    ids: int [S], from BOS to EOS. ends: where each patch ends, exclusive; None for rows without
-    patches. source: its number in the corpus. index: its place in the stream that it came from.
+    ids: int [S], from BOS to EOS. ends: exclusive end of each patch; None for rows without patches.
+    source: number of its source in the corpus. index: its place in the stream of documents.
     """
 
     def __init__(self, ids, ends=None, source: int = 0, index: int = 0, position: int = 0):
@@ -54,36 +54,38 @@ class OpenDocument:
 
     @property
     def num_bytes(self) -> int:
+        """Number of ids that are left."""
         return len(self.ids) - self.position
 
     @property
     def num_patches(self) -> int:
+        """Number of patches that are left."""
         return len(self.ends) - self.first
 
     @property
     def begins_in_patch(self) -> bool:
-        """Whether a row that begins here has to split its first patch."""
+        """True where a row that begins here has to split its first patch."""
         return int(self.ends[self.first]) > self.position + 1
 
     def fitting(self, free_bytes: int, free_patches: int, row_bytes: int) -> "Piece":
-        """The largest piece that both budgets allow."""
+        """Returns the largest piece that both budgets allow."""
         near = self.ends[self.first : self.first + min(free_bytes, free_patches) + 1]
         row_end = self.position + free_bytes
         num = min(int(near.searchsorted(row_end, "right")), free_patches)
         reached = int(near[num - 1]) if num else self.position
         has_room = num < min(free_patches, len(near)) and reached < row_end
-        # No row could hold the next patch: closing this one early would only move the cut.
+        # The next patch fits in no row: ending this row early would only move the cut.
         if has_room and int(near[num]) - reached > row_bytes:
             return Piece(self, self.position, row_end, num + 1)
         return Piece(self, self.position, reached, num)
 
     def next_patches(self, num_patches: int) -> "Piece":
-        """The next patches."""
+        """Returns the piece of the next `num_patches` patches."""
         stop = int(self.ends[self.first + num_patches - 1]) if num_patches else self.position
         return Piece(self, self.position, stop, num_patches)
 
     def lengths(self, start: int, stop: int, split_first: bool) -> np.ndarray:
-        """Of the patches of ids[start:stop], the first and last cut where these limits cut them."""
+        """Returns the lengths of the patches of ids[start:stop], cut at these limits."""
         first, last = self.ends.searchsorted(start, "right"), self.ends.searchsorted(stop, "left")
         edges = np.concatenate([[start], self.ends[first:last], [stop]])
         if split_first and edges[1] > start + 1:
@@ -92,7 +94,7 @@ class OpenDocument:
 
 
 class Piece(NamedTuple):
-    """ids[start:stop] of a document, in `num_patches` patches."""
+    """Part of a document: ids[start:stop], which are `num_patches` patches."""
 
     document: OpenDocument
     start: int
@@ -105,14 +107,14 @@ class Piece(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What is left of a row."""
+    """Free byte positions and patches of a row."""
 
     num_bytes: int
     num_patches: int
 
     @property
     def course(self) -> float:
-        """Bytes per patch that use up both."""
+        """Bytes per patch that would use up both."""
         return self.num_bytes / max(self.num_patches, 1)
 
     def without(self, piece: Piece) -> "Budget":
@@ -122,24 +124,24 @@ class Budget(NamedTuple):
 class Packer:
     """Fills rows from a stream of documents, of which it keeps up to `pool` open.
 
-    Its whole state is `open`: which documents, and how much of each has been taken. slack: the
-    share of a row's compute that may go to padding before a second document is cut. Raises
-    ValueError for budgets with which packing could not go on.
+    Its whole state is `open`, documents with their positions. slack: the share of a row's compute
+    that may go to padding before a second document is cut. Raises ValueError for budgets that are
+    too small to pack anything.
     """
 
     def __init__(self, row_bytes: int, row_patches: int, pool: int = 1, slack: float = 0.0):
         _check_budgets(row_bytes, row_patches)
         self.row_bytes, self.row_patches = row_bytes, row_patches
         self.pool, self.slack = pool, slack
-        self.open: list[OpenDocument] = []  # the one that has waited longest first
+        self.open: list[OpenDocument] = []  # those that have waited longest come first
 
     def next_row(self, documents: Iterator[OpenDocument]) -> Row | None:
-        """The next row, or None at the end of the stream."""
+        """Returns the next row, or None at the end of the stream."""
         pieces = self._pieces(documents) if self.row_patches else self._byte_pieces(documents)
         return self._row(pieces) if pieces else None
 
     def _byte_pieces(self, documents) -> list[Piece]:
-        """Whatever comes next, until the row is full."""
+        """Returns the pieces of a row without patches: ids in order until it is full."""
         pieces, free = [], self.row_bytes
         while free and self._refill(documents):
             document = self.open[0]
@@ -150,7 +152,7 @@ class Packer:
         return pieces
 
     def _pieces(self, documents) -> list[Piece]:
-        """Whole documents while some fit, then what `_last_pieces` finds."""
+        """Returns the pieces of a row: whole documents while some fit, then `_last_pieces`."""
         pieces, free = [], Budget(self.row_bytes, self.row_patches - 1)  # one is for the tail
         while self._refill(documents):
             if not pieces and self.open[0].begins_in_patch:
@@ -171,9 +173,10 @@ class Packer:
         return pieces
 
     def _best_whole(self, free: Budget, candidates) -> OpenDocument | None:
-        """Of the documents that fit, the one that keeps both budgets running out together.
+        """Returns the fitting document that best keeps both budgets running out together.
 
-        None where nothing fits, or where the others could balance the row without it but not after.
+        None where none fits, or where the other documents could fill the row without it but not
+        with it.
         """
         sizes = np.array([(d.num_bytes, d.num_patches) for d in candidates])
         fits = (sizes <= free).all(axis=1)
@@ -191,7 +194,7 @@ class Packer:
         return candidates[best]
 
     def _last_pieces(self, free: Budget) -> list[Piece]:
-        """A piece of the document that has waited longest, and of another what balances it."""
+        """Returns a piece of the document that has waited longest, and pieces that balance it."""
         first, balancing = self.open[0], []
         while True:
             piece = first.fitting(*free, self.row_bytes)
@@ -211,7 +214,7 @@ class Packer:
         return taken
 
     def _balancing(self, first, free: Budget, lacks_bytes: bool) -> Piece | None:
-        """Of another document as much as lets `first` use up both budgets, nearly."""
+        """Returns a piece of another document after which `first` nearly uses up both budgets."""
         of_other_kind = (
             d for d in self.open[1:] if lacks_bytes == (d.num_bytes < free.course * d.num_patches)
         )
@@ -223,12 +226,12 @@ class Packer:
         low, high = 0, whole.num_patches - (not whole_patches)
 
         def rest(num_patches: int) -> Budget | None:
-            """What both leave, or None where nothing of `first` fits any more."""
+            """Returns the budget that both leave; None where nothing of `first` fits any more."""
             after = free.without(other.next_patches(num_patches))
             piece = first.fitting(*after, self.row_bytes)
             return after.without(piece) if piece.num_bytes else None
 
-        while low < high:  # the most patches with which `first` still lacks the same
+        while low < high:  # the most patches with which `first` runs out of the same budget
             middle = (low + high + 1) // 2
             left = rest(middle)
             if left is not None and self._lacks_bytes(left) == lacks_bytes:
@@ -238,7 +241,7 @@ class Packer:
         return other.next_patches(low) if low else None
 
     def _lacks_bytes(self, left: Budget) -> bool:
-        """Whether a row that leaves this ran out of bytes before it ran out of patches."""
+        """Returns True where a row that leaves this ran out of bytes before patches."""
         return left.num_bytes < left.num_patches * self._course
 
     @property
@@ -246,14 +249,14 @@ class Packer:
         return self.row_bytes / (self.row_patches - 1)
 
     def _waste(self, left: Budget) -> float:
-        """The share of a row's compute that goes to what is left of it."""
+        """Returns the share of a row's compute that goes to what is left of it."""
         return (
             BYTE_COMPUTE * left.num_bytes / self.row_bytes
             + PATCH_COMPUTE * left.num_patches / self.row_patches
         )
 
     def _refill(self, documents) -> bool:
-        """Open documents up to the size of the pool; whether there are any."""
+        """Opens documents up to the size of the pool; returns True if there are any."""
         while len(self.open) < self.pool:
             enough = sum(document.num_bytes for document in self.open) >= POOL_BYTES
             if enough and len(self.open) >= MIN_OPEN:
@@ -271,7 +274,7 @@ class Packer:
             self.open.append(piece.document)
 
     def _row(self, pieces: list[Piece]) -> Row:
-        """The pieces one after the other, padded, with the tail patch."""
+        """Joins pieces to a row, with padding and the tail patch."""
         row = Row(
             tokens=np.full(self.row_bytes, PAD_ID, np.int32),
             targets=np.full(self.row_bytes, PAD_ID, np.int32),
@@ -311,7 +314,7 @@ def pack_patches(
     A document is (ids, starts): int [S], from BOS to EOS, and bool [S], True where a patch starts;
     starts[0] and starts[1] are True. A row holds at most `row_patches - 1` real patches and the
     tail. With a `pool` of 1 documents stay in their order. Raises ValueError at once for budgets
-    with which packing could not go on, and on reaching a malformed document.
+    that are too small, and on reaching a malformed document.
     """
     _check_row_patches(row_patches)  # 0 would mean rows without patches
     packer = Packer(row_bytes, row_patches, pool, slack)
@@ -334,7 +337,7 @@ def _rows(packer: Packer, documents: Iterator[OpenDocument]) -> Iterator[Row]:
 
 
 def patch_ends(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Returns where each patch ends (exclusive), int64 [number of patches]."""
+    """Returns the exclusive end of each patch, int64 [number of patches]."""
     if np.shape(starts) != np.shape(ids) or not np.all(starts[:2]):
         raise ValueError(
             f"starts of shape {np.shape(starts)} beginning {np.asarray(starts)[:2]} for ids of"
@@ -344,7 +347,7 @@ def patch_ends(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def checked(ids: np.ndarray) -> np.ndarray:
-    """The ids of a document. Raises ValueError unless they are a vector of at least one."""
+    """Returns the ids of a document. Raises ValueError unless they are a vector of at least one."""
     if np.ndim(ids) != 1 or not len(ids):
         raise ValueError(
             f"document ids of shape {np.shape(ids)} must be a vector of at least one id: encode"

@@ -1,4 +1,4 @@
-"""Packed rows: what they hold, how they are kept together, how full they are."""
+"""Packed rows of documents, and the share of a row that is in use."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,49 +9,32 @@ from bltjax.vocabulary import PAD_ID
 
 
 class Row(NamedTuple):
-    """One packed row, or a stack of rows with a leading axis; L byte positions, P patches.
+    """A packed row, or a stack of rows with a leading axis; L byte positions, P patches."""
 
-    tokens [L]: ids, PAD_ID in the padding. targets [L]: the id that follows in the same document,
-    also where it is the first of a later row; PAD_ID where there is none. loss_mask [L]: whether
-    there is one. document_ids [L]: counted from 0 in each row; padding has one more than the last.
-    source_ids [L]: which source of the corpus; 0 in the padding. patch_lengths [P]: sum to L + 1
-    (P is 0 in rows without patches).
-    """
-
-    tokens: np.ndarray
+    tokens: np.ndarray  # [L], ids; PAD_ID in the padding
+    # [L], the id that follows in the same document, even if that is in a later row; else PAD_ID.
     targets: np.ndarray
-    loss_mask: np.ndarray
-    document_ids: np.ndarray
-    source_ids: np.ndarray
-    patch_lengths: np.ndarray
+    loss_mask: np.ndarray  # [L], True where there is a target
+    document_ids: np.ndarray  # [L], from 0 in each row; padding has one more than the last
+    source_ids: np.ndarray  # [L], number of the source in the corpus; 0 in the padding
+    patch_lengths: np.ndarray  # [P], sum to L + 1; P is 0 in rows without patches
 
 
-def stack(rows: Iterable[Row]) -> Row:
-    """Stacks rows along a leading axis in compact types, to be kept in memory.
+def utilisation(rows: Iterable[Row]) -> dict[str, float]:
+    """Returns the used share of byte positions and of patches.
 
-    tokens and targets uint16 [R, L], loss_mask bool [R, L], document_ids int32 [R, L], source_ids
-    uint16 [R, L], patch_lengths int32 [R, P]: 11 bytes a position and 4 a patch. Raises ValueError
-    if there are no rows.
-    """
-    fields = list(zip(*rows, strict=True))
-    if not fields:
-        raise ValueError("no rows to stack: give at least one document to the packer")
-    dtypes = Row(np.uint16, np.uint16, np.bool_, np.int32, np.uint16, np.int32)
-    pairs = zip(fields, dtypes, strict=True)
-    return Row(*(np.stack(field).astype(dtype) for field, dtype in pairs))
-
-
-def utilisation(rows: Row | Iterable[Row]) -> dict[str, float]:
-    """Returns the share of each budget that is useful, for rows or the result of `stack`.
-
-    byte_utilisation: share of byte positions that hold an input. patch_utilisation: share of patch
-    slots that hold a patch of inputs (the tail is none); absent for rows without patches. Raises
+    byte_utilisation: share of byte positions that hold an id. patch_utilisation: share of patch
+    columns that hold a patch of ids (the tail is none); absent for rows without patches. Raises
     ValueError if there are no rows.
     """
-    stacked = rows if isinstance(rows, Row) else stack(rows)
-    shares = {"byte_utilisation": float(np.mean(stacked.tokens != PAD_ID))}
-    lengths = np.atleast_2d(stacked.patch_lengths)
-    if lengths.size:
-        real_patches = np.count_nonzero(lengths) - len(lengths)
-        shares["patch_utilisation"] = float(real_patches / lengths.size)
+    counts = [
+        (row.tokens != PAD_ID, np.count_nonzero(row.patch_lengths) - 1, row.patch_lengths.size)
+        for row in rows
+    ]
+    if not counts:
+        raise ValueError("there are no rows: give at least one document to the packer")
+    is_id, real_patches, patches = zip(*counts, strict=True)
+    shares = {"byte_utilisation": float(np.mean(is_id))}
+    if sum(patches):
+        shares["patch_utilisation"] = sum(real_patches) / sum(patches)
     return shares

@@ -1,16 +1,15 @@
-"""Entropies of a corpus under a trained entropy model, computed once and stored with its
-documents.
+"""Computes the entropies of a corpus with a trained entropy model, and stores them.
 
-Documents go through the model in spans, packed into rows of one static shape. Spans of a row do
-not see each other, for every EOS starts a new context. A span that goes on in a document starts
-with enough of what came before that every kept entropy is the one a pass over the whole document
-would give: an entropy depends on num_layers * (window - 1) earlier bytes and no more.
+Documents are cut into spans, which are packed into rows of one static shape. Spans in a row do not
+see each other, since each EOS starts a new context. A span from the middle of a document begins
+num_layers * (window - 1) bytes early, the most that an entropy can depend on, so each entropy that
+is kept equals the one of a pass over the whole document.
 """
 
 import bisect
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,18 +18,17 @@ import numpy as np
 from bltjax import sharding
 from bltjax.config import EntropyModelConfig
 from bltjax.data.records.shards import Documents, Shard, has_entropies, write_entropies
+from bltjax.data.sources.readers import in_chunks
 from bltjax.model import functional
-from bltjax.patching.boundaries import entropy_segments
-from bltjax.patching.entropy import next_byte_entropy
 from bltjax.runtime.files import share
 from bltjax.runtime.progress import progress_bar
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
-GROUP_IDS = 4_000_000  # of documents that are in memory at a time: 16 MB, and as much of entropies
+GROUP_IDS = 4_000_000  # ids of documents in memory at a time: 16 MB, and as much of entropies
 
 
 class _Span(NamedTuple):
-    """Ids start..stop-1 of a document, for the entropies of keep..stop-1."""
+    """Ids [start, stop) of a document, whose entropies [keep, stop) are kept."""
 
     document: int
     start: int
@@ -38,23 +36,18 @@ class _Span(NamedTuple):
     stop: int
 
 
-_Row = list[tuple[int, _Span]]  # spans, each with its first position in the row
+_Row = list[tuple[int, _Span]]  # (first position in the row, span)
 
 
 def make_entropy_fn(config: EntropyModelConfig, reset_at_newlines: bool = False):
-    """jitted (params, tokens int32 [B, L]) -> entropies float32 [B, L] in nats (spec 2.2)."""
-
-    @jax.jit
-    def entropies(params, tokens):
-        tokens = sharding.shard_rows(tokens)
-        segments = entropy_segments(tokens, reset_at_newlines)
-        return next_byte_entropy(functional.apply(config, params, tokens, segments))
-
-    return entropies
+    """Returns a jitted (params, tokens int32 [B, L]) -> entropies float32 [B, L] in nats."""
+    return jax.jit(
+        lambda params, tokens: functional.entropies(config, params, tokens, reset_at_newlines)
+    )
 
 
 def receptive_bytes(config: EntropyModelConfig) -> int:
-    """How many earlier bytes an entropy can depend on."""
+    """Returns the number of earlier bytes that an entropy can depend on."""
     return config.transformer.num_layers * (config.transformer.window - 1)
 
 
@@ -69,9 +62,9 @@ def add_entropies(
 ) -> None:
     """Computes and writes the entropies of those shards of a records.Store that have none.
 
-    Any number of processes may do so at once, and one that is killed loses no more than the shard
-    it was at (see `files.share`). What is written depends on the shard, the model and the shape of
-    batches alone. Raises ValueError as `corpus_entropies` does.
+    Several processes may do so at once, and one that is killed loses one shard at most (see
+    `files.share`). Results depend on the shard, the model and the shape of batches alone. Raises
+    ValueError as `corpus_entropies` does.
     """
     missing = [shard for shard in shards if not has_entropies(shard)]
     # Processes take shards in one order: what lies before this one's is done or being done.
@@ -80,7 +73,8 @@ def add_entropies(
     bar = progress_bar("entropies", sum(shard.num_bytes for shard in missing))
 
     def values(shard):
-        for group in _groups(Documents([shard])):
+        ids = (encode(document.data) for document in Documents([shard]))
+        for group in in_chunks(ids, len, GROUP_IDS):
             yield from corpus_entropies(
                 entropy_fn, params, config, group, row_bytes, batch_size, share_rows=True
             )
@@ -102,15 +96,17 @@ def corpus_entropies(
     batch_size: int,
     share_rows: bool = False,
 ) -> list[np.ndarray]:
-    """float32 entropies [S] of each document's ids [S]; entry i is the uncertainty after id i.
+    """Returns float32 entropies [S], in nats, for each document's ids [S].
 
-    `row_bytes` positions and `batch_size` rows are the one shape that is compiled. With
-    `share_rows` spans of several documents go into one row, which short documents need to fill it;
-    a document's entropies then depend in their last bits on what comes with it, for positions in
-    the row are others. The same list gives the same bits in any case.
+    Entry i is the entropy of the prediction of the id after id i.
 
-    Raises ValueError where a document is longer than a row, and rows are too short to hold the
-    bytes that an entropy depends on.
+    row_bytes, batch_size: the only shape that is compiled. share_rows: spans of several documents
+    may share a row, which is faster for short documents; their entropies then depend in the last
+    bits on the other documents, since positions in the row differ. The same list of documents
+    always gives the same bits.
+
+    Raises ValueError where a document is longer than a row and rows are too short to hold the bytes
+    that an entropy depends on.
     """
     spans = _spans([len(ids) for ids in documents], row_bytes, receptive_bytes(config))
     rows = _packed(documents, spans, row_bytes) if share_rows else [[(0, span)] for span in spans]
@@ -128,7 +124,7 @@ def corpus_entropies(
 
 
 def _spans(lengths: Iterable[int], row_bytes: int, receptive: int) -> list[_Span]:
-    """What covers documents of these lengths, in their order."""
+    """Returns spans that cover documents of these lengths, in order."""
     longest = max(lengths, default=0)
     if row_bytes < min(longest, 2 * receptive):
         raise ValueError(
@@ -147,7 +143,7 @@ def _spans(lengths: Iterable[int], row_bytes: int, receptive: int) -> list[_Span
 
 
 def _packed(documents: Sequence[np.ndarray], spans: list[_Span], row_bytes: int) -> list[_Row]:
-    """Rows of spans: each span, the longest first, goes where it leaves the least room."""
+    """Packs spans into rows: each span, the longest first, where it leaves the least room."""
     rows: list[_Row] = []
     room: list[tuple[int, int]] = []  # sorted (free positions, row)
     for span in sorted(spans, key=lambda span: span.start - span.stop):
@@ -182,16 +178,3 @@ def _keep(results: list[np.ndarray], rows: list[_Row], values: jax.Array) -> Non
     for row, spans in enumerate(rows):
         for at, (document, start, keep, stop) in spans:
             results[document][keep:stop] = values[row, at + keep - start : at + stop - start]
-
-
-def _groups(documents: Documents) -> Iterator[list[np.ndarray]]:
-    """Ids of consecutive documents, about GROUP_IDS at a time."""
-    group, size = [], 0
-    for document in documents:
-        group.append(encode(document.data))
-        size += len(group[-1])
-        if size >= GROUP_IDS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

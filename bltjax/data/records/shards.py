@@ -1,8 +1,8 @@
-"""Shards of records: documents and their entropies in files with random access.
+"""Reads and writes shards of records: files of documents and entropies with random access.
 
 A shard is up to three files with one stem: `.array_record`, a record per document;
 `.entropies.array_record`, as many records of raw little-endian float16; `.scores.npz`, histograms
-of the entropies by language. The entropies file is written last, as the mark that both are whole.
+of the entropies by language. The entropies file is written last: it marks both as complete.
 """
 
 import bisect
@@ -23,14 +23,14 @@ from bltjax.data.sources.units import Document
 from bltjax.patching.calibrate import ScoreHistogram
 from bltjax.runtime.files import PARTIAL, replacing
 
-LANGUAGES = 256  # of a shard that have histograms of their own
-OPEN_READERS = 128  # of documents, and as many of entropies; a process may open about 1000 files
+LANGUAGES = 256  # languages of a shard that get histograms of their own
+OPEN_READERS = 128  # of documents, and as many of entropies; a process can open about 1000 files
 
 
 class Shard(NamedTuple):
-    """Documents of one source and part in one file; `stem` is its path without the suffix."""
+    """A file of documents of one source and part."""
 
-    stem: str
+    stem: str  # path without the suffix
     source: str
     part: str
     documents: int
@@ -52,12 +52,12 @@ class Shard(NamedTuple):
 
 
 class Documents:
-    """Random access to the documents of shards, as Grain wants a data source.
+    """Random access to the documents of shards, as a data source for Grain.
 
-    Item i is the i-th document in the order of the shards; with `entropies` it carries float16
-    [len(data) + 2], else None. Readers are opened when needed, and a bounded number stays open;
-    threads may share them, and a pickle holds none. Raises FileNotFoundError where entropies are
-    wanted and a shard has none, ValueError for a damaged file.
+    Item i is the i-th document in the order of the shards. entropies: documents come with their
+    entropies, float16 [len(data) + 2]. Readers are opened when needed, and a bounded number stays
+    open; threads may share them, and pickling drops them. Raises FileNotFoundError where entropies
+    are wanted and a shard has none, ValueError for a damaged file.
     """
 
     def __init__(self, shards: Sequence[Shard], entropies: bool = False):
@@ -116,10 +116,10 @@ def has_entropies(shard: Shard) -> bool:
 
 
 def write_entropies(shard: Shard, entropies: Iterable[np.ndarray]):
-    """Stores the entropies of a shard's documents, in their order: [len(data) + 2] each, in nats.
+    """Stores the entropies of a shard's documents, in order: nats, [len(data) + 2] each.
 
-    They become float16, and so do the scores that thresholds are calibrated on. Raises ValueError
-    for another number of arrays than documents, or another length.
+    They are rounded to float16, and so are the histograms that thresholds are calibrated on. Raises
+    ValueError where the number of arrays or the length of one is wrong.
     """
     documents, written = Documents([shard]), 0
     histograms = collections.defaultdict(ScoreHistogram)
@@ -141,7 +141,7 @@ def write_entropies(shard: Shard, entropies: Iterable[np.ndarray]):
         if written < len(documents):
             raise ValueError(f"entropies of {written} of {len(documents)} documents: {shard.path}")
         with replacing(shard.scores_path) as file:
-            # Languages as JSON: whatever they hold, the names in the file are printable.
+            # Languages as JSON, so that names in the file are printable.
             np.savez_compressed(
                 file,
                 **{
@@ -153,9 +153,9 @@ def write_entropies(shard: Shard, entropies: Iterable[np.ndarray]):
 
 
 def score_histogram(shards: Iterable[Shard]) -> dict[tuple[str, str], ScoreHistogram]:
-    """What thresholds are calibrated from, by (source, language), of shards that have entropies.
+    """Returns the histograms for calibrating thresholds, by (source, language).
 
-    Raises FileNotFoundError for one that has none.
+    Raises FileNotFoundError for a shard without entropies.
     """
     total = collections.defaultdict(ScoreHistogram)
     for shard in shards:
@@ -178,7 +178,7 @@ def _check_has_entropies(shard: Shard):
 
 
 def encoded(document: Document) -> bytes:
-    """A record: the length of a JSON header, the header, the bytes."""
+    """Returns a document as a record: length of the JSON header, header, bytes."""
     header = json.dumps({"name": document.name, "language": document.language}).encode()
     return b"".join([len(header).to_bytes(4, "little"), header, document.data])
 
@@ -191,7 +191,7 @@ def _decoded(record: bytes) -> Document:
 
 @contextlib.contextmanager
 def replacing_records(path: Path) -> Iterator[ArrayRecordWriter]:
-    """A writer of records whose file becomes `path` when the block ends without an error."""
+    """Yields a writer of records whose file becomes `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(PARTIAL)
     writer = ArrayRecordWriter(str(partial), "group_size:1")

@@ -1,12 +1,12 @@
-"""The corpus as a store of records, made once and read by all training.
+"""Builds and opens a store of records: the corpus, read once for all training.
 
-    store.json                          what was read and how, and the units of reading
+    store.json                          the settings and the units of reading
     SOURCE/PART/UNIT-0000.array_record  documents (bltjax/data/records/shards.py)
-    SOURCE/UNIT-0000.json               the mark of a whole chunk (bltjax/data/records/writing.py)
-    index.json                          all shards, once all units are whole
-    entropies.json                      which model gave the entropies beside the documents
+    SOURCE/UNIT-0000.json               marks a complete chunk (bltjax/data/records/writing.py)
+    index.json                          all shards, once all units are complete
+    entropies.json                      identifies the model that the entropies are from
 
-PART is one of PARTS. What is being written has the suffix `.partial`; all else is whole.
+PART is one of PARTS. A file that is being written has the suffix `.partial`; others are complete.
 """
 
 import dataclasses
@@ -52,22 +52,22 @@ STORE, INDEX, ENTROPIES = "store.json", "index.json", "entropies.json"
 
 
 class BadRecords(NamedTuple):
-    """How many records could not be read, and the first of them with the reasons."""
+    """Records of a source that could not be read: their number, and the first of them."""
 
     count: int
     first: list[Bad]
 
 
 class Store(NamedTuple):
-    """A finished store. `bad` holds the records of each source that could not be read."""
+    """A finished store of records."""
 
     directory: Path
     sources: list[str]  # in the order of the configuration
     all_shards: list[Shard]  # in the order of sources, units and chunks
-    bad: dict[str, BadRecords]
+    bad: dict[str, BadRecords]  # by source
 
     def shards(self, source: str | None = None, part: str = "train") -> list[Shard]:
-        """The shards of a part, of one source or of all; KeyError where there is no such source."""
+        """Returns the shards of a part, of one source or of all; KeyError for an unknown source."""
         if source is not None and source not in self.sources:
             raise KeyError(f"no source {source!r} in {self.directory}: it has {self.sources}")
         return [s for s in self.all_shards if s.part == part and source in (None, s.source)]
@@ -79,16 +79,15 @@ class Store(NamedTuple):
         return sum(shard.num_bytes for shard in self.shards(part=part))
 
     def lock(self, shard: Shard) -> Path:
-        """The lock file for `files.share` of work on a shard."""
+        """Returns the lock file of a shard, for `files.share`."""
         return _lock(self.directory, os.path.relpath(shard.stem, self.directory))
 
 
 def build(directory: str | os.PathLike, data: DataConfig) -> Store:
-    """Reads the sources of `data` into a store, goes on with one, or opens one that is finished.
+    """Reads the sources of `data` into a store, or goes on with one, or opens a finished one.
 
-    Any number of processes may build one store at once (see `files.share`). Raises ValueError for a
-    store made with other settings, a directory in a bucket and, under bad_records="fail", the first
-    bad record.
+    Several processes may build one store at once (see `files.share`). Raises ValueError for a store
+    made with other settings, a directory in a bucket and, under bad_records="fail", a bad record.
     """
     directory = _local(directory)
     if not (directory / INDEX).exists():
@@ -124,7 +123,7 @@ def build(directory: str | os.PathLike, data: DataConfig) -> Store:
 
 
 def open_store(directory: str | os.PathLike, data: DataConfig | None = None) -> Store:
-    """Opens a finished store without looking at its sources.
+    """Opens a finished store; its sources need not be there any more.
 
     Raises FileNotFoundError where there is none, ValueError where it is unfinished or damaged, or
     was made with other settings than those of `data`.
@@ -153,9 +152,9 @@ def open_store(directory: str | os.PathLike, data: DataConfig | None = None) -> 
 
 
 def claim_entropies(store: Store, model: dict):
-    """Writes down which model gives the store's entropies; ValueError if another one did.
+    """Records the model that the store's entropies are from; ValueError if it is another one.
 
-    `model`: whatever tells models apart, as JSON holds it.
+    model: a JSON object that identifies a model.
     """
     path = store.directory / ENTROPIES
     _write_once(path, lambda: model)
@@ -167,7 +166,7 @@ def claim_entropies(store: Store, model: dict):
 
 
 def _plan(data: DataConfig) -> dict:
-    """What store.json holds: what decides the documents, and the units they are read in."""
+    """Returns the content of store.json: settings that select documents, and units of reading."""
     units = {
         source.name: [unit._asdict() for unit in sources.list_units(source, data)]
         for source in data.named_sources()
@@ -176,7 +175,7 @@ def _plan(data: DataConfig) -> dict:
 
 
 def _settings(data: DataConfig) -> dict:
-    """The settings that decide which documents there are and how they are sharded."""
+    """Returns the settings that select documents and decide how they are sharded."""
     settings = {
         name: value
         for name, value in dataclasses.asdict(data).items()
@@ -204,7 +203,7 @@ def _read_store(directory: Path, data: DataConfig | None) -> dict:
 
 
 def _index(directory: Path, tasks: Iterable[tuple[SourceConfig, Unit]]) -> dict:
-    """What index.json holds."""
+    """Returns the content of index.json."""
     shards, bad = [], {}
     for source, unit in tasks:
         count, first = bad.setdefault(source.name, (0, []))
@@ -238,7 +237,7 @@ def _summary(store: Store, source: str) -> str:
 
 
 def _write_once(path: Path, make: Callable[[], dict]):
-    """Writes what `make` gives, unless this or another process has."""
+    """Writes the content that `make` returns, unless this or another process has."""
     lock = _lock(path.parent, path.name)
     share([path], Path.exists, lambda path: write_json(path, make()), lambda _: lock)
 
@@ -248,7 +247,7 @@ def _lock(directory: Path, name: str) -> Path:
 
 
 def _difference(made: dict, wanted: dict) -> str:
-    """The first value that differs, in words; empty where all are equal."""
+    """Describes the first value that differs; empty where all are equal."""
     made, wanted = _flat(made), _flat(wanted)
     for name in made | wanted:
         old, new = made.get(name, "absent"), wanted.get(name, "absent")
@@ -258,7 +257,7 @@ def _difference(made: dict, wanted: dict) -> str:
 
 
 def _flat(value, name: str = "") -> dict:
-    """{"sources[0].path": ...} of nested dicts and lists of dicts."""
+    """Flattens nested dicts and lists of dicts to {"sources[0].path": ...}."""
     if isinstance(value, dict) and value:
         inner = ((f"{name}.{key}" if name else key, item) for key, item in value.items())
     elif isinstance(value, list) and value and isinstance(value[0], dict):
@@ -269,7 +268,7 @@ def _flat(value, name: str = "") -> dict:
 
 
 def _local(directory: str | os.PathLike) -> Path:
-    """The directory, as long as ArrayRecord can open files there."""
+    """Returns the directory; ValueError for a bucket, where ArrayRecord cannot open files."""
     if re.match(r"[a-z][a-z0-9]+:/", os.fspath(directory)):
         raise ValueError(
             f"records in {str(directory)!r}: they must be local files; mount the bucket (gcsfuse) "

@@ -1,9 +1,9 @@
-"""A unit of a source becomes shards, chunk by chunk.
+"""Writes a unit of a source as shards, chunk by chunk.
 
 A chunk is the next documents of the unit, of about `shard_bytes` together, and makes one shard of
-each part. Its mark, a small JSON file, is written when its shards are whole. A process may be
-killed at any moment: the next one reads the unit again, passes over what whole chunks hold and
-writes the rest, and the files come out the same, byte for byte.
+each part. Its mark, a small JSON file, is written once its shards are complete. A process may be
+killed at any moment: the next one reads the unit again, skips the documents of complete chunks and
+writes the rest, and the files are the same, byte for byte.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from bltjax.data.sources.units import Bad, Document, Unit
 from bltjax.runtime.files import write_json
 
 PARTS = ("train", "validation")
-NAMED_BAD = 20  # bad records that are named; the others are counted
+NAMED_BAD = 20  # bad records that are listed; the others are only counted
 
 
 def record_unit(
@@ -59,7 +59,7 @@ def is_whole(directory: Path, source: SourceConfig, unit: Unit) -> bool:
 
 
 def marks(directory: Path, source: SourceConfig, unit: Unit) -> Iterator[Path]:
-    """The marks of a unit's chunks, up to the first that is not whole."""
+    """Yields the marks of a unit's complete chunks."""
     paths = (_mark(directory, source, unit, chunk) for chunk in itertools.count())
     return itertools.takewhile(Path.exists, paths)
 
@@ -86,7 +86,7 @@ def _write_chunk(
     records: Iterator[Document | Bad],
     data: DataConfig,
 ) -> dict:
-    """Writes the next `shard_bytes` of documents and returns what the chunk's mark says."""
+    """Writes the next `shard_bytes` of documents and returns the content of the chunk's mark."""
     parts: dict[str, _OpenShard] = {}
     bad: list[Bad] = []
     num_read = num_bad = num_bytes = 0

@@ -1,4 +1,4 @@
-"""Which files the path of a source means: a file, a directory or a glob, local or remote."""
+"""Finds the files of a source, whose path is a file, a directory or a glob, local or remote."""
 
 import functools
 import itertools
@@ -25,16 +25,16 @@ ENDINGS = {
     "array_record": (".array_record", ".arrayrecord"),
     "arrow": (".arrow",),
 }
-COMPLETE = ".complete"  # of the marker beside each of Meta's finished files (spec 8.4)
+COMPLETE = ".complete"  # ending of the marker beside each of Meta's finished files (spec 8.4)
 
 
 class File(NamedTuple):
-    """A file of a source: its `name` is relative to the source's root, its size in bytes."""
+    """A file of a source."""
 
-    name: str
+    name: str  # relative to the root of the source
     path: str
     kind: str
-    size: int
+    size: int  # bytes
 
 
 def python_library_root() -> Path:
@@ -43,7 +43,7 @@ def python_library_root() -> Path:
 
 
 def find_files(source: SourceConfig, data: DataConfig) -> list[File]:
-    """The files of a source in no certain order; see `sources.list_units` for rules and errors."""
+    """Returns the files of a source, unordered; see `units.list_units` for rules and errors."""
     location = _location(source)
     given = epath.Path(location)
     kind_of = functools.partial(_kind, kind=source.kind, suffixes=data.suffixes)
@@ -72,7 +72,7 @@ def find_files(source: SourceConfig, data: DataConfig) -> list[File]:
 
 
 def relative_names(paths: Iterable[str], source: SourceConfig) -> list[str]:
-    """Names of files relative to their source's directory, or to the fixed part of its glob."""
+    """Returns the names of files relative to the source's directory, or to its glob's root."""
     return _names(paths, _location(source))
 
 
@@ -82,7 +82,7 @@ def _location(source: SourceConfig) -> str:
 
 
 def _fixed(pattern: str) -> str:
-    """The directory in which the first wildcard of a pattern stands."""
+    """Returns the directory in which the first wildcard of a pattern stands."""
     parts = itertools.takewhile(lambda part: not re.search(r"[*?[]", part), pattern.split("/"))
     return "/".join(parts) or ("/" if pattern.startswith("/") else ".")
 
@@ -102,7 +102,10 @@ def _below(root: str, name: str) -> str:
 
 
 def _kind(path: str, explicit: bool, kind: str, suffixes: tuple[str, ...]) -> str | None:
-    """The kind of a file; None: not of the source. explicit: found by its path or a glob."""
+    """Returns the kind of a file, or None for a file that is not of the source.
+
+    explicit: the file was named by a path or a glob, and not found in a directory.
+    """
     if kind != "auto":
         endings = tuple(suffixes) if kind == "text" else ENDINGS[kind]
         return kind if explicit or path.endswith(endings) else None
@@ -117,11 +120,11 @@ def _size(path: str) -> int:
 
 
 def _walk(root: str, exclude: Collection[str], kind_of) -> dict[str, str]:
-    """Kinds of the files below a directory, without hidden ones and links that lead elsewhere."""
+    """Returns the kind of each file below a directory, but of hidden ones and links elsewhere."""
     found, links, pending = {}, {}, [root]
     while pending:
         directory = pending.pop()
-        # A step at a time, since remote file systems keep silent about errors further down.
+        # One directory at a time, since remote file systems do not report errors further down.
         _, directories, names = next(epath.Path(directory).walk(on_error=_raise))
         inner = [name for name in directories if name not in exclude and name[0] != "."]
         paths = [_below(directory, name) for name in inner]
@@ -143,7 +146,7 @@ def _walk(root: str, exclude: Collection[str], kind_of) -> dict[str, str]:
 
 
 def _glob(pattern: str, exclude: Collection[str], kind_of) -> dict[str, str]:
-    """Kinds of the files that match, and of those below directories that do."""
+    """Returns the kind of each file that matches, or is below a directory that matches."""
     if "://" in pattern and "**" in pattern:
         raise ValueError(
             f"{pattern!r}: ** is for local paths; give the directory, which is walked, or use *"

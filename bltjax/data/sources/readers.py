@@ -1,8 +1,8 @@
-"""Documents of a part of a file: text, JSON lines, ArrayRecord, shards of Hugging Face datasets.
+"""Reads documents from parts of files: text, JSON lines, ArrayRecord, Hugging Face datasets.
 
-A reader yields what the file holds in its order, a `Bad` in the place of a record that cannot be a
-document, and one Bad at the end of what it can read of a damaged file. A document without an id is
-named by its place in the whole file, so that no name depends on how a file was cut into parts.
+A reader yields documents in the order of the file, a `Bad` for each record that is no document, and
+one Bad where a damaged file cannot be read on. A document without an id is named by its place in
+the whole file, so names do not depend on how a file was cut into parts.
 """
 
 import functools
@@ -12,41 +12,54 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from etils import epath
 
-COMPRESSED = (".gz", ".zst")  # JSON lines in a compressed file cannot be read from its middle
+COMPRESSED = (".gz", ".zst")  # endings of JSON lines files that can be read from the start only
 _CHUNK = 1 << 16
 
 
 class Document(NamedTuple):
-    """A text: `name` is its stable id, `language` is "" where unknown.
+    """A text, as a source holds it."""
 
-    entropies: float16 [len(data) + 2] in nats, where the source has them (spec 8.4).
-    """
-
-    name: str
+    name: str  # stable id
     data: bytes
-    language: str = ""
-    entropies: np.ndarray | None = None
+    language: str = ""  # empty where unknown
+    entropies: np.ndarray | None = None  # float16 [len(data) + 2], nats; few sources have them
 
 
 class Bad(NamedTuple):
-    """A record that cannot be a document: `name` says where ("web/1.jsonl.gz:line 17")."""
+    """A record that is no document."""
 
-    name: str
+    name: str  # place of the record, such as "web/1.jsonl.gz:line 17"
     reason: str
 
 
 class Fields(NamedTuple):
-    """Fields of a record, each the first there is: its text, its id and its language."""
+    """Names of the fields that may hold a record's text, id and language; the first one counts."""
 
     text: tuple[str, ...]
     id: tuple[str, ...] = ()
     language: tuple[str, ...] = ()
+
+
+def in_chunks(items: Iterable, size: Callable, chunk_size: int) -> Iterator[list]:
+    """Yields consecutive items in lists whose sizes sum to `chunk_size` or just over it.
+
+    size: tells the size of an item. The last list may be smaller.
+    """
+    chunk, total = [], 0
+    for item in items:
+        chunk.append(item)
+        total += size(item)
+        if total >= chunk_size:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
 
 
 def need(module: str, extra: str):
@@ -54,19 +67,19 @@ def need(module: str, extra: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        library = module.partition(".")[0]
         raise ValueError(
-            f"reading this source takes {module.partition('.')[0]} ({error}): "
-            f"pip install -e '.[{extra}]'"
+            f"{library} is needed and missing ({error}): pip install 'bltjax[{extra}]'"
         ) from error
 
 
 def open_file(path: str) -> BinaryIO:
-    """A local or remote file (gs://, s3://), open for reading bytes."""
+    """Opens a local or remote file (gs://, s3://) for reading bytes."""
     return epath.Path(path).open("rb") if "://" in path else open(path, "rb")
 
 
 def read_text(path: str, file: str) -> Document:
-    """The whole file as one document; nothing is decoded, so any bytes are one."""
+    """Reads a whole file as one document, without decoding it."""
     with open_file(path) as opened:
         return Document(file, opened.read())
 
@@ -74,9 +87,9 @@ def read_text(path: str, file: str) -> Document:
 def read_jsonl(
     path: str, file: str, start: int, stop: int, fields: Fields
 ) -> Iterator[Document | Bad]:
-    """Records of the lines whose first byte lies in [start, stop) of the file; -1: to its end.
+    """Yields the records of lines that begin in bytes [start, stop) of a file; -1: to its end.
 
-    A compressed file (.gz, .zst) is always read whole, and its lines are counted instead.
+    A compressed file (.gz, .zst) is always read whole, and its records are named by line numbers.
     """
     compressed = path.endswith(COMPRESSED)
     place = f"{file}:line" if compressed else f"{file}:byte"
@@ -93,11 +106,11 @@ def read_jsonl(
 
 
 def _lines(raw: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(first byte, line) of the lines that begin in [start, stop)."""
+    """Yields (position of the first byte, line) for lines that begin in [start, stop)."""
     position = start
     if start:
-        # The byte before tells whether a line begins at `start`. In chunks: the line that is
-        # skipped may be longer than memory.
+        # A line begins at `start` if the byte before ends one. Skips in chunks, since a line may be
+        # longer than memory.
         position -= 1
         raw.seek(position)
         skipped = b" "
@@ -113,7 +126,7 @@ def _lines(raw: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _decompressed(raw: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
-    """(number, line), counted from 1, of all members or frames of a compressed file."""
+    """Yields (number from 1, line) for all members or frames of a compressed file."""
     if not raw.read(1):
         raise EOFError("it is empty")
     raw.seek(0)
@@ -125,7 +138,7 @@ def _decompressed(raw: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """The content of consecutive frames; unlike zstandard's own reader it notices a cut."""
+    """Decompresses consecutive frames. Unlike zstandard's own reader it notices a cut-off file."""
 
     def __init__(self, raw: BinaryIO):
         self.zstandard = need("zstandard", "data")
@@ -172,7 +185,7 @@ def _parsed(line: bytes, fields: Fields, place: str, number: int) -> Document | 
 
 
 def document(record, fields: Fields, place: str, number) -> Document | Bad:
-    """The document of a record (a dict of fields) at a place such as "web/1.jsonl:line", 17."""
+    """Makes a document of a record, a dict of fields; place and number: "web/1.jsonl:line", 17."""
     where = f"{place} {number}"
     if not isinstance(record, dict):
         return Bad(where, f"a {type(record).__name__} in the place of an object with fields")
@@ -193,12 +206,12 @@ def document(record, fields: Fields, place: str, number) -> Document | Bad:
 
 
 def end_of(stop: int) -> int | None:
-    """The end of a slice for a `stop`, in which -1 is the end of the file."""
+    """Returns the end of a slice for a `stop` whose -1 means the end of the file."""
     return None if stop < 0 else stop
 
 
 def array_records(path: str) -> int | None:
-    """The number of records; None for a damaged file. Raises ValueError for a remote one."""
+    """Counts the records; None for a damaged file. Raises ValueError for a remote one."""
     if "://" in path:
         raise ValueError(
             f"{path}: array_record files are read from local disks only; copy it, or mount the "
@@ -213,7 +226,10 @@ def array_records(path: str) -> int | None:
 def read_array_record(
     path: str, file: str, start: int, stop: int, fields: Fields | None
 ) -> Iterator[Document | Bad]:
-    """Records [start, stop); -1: to the last. JSON objects, or plain bytes without `fields`."""
+    """Yields records [start, stop), where -1 is the end of the file.
+
+    Records are JSON objects with `fields`, or plain bytes without.
+    """
     count = array_records(path)
     if count is None:
         yield Bad(file, "the file is cut off or damaged: it has no sound index")
@@ -239,7 +255,7 @@ def _array_record_reader(path: str):
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(path: str, subset: str, split: str):
-    """A Hugging Face dataset that is read as it comes; it has `num_shards` and `shard()`."""
+    """Opens a Hugging Face dataset for streaming; it has `num_shards` and `shard()`."""
     datasets = need("datasets", "hf")
     try:
         return datasets.load_dataset(path, subset or None, split=split, streaming=True)
@@ -248,7 +264,7 @@ def open_dataset(path: str, subset: str, split: str):
 
 
 def read_dataset(dataset, name: str, shard: int, fields: Fields) -> Iterator[Document | Bad]:
-    """Records of one of the dataset's shards, named `name:shard.record` where they have no id."""
+    """Yields the records of one shard of a dataset; without an id: `name:shard.record`."""
     broken = need("datasets", "hf").exceptions.DatasetGenerationError
     try:
         for i, record in enumerate(dataset.shard(dataset.num_shards, shard)):

@@ -1,4 +1,4 @@
-"""Documents of a part of a Parquet or Arrow file; the rules are those of the other readers."""
+"""Reads documents from parts of Parquet and Arrow files; see `readers` for the rules."""
 
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -8,12 +8,12 @@ import numpy as np
 from bltjax.data.sources.readers import Bad, Document, Fields, document, end_of, need, open_file
 from bltjax.patching.calibrate import MAX_NATS
 
-ENTROPIES = "entropies"  # the column of Meta's preprocessed files (spec 8.4)
-_ROWS = 256  # of a Parquet file decoded at a time, beside the compressed row group
+ENTROPIES = "entropies"  # column of Meta's preprocessed files (spec 8.4)
+_ROWS = 256  # rows of a Parquet file that are decoded at a time
 
 
 def parquet_groups(path: str) -> list[tuple[int, int]] | None:
-    """(bytes in memory, bytes on disk) of each row group; None for a damaged file."""
+    """Returns (bytes in memory, bytes on disk) of each row group; None for a damaged file."""
     parquet = need("pyarrow.parquet", "data")
     with open_file(path) as raw:
         try:
@@ -34,7 +34,7 @@ def parquet_groups(path: str) -> list[tuple[int, int]] | None:
 def read_parquet(
     path: str, file: str, start: int, stop: int, fields: Fields
 ) -> Iterator[Document | Bad]:
-    """Rows of the row groups [start, stop); -1: to the last. Only the columns needed are read."""
+    """Yields the rows of row groups [start, stop), where -1 is the end; reads needed columns."""
     parquet = need("pyarrow.parquet", "data")
 
     def batches(raw):
@@ -50,9 +50,9 @@ def read_parquet(
 
 
 def arrow_layout(path: str) -> tuple[int, bool] | None:
-    """(number of record batches, whether there are entropies); None for a damaged file.
+    """Returns (number of record batches, True if it has entropies); None for a damaged file.
 
-    A file in the stream format counts as one batch: it has no index and is read whole.
+    A file in the stream format has no index and is read whole, so it counts as one batch.
     """
     with open_file(path) as raw:
         try:
@@ -66,10 +66,10 @@ def arrow_layout(path: str) -> tuple[int, bool] | None:
 def read_arrow(
     path: str, file: str, start: int, stop: int, fields: Fields
 ) -> Iterator[Document | Bad]:
-    """Rows of the record batches [start, stop) of an Arrow file; -1: to the last (spec 8.4).
+    """Yields the rows of record batches [start, stop) of an Arrow file; -1 is the end (spec 8.4).
 
-    Both the file format, which Meta's preprocessing writes, and the stream format, which Hugging
-    Face `datasets` writes, are read; the latter whole.
+    Reads the file format, which Meta's preprocessing writes, and the stream format, which Hugging
+    Face's `datasets` writes and which is always read whole.
     """
 
     def batches(raw):
@@ -94,7 +94,7 @@ def _open_arrow(raw: BinaryIO):
 
 
 def _table_documents(batches, path: str, file: str, fields: Fields) -> Iterator[Document | Bad]:
-    """The rows of `batches(opened file)`, which yields (their numbers, a record batch)."""
+    """Yields a document for each row; batches(opened file) yields (row numbers, record batch)."""
     last = None
     with open_file(path) as raw:
         try:
@@ -112,7 +112,7 @@ def _table_documents(batches, path: str, file: str, fields: Fields) -> Iterator[
 
 
 def _raise_unless_damage(error: Exception) -> None:
-    """Raises what the disk or the network did: that is no fault of the file, and may pass."""
+    """Raises errors of the disk or the network again: they may pass, and the file is sound."""
     lib = need("pyarrow", "data").lib
     plain = type(error) is OSError and error.errno is None  # pyarrow's, about content
     if not plain and not isinstance(error, (lib.ArrowException, UnicodeDecodeError)):
@@ -120,7 +120,7 @@ def _raise_unless_damage(error: Exception) -> None:
 
 
 def _rows(batch, fields: Fields) -> Iterator[dict]:
-    """The rows as records of the wanted columns; strings of text columns stay undecoded."""
+    """Yields each row as a dict of the wanted columns; text stays undecoded."""
     columns = {}
     for name in batch.schema.names:
         if name in fields.text:
@@ -138,7 +138,7 @@ def _undecoded(column):
 
 
 def _entropies(batch):
-    """The column of entropies, a list of numbers for each row; None where there is none."""
+    """Returns the column of entropies, a list of numbers in each row; None where there is none."""
     types = need("pyarrow", "data").types
     if ENTROPIES not in batch.schema.names:
         return None

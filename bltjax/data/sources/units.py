@@ -1,8 +1,8 @@
-"""Where training bytes come from: the units of a source, and the documents of a unit.
+"""Cuts sources into units, and reads the documents of a unit.
 
-A unit is a part of a source that any process can read by itself, from its beginning, and that
-gives the same documents in the same order each time. Files stand in an order drawn from the seed
-and their names, so that the first of them are a random sample.
+A unit is a part of a source that a process can read by itself, and that gives the same documents in
+the same order each time. Files are ordered by a hash of the seed and their names, so that the first
+of them are a random sample.
 """
 
 import hashlib
@@ -18,59 +18,48 @@ from bltjax.data.sources import readers, tables
 from bltjax.data.sources.files import COMPLETE, File, find_files, relative_names
 from bltjax.data.sources.readers import Bad, Document, Fields
 
-__all__ = [
-    "Bad",
-    "Document",
-    "Unit",
-    "is_held_out",
-    "list_units",
-    "read_unit",
-]
-
-_FOOTERS = 256  # files whose structure is read together, since a remote one takes a while
+_FOOTERS = 256  # files whose structure is read in parallel, since remote files are slow
 
 
 class Unit(NamedTuple):
     """A part of a source, in plain data.
 
-    name: unique in its source, a file name, in reading order. kind: of its files. paths: of its
-    files; more than one for text only; for huggingface the dataset. start, stop: jsonl: bytes;
-    parquet: row groups; arrow: record batches; array_record: records; huggingface: the shard and
-    the number of shards; a stop of -1 is the end of the file. size: bytes on disk, about; 0 if
-    unknown.
+    start and stop count bytes (jsonl), row groups (parquet), record batches (arrow) or records
+    (array_record), and a stop of -1 is the end of the file; for huggingface they are the shard and
+    the number of shards.
     """
 
-    name: str
-    kind: str
-    paths: tuple[str, ...]
+    name: str  # unique in its source, fit for a file name; names sort in reading order
+    kind: str  # kind of its files
+    paths: tuple[str, ...]  # its files, several only for text; for huggingface the dataset
     start: int
     stop: int
-    size: int
+    size: int  # bytes on disk, about; 0 where unknown
 
 
 def is_held_out(name: str, validation_fraction: float, seed: int) -> bool:
-    """Whether a document is of the validation set: it depends on these three only.
+    """Returns True for a document of the validation set.
 
-    A larger fraction only adds documents.
+    The answer depends on the arguments alone, and a larger fraction only adds documents.
     """
     return _hash(f"{seed}:{name}") < validation_fraction
 
 
 def list_units(source: SourceConfig, data: DataConfig) -> list[Unit]:
-    """The units of a source, each of about `data.shard_bytes`, together about `data.max_bytes`.
+    """Returns the units of a source, of about `data.shard_bytes` each and `data.max_bytes` in all.
 
-    Hidden files and directories are left out, and directories named in `data.exclude`; linked
-    directories are not entered, and a linked file counts if it leads to a place below the root
-    whose file is not listed itself. Raises FileNotFoundError where there is nothing at the path,
-    ValueError where no file there is of the kind, a library is missing or a preprocessed file is
-    unfinished, OSError where a directory cannot be listed.
+    Hidden files, hidden directories and those named in `data.exclude` are left out. Linked
+    directories are not entered; a linked file counts if it leads to a file below the root that is
+    not listed otherwise. Raises FileNotFoundError where there is nothing at the path, ValueError
+    where no file is of the kind, a library is missing or a preprocessed file is unfinished, OSError
+    where a directory cannot be listed.
     """
     if source.kind == "huggingface":
         units = _dataset_units(source, data)
     else:
         files = find_files(source, data)
         _refuse_unfinished(files)
-        # Not the hash of the split: the first files would all be of the validation set.
+        # Not the hash of the split, by which the first files would all be validation documents.
         files.sort(key=lambda file: (_hash(f"order:{data.seed}:{file.name}"), file.name))
         target = min(data.shard_bytes, data.max_bytes or data.shard_bytes)
         units = _about(_cut(files, target), data.max_bytes)
@@ -79,7 +68,7 @@ def list_units(source: SourceConfig, data: DataConfig) -> list[Unit]:
 
 
 def read_unit(unit: Unit, source: SourceConfig, data: DataConfig) -> Iterator[Document | Bad]:
-    """The documents of a unit, in order, and in their midst the records that cannot be one."""
+    """Yields the documents of a unit in order, with a Bad for each record that is none."""
     text = (source.field,) if source.field else data.text_fields
     fields = Fields(text, data.id_fields, data.language_fields)
     if unit.kind == "huggingface":
@@ -101,7 +90,7 @@ def read_unit(unit: Unit, source: SourceConfig, data: DataConfig) -> Iterator[Do
 
 
 def _cut(files: Sequence[File], target: int) -> Iterator[Unit]:
-    """Units of about `target` bytes, in the order of the files."""
+    """Yields units of about `target` bytes, in the order of the files."""
     texts, size = [], 0
     with ThreadPoolExecutor(16) as pool:
         for first in range(0, len(files), _FOOTERS):
@@ -123,7 +112,7 @@ def _cut(files: Sequence[File], target: int) -> Iterator[Unit]:
 
 
 def _parts(file: File, target: int) -> Iterable[tuple[int, int, int]]:
-    """(start, stop, bytes on disk) of the parts of a file; a damaged file is one part."""
+    """Returns (start, stop, bytes on disk) of the parts of a file; a damaged file is one part."""
     count = 1
     if file.kind == "parquet":
         groups = tables.parquet_groups(file.path)
@@ -141,7 +130,7 @@ def _parts(file: File, target: int) -> Iterable[tuple[int, int, int]]:
 
 
 def _even(count: int, size: int, target: int) -> Iterable[tuple[int, int, int]]:
-    """Parts of a file in which `count` things take up `size` bytes evenly."""
+    """Cuts a file of `count` records or bytes, which take up `size` bytes, into equal parts."""
     pieces = max(1, min(count, round(size / target)))
     if pieces == 1:
         return [(0, -1, size)]
@@ -152,7 +141,7 @@ def _even(count: int, size: int, target: int) -> Iterable[tuple[int, int, int]]:
 
 
 def _grouped(groups: list[tuple[int, int]], target: int) -> Iterator[tuple[int, int, int]]:
-    """Parts of consecutive row groups, each given as (bytes in memory, bytes on disk)."""
+    """Joins consecutive row groups, each (bytes in memory, bytes on disk), into parts."""
     start = memory = disk = 0
     for i, (more_memory, more_disk) in enumerate(groups):
         if i > start and memory + more_memory > target:
@@ -163,7 +152,7 @@ def _grouped(groups: list[tuple[int, int]], target: int) -> Iterator[tuple[int, 
 
 
 def _about(units: Iterable[Unit], max_bytes: int | None) -> list[Unit]:
-    """The first units, at least one, whose sizes come nearest to `max_bytes`."""
+    """Returns the first units, at least one, whose sizes together come nearest to `max_bytes`."""
     taken, total = [], 0
     for unit in units:
         if max_bytes is not None and taken and unit.size >= 2 * (max_bytes - total):
@@ -174,7 +163,7 @@ def _about(units: Iterable[Unit], max_bytes: int | None) -> list[Unit]:
 
 
 def _refuse_unfinished(files: Iterable[File]) -> None:
-    """Raises for a preprocessed file without its marker among files that have theirs (spec 8.4)."""
+    """Raises for a preprocessed file without its marker beside files that have one (spec 8.4)."""
     paths = sorted(file.path for file in files if file.kind == "arrow")
     for directory, inside in itertools.groupby(paths, lambda path: path.rpartition("/")[0]):
         names = {path.name for path in epath.Path(directory).iterdir()}
@@ -199,7 +188,7 @@ def _dataset_units(source: SourceConfig, data: DataConfig) -> list[Unit]:
 
 
 def _shards_taken(shards: int, data: DataConfig) -> int:
-    """How many shards `max_bytes` is spread over, as their sizes are not known."""
+    """Returns the number of shards to read for `max_bytes`; their sizes are not known."""
     if data.max_bytes is None:
         return shards
     return min(shards, max(1, data.max_bytes // data.shard_bytes))
@@ -219,7 +208,7 @@ def _read_shard(unit: Unit, source: SourceConfig, data: DataConfig, fields: Fiel
 
 
 def _hash(text: str) -> float:
-    """A number in [0, 1) that is the same for the same text on every machine."""
+    """Returns a number in [0, 1) that is the same for the same text on every machine."""
     try:
         # POSIX file names may hold bytes that are not UTF-8,
         encoded = text.encode("utf-8", "surrogateescape")

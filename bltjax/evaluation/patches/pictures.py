@@ -1,4 +1,4 @@
-"""Pictures of a PatchView: coloured text for a terminal, one HTML page, and curves for a PNG."""
+"""Draws a PatchView: as coloured text for a terminal, as an HTML page, as curves for a PNG."""
 
 import html
 import re
@@ -10,24 +10,28 @@ import numpy as np
 from bltjax.evaluation.patches.view import PatchView, histogram
 from bltjax.runtime.terminal import printable
 
-ROW_BYTES = 80  # of the PNG
+ROW_BYTES = 80  # bytes in a row of the PNG
 MAX_ROWS = 12
 _COLOURS = ("\x1b[30;46m", "\x1b[30;43m")  # black on cyan and on yellow: legible on any background
 _PLAIN = "\x1b[0m"
 _BAR = 40  # characters of the longest bar
 _MAX_LISTED = 48  # bytes of a patch that a page lists when the pointer is over it
-_STEERS = re.compile("[\u202a-\u202e\u2066-\u2069]")  # what turns the direction of other text
+_STEERS = re.compile("[\u202a-\u202e\u2066-\u2069]")  # characters that change text direction
 
 
 class Character(NamedTuple):
-    """A character of a text, or one byte that is part of none."""
+    """A character of a text, or one byte that is not part of a character."""
 
-    shown: str | None  # None: nothing that could be shown
+    shown: str | None  # None: it cannot be shown
     data: bytes
 
 
 def characters(text: bytes) -> list[Character]:
-    """The text in order, without what steers a terminal or a page; newlines and tabs are kept."""
+    """Splits a text into characters.
+
+    Control characters that would steer a terminal or a page, except newlines and tabs, cannot be
+    shown.
+    """
     result = []
     for c in text.decode("utf-8", "surrogateescape"):
         data = c.encode("utf-8", "surrogateescape")
@@ -40,24 +44,24 @@ def characters(text: bytes) -> list[Character]:
 
 
 def terminal(view: PatchView, colour: bool) -> str:
-    """The text with patches in two colours, or cut with |; what is not printable as \\xNN."""
+    """Returns the text with patches in two colours, or cut with "|" without colour."""
     if not colour:
         return "|".join(map(printable, view.patches))
     shown = []
     for number, patch in enumerate(view.patches):
         on = _COLOURS[number % 2]
-        # A colour that is on at the end of a line would fill the rest of it.
+        # Switches the colour off at the end of a line, else it would fill the rest of the line.
         text = printable(patch).replace("\n", f"↵{_PLAIN}\n{on}")
         shown.append(f"{on}{text}{_PLAIN}")
     return "".join(shown)
 
 
 def histogram_lines(lengths: Counter) -> list[str]:
-    """Patches of each length: bytes, a bar, count, share."""
+    """Returns a line for each patch length: bytes, a bar, count, share."""
     rows, total = histogram(lengths), lengths.total()
     most = max((count for _, count in rows), default=0)
     return [
-        f"{name:>5} {'#' * round(_BAR * count / most):{_BAR}} {count:>9} {count / total:>6.1%}"
+        f"{name:>8} {'#' * round(_BAR * count / most):{_BAR}} {count:>9} {count / total:>6.1%}"
         for name, count in rows
     ]
 
@@ -86,10 +90,10 @@ td.bar { width: 24em; } td.bar i { display: block; height: .9em; background: var
 
 
 def html_page(view: PatchView, name: str, facts: list[str]) -> str:
-    """One page that needs nothing else: facts, histogram, and the text with its patches coloured.
+    """Returns a self-contained page: facts, a histogram, and the text with coloured patches.
 
     The pointer over a patch shows its number, length, bytes, positions and entropies. The text can
-    be read back from the page: `u` is an ornament, `s` a byte in hexadecimal, all else is UTF-8.
+    be read back from the page: `u` is decoration, `s` a byte in hexadecimal, all else is UTF-8.
     """
     columns = "position and value" if view.entropies is None else "position, value and nats"
     facts_shown = "".join(f"<li>{html.escape(fact)}</li>\n" for fact in facts)
@@ -136,7 +140,7 @@ def _html_character(character: Character) -> str:
 
 
 def _listed(view: PatchView, number: int, start: int, patch: bytes) -> str:
-    """A line on the patch, and one for each byte: position, byte, nats."""
+    """Returns a line on the patch, and one for each byte: position, byte, nats."""
     lines = [f"patch {number}, length {len(patch)}"]
     for position, byte in enumerate(patch[:_MAX_LISTED], start):
         shown = chr(byte) if 32 < byte < 127 else " "
@@ -151,11 +155,11 @@ def _listed(view: PatchView, number: int, start: int, patch: bytes) -> str:
 
 
 def figure(view: PatchView, name: str, facts: list[str]):
-    """A matplotlib Figure: entropies over the bytes with patches and threshold, and a histogram.
+    """Returns a matplotlib Figure: entropies of the bytes, patches, threshold, and a histogram.
 
-    Texts go on in further rows of ROW_BYTES, MAX_ROWS of them; the title says what is left out.
+    A text is drawn in rows of ROW_BYTES, MAX_ROWS at most; the title tells how much is left out.
     """
-    from matplotlib.figure import Figure  # late: it is no requirement
+    from matplotlib.figure import Figure  # late: matplotlib is optional
 
     size = len(view.text)
     num_rows = min(max(1, -(-size // ROW_BYTES)), MAX_ROWS)
@@ -175,7 +179,7 @@ def figure(view: PatchView, name: str, facts: list[str]):
     if left_out:
         title += f"\nthe first {size - left_out} bytes are drawn, {left_out} more are left out"
     result.suptitle(title, fontsize=11, parse_math=False, wrap=True)
-    labels = _byte_labels(view.text[: num_rows * ROW_BYTES + 3])  # 3: a character that goes on
+    labels = _byte_labels(view.text[: num_rows * ROW_BYTES + 3])  # 3: the rest of a character
     drawn = [x[: num_rows * ROW_BYTES] for x in (view.entropies, view.levels) if x is not None]
     top = 1.08 * max((float(x.max()) for x in drawn if x.size), default=1.0)
     for row in range(num_rows):
@@ -222,7 +226,7 @@ def _draw_histogram(axes, lengths: Counter):
 
 
 def _byte_labels(text: bytes) -> list[str]:
-    """What stands below each byte: a character below its first, hexadecimal where none is known."""
+    """Returns the label of each byte: its character at the first byte, or hexadecimal."""
     from matplotlib import font_manager
 
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))

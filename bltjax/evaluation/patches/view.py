@@ -1,48 +1,51 @@
-"""Where patches start in a text and how hard each of its bytes was: what the pictures show."""
+"""Finds the patches and entropies of texts, for pictures and tables."""
 
 from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.config import ENTROPY_RULES, PatchingConfig
-from bltjax.patching.boundaries import patch_starts
+from bltjax.config import PatchingConfig
+from bltjax.patching.boundaries import needs_entropies, patch_starts, rule_of
 from bltjax.vocabulary import encode
 
-LONGEST_BAR = 16  # bytes; longer patches share the last row of a histogram
+# Bytes of the longest patch in each row of a histogram; the last row has all longer ones too.
+ROW_ENDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 64, 128, 256)
 
 
 class PatchView(NamedTuple):
-    """A text as the model cuts it. Its bytes alone are counted, BOS and EOS are not."""
+    """A text and its patches. Positions are those of its bytes; BOS and EOS have none."""
 
     text: bytes
-    starts: np.ndarray  # int [P], the first byte of each patch; bytes 0..starts[1]-1 are the first
-    entropies: np.ndarray | None  # float32 [bytes], nats: how uncertain each was before it was read
-    levels: np.ndarray | None  # float32 [bytes], nats: a byte above opens a patch; entropy rules
-    num_trained: int  # patches under the settings that the model came with
+    starts: np.ndarray  # int [P], the position of the first byte of each patch
+    entropies: np.ndarray | None  # float32 [bytes], nats: entropy of the prediction of each byte
+    levels: np.ndarray | None  # float32 [bytes], nats: a byte whose entropy is above opens a patch
+    num_trained: int  # number of patches under the model's own settings
 
     @property
     def lengths(self) -> np.ndarray:
-        """int [P], bytes."""
+        """Bytes of each patch, int [P]."""
         return np.diff(self.starts, append=len(self.text))
 
     @property
     def patches(self) -> list[bytes]:
+        """Bytes of each patch."""
         return [self.text[s : s + n] for s, n in zip(self.starts, self.lengths, strict=True)]
 
 
-def look(model, texts: list[bytes], trained: PatchingConfig | None = None) -> list[PatchView]:
-    """A view of each text, whatever texts come with it.
+def look(model, texts: list[bytes], patching: PatchingConfig | None = None) -> list[PatchView]:
+    """Returns a view of each text, which does not depend on the other texts.
 
-    trained: what `num_trained` counts with; None: `model.patching`, as everything else. Raises
-    ValueError for a model without patches, or without the entropy model that its rule needs.
+    patching: None for the model's own; settings of the entropy model are always its own. Raises
+    ValueError for a model without patches, or without the entropy model that the rule needs.
     """
-    patching, has_entropies = model.patching, model.entropy_config is not None
+    trained, has_entropies = model.patching, model.entropy_config is not None
+    patching = patching or trained
     if model.config is None:
         raise ValueError(
             "this is an entropy model alone, it has no patches: give the checkpoint of a BLT"
         )
-    if patching.rule in ENTROPY_RULES and not has_entropies:
+    if needs_entropies(patching) and not has_entropies:
         raise ValueError(
             f"patching rule {patching.rule!r} needs an entropy model and there is none: give "
             "--entropy_model=DIR"
@@ -50,23 +53,27 @@ def look(model, texts: list[bytes], trained: PatchingConfig | None = None) -> li
     ids = [encode(text) for text in texts]
     entropies = _entropies(model, ids) if has_entropies else [None] * len(ids)
     return [
-        _view(text, i, h, patching, trained or patching)
+        _view(text, i, h, patching, trained)
         for text, i, h in zip(texts, ids, entropies, strict=True)
     ]
 
 
 def histogram(lengths: Counter) -> list[tuple[str, int]]:
-    """(bytes, patches of that many) for 1, 2, ... to the longest; from LONGEST_BAR on together."""
-    longest = max(lengths, default=0)
-    rows = [(str(n), lengths[n]) for n in range(1, min(longest, LONGEST_BAR) + 1)]
-    if longest > LONGEST_BAR:
-        count = sum(count for n, count in lengths.items() if n >= LONGEST_BAR)
-        rows[-1] = (f"{LONGEST_BAR}+", count)
+    """Returns rows (bytes, number of patches), up to the row of the longest patch."""
+    rows, first = [], 1
+    for last in ROW_ENDS:
+        if first > max(lengths, default=0):
+            break
+        is_end = last == ROW_ENDS[-1]
+        count = sum(c for n, c in lengths.items() if n >= first and (n <= last or is_end))
+        name = f"{first}" if first == last else f"{first}-{last}"
+        rows.append((f"{first}+" if is_end else name, count))
+        first = last + 1
     return rows
 
 
 class Tally:
-    """What is counted of one or many texts."""
+    """Counts over one or many texts."""
 
     def __init__(self):
         self.num_texts = self.num_trained = 0
@@ -91,7 +98,7 @@ class Tally:
         self.nats += other.nats
 
     def report(self) -> dict:
-        """Plain numbers; None for means of nothing."""
+        """Returns plain numbers; None for a mean without anything to average."""
         num_bytes = sum(length * count for length, count in self.lengths.items())
         num_patches = self.lengths.total()
         return dict(
@@ -109,23 +116,17 @@ def _view(text, ids, entropies, patching, trained) -> PatchView:
     if entropies is None:
         return PatchView(text, starts, None, None, num_trained)
     entropies = entropies[: len(text)]  # the first is after BOS, about byte 0
-    return PatchView(text, starts, entropies, _levels(patching, entropies), num_trained)
+    levels = [  # a byte above all of them starts a patch
+        np.float32(getattr(patching, threshold)) + entropies - score(entropies)
+        for score, threshold in rule_of(patching).scores
+    ]
+    highest = np.maximum.reduce(levels) if levels else None
+    return PatchView(text, starts, entropies, highest, num_trained)
 
 
 def _starts(patching: PatchingConfig, ids, entropies) -> np.ndarray:
-    """The bytes at which patches start. The id at s is byte s-1, for BOS comes first."""
+    """Returns the bytes at which patches start: id s is byte s - 1, since BOS comes first."""
     return np.flatnonzero(patch_starts(patching, ids, entropies)[1 : len(ids) - 1])
-
-
-def _levels(patching: PatchingConfig, entropies: np.ndarray) -> np.ndarray | None:
-    before = np.concatenate([entropies[:1], entropies[:-1]])
-    if patching.rule == "entropy":
-        return np.full_like(entropies, patching.threshold)
-    if patching.rule == "monotonic":
-        return before + np.float32(patching.threshold)
-    if patching.rule == "global_monotonic":
-        return np.maximum(before + np.float32(patching.threshold_add), patching.threshold)
-    return None
 
 
 def _entropies(model, ids: list[np.ndarray]) -> list[np.ndarray]:

@@ -1,17 +1,17 @@
-"""Causal and windowed attention on TPUs, by the Pallas kernels that JAX keeps ("splash").
+"""Causal and windowed attention on TPUs, by JAX's Pallas kernels ("splash").
 
-Blocks that no query sees are skipped by a static table, so cost follows the visible pairs.
+A static table skips blocks that no query sees, so cost follows the visible pairs.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-LANES = 128  # of a TPU's registers; blocks are multiples
+LANES = 128  # width of a TPU's registers; block sizes are multiples of it
 
 
 def splash_attention(q, k, v, segments, window: int | None = None, interpret: bool = False):
-    """Each position sees itself and the `window` - 1 before it (None: all), in its segment.
+    """Attends from each position to itself and `window` - 1 before it (None: all) in its segment.
 
     q [B, L, H, D]; k, v [B, L, G, D], G dividing H; segments int32 [B, L] -> [B, L, H, D]. Rows and
     heads may be sharded, positions not. interpret: run the kernels on any platform, slowly.

@@ -162,9 +162,9 @@ def test_patches_equal_a_packer_that_goes_patch_by_patch(docs, budget):
 @given(documents(), budgets())
 def test_packing_is_deterministic_and_leaves_documents_alone(docs, budget):
     before = [(ids.copy(), starts.copy()) for ids, starts in docs]
-    first, second = (rows_module.stack(packing.pack_patches(docs, *budget)) for _ in range(2))
-    for left, right in zip(first, second, strict=True):
-        np.testing.assert_array_equal(left, right)
+    for rows in zip(*(packing.pack_patches(docs, *budget) for _ in range(2)), strict=True):
+        for left, right in zip(*rows, strict=True):
+            np.testing.assert_array_equal(left, right)
     for left, right in zip(itertools.chain(*before), itertools.chain(*docs), strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -230,25 +230,11 @@ def test_the_smallest_budgets_make_progress(starts_everywhere):
     assert_stream_is_kept(rows, [ids])
 
 
-def test_stack_adds_a_row_axis_in_compact_types():
-    docs = [with_starts(encode(bytes(range(256))), *range(2, 258, 5))]
-    rows = list(packing.pack_patches(docs, row_bytes=32, row_patches=16))
-    stacked = rows_module.stack(iter(rows))
-    dtypes = [np.uint16, np.uint16, bool, np.int32, np.uint16, np.int32]
-    assert [field.dtype for field in stacked] == dtypes
-    assert stacked.tokens.shape == (len(rows), 32)
-    assert stacked.patch_lengths.shape == (len(rows), 16)
-    for index, row in enumerate(rows):
-        for field, expected in zip(stacked, row, strict=True):
-            np.testing.assert_array_equal(field[index], expected)
-
-
 def test_utilisation_counts_inputs_and_their_patches():
     docs = [with_starts(encode(b"abcdef"), 4)]
     rows = list(packing.pack_patches(docs, row_bytes=6, row_patches=4))
     expected = {"byte_utilisation": 8 / 12, "patch_utilisation": 4 / 8}
     assert rows_module.utilisation(rows) == pytest.approx(expected)
-    assert rows_module.utilisation(rows_module.stack(rows)) == pytest.approx(expected)
     byte_rows = packing.pack_bytes([docs[0][0]], row_bytes=5)
     assert rows_module.utilisation(byte_rows) == {"byte_utilisation": pytest.approx(8 / 10)}
 
@@ -257,7 +243,7 @@ def test_no_documents_give_no_rows():
     assert list(packing.pack_patches([], 8, 4)) == []
     assert list(packing.pack_bytes([], 8)) == []
     with pytest.raises(ValueError, match="no rows"):
-        rows_module.stack([])
+        rows_module.utilisation([])
 
 
 @pytest.mark.parametrize(

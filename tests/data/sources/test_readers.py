@@ -171,7 +171,7 @@ def test_a_missing_library_is_named_with_its_remedy(tmp_path, monkeypatch, modul
     path.write_bytes(zstd_stream(records(1)))
     monkeypatch.setitem(sys.modules, module, None)
     library = module.partition(".")[0]
-    with pytest.raises(ValueError, match=rf"takes {library}.*pip install -e '\.\[{extra}\]'"):
+    with pytest.raises(ValueError, match=rf"{library} is needed.*pip install 'bltjax\[{extra}\]'"):
         call(path)
 
 
@@ -332,3 +332,9 @@ def test_damaged_array_records(tmp_path):
     *before, bad = readers.read_array_record(path, "a", 0, -1, None)
     assert before and before[-1].name == f"a:{len(before) - 1}"
     assert bad.name == f"a:record {len(before)}" and "damaged" in bad.reason
+
+
+def test_chunks_hold_all_items_in_order_and_little_more_than_asked_for():
+    items = [b"aaa", b"", b"bb", b"cccccccc", b"d"]
+    assert list(readers.in_chunks(items, len, 4)) == [[b"aaa", b"", b"bb"], [b"cccccccc"], [b"d"]]
+    assert list(readers.in_chunks([], len, 4)) == []

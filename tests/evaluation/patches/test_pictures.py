@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bltjax.evaluation.patches import pictures
-from bltjax.evaluation.patches.view import LONGEST_BAR, PatchView, histogram
+from bltjax.evaluation.patches.view import PatchView, histogram
 from bltjax.runtime.terminal import printable
 
 FACTS = ["5 bytes", "threshold < 2 & more"]
@@ -127,11 +127,13 @@ def test_the_terminal_shows_patches_in_turns(text):
 
 
 def test_histograms_count_every_patch():
-    lengths = Counter({1: 3, 4: 6, LONGEST_BAR: 1, LONGEST_BAR + 30: 2})
+    lengths = Counter({1: 3, 4: 6, 9: 1, 10: 1, 300: 1})
     rows = histogram(lengths)
     assert [name for name, _ in rows[:4]] == ["1", "2", "3", "4"]
-    assert rows[-1] == (f"{LONGEST_BAR}+", 3) and sum(count for _, count in rows) == 12
-    assert histogram(Counter({LONGEST_BAR: 2}))[-1] == (str(LONGEST_BAR), 2)
+    assert rows[8] == ("9-10", 2) and rows[-1] == ("129+", 1)
+    assert sum(count for _, count in rows) == 12
+    assert histogram(Counter({12: 2}))[-1] == ("11-12", 2)
+    assert histogram(Counter({256: 2}))[-1] == ("129+", 2)
     assert histogram(Counter()) == [] == pictures.histogram_lines(Counter())
     lines = pictures.histogram_lines(lengths)
     assert lines[0].split() == ["1", "#" * 20, "3", "25.0%"]

@@ -1,0 +1,23 @@
+"""Settings in a directory that no model of ours can follow are told when it is read."""
+
+import dataclasses
+import json
+
+import pytest
+
+from bltjax.checkpoints import formats
+from bltjax.checkpoints.weights import WeightsError
+from bltjax.config import BLTConfig, PatchingConfig, RunConfig, to_dict
+
+
+@pytest.mark.parametrize("name", ["model.json", "config.json"])
+def test_an_unknown_patching_rule(tmp_path, name):
+    patching = PatchingConfig("words", target_patch_bytes=None)
+    described = {
+        "model.json": dict(format=formats.VERSION, blt=BLTConfig(), patching=patching),
+        "config.json": dict(config=dataclasses.replace(RunConfig(), patching=patching)),
+    }[name]
+    described = {k: to_dict(v) if dataclasses.is_dataclass(v) else v for k, v in described.items()}
+    (tmp_path / name).write_text(json.dumps(described))
+    with pytest.raises(WeightsError, match=rf"{name}: .*'words' is unknown: choose one of entropy"):
+        formats.read(tmp_path)
