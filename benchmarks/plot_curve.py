@@ -8,15 +8,17 @@ import json
 import sys
 from pathlib import Path
 
+from bltjax.checkpoints.run_directory import RunDirectory
+
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 380, 52, 40, 14
 RIGHT = 150  # room for the names of the levels
 AVERAGED = 15  # logged steps
 
 
 def main(workdir: str, target: str):
-    workdir = Path(workdir)
-    lines = [json.loads(line) for line in (workdir / "blt" / "metrics.jsonl").open()]
-    result = json.loads((workdir / "result.json").read_text())
+    directory = RunDirectory(Path(workdir))
+    lines = [json.loads(line) for line in directory.metrics("blt").open()]
+    result = json.loads(directory.result.read_text())
     seen = [sum(v for k, v in line.items() if k.startswith("bytes_seen/")) for line in lines]
     xs = [num_bytes / 1e6 for num_bytes in seen]
     ys = [line["bits_per_byte"] for line in lines]

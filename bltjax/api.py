@@ -23,7 +23,7 @@ from bltjax.inference.requests import configure, make_requests
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts, needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 __all__ = ["Model", "Score", "load"]
 
@@ -36,7 +36,7 @@ def load(
     compute_dtype: str | None = None,
     bf16_compat: bool = False,
     mesh: jax.sharding.Mesh | None = None,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> "Model | TokenModel":
     """The model in a directory: bltjax's, a training run's, Hugging Face's or Meta's.
 
@@ -52,7 +52,7 @@ def load(
         entropies and threshold rounded to it (spec 2.9). Boundaries near the threshold move.
       mesh: devices to shard over, see `sharding.make_mesh`; None: the mesh that is set, else one
         device.
-      advance: told the bytes that have been read and checked.
+      on_progress: told the bytes that have been read and checked.
 
     Raises FileNotFoundError, and ValueError that lists every problem of the directory.
     """
@@ -66,9 +66,9 @@ def load(
     if token_model.is_token_run(path):
         if entropy_model is not None or bf16_compat:
             raise ValueError(f"{path} holds a token model: give no entropy_model, no bf16_compat")
-        return token_model.load(path, mesh, dtype, compute_dtype, advance)
+        return token_model.load(path, mesh, dtype, compute_dtype, on_progress)
     with jax.set_mesh(mesh):
-        weights = formats.cast(formats.read(path, entropy_model, advance), dtype)
+        weights = formats.cast(formats.read(path, entropy_model, on_progress), dtype)
         for name in weights.params:
             sharding.check_model(getattr(weights, name), name, mesh)
         for note in weights.notes:
@@ -212,7 +212,7 @@ class Model:
         self,
         documents: Sequence[str | bytes],
         row_bytes: int | None = None,
-        advance: Advance = unwatched,
+        on_progress: OnProgress = None,
     ) -> list[Score]:
         """nats, bytes, patches and bits per byte of each document; see `score_documents`.
 
@@ -221,13 +221,15 @@ class Model:
         """
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
         with jax.set_mesh(self.mesh):
-            return score_documents(self._scoring(), documents, row_bytes=row_bytes, advance=advance)
+            return score_documents(
+                self._scoring(), documents, row_bytes=row_bytes, on_progress=on_progress
+            )
 
     def score_continuations(
         self,
         pairs: Sequence[tuple[str | bytes, str | bytes]],
         row_bytes: int | None = None,
-        advance: Advance = unwatched,
+        on_progress: OnProgress = None,
     ) -> list[ContinuationScore]:
         """nats, bytes and is_greedy of each continuation after its context.
 
@@ -236,7 +238,9 @@ class Model:
         """
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
         with jax.set_mesh(self.mesh):
-            return score_continuations(self._scoring(), pairs, row_bytes=row_bytes, advance=advance)
+            return score_continuations(
+                self._scoring(), pairs, row_bytes=row_bytes, on_progress=on_progress
+            )
 
     def _scoring(self) -> ByteScoring:
         entropy_params = self.params.get("entropy_model")

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
 from bltjax.patching.boundaries import check_rule
-from bltjax.runtime.progress import Progress
+from bltjax.runtime.progress import progress_bar
 
 USER_ERROR = 2  # exit code: the command or what it names is at fault
 COMMANDS = Path(__file__).parent / "commands"
@@ -130,15 +130,15 @@ def open_model():
 
     chosen = flags.FLAGS
     given = [d for d in (chosen.checkpoint, chosen.entropy_model) if d is not None]
-    progress = Progress("loading", sum(formats.stored_bytes(Path(d)) for d in given))
+    bar = progress_bar("loading", sum(formats.stored_bytes(Path(d)) for d in given))
     model = api.load(
         chosen.checkpoint,
         entropy_model=chosen.entropy_model,
         dtype=chosen.dtype,
         bf16_compat=chosen.bf16_compat,
-        advance=progress,
+        on_progress=bar.update,
     )
-    progress.close()
+    bar.close()
     return model
 
 

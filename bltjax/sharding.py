@@ -20,8 +20,14 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, PartitionSpec, reshard
 
-from bltjax import sharding
-from bltjax.config import BLTConfig, EntropyModelConfig, MeshConfig, RunConfig, TransformerConfig
+from bltjax.config import (
+    TRAINING,
+    BLTConfig,
+    EntropyModelConfig,
+    MeshConfig,
+    RunConfig,
+    TransformerConfig,
+)
 from bltjax.config.model import SHARED_TABLE
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -253,14 +259,14 @@ def put_whole(tree):
     return jax.device_put(tree, jax.NamedSharding(mesh, PartitionSpec()))
 
 
-def meet(name: str):
-    """Waits for all processes."""
+def barrier(name: str):
+    """Waits until all processes are here; all give the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether it holds in any process."""
+def any_process(flag: bool) -> bool:
+    """Returns whether the flag is set in any process."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
@@ -293,16 +299,11 @@ def concrete(tree):
     return jax.tree.map(place, tree)
 
 
-def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
-    """Rows are split over the mesh, so each stage's batch must divide. Raises ValueError."""
-    settings = dict(
-        entropy_model="entropy_training",
-        blt="blt_training",
-        token_model="token_training",
-        evaluate="evaluation",
-    )
-    shards = sharding.num_row_shards(mesh)
-    for name in (settings[stage] for stage in config.stages if stage in settings):
+def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
+    """Raises ValueError where the rows of a stage's batch do not divide over the mesh."""
+    names = [TRAINING[stage] for stage in config.stages if stage in TRAINING]
+    shards = num_row_shards(mesh)
+    for name in names + ["evaluation"] * ("evaluate" in config.stages):
         size = getattr(config, name).batch_size
         parts = getattr(getattr(config, name), "accumulation_steps", 1)
         if size % (shards * parts):
@@ -314,7 +315,7 @@ def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh):
 
 
 def check_hash_updates(config: RunConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
-    """Rows that are touched are found on one device. Raises ValueError."""
+    """Raises ValueError for sparse updates on several devices: touched rows are found on one."""
     touched = config.blt_training.optimizer.hash_updates == "touched"
     if touched and "blt" in config.stages and mesh.size > 1:
         raise ValueError(

@@ -26,6 +26,7 @@ TIERS = [
     {"commands"},
 ]
 MODULES_WITHOUT_JAX = [
+    "checkpoints/run_directory",
     "cli",
     "config",
     "costs/chips",

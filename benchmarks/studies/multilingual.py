@@ -16,6 +16,7 @@ from benchmarks.studies import pages, study
 from benchmarks.studies.points import Point, account, width_for, with_flops
 from benchmarks.studies.shared import Shared
 from bltjax import cli
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import PatchingConfig
 from bltjax.data import tokenizer
 from bltjax.data.records.store import Documents, open_store
@@ -39,7 +40,7 @@ def by_language(given: study.Settings, shared: Shared, planned: Sequence[Point])
     """A row for each source: of each family bits per byte, and bytes of a patch or a token."""
     results = {}
     for point in planned:
-        path = given.directory / "points" / point.name / "result.json"
+        path = RunDirectory(given.directory / "points" / point.name).result
         if path.exists():
             results[point.name] = json.loads(path.read_text())
     sizes = {"BLT": patch_sizes(given, shared), "BPE": token_sizes(shared)}
@@ -60,10 +61,10 @@ def by_language(given: study.Settings, shared: Shared, planned: Sequence[Point])
 
 def patch_sizes(given: study.Settings, shared: Shared) -> dict[str, float]:
     """Mean bytes of a patch of each source, at the threshold that the BLT was trained with."""
-    path = given.directory / "points" / "BLT" / "patching.json"
-    if not path.exists():
+    threshold = RunDirectory(given.directory / "points" / "BLT").threshold()
+    if threshold is None:
         return {}
-    patching = PatchingConfig(threshold=json.loads(path.read_text())["threshold"])
+    patching = PatchingConfig(threshold=threshold)
     shards = open_store(shared.records).shards()
     lengths = entropies.sample_lengths(patching, shards)
     return {source: float(own.mean()) for source, own in lengths.items()}

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import RunConfig, read_config
 from bltjax.costs.flops import TRAINING_FACTOR, RunFlops, run_flops
 
@@ -120,7 +121,7 @@ def _with_root() -> str:
 
 
 def is_finished(point: Point, directory: Path) -> bool:
-    return (directory / point.name / "result.json").exists()
+    return RunDirectory(directory / point.name).result.exists()
 
 
 def run(points: list[Point], directory: Path, jobs: int) -> list[str]:
@@ -196,7 +197,7 @@ def _cores() -> list[int] | None:
 def _tell(point: Point, directory: Path, seconds: float, left: int, started: float):
     said = "failed, see its log"
     if is_finished(point, directory):
-        result = json.loads((directory / point.name / "result.json").read_text())
+        result = json.loads(RunDirectory(directory / point.name).result.read_text())
         said = f"{result['bits_per_byte']:.4f} bits per byte"
     minutes = (time.monotonic() - started) / 60
     so_far = f"{left} left after {minutes:.1f} min"
@@ -207,12 +208,12 @@ def read(point: Point, directory: Path) -> dict | None:
     """A finished point as a row of a table: settings, cost and quality; None of another."""
     if not is_finished(point, directory):
         return None
-    result = json.loads((directory / point.name / "result.json").read_text())
+    run = RunDirectory(directory / point.name)
+    result = json.loads(run.result.read_text())
     patch_bytes = result.get("mean_token_bytes") or result["mean_patch_bytes"]
     flops = account(point._replace(patch_bytes=patch_bytes))
     parameters = result["parameters"][point.stage]
-    lines = (directory / point.name / point.stage / "metrics.jsonl").read_text().splitlines()
-    last = json.loads(lines[-1])
+    last = json.loads(run.metrics(point.stage).read_text().splitlines()[-1])
     return dict(
         name=point.name,
         **point.about,

@@ -18,7 +18,7 @@ from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
 from bltjax.checkpoints.pytorch.writing import WritePlan
-from bltjax.checkpoints.run_directory import is_trained, open_trained
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.training_state import CheckpointError
 from bltjax.checkpoints.weights import (
     Lengths,
@@ -34,7 +34,6 @@ from bltjax.config import (
     EntropyModelConfig,
     PatchingConfig,
     RunConfig,
-    TrainingConfig,
     from_config_dict,
     to_dict,
 )
@@ -42,7 +41,7 @@ from bltjax.config.model import DTYPES
 from bltjax.model import functional
 from bltjax.patching.boundaries import check_rule, needs_entropies
 from bltjax.runtime.files import UNFINISHED
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 VERSION = 1  # of model.json
 MODEL, WEIGHTS = "model.json", "weights"
@@ -83,7 +82,7 @@ def detect(directory: Path) -> str:
 
 
 def read(
-    directory: Path, entropy_model: Path | None = None, advance: Advance = unwatched
+    directory: Path, entropy_model: Path | None = None, on_progress: OnProgress = None
 ) -> Weights:
     """The model in a directory of any format, its parameters lazy; needs a mesh to be set.
 
@@ -91,10 +90,10 @@ def read(
     problem found, FileNotFoundError, or CheckpointError for a damaged checkpoint.
     """
     problems: list[str] = []
-    weights = _read_one(directory, problems, advance)
+    weights = _read_one(directory, problems, on_progress)
     if entropy_model is not None:
         in_other: list[str] = []
-        other = _read_one(entropy_model, in_other, advance)
+        other = _read_one(entropy_model, in_other, on_progress)
         problems += [f"{entropy_model}: {problem}" for problem in in_other]
         if other is not None and other.entropy_model is None:
             problems.append(f"{entropy_model} has no entropy model: give a directory that has one")
@@ -105,7 +104,7 @@ def read(
     return weights
 
 
-def _read_one(directory: Path, problems: list[str], advance: Advance) -> Weights | None:
+def _read_one(directory: Path, problems: list[str], on_progress: OnProgress) -> Weights | None:
     directory = Path(directory)
     readers = {
         BLTJAX: _read_bltjax,
@@ -114,7 +113,7 @@ def _read_one(directory: Path, problems: list[str], advance: Advance) -> Weights
         META: reading.read_meta,
     }
     try:
-        return readers[detect(directory)](directory, advance)
+        return readers[detect(directory)](directory, on_progress)
     except WeightsError as error:
         problems += error.problems
         return None
@@ -141,9 +140,9 @@ class _OwnPlan(NamedTuple):
     inside: dict
     notes: tuple[str, ...] = ()
 
-    def write(self, directory: Path, advance: Advance = unwatched):
+    def write(self, directory: Path, on_progress: OnProgress = None):
         directory.mkdir(parents=True, exist_ok=True)
-        save_weights(directory / WEIGHTS, self.params, advance)
+        save_weights(directory / WEIGHTS, self.params, on_progress)
         for name, value in self.files.items():
             (directory / name).write_text(json.dumps(value, indent=1) + "\n")
 
@@ -181,7 +180,7 @@ def cast(weights: Weights, dtype: str | None) -> Weights:
     return weights._replace(params=convert(weights.params))
 
 
-def _read_bltjax(directory: Path, advance: Advance) -> Weights:
+def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
     problems: list[str] = []
     described = read_json(directory / MODEL, problems)
     version = described.pop("format", None)
@@ -204,7 +203,7 @@ def _read_bltjax(directory: Path, advance: Advance) -> Weights:
     if problems:
         raise WeightsError(directory, problems)
     params = open_weights(directory / WEIGHTS)
-    _check(directory, dict(blt=blt, entropy_model=entropy_model), params, advance)
+    _check(directory, dict(blt=blt, entropy_model=entropy_model), params, on_progress)
     patching = patching or PatchingConfig(target_patch_bytes=None)
     return Weights(blt, entropy_model, patching, params, lengths)
 
@@ -227,69 +226,47 @@ def _config(cls, values, name: str, problems: list[str]):
     return None if found else config
 
 
-def _read_run(directory: Path, advance: Advance) -> Weights:
-    config, patching, notes = _run_settings(directory)
-    stages = [s for s in ("blt", "entropy_model") if is_trained(directory / s)]
-    if not stages:
-        raise WeightsError(directory, ["it is a run without a checkpoint yet: train it first"])
-    params = {stage: open_trained(directory / stage) for stage in stages}
-    configs = {stage: getattr(config, stage) for stage in stages}
-    _check(directory, configs, params, advance)
-    training = config.blt_training if "blt" in stages else config.entropy_training
+def _read_run(path: Path, on_progress: OnProgress) -> Weights:
+    directory = RunDirectory(path)
+    config = directory.config()
+    patching, notes = _run_patching(directory, config)
+    names = [name for name in ("blt", "entropy_model") if directory.is_trained(name)]
+    if not names:
+        raise WeightsError(path, ["it is a run without a checkpoint yet: train it first"])
+    stages = [directory.stage(config, name) for name in names]
+    params = {stage.name: stage.lazy_params() for stage in stages}
+    configs = {stage.name: stage.model for stage in stages}
+    _check(path, configs, params, on_progress)
     return Weights(
         configs.get("blt"),
         configs.get("entropy_model"),
         patching,
         params,
-        Lengths(row_bytes=_trained_row_bytes(directory, training)),
-        notes if "blt" in stages else (),
+        Lengths(row_bytes=stages[0].training.row_bytes or directory.row_bytes()),
+        notes if "blt" in names else (),
     )
 
 
-def _trained_row_bytes(directory: Path, training: TrainingConfig) -> int:
-    """The rows that a run chose by itself are in its rows.json."""
-    if training.row_bytes:
-        return training.row_bytes
-    problems: list[str] = []
-    stored = Fields("rows.json", read_json(directory / "rows.json", problems))
-    row_bytes = stored.take("row_bytes", int)
-    if problems := problems + stored.problems:
-        raise WeightsError(directory, problems)
-    return row_bytes
-
-
-def _run_settings(directory: Path) -> tuple[RunConfig, PatchingConfig, tuple[str, ...]]:
-    """A run's settings, where its patches start, and notes on that."""
-    problems: list[str] = []
-    claim = read_json(directory / "config.json", problems)
-    try:
-        config = from_config_dict(RunConfig, claim["config"])
-        check_rule(config.patching)
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise WeightsError(directory, [f"config.json: {error}"]) from error
+def _run_patching(
+    directory: RunDirectory, config: RunConfig
+) -> tuple[PatchingConfig, tuple[str, ...]]:
+    """Returns where the patches of a run start, and notes on that."""
     patching = dataclasses.replace(config.patching, target_patch_bytes=None)
-    calibrated = needs_entropies(config.patching) and (
-        config.patching.target_patch_bytes is not None
-    )
-    if not calibrated:
-        return config, patching, ()
-    if not (directory / "patching.json").exists():
+    if not needs_entropies(patching) or config.patching.target_patch_bytes is None:
+        return patching, ()
+    threshold = directory.threshold()
+    if threshold is None:
         note = f"no threshold is calibrated yet, {patching.threshold:.4f} nats is used"
-        return config, patching, (note,)
-    stored = Fields("patching.json", read_json(directory / "patching.json", problems))
-    threshold = stored.take("threshold", float)
-    problems += stored.problems
-    if problems:
-        raise WeightsError(directory, problems)
-    return config, dataclasses.replace(patching, threshold=threshold), ()
+        return patching, (note,)
+    return dataclasses.replace(patching, threshold=threshold), ()
 
 
-def _check(directory: Path, configs: dict, params: dict, advance: Advance):
+def _check(directory: Path, configs: dict, params: dict, on_progress: OnProgress):
     """That parameters are what their configs say, and finite. Raises WeightsError."""
     expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
     problems = shape_problems(shapes(flat(params)), shapes(flat(expected)))
     try:
-        problems += value_problems(flat(params), advance)
+        problems += value_problems(flat(params), on_progress)
     except CheckpointError as error:
         problems.append(str(error))
     if problems:

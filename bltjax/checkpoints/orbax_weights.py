@@ -22,7 +22,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from bltjax.checkpoints.lazy_arrays import Index, LazyArray
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.checkpoints.run_directory import saved_steps
+from bltjax.runtime.progress import OnProgress
 
 CHUNK_BYTES = 4 * 2**20  # what is read at least
 CHUNK_FEATURES = 256  # so that a host with a slice of the features reads little else
@@ -42,17 +43,20 @@ def first_line(error: Exception) -> str:
     return line if len(line) <= 200 else f"{line[:100]}...{line[-100:]}"  # causes come last
 
 
-def save_weights(directory: Path, tree: dict, advance: Advance = unwatched) -> None:
-    """Write a nested dict of lazy arrays as an Orbax checkpoint; `advance` hears of bytes written.
+def save_weights(directory: Path, tree: dict, on_progress: OnProgress = None) -> None:
+    """Writes a nested dict of lazy arrays as an Orbax checkpoint.
 
-    The directory appears only when it is whole: a save that fails or is killed leaves a temporary
-    directory beside it, which the next save to the same place replaces. Raises FileExistsError
+    on_progress: called with the number of bytes of each write. The directory appears only when it
+    is whole: a save that fails or is killed leaves a temporary directory beside it, which the next
+    save to the same place replaces. Raises FileExistsError
     if there is something already, and OSError if the disk takes no more.
     """
     directory = Path(directory).absolute()
     if directory.exists():
         raise FileExistsError(f"{directory} exists: delete it or give another directory")
-    ocp.Checkpointer(_handler(directory, advance)).save(directory, args=ocp.args.PyTreeSave(tree))
+    ocp.Checkpointer(_handler(directory, on_progress)).save(
+        directory, args=ocp.args.PyTreeSave(tree)
+    )
 
 
 def open_weights(directory: Path) -> dict:
@@ -75,11 +79,9 @@ def open_params(checkpoints_directory: Path) -> dict:
     FileNotFoundError if there is no checkpoint, CheckpointError if it is damaged.
     """
     directory = Path(checkpoints_directory).absolute()
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    steps = [int(name) for name in names if name.isdigit()]
-    if not steps:
+    if not (steps := saved_steps(directory)):
         raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
-    newest = directory / str(max(steps))
+    newest = directory / str(steps[-1])
     params = _open(newest / "state", newest).get("params")
     if not isinstance(params, dict):
         raise _damaged(newest, "it holds no parameters")
@@ -121,8 +123,8 @@ class _LazyHandler(ocp.type_handlers.TypeHandler):
     that are still awaited would each print a traceback when the loop closes.
     """
 
-    def __init__(self, typestr: str, checkpoint: Path, advance: Advance):
-        self._typestr, self._checkpoint, self._advance = typestr, checkpoint, advance
+    def __init__(self, typestr: str, checkpoint: Path, on_progress: OnProgress):
+        self._typestr, self._checkpoint, self._on_progress = typestr, checkpoint, on_progress
 
     def typestr(self) -> str:
         return self._typestr
@@ -145,7 +147,8 @@ class _LazyHandler(ocp.type_handlers.TypeHandler):
     def _finish(self, write: tensorstore.WriteFutures, num_bytes: int, directory: Path) -> int:
         with _disk_errors(directory):
             write.result()
-        self._advance(num_bytes)
+        if self._on_progress:
+            self._on_progress(num_bytes)
         return num_bytes
 
     async def metadata(self, infos):
@@ -218,12 +221,12 @@ def _damaged(checkpoint: Path, reason: str) -> CheckpointError:
     )
 
 
-def _handler(checkpoint: Path, advance: Advance = unwatched) -> ocp.CheckpointHandler:
+def _handler(checkpoint: Path, on_progress: OnProgress = None) -> ocp.CheckpointHandler:
     """Orbax's handler of nested dicts, with the class above for every leaf."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs dozens of lines a save
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, _LazyHandler("jax.Array", checkpoint, advance)),
-        (object, _LazyHandler("np.ndarray", checkpoint, advance)),  # what lazy arrays become
+        (jax.Array, _LazyHandler("jax.Array", checkpoint, on_progress)),
+        (object, _LazyHandler("np.ndarray", checkpoint, on_progress)),  # what lazy arrays become
     )
     return ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry,

@@ -2,15 +2,22 @@
 
     directory/STEP/state/            the arrays, as Orbax stores them
     directory/STEP/record/metadata   position, and dtype, shape and fingerprint of every array
-    directory/STEP/FILES.json        the seal: size and checksum of every other file
-    damaged/STEP                     beside the directory: what was found damaged
+    damaged/STEP                     beside the directory: checkpoints that were found damaged
 
-A checkpoint appears under its step number only when it is whole: a process killed while it
-writes leaves a temporary directory, which the next run removes. One killed before the seal is
-written leaves a checkpoint without, which its fingerprints vouch for.
+Three checks guard a checkpoint, and each catches a fault that the others miss:
+
+    Orbax's commit         a process or machine that dies while it writes: a checkpoint gets the
+                           name of its step when it is whole, other directories are removed
+    array fingerprints     files of the arrays that are changed, cut, missing or of another array,
+                           and arrays changed on the way to the disk or back: what is on the
+                           devices after reading is compared with what was there before saving
+    digest of the record   a changed position or fingerprint, where the record is still JSON
+
+The record also holds the step, which a directory copied or renamed does not match. Files that
+nobody reads may be damaged: what is restored is right all the same. Checkpoints before version 0.2
+hold the size and CRC-32 of every file too (FILES.json), which is ignored: it caught nothing else.
 """
 
-import concurrent.futures
 import contextlib
 import errno
 import hashlib
@@ -21,6 +28,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,15 +42,19 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from bltjax import sharding
 from bltjax.checkpoints import placing
 from bltjax.checkpoints.disk_errors import is_of_disk, other_fault, unwritable
-from bltjax.checkpoints.file_checksums import check_seal, write_seal
 from bltjax.checkpoints.fingerprints import leaf_fingerprints
-from bltjax.checkpoints.orbax_weights import CHUNK_BYTES, CheckpointError, first_line, open_weights
+from bltjax.checkpoints.orbax_weights import (
+    CHUNK_BYTES,
+    CheckpointError,
+    first_line,
+    open_weights,
+)
+from bltjax.checkpoints.run_directory import saved_steps
 
 DAMAGED = "damaged"
 PACKAGES = ("bltjax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
-
-
-REASON_BYTES = 240  # of what a process tells the others
+REASON_BYTES = 240  # of the reason that a process tells the others
+LOOK_SECONDS = 0.1  # between looks for a failed write, in several processes
 
 
 class Restored(NamedTuple):
@@ -52,9 +64,10 @@ class Restored(NamedTuple):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which tells of a failed write at once, not when the other processes have finished.
+    """Orbax's manager of checkpoints, with `failure` set as soon as a write fails.
 
-    In several processes its own thread waits up to 20 minutes for those that did not fail.
+    In several processes Orbax itself raises the error only after its thread has waited, up to 20
+    minutes, for the processes that did not fail.
     """
 
     failure: Exception | None = None
@@ -68,7 +81,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class _Damaged(Exception):
-    """A checkpoint that is not as it was written; raised on all processes alike."""
+    """Raised on all processes alike for a checkpoint that is not as it was written."""
 
 
 class Checkpoints:
@@ -99,14 +112,13 @@ class Checkpoints:
             self._manager = _Manager(self.directory, options=options)
         except OSError as error:
             raise unwritable(self.directory, error) from error
-        self._background = concurrent.futures.ThreadPoolExecutor(1, "seal")
-        self._saving = None  # (step, its seal), until an error of it has been told
+        self._saving: int | None = None  # the step, until an error of it has been told
 
     def save(self, step: int, state, position: dict):
-        """Start saving in the background, unless that step is there.
+        """Starts to save in the background, unless that step is there.
 
-        An error shows in the next `save`, `wait` or `close`, as OSError; older checkpoints are
-        kept then.
+        The next `save`, `wait` or `close` raises OSError where it fails; older checkpoints are kept
+        then.
         """
         self.wait()
         if step in self._agreed_steps():
@@ -127,22 +139,18 @@ class Checkpoints:
                     record=ocp.args.JsonSave(record | dict(digest=_digest(record))),
                 ),
             )
-        self._saving = step, self._background.submit(self._seal, step)
-
-    def _seal(self, step: int):
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            write_seal(self.directory / str(step))
+        self._saving = step
 
     def latest_step(self) -> int | None:
-        """The newest step that is saved, or being saved."""
+        """Returns the newest step that is saved, or being saved; None without any."""
         return self._manager.latest_step()
 
     def all_steps(self) -> list[int]:
+        """Returns the steps that are saved, or being saved."""
         return list(self._manager.all_steps())
 
     def _agreed_steps(self) -> list[int]:
-        """Those that process 0 sees: others may see an older directory, on a shared disk."""
+        """Returns the steps that process 0 sees: on a shared disk others may see older ones."""
         steps = np.array(self.all_steps(), np.int32)
         if jax.process_count() > 1:
             number = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
@@ -150,11 +158,11 @@ class Checkpoints:
         return steps.tolist()
 
     def restore(self, abstract_state) -> Restored | None:
-        """The newest checkpoint that is as it was written, sharded as `abstract_state` says.
+        """Reads the newest checkpoint that is whole, sharded as `abstract_state` says.
 
-        Damaged ones that are newer are moved to the directory `damaged`, and stderr tells of it.
-        None without any checkpoint. Raises CheckpointError if all are damaged, or if one is of
-        another model, and leaves everything in its place then.
+        Returns None without any checkpoint. Newer ones that are damaged are moved to the directory
+        `damaged`, with warnings on stderr. Raises CheckpointError if all are damaged, or if one is
+        of another model, and moves nothing then.
         """
         self.wait()
         wanted = _flat(abstract_state)
@@ -195,33 +203,32 @@ class Checkpoints:
                 file=sys.stderr,
                 flush=True,
             )
-        sharding.meet("damaged checkpoints are moved")
+        sharding.barrier("damaged checkpoints are moved")
         self._manager.reload()
 
     def wait(self):
-        """Until the last save is on disk. Raises OSError if it could not be written."""
+        """Waits until the last save is on disk. Raises OSError if it could not be written."""
         if self._saving is None:
             return
-        (step, seal), self._saving = self._saving, None
+        step, self._saving = self._saving, None
         with self._disk_errors(step):
-            while jax.process_count() > 1 and not concurrent.futures.wait([seal], timeout=1).done:
+            while jax.process_count() > 1 and self._manager.is_saving_in_progress():
                 if self._manager.failure:
                     raise self._manager.failure  # whose thread goes on waiting for the others
+                time.sleep(LOOK_SECONDS)
             self._manager.wait_until_finished()
-            seal.result()
 
     def close(self):
-        """`wait`, and end the threads."""
+        """Waits as `wait` does, and ends the threads."""
         try:
             self.wait()
         finally:
             if jax.process_count() == 1 or not self._manager.failure:
                 self._manager.close()
-                self._background.shutdown()
 
     @contextlib.contextmanager
     def _disk_errors(self, step: int):
-        """What cannot be written as OSError; TensorStore has ValueErrors for it."""
+        """Turns errors of the disk into an OSError of one line; TensorStore has ValueErrors."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -235,14 +242,14 @@ class Checkpoints:
 
 
 def load_params(directory: Path, abstract_params: dict) -> dict:
-    """The parameters in the newest checkpoint of a stage, on the mesh that is set.
+    """Reads the parameters in the newest checkpoint of a stage, onto the mesh that is set.
 
     Raises FileNotFoundError if there is none, CheckpointError if it is damaged or of another model.
     """
     directory = Path(directory).absolute()
-    if not has_checkpoint(directory):
+    if not (steps := saved_steps(directory)):
         raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
-    *older, newest = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    *older, newest = steps
     wanted = _flat({"params": abstract_params})
     try:
         arrays, _ = _read(directory / str(newest), wanted, "params.")
@@ -259,15 +266,11 @@ def load_params(directory: Path, abstract_params: dict) -> dict:
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
 
 
-def has_checkpoint(directory: Path) -> bool:
-    """Whether a stage has saved anything there; nothing is created."""
-    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
-
-
 def _read(checkpoint: Path, wanted: dict, prefix: str = "") -> tuple[dict, dict]:
-    """The arrays that are `wanted`, by path and on the devices, and the record of a checkpoint.
+    """Returns the `wanted` arrays of a checkpoint by path, on the devices, and its record.
 
-    prefix: of the paths that are wanted. Raises _Damaged, and CheckpointError for another model.
+    prefix: how the paths of the wanted arrays begin. Raises _Damaged, and CheckpointError for
+    another model.
     """
     record = _together(lambda: _checked_record(checkpoint))
     saved = {k: v for k, v in record["arrays"].items() if k.startswith(prefix)}
@@ -285,7 +288,6 @@ def _check_values(found: dict[str, int], saved: dict):
 
 
 def _checked_record(checkpoint: Path) -> dict:
-    check_seal(checkpoint)
     record = json.loads((checkpoint / "record" / "metadata").read_bytes())
     if record.pop("digest", None) != _digest(record):
         raise ValueError("its record of position and fingerprints is not as it was written")
@@ -317,9 +319,9 @@ def _placed(checkpoint: Path, wanted: dict) -> dict:
 
 
 def _together(work: Callable):
-    """work()'s result, if every process has one, and else _Damaged on all of them.
+    """Returns work()'s result, if every process has one; raises _Damaged on all of them else.
 
-    What is not the checkpoint's fault comes as it is, and ends the other processes too.
+    Errors that are not the checkpoint's fault, such as no memory, come through as they are.
     """
     result, reason = None, ""
     try:
@@ -338,7 +340,7 @@ def _together(work: Callable):
 
 
 def _flat(tree) -> dict:
-    """Leaves by their path."""
+    """Returns the leaves of a pytree by path, such as "params.norm.weight"."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -379,5 +381,5 @@ def _free_name(path: Path) -> Path:
 
 
 def _is_not_of_orbax(message: logging.LogRecord) -> bool:
-    """Orbax logs dozens of lines a save, and tracebacks of what it raises as well."""
+    """Filters Orbax's log: dozens of lines a save, and tracebacks of errors it raises as well."""
     return "/orbax/" not in message.pathname

@@ -8,7 +8,7 @@ import numpy as np
 
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_nonfinite, tree_leaves
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -67,7 +67,7 @@ class WeightsError(ValueError):
         super().__init__(f"{path}: {count} problem{'s' if count > 1 else ''}{lines}")
 
 
-def value_problems(tensors: dict[str, LazyArray], advance: Advance = unwatched) -> list[str]:
+def value_problems(tensors: dict[str, LazyArray], on_progress: OnProgress = None) -> list[str]:
     """Names the tensors that are not floating point, or hold NaN or infinite values.
 
     Reads everything once, piece by piece.
@@ -82,7 +82,8 @@ def value_problems(tensors: dict[str, LazyArray], advance: Advance = unwatched) 
         for index in blocks(tensor):
             piece = np.asarray(tensor[index])
             bad += num_nonfinite(piece)
-            advance(piece.nbytes)
+            if on_progress:
+                on_progress(piece.nbytes)
         if bad:
             found.append(f"{name} has {bad} values that are NaN or infinite")
     return found

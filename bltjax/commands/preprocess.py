@@ -15,7 +15,7 @@ from absl import flags
 
 from bltjax import cli
 from bltjax.cli import fail
-from bltjax.recipe.entropies import bring_entropy_model
+from bltjax.runtime.files import alone, write_json
 
 
 def main(argv):
@@ -26,22 +26,22 @@ def main(argv):
 
     import jax
 
-    from bltjax.recipe import corpus, stages
-    from bltjax.recipe.checks import prepare
+    from bltjax.recipe import corpus
+    from bltjax.recipe.checks import check_run
     from bltjax.recipe.corpus_report import corpus_report, print_report
-    from bltjax.recipe.workdir import write_json
+    from bltjax.recipe.entropies import find_patches, import_entropy_model
 
     try:
         config = dataclasses.replace(config, stages=("entropies",))
-        prepared = prepare(config, workdir, needs_models=False)
-        with jax.set_mesh(prepared.mesh):
+        config, directory, mesh = check_run(config, workdir, needs_models=False)
+        with jax.set_mesh(mesh):
             if flags.FLAGS.entropy_model is not None:
-                bring_entropy_model(config, prepared.workdir, Path(flags.FLAGS.entropy_model))
-            store = corpus.open_corpus(config, prepared.workdir)
-            result = dict(compilations={})
-            patched = stages.find_patches(config, prepared.workdir, store, result, everything=True)
+                import_entropy_model(config, directory, Path(flags.FLAGS.entropy_model))
+            store = corpus.open_corpus(config, directory)
+            patched = find_patches(config, directory, store, everything=True)
         report = corpus_report(config, store, patched)
-        write_json(store.directory / "report.json", report)
+        with alone(store.directory):  # several processes may end at once
+            write_json(store.directory / "report.json", report)
     except (ValueError, OSError) as error:
         fail(error)
     print_report(report)

@@ -14,7 +14,7 @@ from bltjax import cli
 from bltjax.evaluation.files import read_beginning
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.view import look
-from bltjax.runtime.progress import Progress
+from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import json_number, print_table
 
 _COLUMNS = ("document", "bytes", "patches", "nats", "bits/byte")
@@ -26,9 +26,9 @@ def score(model, documents: list[bytes], show_patches: bool = False) -> dict:
     show_patches: prints each document with its patches below the table. Raises ValueError where the
     model has none.
     """
-    progress = Progress("scoring", sum(map(len, documents)))
-    scores = model.score(documents, advance=progress)
-    progress.close()
+    bar = progress_bar("scoring", sum(map(len, documents)))
+    scores = model.score(documents, on_progress=bar.update)
+    bar.close()
     nats, num_bytes = math.fsum(s.nats for s in scores), sum(s.num_bytes for s in scores)
     bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else None
     rows = [

@@ -41,17 +41,17 @@ def main(argv):
 
 
 def train(config, workdir):
-    """The run of a config; what a user can mend ends it with one line."""
+    """Runs a config; errors that a user can mend end the command with one line."""
     # Imported late: --help and wrong settings answer at once, without loading JAX.
     import jax
 
     from bltjax.checkpoints.training_state import CheckpointError
-    from bltjax.recipe.checks import prepare
+    from bltjax.recipe.checks import check_run
     from bltjax.recipe.stages import run
     from bltjax.training.loop import NonFiniteLoss
 
     try:
-        prepared = prepare(config, workdir)
+        checked = check_run(config, workdir)
     except ValueError as error:
         fail(error)
     except OSError as error:
@@ -59,7 +59,7 @@ def train(config, workdir):
             raise
         fail(error)
     try:
-        result = run(prepared)
+        result = run(checked)
     except NonFiniteLoss as error:
         fail(error, DIVERGED)
     except CheckpointError as error:
@@ -67,7 +67,7 @@ def train(config, workdir):
     except (ValueError, OSError) as error:
         if jax.process_count() > 1:  # perhaps in this one alone: its traceback ends every log
             raise
-        log = prepared.workdir / "error.log"
+        log = checked.directory.error_log
         with contextlib.suppress(OSError):  # the disk may be what is full
             log.write_text(traceback.format_exc())
         fail(f"{error} (traceback in {log})")

@@ -30,6 +30,7 @@ from bltjax.config.reading import (
 from bltjax.config.run import (
     ALL_STAGES,
     STAGES,
+    TRAINING,
     EvaluationConfig,
     MeshConfig,
     RunConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "DTYPES",
     "FREE_FIELDS",
     "STAGES",
+    "TRAINING",
     "BLTConfig",
     "CrossAttentionConfig",
     "DataConfig",

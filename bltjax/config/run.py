@@ -11,6 +11,9 @@ from bltjax.config.training import OF_BLT_PARTS, OptimizerConfig, ProfileConfig,
 
 STAGES = ("entropy_model", "entropies", "blt", "evaluate", "sample")  # default: a BLT
 ALL_STAGES = (*STAGES, "token_model")
+TRAINING = dict(  # of stages that train a model: the name of their settings
+    entropy_model="entropy_training", blt="blt_training", token_model="token_training"
+)
 
 
 @dataclass(frozen=True)
@@ -119,5 +122,4 @@ class RunConfig:
 
     def trained(self, stage: str):
         """Returns the settings (model, training) of stage entropy_model, blt or token_model."""
-        short = dict(entropy_model="entropy", blt="blt", token_model="token")[stage]
-        return getattr(self, stage), getattr(self, f"{short}_training")
+        return getattr(self, stage), getattr(self, TRAINING[stage])

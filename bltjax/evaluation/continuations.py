@@ -24,7 +24,7 @@ from bltjax.evaluation.score import (
     run_rows,
 )
 from bltjax.ops.cross_entropy import next_byte_nats
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 from bltjax.vocabulary import is_drawable
 
 
@@ -41,14 +41,14 @@ def score_continuations(
     pairs: Sequence[tuple[bytes | str, bytes | str]],
     *,
     row_bytes: int = ROW_BYTES,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> list[ContinuationScore]:
     """Returns the ContinuationScore of each (context, continuation) under a model.
 
     Patches are those of BOS + context + continuation; no boundary depends on a later byte, so none
     tells of what is to be predicted. Where a pair is longer than a row, the context keeps its last
     ids, with a warning; a continuation that is longer than a row by itself goes on in further
-    rows, as a document does, after half a row of context. `advance` is told the number of
+    rows, as a document does, after half a row of context. `on_progress` is told the number of
     continuation bytes of each batch that is done. Raises ValueError for pairs that are none, for a
     missing entropy model and for `row_bytes` below 8.
     """
@@ -69,7 +69,7 @@ def score_continuations(
         )
     ids, firsts = zip(*texts, strict=True) if texts else ((), ())
     step = functools.partial(_row_sums, model.num_ids)
-    _, results = run_rows(step, model, ids, firsts, row_bytes, advance)
+    _, results = run_rows(step, model, ids, firsts, row_bytes, on_progress)
     # Rows may come back in any order: fsum is exact, and the same in all.
     return [
         ContinuationScore(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from bltjax.config.data import DataConfig
 from bltjax.data.sources.files import ENDINGS
 from bltjax.data.sources.readers import Document, Fields, in_chunks, read_jsonl
-from bltjax.runtime.progress import Progress
+from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import json_number, print_table, printable
 
 READ_BYTES = 16_000_000  # of documents in memory at a time
@@ -83,10 +83,10 @@ def evaluate(
     """
     unreadable = []
     files = chosen_files(path, max_bytes, unreadable)
-    progress = Progress("evaluating", sum(file.num_bytes for file in files))
-    options = dict(row_bytes=row_bytes, advance=progress)
+    bar = progress_bar("evaluating", sum(file.num_bytes for file in files))
+    options = dict(row_bytes=row_bytes, on_progress=bar.update)
     sums, languages = measure(model, files, unreadable, options)
-    progress.close()
+    bar.close()
     result = dict(
         sources={name: s.report() for name, s in sums.items()},
         languages={name: s.report() for name, s in sorted(languages.items())},

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import bltjax
 from bltjax.evaluation import harness_requests as answers
 from bltjax.evaluation.noise import check_where, noisy
-from bltjax.runtime.progress import Progress
+from bltjax.runtime.progress import progress_bar
 
 try:
     import lm_eval
@@ -63,16 +63,16 @@ class HarnessModel(LM):
             (self._noisy(context, "prompt"), self._noisy(continuation, "completion"))
             for context, continuation in (request.args for request in requests)
         ]
-        progress = Progress("scoring", sum(len(c.encode("utf-8", "ignore")) for _, c in pairs))
-        found = answers.loglikelihood(self.model, pairs, progress)
-        progress.close()
+        bar = progress_bar("scoring", sum(len(c.encode("utf-8", "ignore")) for _, c in pairs))
+        found = answers.loglikelihood(self.model, pairs, bar.update)
+        bar.close()
         return self._kept("loglikelihood", requests, found)
 
     def loglikelihood_rolling(self, requests) -> list[float]:
         texts = [request.args[0] for request in requests]
-        progress = Progress("scoring", sum(len(t.encode("utf-8", "ignore")) for t in texts))
-        found = answers.loglikelihood_rolling(self.model, texts, progress)
-        progress.close()
+        bar = progress_bar("scoring", sum(len(t.encode("utf-8", "ignore")) for t in texts))
+        found = answers.loglikelihood_rolling(self.model, texts, bar.update)
+        bar.close()
         return self._kept("loglikelihood_rolling", requests, found)
 
     def generate_until(self, requests) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 BYTES_PER_TOKEN = 4  # for limits in tokens: about the mean length of a token in English text
 DEFAULT_MAX_TOKENS = 256
@@ -17,16 +17,18 @@ _PASSED_ON = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def loglikelihood(
-    model, pairs: Sequence[tuple[str, str]], advance: Advance = unwatched
+    model, pairs: Sequence[tuple[str, str]], on_progress: OnProgress = None
 ) -> list[tuple[float, bool]]:
     """Returns (log p, True if greedy decoding writes it) of each continuation after its context."""
-    scores = model.score_continuations(pairs, advance=advance)
+    scores = model.score_continuations(pairs, on_progress=on_progress)
     return [(-score.nats, score.is_greedy) for score in scores]
 
 
-def loglikelihood_rolling(model, texts: Sequence[str], advance: Advance = unwatched) -> list[float]:
+def loglikelihood_rolling(
+    model, texts: Sequence[str], on_progress: OnProgress = None
+) -> list[float]:
     """Returns log p of each document, see `score`; a long one is scored in consecutive rows."""
-    return [-score.nats for score in model.score(texts, advance=advance)]
+    return [-score.nats for score in model.score(texts, on_progress=on_progress)]
 
 
 def generate_until(model, requests: Sequence[tuple[str, Mapping]]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 ACCURACIES = ("accuracy", "accuracy_per_byte", "accuracy_mutual")
 _SPACE = b" \n\t"
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
     answer: int
 
 
-def accuracy(model, items: Sequence[Choice], advance: Advance = unwatched) -> dict:
+def accuracy(model, items: Sequence[Choice], on_progress: OnProgress = None) -> dict:
     """Measures how often a model gives the right choice the highest score.
 
     Returns dict(items, accuracy: choices scored by their log-likelihood; accuracy_per_byte: by its
@@ -42,8 +42,10 @@ def accuracy(model, items: Sequence[Choice], advance: Advance = unwatched) -> di
                 f"items[{i}] has answer={item.answer} and {len(item.choices)} choices: count from 0"
             )
     pairs = [(item.prompt, choice) for item in items for choice in item.choices]
-    scores = iter(model.score_continuations(pairs, advance=advance))
-    priors = iter(model.score_continuations([("", choice) for _, choice in pairs], advance=advance))
+    scores = iter(model.score_continuations(pairs, on_progress=on_progress))
+    priors = iter(
+        model.score_continuations([("", choice) for _, choice in pairs], on_progress=on_progress)
+    )
     right, answers = np.zeros(3), []
     for item in items:
         of_choices = [next(scores) for _ in item.choices]

@@ -32,7 +32,7 @@ from bltjax.model import functional
 from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.patching.boundaries import needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 from bltjax.vocabulary import BYTE_OFFSET, PAD_ID, VOCAB_SIZE, encode
 
 ROW_BYTES = 8192  # positions of a row, BOS and EOS among them
@@ -126,18 +126,18 @@ def score_documents(
     documents: Sequence[bytes | str],
     *,
     row_bytes: int = ROW_BYTES,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> list[Score]:
     """Returns the Score of each document under a model, on the mesh that is set.
 
     A document of more than `row_bytes` ids goes on in further rows, as it does in training: what
     came before a row is unknown to the model there, but not to the entropies, which are those of
-    the whole document. `advance` is told the number of bytes of each batch that is done. Raises
+    the whole document. `on_progress` is told the number of bytes of each batch that is done. Raises
     ValueError for documents that are not a sequence of bytes or str, for a missing entropy model
     and for `row_bytes` below 8.
     """
     ids = map(model.encode, _checked(documents, row_bytes))
-    sizes, results = run_rows(_row_nats, model, ids, itertools.repeat(1), row_bytes, advance)
+    sizes, results = run_rows(_row_nats, model, ids, itertools.repeat(1), row_bytes, on_progress)
     scores = []
     for (num_bytes, num_patches), row_nats in zip(sizes, results, strict=True):
         nats = math.fsum(row_nats)  # exact, so the same in any order of the rows
@@ -202,7 +202,7 @@ def run_rows(
     documents: Iterable[np.ndarray],
     firsts: Iterable[int],
     row_length: int,
-    advance: Advance,
+    on_progress: OnProgress,
 ):
     """Returns (bytes, patches) of each document, and a list of the results of its rows.
 
@@ -222,7 +222,8 @@ def run_rows(
     for owners, num_bytes, found in _run_batches(step, model, rows()):
         for i, owner in enumerate(owners):
             results[owner].append(jax.tree.map(lambda x, i=i: x[i], found))
-        advance(num_bytes)
+        if on_progress:
+            on_progress(num_bytes)
     return sizes, results
 
 

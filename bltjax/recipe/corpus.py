@@ -1,17 +1,12 @@
-"""The corpus of a run: its records, their entropies, the threshold, the order it is read in.
-
-    workdir/records/        documents, and their entropies (bltjax/data/records/store.py)
-    workdir/patching.json   the rule, with the calibrated threshold
+"""The corpus of a run: its records, and the order in which a stage reads them.
 
 A stage reads no more of a large corpus than its steps need: shards in a seeded order, of each
 source its share.
 """
 
-from pathlib import Path
-
 import numpy as np
 
-from bltjax.checkpoints.run_directory import is_trained
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import RunConfig, TrainingConfig
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.batches.order import InOrder, Mixture, Shuffled
@@ -20,12 +15,8 @@ from bltjax.data.records.store import Documents, Shard, Store
 from bltjax.training.loop import TrainingData
 
 
-def records_directory(config: RunConfig, workdir: Path) -> Path:
-    return Path(config.data.records) if config.data.records else workdir / "records"
-
-
-def open_corpus(config: RunConfig, workdir: Path) -> Store:
-    """The records of a run, made from its sources if need be.
+def open_corpus(config: RunConfig, directory: RunDirectory) -> Store:
+    """Opens the records of a run, made from its sources if need be.
 
     Records that `data.records` names are opened as they are. Raises ValueError where a part that
     the stages use is empty.
@@ -33,7 +24,7 @@ def open_corpus(config: RunConfig, workdir: Path) -> Store:
     if config.data.records:
         store = records.open_store(config.data.records)
     else:
-        store = records.build(records_directory(config, workdir), config.data)
+        store = records.build(directory.records(config), config.data)
     wanted = ["train"] + ["validation"] * ("evaluate" in config.stages)
     for part in wanted:
         if not store.num_bytes(part):
@@ -42,12 +33,15 @@ def open_corpus(config: RunConfig, workdir: Path) -> Store:
                 "data.validation_fraction or data.seed in a new --workdir, or leave the stage "
                 "'evaluate' out"
             )
-    check_brought_entropies(config, workdir, store)
+    check_external_entropies(config, directory, store)
     return store
 
 
 def shares(config: RunConfig, store: Store) -> dict[str, float]:
-    """The share of the bytes that each source gives: by weight, or by size where none has one."""
+    """Returns each source's share of the bytes: by weight, or by size where none has one.
+
+    Raises ValueError where the records have other sources than the settings.
+    """
     weights = {s.name: s.weight for s in config.data.named_sources()}
     if not any(weights.values()):
         weights = {s: sum(x.num_bytes for x in store.shards(s)) for s in store.sources}
@@ -60,15 +54,16 @@ def shares(config: RunConfig, store: Store) -> dict[str, float]:
     return {name: weights[name] / (total or 1) for name in store.sources}
 
 
-def needed_bytes(config: RunConfig, stage: TrainingConfig) -> int:
-    """What the steps of a byte model read; more where the length of rows is not known yet."""
+def needed_bytes(config: RunConfig, training: TrainingConfig) -> int:
+    """Returns the bytes that the steps of a stage read, or more where rows have no length yet."""
     patching = config.patching
     mean = patching.target_patch_bytes or max(patching.patch_size, 8)
-    return stage.steps * stage.batch_size * (stage.row_bytes or int(2 * stage.row_patches * mean))
+    row_bytes = training.row_bytes or int(2 * training.row_patches * mean)
+    return training.steps * training.batch_size * row_bytes
 
 
 def select(config: RunConfig, store: Store, num_bytes: int, part: str = "train") -> list[Shard]:
-    """Shards of at least so many bytes, of each source its share, or all there are."""
+    """Returns shards of at least `num_bytes`, each source giving its share, or all there are."""
     chosen = []
     for source, share in shares(config, store).items():
         shards = [shard for shard in store.shards(source, part) if shard.documents]
@@ -85,7 +80,10 @@ def select(config: RunConfig, store: Store, num_bytes: int, part: str = "train")
 def training_data(
     config: RunConfig, store: Store, shards: list[Shard], layout: Layout, entropies: bool
 ) -> TrainingData:
-    """Shards in the order and the mixture that the settings ask for. Raises ValueError."""
+    """Returns the documents of shards in the order and the mixture of the settings.
+
+    Raises ValueError where a source has a weight and no document.
+    """
     names = tuple(store.sources)
     of_source = [[s for s in shards if s.source == name] for name in names]
     documents = [Documents(own, entropies=entropies) for own in of_source]
@@ -106,27 +104,27 @@ def training_data(
 
 
 def in_order(store: Store, shards: list[Shard], entropies: bool) -> InOrder:
-    """Every document of the shards once, source by source."""
+    """Returns every document of the shards once, source by source."""
     of_source = ([s for s in shards if s.source == name] for name in store.sources)
     return InOrder([Documents(own, entropies=entropies) for own in of_source])
 
 
-def check_brought_entropies(config: RunConfig, workdir: Path, store: Store):
-    """Entropies that sources brought are of a model that we do not have: all of them, or none.
+def check_external_entropies(config: RunConfig, directory: RunDirectory, store: Store):
+    """Raises ValueError where entropies of two models would be mixed.
 
-    Raises ValueError where they would be mixed with those of a model of this run.
+    Sources may come with entropies, of a model that the run does not have: all do, or none.
     """
-    brought = [shard for shard in store.all_shards if records.has_entropies(shard)]
-    if not brought or (store.directory / records.ENTROPIES).exists():
+    external = [shard for shard in store.all_shards if records.has_entropies(shard)]
+    if not external or (store.directory / records.ENTROPIES).exists():
         return
-    if len(brought) < len(store.all_shards):
-        without = {shard.source for shard in store.all_shards} - {s.source for s in brought}
+    if len(external) < len(store.all_shards):
+        without = {shard.source for shard in store.all_shards} - {s.source for s in external}
         raise ValueError(
             f"some records in {store.directory} came with entropies and those of {sorted(without)} "
             "did not: one model must give all of them, so train on such sources apart"
         )
     ours = [s for s in ("entropy_model", "sample") if s in config.stages]
-    if ours or config.patching.in_step or is_trained(workdir / "entropy_model"):
+    if ours or config.patching.in_step or directory.is_trained("entropy_model"):
         raise ValueError(
             f"the records in {store.directory} came with the entropies of a model that this run "
             f"does not have: leave the stages {ours} and patching.in_step out, and use a --workdir "

@@ -1,17 +1,15 @@
-"""What the token model reads of a run's corpus: the tokenizer, and rows of its ids.
-
-    workdir/tokenizer.json
+"""The corpus of a run as the token model reads it: the tokenizer, and rows of its ids.
 
 Documents, their order, their mixture and which are held out are those of the byte models.
 """
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
 from bltjax import sharding
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import RunConfig
 from bltjax.data import tokenizer
 from bltjax.data.batches.lanes import Layout
@@ -19,17 +17,16 @@ from bltjax.data.records.store import Store
 from bltjax.data.tokenizer import Tokenizer
 from bltjax.recipe import corpus
 
-TOKENIZER = "tokenizer.json"
 SAMPLE_BYTES = 1_000_000  # on which the bytes of a token are measured
 
 
-def ensure_tokenizer(config: RunConfig, workdir: Path, store: Store) -> Tokenizer:
-    """The tokenizer of a working directory: the one there is, the one given, or a new one.
+def ensure_tokenizer(config: RunConfig, directory: RunDirectory, store: Store) -> Tokenizer:
+    """Returns the tokenizer of a working directory: the one there is, the one given, or a new one.
 
-    Of several processes the first makes it. Raises ValueError, or OSError where the given one
-    cannot be read.
+    Of several processes the first makes it. Raises ValueError where the model has too few ids,
+    OSError where the given tokenizer cannot be read.
     """
-    path, given, model = workdir / TOKENIZER, config.tokenizer.path, config.token_model
+    path, given, model = directory.tokenizer, config.tokenizer.path, config.token_model
     if jax.process_index() == 0 and not path.exists():
         if given:
             found = tokenizer.load(given)
@@ -38,12 +35,12 @@ def ensure_tokenizer(config: RunConfig, workdir: Path, store: Store) -> Tokenize
             found = tokenizer.train(texts, model.vocab_size)
         found.byte_lengths(model.vocab_size)  # raises where the model has too few ids
         found.save(path)
-    sharding.meet("the tokenizer is there")
+    sharding.barrier("the tokenizer is there")
     return tokenizer.load(path)
 
 
 def training_data(config: RunConfig, store: Store, found: Tokenizer, layout: Layout):
-    """(TrainingData, mean bytes of a token) of what the steps of the token model read."""
+    """Returns the TrainingData of the token model's steps, and the mean bytes of a token."""
     texts = list(sample(config, store, SAMPLE_BYTES))
     ids = (found.encode(text, add_bos=False, add_eos=False) for text in texts)
     mean = sum(map(len, texts)) / sum(map(len, ids))
@@ -53,7 +50,7 @@ def training_data(config: RunConfig, store: Store, found: Tokenizer, layout: Lay
 
 
 def sample(config: RunConfig, store: Store, num_bytes: int) -> Iterator[bytes]:
-    """Training documents in their order, of about so many bytes, or as many as there are."""
+    """Yields training documents in their order, about `num_bytes`, or as many as there are."""
     shards = corpus.select(config, store, num_bytes)
     left = min(num_bytes, sum(shard.num_bytes for shard in shards))
     order = corpus.training_data(config, store, shards, Layout(8), entropies=False).documents

@@ -1,7 +1,11 @@
-"""Files and directories that are whole or not there."""
+"""Atomic writes of files and directories, and locks between processes.
+
+Locks are files that `flock` locks: a process that is killed lets go of them, and on NFS they reach
+other machines. A bucket that is mounted with gcsfuse has none.
+"""
 
 import contextlib
-import fcntl
+import json
 import os
 import shutil
 import time
@@ -9,16 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import FileLock, Timeout
+
 Task = TypeVar("Task")
 
-PARTIAL = ".partial"  # the suffix of what is being written
+PARTIAL = ".partial"  # the suffix of files that are being written
 LOCK = ".lock"
-UNFINISHED = "UNFINISHED"  # a file in a directory that is not whole
+UNFINISHED = "UNFINISHED"  # a file in a directory that is being filled, locked by its process
 
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A binary file to write, which becomes `path` when the block ends.
+    """Yields a binary file to write, which becomes `path` when the block ends.
 
     A process killed meanwhile leaves the old file, or none, and one with the suffix `.partial`.
     """
@@ -28,9 +34,16 @@ def replacing(path: Path):
     os.replace(partial, path)
 
 
+def write_json(path: Path, value: dict):
+    """Writes a JSON file atomically; its directory is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when the block ends without an error.
+    """Yields a directory to fill, which becomes `target` when the block ends without an error.
 
     Until then it stands beside the target under a hidden name and holds a file UNFINISHED. An error
     removes it; a process killed meanwhile leaves it, and the next attempt empties it. Raises
@@ -43,15 +56,12 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise FileExistsError(f"{partial} is in the way: move it, or choose another target")
     missing = [parent for parent in partial.parents if not parent.exists()]
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)  # a killed process lets go of it
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"another process is writing {target}: wait for it, or choose another target"
-            ) from error
-        (partial / UNFINISHED).touch()
+    lock = _held(partial / UNFINISHED)
+    if lock is None:
+        raise BlockingIOError(
+            f"another process is writing {target}: wait for it, or choose another target"
+        )
+    with lock:
         for left in partial.iterdir():
             if left.name != UNFINISHED:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -65,20 +75,11 @@ def new_directory(target: Path) -> Iterator[Path]:
             for parent in missing:
                 parent.rmdir()
             raise
-    finally:
-        os.close(lock)
 
 
-@contextlib.contextmanager
-def alone(directory: Path):
-    """Keeps other processes that ask for the same directory waiting until the block ends."""
-    # A file, since on NFS the lock of a directory does not reach other machines.
-    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT)  # a killed process lets go of it
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+def alone(directory: Path) -> FileLock:
+    """Returns a context in which no other process is that asks for the same directory."""
+    return FileLock(directory / LOCK, fallback_to_soft=False)
 
 
 def share(
@@ -92,9 +93,8 @@ def share(
 
     Every process goes through the tasks in order and takes those that are not done and whose lock
     file nobody holds; then it waits for the others. A process that dies lets go of its lock, and
-    one of the others takes the task over, so `do` must cope with what was left. What `do` raises
-    comes through. Lock files stay. Processes on several machines need a file system whose `flock`
-    reaches all of them: NFS does, a bucket mounted with gcsfuse does not.
+    one of the others takes the task over, so `do` must cope with a part of it being done. Errors of
+    `do` come through. Lock files stay.
     """
     left = list(tasks)
     while left:
@@ -104,25 +104,26 @@ def share(
         left = held
 
 
-def _do_alone(task: Task, is_done, do, lock: Path) -> bool:
+def _do_alone(task: Task, is_done, do, path: Path) -> bool:
     """Returns whether the task is done; False while another process holds its lock."""
     if is_done(task):
         return True
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(lock, os.O_RDWR | os.O_CREAT)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _held(path)
+    if lock is None:
+        return False
+    with lock:
+        if not is_done(task):  # It may have been done since we asked.
+            do(task)
+    return True
+
+
+def _held(path: Path):
+    """Returns a context that lets go of the lock at its end; None where another process has it."""
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        try:
-            if not is_done(task):  # It may have been done since we asked.
-                do(task)
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # Forked children hold the file open, too.
-        return True
-    finally:
-        os.close(file)
+        return FileLock(path, fallback_to_soft=False).acquire(blocking=False)
+    except Timeout:
+        return None
 
 
 def _was_ours(partial: Path) -> bool:

@@ -1,67 +1,36 @@
-"""How far a long job is and when it will end, on stderr."""
+"""Progress bars for long jobs, on stderr."""
 
+import shutil
 import sys
-import time
 from collections.abc import Callable
 
-Advance = Callable[[int], None]  # told how much more has been done
+from tqdm import tqdm
+
+OnProgress = Callable[[int], None] | None  # called with the amount of work just done
+LOG_SECONDS = 10  # between lines of a log, so that short jobs are silent
 
 
-def unwatched(amount: int):
-    """An `Advance` for those who do not watch."""
+class _Log:
+    """Stream of a bar that is shown in a log: each new state becomes a line."""
+
+    shown = ""
+
+    def write(self, text: str):
+        if text.strip() not in ("", self.shown):
+            self.shown = text.strip()
+            sys.stderr.write(f"{self.shown}\n")
+
+    def flush(self):
+        sys.stderr.flush()
 
 
-class Progress:
-    """Counts work against a total; call it with each piece that is done.
+def progress_bar(label: str, total: int, shown: bool = True) -> tqdm:
+    """Returns a bar over `total` bytes, to `update` with each piece that is done, and to `close`.
 
-    On a terminal one line is rewritten, elsewhere a line appears every `every` seconds, so that
-    short jobs stay silent and logs stay short.
+    A terminal shows one line that is rewritten, a log a line every LOG_SECONDS.
     """
-
-    def __init__(self, label: str, total: int, unit: str = "B", every: float = 10.0, stream=None):
-        self.label, self.total, self.unit = label, total, unit
-        self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
-        self.every = 0.2 if self.live else every
-        self.done, self.started = 0, time.monotonic()
-        self.shown = self.started if not self.live else 0.0
-
-    def __call__(self, amount: int):
-        self.done += amount
-        if time.monotonic() - self.shown >= self.every:
-            self._show("\r" if self.live else "", "" if self.live else "\n")
-            self.shown = time.monotonic()
-
-    def close(self):
-        """End the line, if there is one."""
-        if self.live:
-            self._show("\r", "\n")
-
-    def _show(self, start: str, end: str):
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        rate = self.done / seconds
-        left = max(self.total - self.done, 0) / rate if rate else float("inf")
-        share = min(self.done / self.total, 1.0) if self.total else 1.0
-        bar = "#" * int(20 * share)
-        text = (
-            f"{self.label} [{bar:<20}] {share:4.0%} {_scaled(self.done, self.unit)} of "
-            f"{_scaled(self.total, self.unit)}, {_scaled(rate, self.unit)}/s, eta {_clock(left)}"
-        )
-        self.stream.write(f"{start}{text}{end}")
-        self.stream.flush()
-
-
-def _scaled(amount: float, unit: str) -> str:
-    prefixes = ["", "k", "M", "G", "T"]
-    while amount >= 1000 and len(prefixes) > 1:
-        amount /= 1000
-        prefixes.pop(0)
-    return f"{amount:.3g} {prefixes[0]}{unit}"
-
-
-def _clock(seconds: float) -> str:
-    if seconds == float("inf"):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    bar = dict(desc=label, total=total, unit="B", unit_scale=True, miniters=1, disable=not shown)
+    if sys.stderr.isatty():
+        columns, lines = shutil.get_terminal_size()  # tqdm shows nothing where both are 0
+        return tqdm(**bar, file=sys.stderr, ncols=columns, nrows=lines)
+    return tqdm(**bar, file=_Log(), mininterval=LOG_SECONDS, delay=LOG_SECONDS)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from bltjax import sharding
+from bltjax.checkpoints.run_directory import CHECKPOINTS
 from bltjax.checkpoints.training_state import Checkpoints
 from bltjax.config import ProfileConfig, TrainingConfig
 from bltjax.data.batches.lanes import Layout
@@ -83,7 +84,7 @@ def train(
     byte_lengths = tokenizer and tokenizer.byte_lengths(model_config.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     checkpoints = Checkpoints(
-        workdir / "checkpoints", config.keep_checkpoints, config.keep_every, reporting.metadata
+        workdir / CHECKPOINTS, config.keep_checkpoints, config.keep_every, reporting.metadata
     )
     with contextlib.closing(checkpoints):
         state, position = _start(stage, model_config, config, optimizer, checkpoints)
@@ -159,7 +160,7 @@ class _Run:
                 if stop:
                     break
             self.checkpoints.wait()
-            sharding.meet("the stage is saved")
+            sharding.barrier("the stage is saved")
         if stop or notice.received is not None:  # perhaps after the last step
             raise Stopped(
                 f"{self.stage}: stopped as asked, step {done} of {self.config.steps} is saved: run "

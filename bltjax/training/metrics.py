@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from bltjax.checkpoints.run_directory import METRICS
 from bltjax.runtime.files import replacing
 from bltjax.training.profiling import num_chips
 
@@ -60,7 +61,7 @@ class MetricsLog:
         peak_flops: float | None = None,
     ):
         self.stage, self.num_steps = stage, num_steps
-        self.path = Path(directory) / "metrics.jsonl"
+        self.path = Path(directory) / METRICS
         self._flops = flops_per_byte and peak_flops and flops_per_byte / peak_flops
         self._tensorboard = None
         if jax.process_index() == 0:

@@ -182,11 +182,13 @@ def test_little_waits_for_the_disk(tmp_path, small_limits):
     arrays = [Counted(np.ones(300 * n, np.float32)) for n in range(1, 40)]
     written, waiting = [], []
 
-    def advance(num_bytes):
+    def on_progress(num_bytes):
         written.append(num_bytes)
         waiting.append(sum(sum(array.read) for array in arrays) - sum(written))
 
-    save_weights(tmp_path / "weights", {str(i): array for i, array in enumerate(arrays)}, advance)
+    save_weights(
+        tmp_path / "weights", {str(i): array for i, array in enumerate(arrays)}, on_progress
+    )
     assert waiting[-1] == 0
     assert 0 < max(waiting) <= orbax_weights.IN_FLIGHT_BYTES + orbax_weights.SLAB_BYTES
     assert sum(written) > 20 * max(waiting)

@@ -150,12 +150,12 @@ def replace_by_json(path, chance):
 FAULTS = (flip, empty, truncate, delete, scramble, replace_by_json)
 
 
-def faults(step_directory, chance, flips):
-    """Each kind of fault in each file, then flipped bits in random files: (fault, path)."""
+def faults(step_directory):
+    """Each kind of fault in each file, then flipped bits in the largest one: (fault, path)."""
     files = [path for path in step_directory.rglob("*") if path.is_file()]
     files = sorted(path.relative_to(step_directory) for path in files)
-    some = [(flip, chance.choice(files)) for _ in range(flips)]
-    return [(fault, path) for path in files for fault in FAULTS] + some
+    flips = 20 * [(flip, data_file(step_directory).relative_to(step_directory))]
+    return [(fault, path) for path in files for fault in FAULTS] + flips
 
 
 def test_what_is_saved_comes_back(run):
@@ -177,28 +177,10 @@ def test_nothing_saved_yet(tmp_path):
         load_params(tmp_path / "new" / "checkpoints", abstract().params)
 
 
-def test_any_fault_in_a_sealed_checkpoint_is_noticed(one):
-    """Every file, every kind of fault, and flipped bits in random places."""
-    chance, wanted = random.Random(), abstract().params
-    for fault, path in faults(one / "30", chance, flips=60):
-        if fault is delete and path.name == "FILES.json":
-            continue  # a checkpoint without a seal, see below
-        before = (one / "30" / path).read_bytes()
-        fault(one / "30" / path, chance)
-        with pytest.raises(CheckpointError, match=r"/30 is damaged: .*; move .* away"):
-            load_params(one, wanted)
-            raise AssertionError(f"{fault.__name__} in {path} was not noticed")
-        (one / "30" / path).write_bytes(before)
-    assert same_bits(load_params(one, wanted), host_state(30).params)
-
-
-def test_without_a_seal_no_fault_gives_wrong_values(one, tmp_path, capfd):
-    """Bytes that nobody needs may be damaged; then everything is still as it was."""
-    (one / "30" / "FILES.json").unlink()
+def test_no_fault_gives_wrong_values(one, tmp_path, capfd):
+    """Every kind of fault in every file. Bytes that nobody needs may be damaged unnoticed."""
     chance, wanted, noticed, harmless = random.Random(), abstract(), [], 0
-    cases = faults(one / "30", chance, flips=0)
-    cases += 20 * [(flip, data_file(one / "30").relative_to(one / "30"))]
-    for number, (fault, path) in enumerate(cases):
+    for number, (fault, path) in enumerate(faults(one / "30")):
         # A copy for each, since TensorStore keeps in memory what it has read.
         directory = tmp_path / str(number) / "checkpoints"
         shutil.copytree(one, directory)
@@ -225,7 +207,6 @@ def edit(change):
         record = json.loads(path.read_text())
         change(record)
         path.write_text(json.dumps(record))
-        (directory / "FILES.json").unlink()
 
     return damage
 
@@ -271,7 +252,6 @@ def test_training_goes_on_through_the_damaged_step(run, capfd):
     """Twice, and where the decoder fails as well, in one process."""
     with opened(run, keep=9) as checkpoints:
         for name in ("30", "30-2"):
-            (run / "30" / "FILES.json").unlink()
             data_file(run / "30").write_bytes(b"\0" * 9)
             assert checkpoints.restore(abstract()).step == 20
             assert (run.parent / "damaged" / name).is_dir()
@@ -292,7 +272,7 @@ def test_where_all_are_damaged_nothing_is_moved(run):
         with pytest.raises(CheckpointError) as error:
             checkpoints.restore(abstract())
         assert checkpoints.all_steps() == [10, 20, 30]
-    assert all(f"{run / step}: state/" in str(error.value) for step in ("10", "20", "30"))
+    assert all(f"{run / step}: " in str(error.value) for step in ("10", "20", "30"))
     assert f"move {run} away to start this stage anew" in str(error.value)
     assert not (run.parent / "damaged").exists()
 
@@ -400,7 +380,7 @@ def test_too_little_memory_is_no_damage(run, monkeypatch, error):
     def full(*arguments):
         raise error
 
-    monkeypatch.setattr(training_state.sharding, "put_lazy", full)
+    monkeypatch.setattr(training_state.placing, "put_lazy", full)
     with opened(run) as checkpoints, pytest.raises(type(error)):
         checkpoints.restore(abstract())
     assert (run / "30").is_dir()
@@ -436,7 +416,6 @@ def test_no_permission_is_no_damage_and_said_in_one_line(saved):
                     checkpoints.restore(wanted)
                 assert f"{directory / '30' / part}" in str(error.value)
                 assert "damaged" not in str(error.value)
-                (directory / "30" / "FILES.json").unlink(missing_ok=True)
             with without_permission(directory, 0o555):
                 with pytest.raises(OSError, match=r"/40 \(Permission denied\): make the dir.*30$"):
                     checkpoints.save(40, state, {})
@@ -446,7 +425,7 @@ def test_no_permission_is_no_damage_and_said_in_one_line(saved):
             assert checkpoints.all_steps() == [10, 20, 30]
             assert same_bits(checkpoints.restore(wanted).state, host_state(30))
             checkpoints.save(40, state, {})
-        assert (directory / "40" / "FILES.json").exists()
+        assert (directory / "40").is_dir()
     left = set(threading.enumerate()) - threads
     assert all(thread.daemon for thread in left), f"the process could not end: {left}"
 
@@ -480,13 +459,11 @@ def state(step, size):
 KILLED = """
 checkpoints.save(1, state(1, 1000), {})
 checkpoints.wait()
-if sys.argv[2] == "while it is sealed":
-    checkpoint.write_seal = lambda path: os.kill(os.getpid(), signal.SIGKILL)
 checkpoints.save(2, state(2, 4_000_000), {})
-while sys.argv[2] == "while it is written":
-    if list(directory.glob("2.orbax-checkpoint-tmp*/state*")):
-        os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(60)
+moment = dict(written="2.orbax-checkpoint-tmp*/state*", committed="2")[sys.argv[2]]
+while not list(directory.glob(moment)):
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
 """
 FULL = """
 checkpoints.save(1, state(1, 1000), {})
@@ -522,7 +499,7 @@ def script(program, *arguments, prefix=()):
 
 
 def test_killed_at_any_moment(tmp_path):
-    moments = {"while it is written": 1, "while it is sealed": 2}
+    moments = {"written": 1, "committed": 2}
     processes = {moment: script(KILLED, tmp_path / moment, moment) for moment in moments}
     for moment, newest in moments.items():
         stderr = processes[moment].communicate(timeout=60)[1]
@@ -537,7 +514,7 @@ def test_killed_at_any_moment(tmp_path):
             checkpoints.save(2, {"params": {"w": jnp.zeros(3)}}, {})
         assert not list((tmp_path / moment).glob("*.orbax-checkpoint-tmp*"))
         left = {path.name for path in (tmp_path / moment).iterdir()}
-        assert left == ({"1", "2"} if newest == 1 else {"2"})
+        assert left in ([{"1", "2"}] if newest == 1 else [{"1", "2"}, {"2"}])
 
 
 def test_a_full_disk_is_said_in_one_line_and_costs_no_older_checkpoint(tmp_path):

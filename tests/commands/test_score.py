@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 # In the place of bltjax.api, in a process of its own: the commands are about what is around it.
 STAND_IN = """
 import atexit, runpy, sys, types
-def load(path, *, entropy_model, dtype, bf16_compat, advance):
+def load(path, *, entropy_model, dtype, bf16_compat, on_progress):
     if path == "missing":
         raise ValueError("no weights in missing:\\n* config.json")
     print("loaded", path, entropy_model, dtype, file=sys.stderr)
@@ -58,12 +58,12 @@ class FakeModel:
     def __init__(self):
         self.calls = []
 
-    def score(self, documents, advance=lambda num_bytes: None, **options):
+    def score(self, documents, on_progress=lambda num_bytes: None, **options):
         self.calls.append((list(documents), options))
-        return [self._score(document, advance) for document in documents]
+        return [self._score(document, on_progress) for document in documents]
 
-    def _score(self, document, advance):
-        advance(len(document))
+    def _score(self, document, on_progress):
+        on_progress(len(document))
         nats = 0.5 * math.log(2) * len(document)
         num_patches = int(space_starts(encode(document))[:-1].sum())
         return Score(nats, len(document), num_patches, 0.5 if document else math.nan)

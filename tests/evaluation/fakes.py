@@ -4,7 +4,6 @@ import math
 
 from bltjax.evaluation.continuations import ContinuationScore
 from bltjax.evaluation.score import Score
-from bltjax.runtime.progress import unwatched
 
 
 def as_bytes(text) -> bytes:
@@ -14,14 +13,14 @@ def as_bytes(text) -> bytes:
 class CaseModel:
     """A nat for each capital, and two for each byte of a continuation that the context has not."""
 
-    def score(self, documents, row_bytes=None, advance=unwatched):
+    def score(self, documents, row_bytes=None, on_progress=None):
         return [self._score(as_bytes(document)) for document in documents]
 
     def _score(self, data):
         nats = float(sum(65 <= byte < 91 for byte in data))
         return Score(nats, len(data), 0, nats / math.log(2) / len(data) if data else math.nan)
 
-    def score_continuations(self, pairs, advance=unwatched):
+    def score_continuations(self, pairs, on_progress=None):
         return [self._continuation(*map(as_bytes, pair)) for pair in pairs]
 
     def _continuation(self, context, data):

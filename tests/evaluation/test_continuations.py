@@ -115,7 +115,7 @@ def test_a_pair_in_any_company(model):
     pairs = [(rng.bytes(34 - n), rng.bytes(n)) for n in rng.integers(0, 8, 20)]
     found, done = model.score_continuations(pairs), []
     order = rng.permutation(20)
-    shuffled = model.score_continuations([pairs[i] for i in order], advance=done.append)
+    shuffled = model.score_continuations([pairs[i] for i in order], on_progress=done.append)
     assert shuffled == [found[i] for i in order]
     assert model.score_continuations([pairs[3]]) == [found[3]]
     assert sum(done) == sum(score.num_bytes for score in found)

@@ -171,9 +171,9 @@ def test_noise_goes_into_what_is_asked(harness, tmp_path):
     costs = []
 
     class Counting(CaseModel):
-        def score_continuations(self, pairs, advance):
+        def score_continuations(self, pairs, on_progress):
             costs.append([sum(map(str.isupper, part)) for pair in pairs for part in pair])
-            return super().score_continuations(pairs, advance)
+            return super().score_continuations(pairs, on_progress)
 
     for noise in ({}, dict(noise="upper"), dict(noise="upper", noise_where="prompt")):
         harness.run_tasks(Counting(), ["local_choice"], str(tasks), limit=1, **noise)

@@ -195,7 +195,7 @@ def test_windows_of_a_long_document_have_the_entropies_of_the_whole(monkeypatch)
 
 def test_a_hundred_kilobytes():
     document, seen = np.random.default_rng(3).bytes(100_000), []
-    (found,) = score([document], "space", row_bytes=1024, advance=seen.append)
+    (found,) = score([document], "space", row_bytes=1024, on_progress=seen.append)
     assert found.num_bytes == sum(seen) == 100_000 and len(seen) > 5
     assert 7 < found.bits_per_byte < 12
     pieces = score([document[:5000], document[:50_000]], "space", row_bytes=1024)
@@ -253,7 +253,7 @@ def test_the_same_scores_on_a_mesh(use_mesh, monkeypatch):
 def test_a_byte_model_alone():
     documents, seen = [TEXT, TEXT[:62], b"a", b""], []
     model = ByteScoring(ENTROPY_CONFIG, params(ENTROPY_CONFIG))
-    scores = score_documents(model, documents, row_bytes=128, advance=seen.append)
+    scores = score_documents(model, documents, row_bytes=128, on_progress=seen.append)
     for document, found in zip(documents, scores, strict=True):
         expected = 0.0
         for row in pack_bytes([encode(document)], 128):

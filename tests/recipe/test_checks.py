@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import PatchingConfig, RunConfig
 from bltjax.recipe.checks import check_stages, used_models
 
@@ -31,10 +32,11 @@ def test_used_models(stages, patching, used):
 
 
 def test_a_stage_left_out_must_have_been_done(tmp_path):
-    check_stages(config("entropy_model", "entropies", "blt"), tmp_path)
+    directory = RunDirectory(tmp_path)
+    check_stages(config("entropy_model", "entropies", "blt"), directory)
     with pytest.raises(ValueError, match="need a trained entropy_model"):
-        check_stages(config("blt"), tmp_path)
+        check_stages(config("blt"), directory)
     (tmp_path / "entropy_model" / "checkpoints" / "100").mkdir(parents=True)
-    check_stages(config("blt"), tmp_path)
+    check_stages(config("blt"), directory)
     with pytest.raises(ValueError, match="need a trained blt"):
-        check_stages(config("evaluate"), tmp_path)
+        check_stages(config("evaluate"), directory)

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import RunConfig, from_config_dict
 from bltjax.data.records import store as records
 from bltjax.patching.calibrate import ScoreHistogram
@@ -105,53 +106,53 @@ def test_thresholds_count_sources_as_they_are_mixed(fresh, tmp_path):
 def test_the_first_threshold_of_a_working_directory_stays(fresh, tmp_path):
     with_entropies(fresh)
     run = reading(fresh, tmp_path, "blt")
-    first = entropies.find_patches(run, tmp_path, fresh, everything=True)
+    first = entropies.find_patches(run, RunDirectory(tmp_path), fresh, everything=True)
     assert first.mean_patch_bytes == pytest.approx(4.5, rel=0.02) and first.compilations == 0
     (tmp_path / "patching.json").write_text(json.dumps(dict(threshold=0.5)))
-    again = entropies.find_patches(run, tmp_path, fresh, everything=False)
+    again = entropies.find_patches(run, RunDirectory(tmp_path), fresh)
     assert again.patching.threshold == 0.5 and again.mean_patch_bytes < 2.2
 
 
 def test_records_with_entropies_need_no_model(fresh, tmp_path):
     run = reading(fresh, tmp_path, "blt", "evaluate")
     with pytest.raises(ValueError, match="need a trained entropy_model"):
-        check_stages(run, tmp_path)
+        check_stages(run, RunDirectory(tmp_path))
     with pytest.raises(ValueError, match=r"there is no entropy model in .* --entropy_model=DIR"):
-        entropies.find_patches(run, tmp_path, fresh, everything=False)
+        entropies.find_patches(run, RunDirectory(tmp_path), fresh)
     with_entropies(fresh)
-    check_stages(run, tmp_path)
+    check_stages(run, RunDirectory(tmp_path))
     with pytest.raises(ValueError, match="need a trained entropy_model"):
-        check_stages(reading(fresh, tmp_path, "blt", "sample"), tmp_path)
+        check_stages(reading(fresh, tmp_path, "blt", "sample"), RunDirectory(tmp_path))
 
 
 def test_entropies_of_two_models_are_not_mixed(fresh, tmp_path):
     with_entropies(fresh, of=("large",))
     with pytest.raises(ValueError, match=r"came with entropies and those of \['small'\] did not"):
-        corpus.open_corpus(reading(fresh, tmp_path, "blt"), tmp_path)
+        corpus.open_corpus(reading(fresh, tmp_path, "blt"), RunDirectory(tmp_path))
     with_entropies(fresh, of=("small",))
-    corpus.open_corpus(reading(fresh, tmp_path, "blt"), tmp_path)
+    corpus.open_corpus(reading(fresh, tmp_path, "blt"), RunDirectory(tmp_path))
     refused = "of a model that this run does not have"
     for stages, changes in ((("blt",), dict(in_step=True)), (("blt", "sample"), {})):
         with pytest.raises(ValueError, match=refused):
-            corpus.open_corpus(reading(fresh, tmp_path, *stages, **changes), tmp_path)
+            corpus.open_corpus(reading(fresh, tmp_path, *stages, **changes), RunDirectory(tmp_path))
     (tmp_path / "entropy_model" / "weights").mkdir(parents=True)
     with pytest.raises(ValueError, match=refused):
-        corpus.open_corpus(reading(fresh, tmp_path, "blt"), tmp_path)
+        corpus.open_corpus(reading(fresh, tmp_path, "blt"), RunDirectory(tmp_path))
     records.claim_entropies(fresh, dict(some="model"))
     with pytest.raises(ValueError, match="have the entropies of a model already"):
-        check_sources(reading(fresh, tmp_path, "entropy_model", "blt"), tmp_path)
+        check_sources(reading(fresh, tmp_path, "entropy_model", "blt"), RunDirectory(tmp_path))
 
 
 def test_a_model_in_training_gives_no_entropies(fresh, tmp_path):
     (tmp_path / "entropy_model" / "checkpoints" / "4").mkdir(parents=True)
     with pytest.raises(ValueError, match="only a part of its training"):
-        entropies.find_patches(reading(fresh, tmp_path, "blt"), tmp_path, fresh, everything=False)
+        entropies.find_patches(reading(fresh, tmp_path, "blt"), RunDirectory(tmp_path), fresh)
 
 
 def test_means_of_other_rules_are_those_of_the_mixture(store, tmp_path):
     changes = dict(rule="static", patch_size=6)
     run = reading(store, tmp_path, "blt", weights=(1.0, 2.0), **changes)
-    patched = entropies.find_patches(run, tmp_path, store, everything=False)
+    patched = entropies.find_patches(run, RunDirectory(tmp_path), store)
     assert patched.mean_patch_bytes == pytest.approx(302 / 52, rel=0.01)  # 1, 5, 6, ..., 6, 2
 
 
@@ -162,7 +163,7 @@ def test_a_part_without_text_is_told_where_it_is_needed(tmp_path):
     settings.data.root, settings.stages = str(tmp_path / "one"), ("entropy_model", "evaluate")
     run = from_config_dict(RunConfig, settings)
     with pytest.raises(ValueError, match=r"have no text for (train|validation): .* new --workdir"):
-        corpus.open_corpus(run, tmp_path)
+        corpus.open_corpus(run, RunDirectory(tmp_path))
 
 
 @pytest.mark.parametrize("in_step", [False, True])

@@ -11,17 +11,16 @@ import pytest
 
 import bltjax
 from bltjax import sharding
-from bltjax.checkpoints.run_directory import token_params
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import MeshConfig, RunConfig, from_config_dict
 from bltjax.costs.memory_plan import plan_stage
 from bltjax.data import tokenizer
 from bltjax.data.batches.lanes import Lane, Layout
 from bltjax.data.records.store import Documents
 from bltjax.recipe import token_corpus
-from bltjax.recipe.checks import Prepared, check_stages, used_models
+from bltjax.recipe.checks import CheckedRun, check_stages, used_models
 from bltjax.recipe.corpus import open_corpus
 from bltjax.recipe.stages import run
-from bltjax.recipe.workdir import claim_workdir
 from bltjax.sharding import check_batch_sizes
 from tests import processes
 from tests.configs.tiny import get_config
@@ -54,12 +53,12 @@ def config_of(corpus, **changes) -> RunConfig:
 
 
 def run_in(workdir, config) -> dict:
-    """What `bltjax.train` does, on one of the devices."""
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    check_stages(config, workdir)
+    """Does what `bltjax.train` does, on one of the devices."""
+    mesh, directory = sharding.make_mesh(devices=jax.devices()[:1]), RunDirectory(workdir)
+    check_stages(config, directory)
     check_batch_sizes(config, mesh)
-    claim_workdir(config, workdir)
-    return run(Prepared(config, workdir, mesh))
+    directory.claim(config)
+    return run(CheckedRun(config, directory, mesh))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_the_run_says_what_it_measured(whole, corpus):
     assert lines[-1]["mean_token_bytes"] > 2 and lines[-1]["compilations"] == 1
     assert result["compilations"] == dict(token_model=1, evaluate=1)
     assert 2 < result["mean_token_bytes"] < 9
-    store = open_corpus(config_of(corpus), workdir)
+    store = open_corpus(config_of(corpus), RunDirectory(workdir))
     assert result["validation_bytes"] == store.num_bytes("validation")
     saved = json.loads((workdir / "result.json").read_text())
     assert saved["sources"]["text"]["bits_per_byte"] == pytest.approx(result["bits_per_byte"])
@@ -93,9 +92,10 @@ def test_killed_and_run_again_it_ends_with_the_same_bits(whole, corpus, tmp_path
     again = run_in(killed, config)
     assert again["bits_per_byte"] == result["bits_per_byte"]
     assert processes.metrics(killed, "token_model") == processes.metrics(workdir, "token_model")
-    jax.tree.map(
-        np.testing.assert_array_equal, token_params(config, killed), token_params(config, workdir)
+    found, expected = (
+        RunDirectory(path).stage(config, "token_model").params() for path in (killed, workdir)
     )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_another_tokenizer_in_the_place_of_its_own_is_refused(whole, corpus, tmp_path):
@@ -108,25 +108,24 @@ def test_another_tokenizer_in_the_place_of_its_own_is_refused(whole, corpus, tmp
         run_in(tmp_path / "run", config_of(corpus))
 
 
-def test_a_tokenizer_may_be_brought(whole, corpus, tmp_path):
+def test_a_tokenizer_may_be_given(whole, corpus, tmp_path):
     workdir, _ = whole
     config = config_of(corpus)
-    store = open_corpus(config, workdir)
-    brought = dataclasses.replace(config.tokenizer, path=str(workdir / "tokenizer.json"))
-    config = dataclasses.replace(config, tokenizer=brought)
-    found = token_corpus.ensure_tokenizer(config, tmp_path, store)
+    store = open_corpus(config, RunDirectory(workdir))
+    given = dataclasses.replace(config.tokenizer, path=str(workdir / "tokenizer.json"))
+    config = dataclasses.replace(config, tokenizer=given)
+    found = token_corpus.ensure_tokenizer(config, RunDirectory(tmp_path), store)
     assert (tmp_path / "tokenizer.json").read_bytes() == (workdir / "tokenizer.json").read_bytes()
     small = dataclasses.replace(config.token_model, vocab_size=270)
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=f"has {len(found)} ids and the model 270"):
-        token_corpus.ensure_tokenizer(
-            dataclasses.replace(config, token_model=small), tmp_path / "other", store
-        )
+        config = dataclasses.replace(config, token_model=small)
+        token_corpus.ensure_tokenizer(config, RunDirectory(tmp_path / "other"), store)
 
 
 def test_a_tokenizer_is_trained_on_no_more_than_it_is_to_read(whole, corpus):
     config = config_of(corpus)
-    store = open_corpus(config, whole[0])
+    store = open_corpus(config, RunDirectory(whole[0]))
     texts = {d.data for d in Documents(store.shards())}
     sizes = sorted(map(len, texts))
     few = list(token_corpus.sample(config, store, 3 * sizes[0]))
@@ -138,7 +137,7 @@ def test_rows_of_tokens_hold_all_of_the_text(whole, corpus):
     """In a lane whose layout was sent to another process."""
     workdir, _ = whole
     trained = tokenizer.load(workdir / "tokenizer.json")
-    store = open_corpus(config_of(corpus), workdir)
+    store = open_corpus(config_of(corpus), RunDirectory(workdir))
     documents = token_corpus.corpus.in_order(store, store.shards(), entropies=False)
     layout = pickle.loads(pickle.dumps(Layout(32, pool=1, tokenizer=trained)))
     rows = list(Lane(documents, layout, 0, 1))
@@ -153,9 +152,10 @@ def test_which_models_a_choice_of_stages_uses(whole, tmp_path, corpus):
     workdir, _ = whole
     config = config_of(corpus)
     alone = dataclasses.replace(config, stages=("evaluate",))
-    assert used_models(config) == used_models(alone, workdir) == ["token_model"]
-    assert "blt" in used_models(alone, tmp_path)
-    check_stages(alone, workdir)
+    directory = RunDirectory(workdir)
+    assert used_models(config) == used_models(alone, directory) == ["token_model"]
+    assert "blt" in used_models(alone, RunDirectory(tmp_path))
+    check_stages(alone, directory)
     with pytest.raises(ValueError, match="8 row shards"):
         check_batch_sizes(config, jax.sharding.AbstractMesh((8, 1, 1), ("data", "fsdp", "tensor")))
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.commands.train import DIVERGED
 from bltjax.config import RunConfig, from_config_dict
-from bltjax.recipe.stages import blt_params, entropy_params
 from bltjax.runtime.signals import STOPPED
 from tests import processes
 from tests.processes import metrics, wait_for_step
@@ -55,7 +55,8 @@ def parameters(workdir):
     from tests.configs.tiny import get_config
 
     config = from_config_dict(RunConfig, get_config())
-    return dict(entropy_model=entropy_params(config, workdir), blt=blt_params(config, workdir))
+    directory = RunDirectory(workdir)
+    return {n: directory.stage(config, n).params() for n in ("entropy_model", "blt")}
 
 
 def kill_after(process, workdir, stage, step):

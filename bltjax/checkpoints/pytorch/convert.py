@@ -1,10 +1,12 @@
 """Converts weights from any known format to any other."""
 
-import contextlib
 import math
 import shutil
 import time
 from pathlib import Path
+
+from bltjax.runtime.files import new_directory
+from bltjax.runtime.progress import progress_bar
 
 FORMATS = ("bltjax", "hf", "meta")
 
@@ -70,8 +72,8 @@ def read_and_check(source: Path, target: Path, entropy_model, progress: bool):
     paths = [Path(path) for path in (source, entropy_model) if path is not None]
     try:
         total = sum(map(formats.stored_bytes, paths))
-        with watch("checking", total, progress) as advance:
-            weights = formats.read(source, entropy_model, advance)
+        with progress_bar("checking", total, shown=progress) as bar:
+            weights = formats.read(source, entropy_model, bar.update)
     except WeightsError as error:
         if not problems:
             raise
@@ -83,31 +85,15 @@ def read_and_check(source: Path, target: Path, entropy_model, progress: bool):
 
 def write_new(plan, target: Path, num_bytes: int, progress: bool):
     """Writes a directory that appears as `target` once it is complete."""
-    from bltjax.runtime.files import new_directory
-
-    with new_directory(target) as partial, watch("writing", num_bytes, progress) as advance:
+    bar = progress_bar("writing", num_bytes, shown=progress)
+    with new_directory(target) as partial, bar:
         free = shutil.disk_usage(partial).free
         if free < num_bytes:
             raise OSError(
                 f"{target} needs {num_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
                 "free: make room, or choose another target"
             )
-        plan.write(partial, advance)
-
-
-@contextlib.contextmanager
-def watch(label: str, total: int, progress: bool):
-    """Yields a function that is called with each number of bytes that are done."""
-    from bltjax.runtime.progress import Progress
-
-    if not progress:
-        yield lambda num_bytes: None
-        return
-    bar = Progress(label, total)
-    try:
-        yield bar
-    finally:
-        bar.close()
+        plan.write(partial, bar.update)
 
 
 def tensors_of(plan, directory: str = "") -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from bltjax.checkpoints.lazy_arrays import BLOCK_BYTES
 from bltjax.checkpoints.pytorch.pth_pickle import Entry, Refused, read_program
 from bltjax.checkpoints.pytorch.stored_array import one_line
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 MAX_PICKLE_BYTES = 8 * 2**20  # enough for fifty thousand tensors
 
@@ -42,17 +42,17 @@ def open_pth(path: Path) -> Any:
         return read_program(archive.pickle, path, archive.storages)
 
 
-def verify(path: Path, advance: Advance = unwatched) -> list[str]:
+def verify(path: Path, on_progress: OnProgress = None) -> list[str]:
     """Checks the CRC-32 of all storages; returns a line for each damaged one.
 
-    advance: called with the number of bytes of each block. Raises like `open_pth`.
+    on_progress: called with the number of bytes of each block. Raises like `open_pth`.
     """
     path, problems = Path(path), []
     with _explained(path):
         storages = _read_archive(path).storages
     with path.open("rb") as file:
         for key, entry in storages.items():
-            if _crc(file, entry, advance) != entry.crc:
+            if _crc(file, entry, on_progress) != entry.crc:
                 problems.append(
                     f"{path}: storage {key!r} is damaged (CRC-32 differs): download it again"
                 )
@@ -71,12 +71,13 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _crc(file, entry: Entry, advance: Advance) -> int:
+def _crc(file, entry: Entry, on_progress: OnProgress) -> int:
     file.seek(entry.start)
     crc, left = 0, entry.size
     while left and (block := file.read(min(left, BLOCK_BYTES))):
         crc, left = zlib.crc32(block, crc), left - len(block)
-        advance(len(block))
+        if on_progress:
+            on_progress(len(block))
     return crc
 
 

@@ -18,7 +18,7 @@ from bltjax.checkpoints.pytorch.fields import read_json
 from bltjax.checkpoints.pytorch.tensor_names import HF, META, from_published
 from bltjax.checkpoints.weights import Weights, WeightsError, value_problems
 from bltjax.config import PatchingConfig
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 ENTROPY_MODEL_DIRECTORY = "entropy_model"
 PATCHER = "model.patcher."  # prefix of the entropy model's tensors in Hugging Face's files
@@ -37,7 +37,7 @@ def is_meta(config: dict) -> bool:
     return "args" in config or "dim_global" in config or "n_layers" in config
 
 
-def read_hf(directory: Path, advance: Advance = unwatched) -> Weights:
+def read_hf(directory: Path, on_progress: OnProgress = None) -> Weights:
     """Reads a `BltForCausalLM` directory. Raises WeightsError that lists every problem.
 
     There is no entropy model where `patch_in_forward` is false.
@@ -57,7 +57,7 @@ def read_hf(directory: Path, advance: Advance = unwatched) -> Weights:
             problems += _not_explained(found, directory, unreadable)
         params["blt"], found = from_published(settings.blt, outside, HF)
         problems += _not_explained(found, directory, unreadable)
-    problems += value_problems(tensors, advance)
+    problems += value_problems(tensors, on_progress)
     if problems:
         raise WeightsError(directory, problems)
     return Weights(
@@ -80,13 +80,13 @@ def _not_explained(found: list[str], directory: Path, unreadable: list[str]) -> 
     return [problem for problem in found if problem.removesuffix(" is missing") not in index]
 
 
-def read_meta(directory: Path, advance: Advance = unwatched) -> Weights:
+def read_meta(directory: Path, on_progress: OnProgress = None) -> Weights:
     """Reads a directory of Meta's: a BLT, with `entropy_model/` if it exists, or an entropy model.
 
     Raises WeightsError that lists every problem.
     """
     problems: list[str] = []
-    tensors = _meta_tensors(directory, problems, advance)
+    tensors = _meta_tensors(directory, problems, on_progress)
     unreadable = list(problems)
     settings = _meta_settings(directory, problems)
     weights = None
@@ -96,10 +96,10 @@ def read_meta(directory: Path, advance: Advance = unwatched) -> Weights:
     elif settings is not None:
         weights, found = _meta_entropy_model(settings, tensors, problems)
         problems += _not_explained(found, directory, unreadable)
-    problems += value_problems(tensors, advance)
+    problems += value_problems(tensors, on_progress)
     inside = directory / ENTROPY_MODEL_DIRECTORY
     if inside.is_dir() and inside.resolve() != directory.resolve():
-        weights = _with_entropy_model(weights, inside, problems, advance)
+        weights = _with_entropy_model(weights, inside, problems, on_progress)
     if problems:
         raise WeightsError(directory, problems)
     return weights
@@ -119,9 +119,11 @@ class _Settings(NamedTuple):
         return any(name.startswith(("local_", "global_", "encoder_")) for name in tensors)
 
 
-def _with_entropy_model(weights, directory: Path, problems: list[str], advance) -> Weights | None:
+def _with_entropy_model(
+    weights, directory: Path, problems: list[str], on_progress
+) -> Weights | None:
     try:
-        other = read_meta(directory, advance)
+        other = read_meta(directory, on_progress)
     except WeightsError as error:
         problems += [f"{directory.name}/: {problem}" for problem in error.problems]
         return weights
@@ -182,7 +184,9 @@ def _object(values: dict, key: str, default: dict, problems: list[str]) -> dict:
     return found
 
 
-def _meta_tensors(directory: Path, problems: list[str], advance: Advance) -> dict[str, LazyArray]:
+def _meta_tensors(
+    directory: Path, problems: list[str], on_progress: OnProgress
+) -> dict[str, LazyArray]:
     """Opens the tensors of either kind of directory, by name without wrappers' prefixes."""
     pickled = sorted(directory.glob("*.pth"))
     in_safetensors = (safetensors_files.SINGLE, safetensors_files.INDEX)
@@ -193,7 +197,7 @@ def _meta_tensors(directory: Path, problems: list[str], advance: Advance) -> dic
             return {}
         try:
             contents = pth_files.open_pth(pickled[0])
-            problems += pth_files.verify(pickled[0], advance)
+            problems += pth_files.verify(pickled[0], on_progress)
         except (ValueError, OSError) as error:
             problems.append(str(error))
             return {}

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes
 from bltjax.checkpoints.pytorch.stored_array import StoredArray, one_line
 from bltjax.runtime.files import replacing
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -155,10 +155,10 @@ def _unexpected(shards: dict[str, dict], weight_map: dict[str, str]) -> Iterator
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, LazyArray],
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
     metadata: Mapping[str, str] = METADATA,
 ) -> None:
-    """Writes a file block by block; advance: called with the number of bytes after each.
+    """Writes a file block by block; on_progress: called with the number of bytes after each.
 
     The file appears when it is complete. Raises ValueError for a dtype that the format lacks.
     """
@@ -167,7 +167,7 @@ def write_safetensors(
     with replacing(Path(path)) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
-            _write_array(file, name, tensors[name], advance)
+            _write_array(file, name, tensors[name], on_progress)
         file.flush()
         os.fsync(file.fileno())
 
@@ -190,7 +190,7 @@ def _header(items: list[tuple[str, LazyArray]], metadata: Mapping[str, str]) -> 
     return text + b" " * (-len(text) % 8)
 
 
-def _write_array(file, name: str, array: LazyArray, advance: Advance) -> None:
+def _write_array(file, name: str, array: LazyArray, on_progress: OnProgress) -> None:
     for index in blocks(array):
         piece = array[index]
         wanted = tuple(axis.stop - axis.start for axis in index)
@@ -201,13 +201,14 @@ def _write_array(file, name: str, array: LazyArray, advance: Advance) -> None:
             )
         # As bytes, since files take no buffer of a dtype that NumPy lacks, like bfloat16.
         file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-        advance(piece.nbytes)
+        if on_progress:
+            on_progress(piece.nbytes)
 
 
 def write_sharded(
     directory: Path,
     tensors: Mapping[str, LazyArray],
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_bytes` of data and an index.
@@ -222,12 +223,12 @@ def write_sharded(
         raise ValueError(f"{directory} has weights already ({present[0]}): remove them first")
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        write_safetensors(directory / SINGLE, tensors, advance)
+        write_safetensors(directory / SINGLE, tensors, on_progress)
         return
     weight_map = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(directory / file, {name: tensors[name] for name in names}, advance)
+        write_safetensors(directory / file, {name: tensors[name] for name in names}, on_progress)
         weight_map |= dict.fromkeys(names, file)
     index = {
         "metadata": {"total_size": sum(map(num_bytes, tensors.values()))},

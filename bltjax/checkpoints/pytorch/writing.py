@@ -17,7 +17,7 @@ from bltjax.checkpoints.pytorch.reading import ENTROPY_MODEL_DIRECTORY
 from bltjax.checkpoints.pytorch.safetensors_files import MAX_SHARD_BYTES, write_sharded
 from bltjax.checkpoints.pytorch.tensor_names import HF, META, to_published
 from bltjax.checkpoints.weights import Weights, WeightsError
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 
 class WritePlan(NamedTuple):
@@ -29,12 +29,12 @@ class WritePlan(NamedTuple):
     notes: tuple[str, ...] = ()
     max_shard_bytes: float = math.inf
 
-    def write(self, directory: Path, advance: Advance = unwatched):
+    def write(self, directory: Path, on_progress: OnProgress = None):
         """Writes the directory. Raises OSError where the disk is full."""
         directory.mkdir(parents=True, exist_ok=True)
-        write_sharded(directory, self.tensors, advance, max_shard_bytes=self.max_shard_bytes)
+        write_sharded(directory, self.tensors, on_progress, max_shard_bytes=self.max_shard_bytes)
         for name, plan in self.inside.items():
-            plan.write(directory / name, advance)
+            plan.write(directory / name, on_progress)
         for name, value in self.files.items():
             (directory / name).write_text(json.dumps(value, indent=2) + "\n")
 

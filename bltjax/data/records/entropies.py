@@ -8,7 +8,7 @@ is kept equals the one of a pass over the whole document.
 
 import bisect
 import collections
-import time
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ from bltjax.data.records.shards import Documents, Shard, has_entropies, write_en
 from bltjax.data.sources.readers import in_chunks
 from bltjax.model import functional
 from bltjax.runtime.files import share
+from bltjax.runtime.progress import progress_bar
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
-LOOK_SECONDS = 30  # between checks of the shards that other processes have done
 GROUP_IDS = 4_000_000  # ids of documents in memory at a time: 16 MB, and as much of entropies
 
 
@@ -66,9 +66,11 @@ def add_entropies(
     `files.share`). Results depend on the shard, the model and the shape of batches alone. Raises
     ValueError as `corpus_entropies` does.
     """
-    left = {shard.stem: shard.num_bytes for shard in shards if not has_entropies(shard)}
-    done, started = [], time.perf_counter()
-    looked = started
+    missing = [shard for shard in shards if not has_entropies(shard)]
+    # Processes take shards in one order: what lies before this one's is done or being done.
+    ends = itertools.accumulate(shard.num_bytes for shard in missing)
+    end_of = {shard.stem: end for shard, end in zip(missing, ends, strict=True)}
+    bar = progress_bar("entropies", sum(shard.num_bytes for shard in missing))
 
     def values(shard):
         ids = (encode(document.data) for document in Documents([shard]))
@@ -78,24 +80,11 @@ def add_entropies(
             )
 
     def compute(shard):
-        nonlocal looked
         write_entropies(shard, values(shard))
-        done.append(shard.num_bytes)
-        left.pop(shard.stem, None)
-        now = time.perf_counter()
-        if now - looked > LOOK_SECONDS:  # drops those that other processes did
-            looked = now
-            for other in shards:
-                if other.stem in left and has_entropies(other):
-                    del left[other.stem]
-        rate = max(sum(done), 1) / (now - started)
-        print(
-            f"entropies: shard {len(shards) - len(left)}/{len(shards)} | {rate / 1e3:.0f} KB/s | "
-            f"eta {sum(left.values()) / rate:.0f}s",
-            flush=True,
-        )
+        bar.update(max(end_of[shard.stem] - bar.n, 0))
 
-    share(shards, has_entropies, compute, store.lock)
+    share(missing, has_entropies, compute, store.lock)
+    bar.close()
 
 
 def corpus_entropies(

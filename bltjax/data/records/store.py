@@ -14,8 +14,7 @@ import itertools
 import json
 import os
 import re
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +27,11 @@ from bltjax.data.records.shards import (
     score_histogram,
     write_entropies,
 )
-from bltjax.data.records.writing import NAMED_BAD, PARTS, below, dump, load
+from bltjax.data.records.writing import NAMED_BAD, PARTS, below, load
 from bltjax.data.sources import units as sources
 from bltjax.data.sources.units import Bad, Unit
-from bltjax.runtime.files import share
+from bltjax.runtime.files import share, write_json
+from bltjax.runtime.progress import progress_bar
 
 __all__ = [  # shards are reached through this module too
     "PARTS",
@@ -99,13 +99,22 @@ def build(directory: str | os.PathLike, data: DataConfig) -> Store:
             for name, units in stored["units"].items()
             for unit in units
         ]
-        pace = _Pace(tasks)
+        sizes = [unit.size for _, unit in tasks]
+        # Processes take units in one order: what lies before this one's is done or being done.
+        before = dict(zip(tasks, itertools.accumulate(sizes, initial=0), strict=False))
+        bar = progress_bar("reading text", sum(sizes))
+
+        def record(task: tuple[SourceConfig, Unit]):
+            for unit_bytes in writing.record_unit(directory, *task, data):
+                bar.update(max(before[task] + min(unit_bytes, task[1].size) - bar.n, 0))
+
         share(
             tasks,
             is_done=lambda task: writing.is_whole(directory, *task),
-            do=lambda task: pace.show(task, writing.record_unit(directory, *task, data)),
+            do=record,
             lock=lambda task: _lock(directory, f"{task[0].name}/{task[1].name}"),
         )
+        bar.close()
         _write_once(directory / INDEX, lambda: _index(directory, tasks))
     store = open_store(directory, data)
     for source in store.sources:
@@ -215,36 +224,6 @@ def _check_size(shard: Shard, directory: Path):
         )
 
 
-class _Pace:
-    """Tells how fast this process is and when all will be done, by the sizes that units have.
-
-    Processes take units in one order: what lies before this one's unit is done or being done.
-    """
-
-    def __init__(self, tasks: Sequence[tuple[SourceConfig, Unit]]):
-        sizes = [unit.size for _, unit in tasks]
-        self.before = dict(zip(tasks, itertools.accumulate(sizes, initial=0), strict=False))
-        self.total = sum(sizes)
-        self.started, self.start, self.num_bytes = time.monotonic(), None, 0
-
-    def show(self, task: tuple[SourceConfig, Unit], written: Iterable[writing.Written]):
-        """Prints a line for each chunk of a unit when it is written."""
-        source, unit = task
-        for chunk in written:
-            position = self.before[task] + min(chunk.unit_bytes, unit.size)
-            if self.start is None:
-                self.start = position - min(chunk.num_bytes, unit.size)
-            self.num_bytes += chunk.num_bytes
-            seconds = max(time.monotonic() - self.started, 1e-9)
-            left = (self.total - position) * seconds / max(position - self.start, 1)
-            print(
-                f"records of {source.name}: {chunk.name}, {chunk.num_bytes / 1e6:.1f} MB, "
-                f"{self.num_bytes / 1e6 / seconds:.1f} MB/s, "
-                f"{position / max(self.total, 1):.0%} of all, eta {left / 60:.1f} min",
-                flush=True,
-            )
-
-
 def _summary(store: Store, source: str) -> str:
     parts = []
     for part in PARTS:
@@ -260,7 +239,7 @@ def _summary(store: Store, source: str) -> str:
 def _write_once(path: Path, make: Callable[[], dict]):
     """Writes the content that `make` returns, unless this or another process has."""
     lock = _lock(path.parent, path.name)
-    share([path], Path.exists, lambda path: dump(path, make()), lambda _: lock)
+    share([path], Path.exists, lambda path: write_json(path, make()), lambda _: lock)
 
 
 def _lock(directory: Path, name: str) -> Path:

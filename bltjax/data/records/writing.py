@@ -20,45 +20,35 @@ from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.records.shards import Shard, damaged, encoded, replacing_records, write_entropies
 from bltjax.data.sources import units
 from bltjax.data.sources.units import Bad, Document, Unit
-from bltjax.runtime.files import replacing
+from bltjax.runtime.files import write_json
 
 PARTS = ("train", "validation")
 NAMED_BAD = 20  # bad records that are listed; the others are only counted
 
 
-class Written(NamedTuple):
-    """A chunk that has been written."""
-
-    name: str
-    num_bytes: int
-    unit_bytes: int  # bytes of the unit up to the end of this chunk
-
-
 def record_unit(
     directory: Path, source: SourceConfig, unit: Unit, data: DataConfig
-) -> Iterator[Written]:
-    """Writes the missing chunks of a unit, and yields after each of them.
+) -> Iterator[int]:
+    """Writes the chunks of a unit that are not there yet, one at each step of the iterator.
 
-    Raises ValueError where the source has changed, and for a bad record under bad_records="fail".
+    Yields the bytes of the unit's documents up to the end of each chunk. Raises ValueError where
+    the source has changed, and for a bad record under bad_records="fail".
     """
     records = units.read_unit(unit, source, data)
     num_read = unit_bytes = 0
     for chunk in itertools.count():
         mark = _mark(directory, source, unit, chunk)
-        was_whole = mark.exists()
-        if was_whole:
+        if mark.exists():
             content = load(mark)
             if not content["last"]:
                 _pass_over(records, content["records"] - num_read, unit, directory)
         else:
             content = _write_chunk(directory, source, mark.stem, records, data)
             content["records"] += num_read
-            dump(mark, content)
+            write_json(mark, content)
         num_read = content["records"]
-        chunk_bytes = sum(shard["num_bytes"] for shard in content["shards"])
-        unit_bytes += chunk_bytes
-        if not was_whole:
-            yield Written(mark.stem, chunk_bytes, unit_bytes)
+        unit_bytes += sum(shard["num_bytes"] for shard in content["shards"])
+        yield unit_bytes
         if content["last"]:
             return
 
@@ -145,12 +135,6 @@ def _mark(directory: Path, source: SourceConfig, unit: Unit, chunk: int) -> Path
 
 def below(directory: Path, shard: dict) -> Shard:
     return Shard(**{**shard, "stem": str(directory / shard["stem"])})
-
-
-def dump(path: Path, content: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
 
 
 def load(path: Path) -> dict:

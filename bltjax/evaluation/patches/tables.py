@@ -10,7 +10,7 @@ from bltjax.evaluation.files import File
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.view import Tally, look
 from bltjax.patching.boundaries import needs_entropies
-from bltjax.runtime.progress import Progress
+from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import print_table
 
 READ_BYTES = 2_000_000  # of files in memory at a time
@@ -62,14 +62,14 @@ def measure(
     Files that cannot be read are added to `unreadable`.
     """
     sizes = [f.num_bytes if max_bytes is None else min(f.num_bytes, max_bytes) for f in found]
-    progress, tallies = Progress("finding patches", sum(sizes)), {}
+    bar, tallies = progress_bar("finding patches", sum(sizes)), {}
     named = _texts(found, max_bytes, unreadable)
     for chunk in in_chunks(named, lambda name_and_text: len(name_and_text[1]), READ_BYTES):
         names, texts = zip(*chunk, strict=True)
         for name, view in zip(names, look(model, list(texts), patching), strict=True):
             tallies.setdefault(name, Tally()).add(view)
-        progress(sum(map(len, texts)))
-    progress.close()
+        bar.update(sum(map(len, texts)))
+    bar.close()
     return tallies
 
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.checkpoints import formats, placing
-from bltjax.checkpoints.pytorch.fields import read_json
-from bltjax.checkpoints.run_directory import is_of_tokens, open_trained
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.weights import Lengths, Weights, WeightsError, flat, value_problems
-from bltjax.config import PatchingConfig, RunConfig, TokenModelConfig, from_config_dict
+from bltjax.config import PatchingConfig, TokenModelConfig
 from bltjax.data.tokenizer import Tokenizer
 from bltjax.data.tokenizer import load as load_tokenizer
 from bltjax.evaluation.continuations import ContinuationScore, score_continuations
@@ -26,15 +25,16 @@ from bltjax.inference.decoders import PlainDecoder, for_generation
 from bltjax.inference.engine import Counts, generate, stream
 from bltjax.inference.requests import configure, make_requests
 from bltjax.model import functional
-from bltjax.runtime.progress import Advance, unwatched
+from bltjax.runtime.progress import OnProgress
 
 Text = str | bytes
-STAGE, TOKENIZER = "token_model", "tokenizer.json"  # in the working directory of a run
+STAGE = "token_model"  # in the working directory of a run
 
 
 def is_token_run(path: str | os.PathLike) -> bool:
     """Returns whether a directory is that of a run with a token model, and without a BLT."""
-    return is_of_tokens((), Path(path)) and not (Path(path) / formats.MODEL).exists()
+    run = RunDirectory(Path(path))
+    return run.evaluated() == "token_model" and not (run.path / formats.MODEL).exists()
 
 
 def load(
@@ -42,27 +42,23 @@ def load(
     mesh: jax.sharding.Mesh,
     dtype: str | None = None,
     compute_dtype: str | None = None,
-    advance: Advance = unwatched,
+    on_progress: OnProgress = None,
 ) -> "TokenModel":
     """Returns the token model of a run, the newest checkpoint; arguments are those of `api.load`.
 
     Raises ValueError that lists every problem of the directory, or OSError without its tokenizer.
     """
-    directory, problems = Path(path), []
-    claim = read_json(directory / "config.json", problems)
-    try:
-        run = from_config_dict(RunConfig, claim["config"])
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise WeightsError(directory, [*problems, f"config.json: {error}"]) from error
-    config = run.token_model
+    run = RunDirectory(Path(path))
+    stage = run.stage(run.config(), STAGE)
+    config = stage.model
     if compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
-    params = {STAGE: open_trained(directory / STAGE)}
-    if problems := config.problems(STAGE) or value_problems(flat(params), advance):
-        raise WeightsError(directory, problems)
+    params = {STAGE: stage.lazy_params()}
+    if problems := config.problems(STAGE) or value_problems(flat(params), on_progress):
+        raise WeightsError(run.path, problems)
     weights = formats.cast(Weights(None, None, PatchingConfig(), params), dtype)
-    lengths = Lengths(row_bytes=run.token_training.row_bytes)
-    found = load_tokenizer(directory / TOKENIZER)
+    lengths = Lengths(row_bytes=stage.training.row_bytes)
+    found = load_tokenizer(run.tokenizer)
     return TokenModel(config, weights.params[STAGE], found, lengths, mesh)
 
 
@@ -94,7 +90,7 @@ class TokenModel:
         self,
         documents: Sequence[Text],
         row_bytes: int | None = None,
-        advance: Advance = unwatched,
+        on_progress: OnProgress = None,
     ) -> list[Score]:
         """Returns nats, bytes, ids (as patches) and bits per byte of each document.
 
@@ -103,18 +99,22 @@ class TokenModel:
         """
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
         with jax.set_mesh(self.mesh):
-            return score_documents(self._scoring, documents, row_bytes=row_bytes, advance=advance)
+            return score_documents(
+                self._scoring, documents, row_bytes=row_bytes, on_progress=on_progress
+            )
 
     def score_continuations(
         self,
         pairs: Sequence[tuple[Text, Text]],
         row_bytes: int | None = None,
-        advance: Advance = unwatched,
+        on_progress: OnProgress = None,
     ) -> list[ContinuationScore]:
         """Returns nats, bytes and is_greedy of each continuation after its context."""
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
         with jax.set_mesh(self.mesh):
-            return score_continuations(self._scoring, pairs, row_bytes=row_bytes, advance=advance)
+            return score_continuations(
+                self._scoring, pairs, row_bytes=row_bytes, on_progress=on_progress
+            )
 
     def generate(
         self,

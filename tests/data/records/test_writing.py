@@ -12,7 +12,7 @@ import pytest
 from bltjax.config.data import DataConfig
 from bltjax.data.records import store as records
 from bltjax.data.sources.units import Document
-from tests.record_stores import FakeSources, add_entropies, entropies_of, files_of
+from tests.record_stores import FakeSources, add_entropies, all_documents, entropies_of, files_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 KILLED = """
 import os, pathlib, pickle, signal, sys
 from bltjax.data.records import store as records
-from bltjax.data.records import writing as chunks
+from bltjax.data.records import writing
 data, job, moments = pickle.load(open(sys.argv[1], "rb"))
 def dying(function, when, n):
     def call(*args):
@@ -36,7 +36,7 @@ def dying(function, when, n):
     return call
 def build(directory, when, n):
     if when == "record":
-        chunks.encoded = dying(chunks.encoded, when, n)
+        writing.encoded = dying(writing.encoded, when, n)
     records.build(directory, data)
 def add_entropies(directory, when, n):
     row = dying(lambda row: row, when, n if when == "record" else 0)
@@ -107,13 +107,14 @@ def test_killed_entropies_go_on_to_the_same_files(corpus, tmp_path):
 TOGETHER = """
 import pathlib, pickle, sys, time
 from bltjax.data.records import store as records
-from bltjax.data.records import writing as chunks
+from bltjax.data.records import writing
 directory, data = pickle.load(open(sys.argv[1], "rb"))
-encoded = chunks.encoded
+encoded = writing.encoded
 def slowly(document):
     time.sleep(0.01)
+    print(document.name)
     return encoded(document)
-chunks.encoded = slowly
+writing.encoded = slowly
 pathlib.Path(sys.argv[1] + sys.argv[2]).touch()
 while not pathlib.Path(sys.argv[1] + "start").exists():
     time.sleep(0.01)
@@ -139,12 +140,12 @@ def test_two_processes_share_the_work(corpus, whole, tmp_path):
     Path(f"{job}start").touch()
     printed = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    chunks_of_each = [
-        [line.split(",")[0] for line in text.splitlines() if "MB/s" in line] for text in printed
-    ]
-    assert all(chunks_of_each), "one process did everything"
-    assert set(chunks_of_each[0]).isdisjoint(chunks_of_each[1])
-    add_entropies(records.open_store(tmp_path / "records"))
+    store = records.open_store(tmp_path / "records")
+    names = {document.name for document in all_documents(store)}
+    written_by = [names.intersection(text.splitlines()) for text in printed]
+    assert all(written_by), "one process did everything"
+    assert written_by[0].isdisjoint(written_by[1]) and set.union(*written_by) == names
+    add_entropies(store)
     assert files_of(tmp_path / "records") == files_of(whole.directory)
 
 

@@ -64,7 +64,7 @@ TEXTS = [b"", b"the patch", "the naïve byte".encode(), b"\xff\xfe 12;\n", b"x"]
 
 def test_scores_are_those_of_the_logits(model):
     told = []
-    scores = model.score(TEXTS, advance=told.append)
+    scores = model.score(TEXTS, on_progress=told.append)
     for text, score in zip(TEXTS, scores, strict=True):
         ids = TRAINED.encode(text)
         expected, _ = nats_of(model, ids[:-1], 1)
@@ -93,7 +93,7 @@ PAIRS = [
 
 def test_continuations_are_those_of_the_logits(model):
     told = []
-    found = model.score_continuations(PAIRS, advance=told.append)
+    found = model.score_continuations(PAIRS, on_progress=told.append)
     for (context, continuation), score in zip(PAIRS, found, strict=True):
         context, continuation = (
             x.encode() if isinstance(x, str) else x for x in (context, continuation)
