@@ -2,7 +2,7 @@
 # make test     run the tests; PYTHON=python3.12 uses another interpreter, in its own .venv-3.12
 #              ARGS="-m slow" runs the studies instead; ARGS=tests/training/test_pod.py one file
 # make oracle   PyTorch, transformers and lm-eval into that environment, for the tests of those
-# make lint     ruff
+# make lint     ruff and mypy
 
 PYTHON ?= python3
 ifeq ($(PYTHON),python3)
@@ -28,6 +28,8 @@ oracle: $(VENV)/.ready-dev
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,13 +12,11 @@ from bltjax import sharding
 from bltjax.checkpoints import formats, placing
 from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
-from bltjax.evaluation.continuations import ContinuationScore, score_continuations
-from bltjax.evaluation.score import BLTScoring, ByteScoring, Score, score_documents
+from bltjax.evaluation.score import BLTScoring, ByteScoring, Score
+from bltjax.evaluation.text_model import TextModel
 from bltjax.evaluation.token_baseline import model as token_model
 from bltjax.evaluation.token_baseline.model import TokenModel
-from bltjax.inference.decoders import BLTDecoder, for_generation
-from bltjax.inference.engine import Counts, generate, stream
-from bltjax.inference.requests import configure, make_requests
+from bltjax.inference.decoders import BLTDecoder
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts, needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
@@ -38,11 +35,10 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     on_progress: OnProgress = None,
 ) -> "Model | TokenModel":
-    """The model in a directory: bltjax's, a training run's, Hugging Face's or Meta's.
-
-    That of a run whose stage is `token_model` is a TokenModel.
+    """Loads the model in a directory: bltjax's, a training run's, Hugging Face's or Meta's.
 
     Args:
+      path: the directory. A run with the stage `token_model` alone gives a TokenModel.
       entropy_model: a directory with the entropy model, where the first has none or another is
         wanted.
       dtype: "float32" or "bfloat16" to cast the parameters; None keeps them as they are stored.
@@ -76,7 +72,7 @@ def load(
         return Model(_computing(weights, compute_dtype, bf16_compat), mesh)
 
 
-class Model:
+class Model(TextModel):
     """A byte latent transformer, its entropy model, or both, on the devices of a mesh.
 
     config, entropy_config: BLTConfig, EntropyModelConfig, or None for what is not there.
@@ -97,7 +93,7 @@ class Model:
             }
 
     def logits(self, tokens, patch_lengths=None) -> np.ndarray:
-        """float32 [B, N, 260] next-byte logits of ids int [B, N].
+        """Returns float32 [B, N, 260]: next-byte logits of ids int [B, N].
 
         patch_lengths: int [B, P], rows sum to N + 1 (spec 2.1), zeros on the right; None: those of
         `patch_lengths(tokens)`. An entropy model alone takes none. Each shape is compiled once.
@@ -113,7 +109,7 @@ class Model:
         return self._run(_blt_logits, self.config, "blt", tokens, patch_lengths)
 
     def entropies(self, tokens) -> np.ndarray:
-        """float32 [B, N], nats: how uncertain the byte after each of the ids int [B, N] is.
+        """Returns float32 [B, N] in nats: how uncertain the byte after each of ids int [B, N] is.
 
         Rows do not see each other, nor do documents that an EOS divides (spec 2.2, 5.9).
         """
@@ -125,7 +121,7 @@ class Model:
         return self._run(_entropies, settings, "entropy_model", self._tokens(tokens))
 
     def patch_lengths(self, tokens) -> np.ndarray:
-        """int32 [B, P] lengths of the patches of ids int [B, N]; rows sum to N + 1 (spec 2.1).
+        """Returns int32 [B, P]: patch lengths of ids int [B, N]; rows sum to N + 1 (spec 2.1).
 
         The last position is the byte to come. P is the largest number of patches in a row; shorter
         rows end in zeros.
@@ -140,115 +136,24 @@ class Model:
             result[i, : len(row)] = row
         return result
 
-    def generate(
-        self,
-        prompts: Sequence[str | bytes],
-        max_new_bytes: int | Sequence[int] = 64,
-        temperature: float = 0.0,
-        seed: int | Sequence[int] = 0,
-        **options,
-    ) -> list[bytes]:
-        """The continuation of each prompt, without it, ended by EOS or after `max_new_bytes`.
-
-        A prompt's continuation depends neither on the others nor on the mesh. seed: one for all
-        prompts, or one for each; the same prompt with the same seed gives the same text.
-
-        Options:
-          top_k, top_p, min_p, repetition_penalty, valid_utf8: of `inference.sampling.Sampling`.
-          stop: strings or bytes that end a text, and are left out of it.
-          threshold: nats, instead of the trained one (rules by entropy): a higher one makes fewer
-            patches, and generation cheaper.
-          max_drafts, batch_size, quorum, min_patch_bytes: of `inference.engine.Decoding`;
-            greedy text is the same whatever they are.
-
-        Raises ValueError for values that make no sense. Warns where a text would be longer than
-        those that the model was trained on: it goes on, but nobody knows how well.
-        """
-        return self.generate_and_count(
-            prompts, max_new_bytes, temperature=temperature, seed=seed, **options
-        )[0]
-
-    def generate_and_count(
-        self,
-        prompts: Sequence[str | bytes],
-        max_new_bytes: int | Sequence[int] = 64,
-        seed: int | Sequence[int] = 0,
-        **options,
-    ) -> tuple[list[bytes], Counts]:
-        """As `generate`, and what it took: steps, patches, calls of the global stack, drafts."""
-        decoder, options = self._generation(options)
-        requests = make_requests(decoder, prompts, max_new_bytes, seed, self.lengths.row_bytes)
-        with jax.set_mesh(self.mesh):
-            return generate(decoder, self._generation_params, requests, **options)
-
-    def stream(
-        self, prompt: str | bytes, max_new_bytes: int = 64, seed: int = 0, **options
-    ) -> Iterator[tuple[bytes, Counts]]:
-        """The continuation of one prompt in pieces as they come, each with the counts so far.
-
-        For text, decode the pieces with `codecs.getincrementaldecoder("utf-8")("replace")`, which
-        keeps half a character until its other half has come. Options are those of `generate`.
-        """
-        if not isinstance(prompt, (str, bytes)):
-            raise ValueError(f"prompt is a {type(prompt).__name__}: stream takes one str or bytes")
-        decoder, options = self._generation(options)
-        (request,) = make_requests(decoder, [prompt], max_new_bytes, seed, self.lengths.row_bytes)
-        with jax.set_mesh(self.mesh):
-            return stream(decoder, self._generation_params, request, **options)
-
-    @functools.cached_property
-    def _generation_params(self) -> dict:
-        with jax.set_mesh(self.mesh):
-            return for_generation(self.params)
-
-    def _generation(self, options: dict):
+    def _decoder(self) -> BLTDecoder:
         if self.config is None:
             raise ValueError("this is an entropy model alone: generating needs a BLT")
         self._check_patches_can_be_found()
-        decoder = BLTDecoder(self.config, self.entropy_config, self.patching)
-        return configure(decoder, **options)
-
-    def score(
-        self,
-        documents: Sequence[str | bytes],
-        row_bytes: int | None = None,
-        on_progress: OnProgress = None,
-    ) -> list[Score]:
-        """nats, bytes, patches and bits per byte of each document; see `score_documents`.
-
-        row_bytes: a longer document is scored in rows of this many positions; None: as the model
-        was trained where that is known, else 8192.
-        """
-        row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
-        with jax.set_mesh(self.mesh):
-            return score_documents(
-                self._scoring(), documents, row_bytes=row_bytes, on_progress=on_progress
-            )
-
-    def score_continuations(
-        self,
-        pairs: Sequence[tuple[str | bytes, str | bytes]],
-        row_bytes: int | None = None,
-        on_progress: OnProgress = None,
-    ) -> list[ContinuationScore]:
-        """nats, bytes and is_greedy of each continuation after its context.
-
-        pairs: (context, continuation). A pair's result does not depend on the others; see
-        `evaluation.continuations`. row_bytes: as of `score`.
-        """
-        row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
-        with jax.set_mesh(self.mesh):
-            return score_continuations(
-                self._scoring(), pairs, row_bytes=row_bytes, on_progress=on_progress
-            )
+        return BLTDecoder(self.config, self.entropy_config, self.patching)
 
     def _scoring(self) -> ByteScoring:
-        entropy_params = self.params.get("entropy_model")
         if self.config is None:
-            return ByteScoring(self.entropy_config, entropy_params)
+            return ByteScoring(self._main_config, self.params["entropy_model"])
         self._check_patches_can_be_found()
-        models = self.config, self.params["blt"], self.entropy_config, entropy_params
-        return BLTScoring(*models, self.patching)
+        entropy_model = self.entropy_config, self.params.get("entropy_model")
+        return BLTScoring(self.config, self.params["blt"], *entropy_model, self.patching)
+
+    @property
+    def _main_config(self) -> BLTConfig | EntropyModelConfig:
+        config = self.config or self.entropy_config
+        assert config is not None  # directories without any model are not read
+        return config
 
     def _check_patches_can_be_found(self):
         if needs_entropies(self.patching) and self.entropy_config is None:
@@ -257,22 +162,21 @@ class Model:
             )
 
     def _tokens(self, tokens) -> np.ndarray:
-        """int32 [B, N]; ValueError for another rank, no ids, or ids that no model knows."""
-        tokens = np.asarray(tokens)
-        config = self.config or self.entropy_config
+        """Returns int32 [B, N]; ValueError for another rank, no ids, or ids that no model knows."""
+        tokens, vocab_size = np.asarray(tokens), self._main_config.vocab_size
         if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype.kind not in "iu":
             raise ValueError(
                 f"tokens are {tokens.dtype} {tokens.shape}: give integers [rows, ids], for example "
                 "bltjax.vocabulary.encode(text)[None]"
             )
-        if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
             raise ValueError(
-                f"tokens lie in {tokens.min()}..{tokens.max()}: ids are 0..{config.vocab_size - 1}"
+                f"tokens lie in {tokens.min()}..{tokens.max()}: ids are 0..{vocab_size - 1}"
             )
         return tokens.astype(np.int32)
 
     def _run(self, function, settings, params: str, *rows) -> np.ndarray:
-        """function(settings, params, *rows), its batch filled up to what the mesh can split."""
+        """Runs function(settings, params, *rows) on a batch filled up to what the mesh splits."""
         num_rows = len(rows[0])
         with jax.set_mesh(self.mesh):
             shards = sharding.num_row_shards(self.mesh)
@@ -318,7 +222,7 @@ def _checked_lengths(patch_lengths, tokens: np.ndarray) -> np.ndarray:
 
 
 def _abstract(config, tree: dict) -> dict:
-    """Shapes and shardings of a model's parameters, in the dtypes that they have."""
+    """Returns shapes and shardings of a model's parameters, in the dtypes that they have."""
     return jax.tree.map(
         lambda abstract, leaf: jax.ShapeDtypeStruct(
             abstract.shape, leaf.dtype, sharding=abstract.sharding
@@ -329,7 +233,7 @@ def _abstract(config, tree: dict) -> dict:
 
 
 def _computing(weights: Weights, compute_dtype: str | None, bf16_compat: bool) -> Weights:
-    """The same weights, to be computed with as `load` was told."""
+    """Returns the weights with the dtypes of computing that `load` was given."""
     main = "entropy_model" if weights.blt is None else "blt"
     if compute_dtype is not None:
         config = dataclasses.replace(getattr(weights, main), compute_dtype=compute_dtype)

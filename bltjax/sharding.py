@@ -84,7 +84,8 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
             f"mesh={tuple(sizes)} (data, fsdp, tensor) does not fit {num_devices} "
             f"device(s): the sizes must multiply to {num_devices}, -1 fills one axis"
         )
-    return tuple(sizes)
+    data, fsdp, tensor = sizes
+    return data, fsdp, tensor
 
 
 def num_slices(devices) -> int:

@@ -6,6 +6,7 @@ working directory of a training run opens too, with the newest checkpoint of eac
 
 import dataclasses
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +83,9 @@ def detect(directory: Path) -> str:
 
 
 def read(
-    directory: Path, entropy_model: Path | None = None, on_progress: OnProgress = None
+    directory: str | os.PathLike,
+    entropy_model: str | os.PathLike | None = None,
+    on_progress: OnProgress = None,
 ) -> Weights:
     """The model in a directory of any format, its parameters lazy; needs a mesh to be set.
 
@@ -104,7 +107,9 @@ def read(
     return weights
 
 
-def _read_one(directory: Path, problems: list[str], on_progress: OnProgress) -> Weights | None:
+def _read_one(
+    directory: str | os.PathLike, problems: list[str], on_progress: OnProgress
+) -> Weights | None:
     directory = Path(directory)
     readers = {
         BLTJAX: _read_bltjax,

@@ -53,9 +53,9 @@ class OptimizerConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        above_0 = ("learning_rate", "clip_norm", "epsilon")
-        above_0 += ("cycle_length", "cosine_theta", "decay_fraction")
-        found = one_of(self, name, "schedule", SCHEDULES) + positive(self, name, *above_0)
+        found = one_of(self, name, "schedule", SCHEDULES)
+        found += positive(self, name, "learning_rate", "clip_norm", "epsilon", "cycle_length")
+        found += positive(self, name, "cosine_theta", "decay_fraction")
         if not 0 <= self.min_ratio <= 1:
             found.append(f"{name}.min_ratio={self.min_ratio} must lie between 0 and 1")
         for share in ("beta1", "beta2"):
@@ -122,9 +122,8 @@ class TrainingConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        above_0 = ("steps", "batch_size", "accumulation_steps")
-        above_0 += ("log_every", "checkpoint_every", "keep_checkpoints")
-        found = positive(self, name, *above_0)
+        found = positive(self, name, "steps", "batch_size", "accumulation_steps")
+        found += positive(self, name, "log_every", "checkpoint_every", "keep_checkpoints")
         found += finite(self, name, "z_loss", "skip_loss_above", "skip_norm_above")
         if self.batch_size % max(self.accumulation_steps, 1):
             found.append(

@@ -7,31 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from bltjax.inference.decoders import Decoder
-from bltjax.inference.engine import Decoding, Request
+from bltjax.inference.engine import Request
 from bltjax.inference.sampling import Sampling
 from bltjax.patching.boundaries import needs_entropies
 
 
 def configure(
     decoder: Decoder,
-    *,
+    sampling: Sampling,
     stop: str | bytes | Sequence[str | bytes] = (),
     threshold: float | None = None,
-    **options,
-) -> tuple[Decoder, dict]:
-    """Returns the decoder and the options of `engine.generate`.
+) -> tuple[Decoder, list[bytes]]:
+    """Returns the decoder, with `threshold` in the place of its own, and the stop strings.
 
-    options: fields of Sampling and Decoding. threshold: in the place of the decoder's own. Raises
-    ValueError for an unknown option, or a value that makes no sense.
+    Raises ValueError for what the decoder does not have, or a value that makes no sense.
     """
     if threshold is not None:
         decoder = _with_threshold(decoder, threshold)
-    sampling, decoding = (
-        cls(**{f.name: options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options})
-        for cls in (Sampling, Decoding)
-    )
-    if options:
-        raise ValueError(f"unknown option {min(options)!r}: Model.generate tells which there are")
     if sampling.valid_utf8 and not decoder.ids_are_bytes:
         raise ValueError(
             "valid_utf8=True needs a model of bytes, as tokens may hold half a character: decode "
@@ -41,7 +33,7 @@ def configure(
     stops = [s.encode("utf-8", "ignore") if isinstance(s, str) else s for s in stops]
     if b"" in stops:
         raise ValueError("stop holds an empty string, with which every text ends: leave it out")
-    return decoder, dict(sampling=sampling, stops=stops, decoding=decoding)
+    return decoder, stops
 
 
 def _with_threshold(decoder: Decoder, threshold: float) -> Decoder:

@@ -37,7 +37,8 @@ from bltjax.evaluation.ngram_baselines import baselines
 from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.engine import generate
 from bltjax.inference.reference import row_patch_starts
-from bltjax.inference.requests import configure, make_requests
+from bltjax.inference.requests import make_requests
+from bltjax.inference.sampling import Sampling
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts, needs_entropies
 from bltjax.recipe import corpus, token_corpus
@@ -288,10 +289,10 @@ def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
         models["entropy_model"] = directory.stage(config, "entropy_model").params()
         patching = dataclasses.replace(patching, threshold=directory.threshold())
     decoder = BLTDecoder(config.blt, entropy_config, patching)
-    decoder, options = configure(decoder, temperature=settings.temperature)
     prompt, length = [settings.prompt], config.blt_training.row_bytes
     requests = make_requests(decoder, prompt, settings.sample_bytes, 0, length)
-    (continuation,), _ = generate(decoder, for_generation(models), requests, **options)
+    sampling = Sampling(temperature=settings.temperature)
+    (continuation,), _ = generate(decoder, for_generation(models), requests, sampling)
     text = settings.prompt + continuation.decode("utf-8", errors="replace")
     print(f"sample:\n{text}\n", flush=True)
 

@@ -6,7 +6,6 @@ It answers as `api.Model` does, so that one harness measures both.
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -19,15 +18,12 @@ from bltjax.checkpoints.weights import Lengths, Weights, WeightsError, flat, val
 from bltjax.config import PatchingConfig, TokenModelConfig
 from bltjax.data.tokenizer import Tokenizer
 from bltjax.data.tokenizer import load as load_tokenizer
-from bltjax.evaluation.continuations import ContinuationScore, score_continuations
-from bltjax.evaluation.score import ByteScoring, Score, score_documents
-from bltjax.inference.decoders import PlainDecoder, for_generation
-from bltjax.inference.engine import Counts, generate, stream
-from bltjax.inference.requests import configure, make_requests
+from bltjax.evaluation.score import ByteScoring
+from bltjax.evaluation.text_model import Text, TextModel
+from bltjax.inference.decoders import PlainDecoder
 from bltjax.model import functional
 from bltjax.runtime.progress import OnProgress
 
-Text = str | bytes
 STAGE = "token_model"  # in the working directory of a run
 
 
@@ -62,7 +58,7 @@ def load(
     return TokenModel(config, weights.params[STAGE], found, lengths, mesh)
 
 
-class TokenModel:
+class TokenModel(TextModel):
     """A transformer of tokens on the devices of a mesh.
 
     lengths: of which `row_bytes` are ids of a row. params: nested dict of sharded arrays.
@@ -86,64 +82,6 @@ class TokenModel:
             )
             self.params = placing.put_lazy(params, abstract)
 
-    def score(
-        self,
-        documents: Sequence[Text],
-        row_bytes: int | None = None,
-        on_progress: OnProgress = None,
-    ) -> list[Score]:
-        """Returns nats, bytes, ids (as patches) and bits per byte of each document.
-
-        row_bytes: ids of a row; a longer document is scored in several, without sight of the row
-        before, as in training. None: as in training.
-        """
-        row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
-        with jax.set_mesh(self.mesh):
-            return score_documents(
-                self._scoring, documents, row_bytes=row_bytes, on_progress=on_progress
-            )
-
-    def score_continuations(
-        self,
-        pairs: Sequence[tuple[Text, Text]],
-        row_bytes: int | None = None,
-        on_progress: OnProgress = None,
-    ) -> list[ContinuationScore]:
-        """Returns nats, bytes and is_greedy of each continuation after its context."""
-        row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
-        with jax.set_mesh(self.mesh):
-            return score_continuations(
-                self._scoring, pairs, row_bytes=row_bytes, on_progress=on_progress
-            )
-
-    def generate(
-        self,
-        prompts: Sequence[Text],
-        max_new_bytes: int | Sequence[int] = 64,
-        temperature: float = 0.0,
-        seed: int | Sequence[int] = 0,
-        **options,
-    ) -> list[bytes]:
-        """Returns the continuation of each prompt, ended by EOS or after `max_new_bytes`.
-
-        options: those of `api.Model.generate` that need neither bytes nor patches. max_new_bytes,
-        seed: one for all prompts, or one for each. A last token is cut where it is too long. Raises
-        ValueError for values that make no sense. Warns where a prompt is longer than a row.
-        """
-        decoder, options = configure(self._decoder, temperature=temperature, **options)
-        requests = make_requests(decoder, prompts, max_new_bytes, seed, self.lengths.row_bytes)
-        with jax.set_mesh(self.mesh):
-            return generate(decoder, self._generation_params, requests, **options)[0]
-
-    def stream(
-        self, prompt: Text, max_new_bytes: int = 64, seed: int = 0, **options
-    ) -> Iterator[tuple[bytes, Counts]]:
-        """Yields the continuation of one prompt in pieces as they come, with the counts so far."""
-        decoder, options = configure(self._decoder, **options)
-        (request,) = make_requests(decoder, [prompt], max_new_bytes, seed, self.lengths.row_bytes)
-        with jax.set_mesh(self.mesh):
-            return stream(decoder, self._generation_params, request, **options)
-
     def logits(self, tokens) -> np.ndarray:
         """Returns float32 [B, N, V] logits of the ids after ids int [B, N].
 
@@ -163,18 +101,11 @@ class TokenModel:
 
     patch_lengths = patching
 
-    @property
     def _scoring(self) -> "TokenScoring":
         return TokenScoring(self.config, self.params, self.tokenizer)
 
-    @property
     def _decoder(self) -> PlainDecoder:
         return PlainDecoder(self.config, self.tokenizer)
-
-    @functools.cached_property
-    def _generation_params(self) -> dict:
-        with jax.set_mesh(self.mesh):
-            return for_generation(self.params)
 
 
 @dataclasses.dataclass

@@ -247,7 +247,6 @@ def test_a_mesh_changes_nothing(model, use_mesh):
         (dict(prompts=["x"], valid_utf8=True), "valid_utf8=True needs a model of bytes"),
         (dict(prompts=["x"], threshold=1.0), "threshold=1.0: a model of tokens has no patches"),
         (dict(prompts=["x"], top_k=0), "top_k=0 must be a whole number"),
-        (dict(prompts=["x"], tempo=1), "unknown option 'tempo'"),
     ],
     ids=str,
 )
