@@ -17,6 +17,7 @@ from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.progress import progress_bar
 
+flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
 USER_ERROR = 2  # exit code: the command or what it names is at fault
 COMMANDS = Path(__file__).parent / "commands"
 
@@ -42,7 +43,6 @@ def main():
 def run(command: Callable, define_flags: Callable[[], None]):
     """Runs a command's main(argv) with the flags that it defines, shown by --help."""
     define_flags()
-    flags.adopt_module_key_flags(sys.modules[__name__])
     app.run(command, flags_parser=parse)
 
 

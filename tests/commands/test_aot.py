@@ -125,7 +125,7 @@ def test_without_a_config():
     process = subprocess.run(
         command, cwd=processes.ROOT, capture_output=True, text=True, timeout=60
     )
-    assert process.stderr == "error: give --config=configs/NAME.py\n"
+    assert process.stderr == "error: give --config=NAME, for example --config=quickstart\n"
 
 
 @pytest.fixture

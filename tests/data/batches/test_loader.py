@@ -175,7 +175,7 @@ PROCESS = """
 import json, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-from tests.data import test_pipeline as t
+from tests.data.batches import test_loader as t
 rows, num_batches, state_file, out = range(*json.loads(sys.argv[2])), *sys.argv[3:]
 states = np.load(state_file) if state_file else None
 stream = t.batches(t.Shuffled([t.corpus()], seed=3), t.LAYOUT, 4, states, rows)
