@@ -21,6 +21,10 @@ class PatchingConfig:
     in_step: bool = False  # the training step finds patches, with a frozen entropy model
 
     def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group.
+
+        Patching knows the rules: `check_rule` of `bltjax/patching/boundaries.py` checks the name.
+        """
         found = positive(self, name, "patch_size")
         found += finite(self, name, "threshold", "threshold_add")
         if self.max_patch_length is not None and self.max_patch_length < 1:
