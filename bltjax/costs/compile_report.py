@@ -230,4 +230,6 @@ def captured_log():
 def show_tail(log):
     """Prints the last LOG_TAIL characters of a `captured_log` on stderr."""
     log.seek(0)
-    print(log.read()[-LOG_TAIL:].strip(), file=sys.stderr)
+    tail = log.read()[-LOG_TAIL:].strip()
+    if tail:
+        print(tail, file=sys.stderr)

@@ -82,18 +82,8 @@ def _tpu_options(chip, sizes, slices) -> dict:
 
 
 def _gpu_options(chip, sizes) -> dict:
-    return dict(
-        platform="cuda",
-        topology_name=chip,
-        topology="x".join(map(str, sizes)),
-        target_config=_target_config(chip),
-    )
-
-
-def _target_config(chip: str) -> str:
-    """XLA's GpuTargetConfigProto, as text."""
     (major, minor), cores, shared, shared_core, cache, clock = _GPUS[chip]
-    return f"""
+    config = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -117,4 +107,6 @@ gpu_device_info {{
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 3 }}
 device_description_str: "{chip.upper()}"
-"""
+"""  # a GpuTargetConfigProto of XLA
+    topology = "x".join(map(str, sizes))
+    return dict(platform="cuda", topology_name=chip, topology=topology, target_config=config)

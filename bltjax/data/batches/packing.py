@@ -21,6 +21,8 @@ their patches first, then one tail patch of `row_bytes + 1 - n` that holds posit
 padding, then zeros.
 """
 
+import bisect
+import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -208,10 +210,10 @@ class Packer:
             balancing.append(other)
             self._take(other)
             free = free.without(other)
-        taken = [piece, *balancing] if piece.num_bytes else balancing
         if piece.num_bytes:
+            balancing.insert(0, piece)
             self._take(piece)
-        return taken
+        return balancing
 
     def _balancing(self, first, free: Budget, lacks_bytes: bool) -> Piece | None:
         """Returns a piece of another document after which `first` nearly uses up both budgets."""
@@ -223,22 +225,17 @@ class Packer:
             return None
         whole = other.fitting(*free, self.row_bytes)
         whole_patches = whole == other.next_patches(whole.num_patches)
-        low, high = 0, whole.num_patches - (not whole_patches)
+        most = whole.num_patches - (not whole_patches)
 
-        def rest(num_patches: int) -> Budget | None:
-            """Returns the budget that both leave; None where nothing of `first` fits any more."""
+        def lacks_the_same(num_patches: int) -> bool:
+            """Returns True where `first` still fits, and runs out of the same budget."""
             after = free.without(other.next_patches(num_patches))
             piece = first.fitting(*after, self.row_bytes)
-            return after.without(piece) if piece.num_bytes else None
+            return piece.num_bytes > 0 and self._lacks_bytes(after.without(piece)) == lacks_bytes
 
-        while low < high:  # the most patches with which `first` runs out of the same budget
-            middle = (low + high + 1) // 2
-            left = rest(middle)
-            if left is not None and self._lacks_bytes(left) == lacks_bytes:
-                low = middle
-            else:
-                high = middle - 1
-        return other.next_patches(low) if low else None
+        # As many patches as possible, so the search goes from the most down.
+        num = most - bisect.bisect_left(range(most, 0, -1), True, key=lacks_the_same)
+        return other.next_patches(num) if num else None
 
     def _lacks_bytes(self, left: Budget) -> bool:
         """Returns True where a row that leaves this ran out of bytes before patches."""
@@ -319,7 +316,7 @@ def pack_patches(
     _check_row_patches(row_patches)  # 0 would mean rows without patches
     packer = Packer(row_bytes, row_patches, pool, slack)
     opened = (OpenDocument(checked(ids), patch_ends(ids, starts)) for ids, starts in documents)
-    return _rows(packer, opened)
+    return iter(functools.partial(packer.next_row, opened), None)
 
 
 def pack_bytes(documents: Iterable[np.ndarray], row_bytes: int) -> Iterator[Row]:
@@ -328,12 +325,8 @@ def pack_bytes(documents: Iterable[np.ndarray], row_bytes: int) -> Iterator[Row]
     A document is its ids, int [S], from BOS to EOS. Raises ValueError at once if `row_bytes` is
     less than 2, and on reaching a document without ids.
     """
-    return _rows(Packer(row_bytes, 0), (OpenDocument(checked(ids)) for ids in documents))
-
-
-def _rows(packer: Packer, documents: Iterator[OpenDocument]) -> Iterator[Row]:
-    while (row := packer.next_row(documents)) is not None:
-        yield row
+    opened = (OpenDocument(checked(ids)) for ids in documents)
+    return iter(functools.partial(Packer(row_bytes, 0).next_row, opened), None)
 
 
 def patch_ends(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:

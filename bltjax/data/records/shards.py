@@ -66,7 +66,8 @@ class Documents:
         self.ends = list(itertools.accumulate(shard.documents for shard in self.shards))
         for shard in self.shards if entropies else ():
             _check_has_entropies(shard)
-        self._open_none()
+        self._readers: collections.OrderedDict[Path, ArrayRecordReader] = collections.OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -87,16 +88,8 @@ class Documents:
             raise damaged(shard.entropies_path, what)
         return document._replace(entropies=entropies)
 
-    def __getstate__(self) -> dict:
-        return {"shards": self.shards, "entropies": self.entropies, "ends": self.ends}
-
-    def __setstate__(self, state: dict):
-        self.__dict__.update(state)
-        self._open_none()
-
-    def _open_none(self):
-        self._readers: collections.OrderedDict[Path, ArrayRecordReader] = collections.OrderedDict()
-        self._lock = threading.Lock()
+    def __reduce__(self):
+        return Documents, (self.shards, self.entropies)
 
     def _read(self, path: Path, num_records: int, position: int) -> bytes:
         with self._lock:

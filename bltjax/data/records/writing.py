@@ -94,7 +94,11 @@ def _write_chunk(
         while num_bytes < data.shard_bytes and (record := next(records, None)) is not None:
             num_read += 1
             if isinstance(record, Bad):
-                _refuse_bad(record, source, directory, data)
+                if data.bad_records == "fail":
+                    raise ValueError(
+                        f"bad record {record.name!r} of source {source.name!r}: {record.reason}; "
+                        f"mend it, or set bad_records='skip', and delete {str(directory)!r}"
+                    )
                 num_bad += 1
                 bad += [record] * (len(bad) < NAMED_BAD)
                 continue
@@ -119,14 +123,6 @@ def _write_chunk(
         shards.append(shard._asdict())
     last = num_bytes < data.shard_bytes
     return {"records": num_read, "last": last, "shards": shards, "bad": num_bad, "first_bad": bad}
-
-
-def _refuse_bad(record: Bad, source: SourceConfig, directory: Path, data: DataConfig):
-    if data.bad_records == "fail":
-        raise ValueError(
-            f"bad record {record.name!r} of source {source.name!r}: {record.reason}; mend it, or "
-            f"set bad_records='skip', and delete {str(directory)!r}"
-        )
 
 
 def _mark(directory: Path, source: SourceConfig, unit: Unit, chunk: int) -> Path:
