@@ -72,7 +72,7 @@ def plan_stage(config, stage: str, mesh) -> Plan:
 
 
 def byte_lengths(model):
-    """What a step takes beside the config of a model of tokens; any will do. None for others."""
+    """Returns some byte lengths for a step of a token model, any will do; None for others."""
     from bltjax.config import TokenModelConfig
 
     return np.ones(model.vocab_size, np.int32) if isinstance(model, TokenModelConfig) else None
