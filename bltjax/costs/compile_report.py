@@ -95,29 +95,23 @@ def _compile(lowered):
 
 def memory(made, chip: Chip, compiled, refused: str | None) -> dict:
     """Returns bytes per device: of the inputs by type, and the peak that the compiler reports."""
-    found = dict(
-        fits=False,
-        hbm_bytes_per_chip=chip.hbm_bytes,
-        peak_bytes_per_chip=None,
-        parameter_bytes=made.parameter_bytes,
-        optimizer_bytes=made.optimizer_bytes,
-        batch_bytes=made.batch_bytes,
-        temp_bytes=None,
-    )
+    inputs = {n: getattr(made, n) for n in ("parameter_bytes", "optimizer_bytes", "batch_bytes")}
+    temp = None
     if compiled is not None:
         sizes = compiled.memory_analysis()
         peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
         peak += sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
-        return found | dict(
-            fits=peak <= chip.hbm_bytes,
-            peak_bytes_per_chip=peak,
-            temp_bytes=sizes.temp_size_in_bytes,
-        )
-    peak = compiler_errors.asked_hbm_bytes(refused)
-    if peak is not None:
-        given = made.parameter_bytes + made.optimizer_bytes + made.batch_bytes
-        found |= dict(peak_bytes_per_chip=peak, temp_bytes=max(peak - given, 0))
-    return found | dict(refused=refused)
+        temp = sizes.temp_size_in_bytes
+    elif (peak := compiler_errors.asked_hbm_bytes(refused)) is not None:
+        temp = max(peak - sum(inputs.values()), 0)
+    found = dict(
+        fits=compiled is not None and peak <= chip.hbm_bytes,
+        hbm_bytes_per_chip=chip.hbm_bytes,
+        peak_bytes_per_chip=peak,
+        **inputs,
+        temp_bytes=temp,
+    )
+    return found if compiled is not None else found | dict(refused=refused)
 
 
 def work(text: str, kernels: dict) -> dict:

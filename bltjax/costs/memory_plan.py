@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
 
 def plan_stage(config, stage: str, mesh) -> Plan:
-    """Plans a stage of a RunConfig that trains, on an abstract mesh."""
+    """The plan of a stage of a RunConfig that trains, on an abstract mesh."""
     import jax
 
     from bltjax.training.optimizer import make_optimizer
@@ -70,7 +70,7 @@ def plan_stage(config, stage: str, mesh) -> Plan:
 
 
 def byte_lengths(model):
-    """Returns some lengths of tokens, for a step of a model of tokens; None for other models."""
+    """Returns some byte lengths for a step of a token model, any will do; None for others."""
     from bltjax.config import TokenModelConfig
 
     return np.ones(model.vocab_size, np.int32) if isinstance(model, TokenModelConfig) else None

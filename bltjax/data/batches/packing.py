@@ -135,6 +135,7 @@ class Packer:
         _check_budgets(row_bytes, row_patches)
         self.row_bytes, self.row_patches = row_bytes, row_patches
         self.pool, self.slack = pool, slack
+        self.empty = Budget(row_bytes, row_patches - 1)  # of a row; a patch is for the tail
         self.open: list[OpenDocument] = []  # those that have waited longest come first
 
     def next_row(self, documents: Iterator[OpenDocument]) -> Row | None:
@@ -155,7 +156,7 @@ class Packer:
 
     def _pieces(self, documents) -> list[Piece]:
         """Returns the pieces of a row: whole documents while some fit, then `_last_pieces`."""
-        pieces, free = [], Budget(self.row_bytes, self.row_patches - 1)  # one is for the tail
+        pieces, free = [], self.empty
         while self._refill(documents):
             if not pieces and self.open[0].begins_in_patch:
                 free = Budget(free.num_bytes, free.num_patches - 1)
@@ -185,7 +186,7 @@ class Packer:
         if not fits.any():
             return None
         left = np.array(free) - sizes
-        off_course = abs(left[:, 0] - left[:, 1] * self._course)
+        off_course = abs(left[:, 0] - left[:, 1] * self.empty.course)
         best = int(np.where(fits, off_course, np.inf).argmin())
         rest = Budget(*map(int, left[best]))
         others = [d.num_bytes / d.num_patches for d in self.open if d is not candidates[best]]
@@ -239,11 +240,7 @@ class Packer:
 
     def _lacks_bytes(self, left: Budget) -> bool:
         """Returns True where a row that leaves this ran out of bytes before patches."""
-        return left.num_bytes < left.num_patches * self._course
-
-    @property
-    def _course(self) -> float:
-        return self.row_bytes / (self.row_patches - 1)
+        return left.num_bytes < left.num_patches * self.empty.course
 
     def _waste(self, left: Budget) -> float:
         """Returns the share of a row's compute that goes to what is left of it."""
