@@ -5,16 +5,13 @@ working directory of a training run opens too, with the newest checkpoint of eac
 """
 
 import dataclasses
-import json
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from bltjax.checkpoints.lazy_arrays import Cast, LazyArray
+from bltjax.checkpoints.lazy_arrays import Cast
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
@@ -131,28 +128,12 @@ def stored_bytes(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
-def plan(weights: Weights, format: str) -> "WritePlan | _OwnPlan":
+def plan(weights: Weights, format: str) -> WritePlan:
     """What a directory of a format will hold; WeightsError for what the format cannot express."""
     return {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}[format](weights)
 
 
-class _OwnPlan(NamedTuple):
-    """As `WritePlan`, for the parameters in one Orbax checkpoint."""
-
-    params: dict
-    files: dict[str, dict]
-    tensors: dict[str, LazyArray]
-    inside: dict
-    notes: tuple[str, ...] = ()
-
-    def write(self, directory: Path, on_progress: OnProgress = None):
-        directory.mkdir(parents=True, exist_ok=True)
-        save_weights(directory / WEIGHTS, self.params, on_progress)
-        for name, value in self.files.items():
-            (directory / name).write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _plan_bltjax(weights: Weights) -> _OwnPlan:
+def _plan_bltjax(weights: Weights) -> WritePlan:
     described = dict(
         format=VERSION,
         bltjax=version("bltjax"),
@@ -161,7 +142,11 @@ def _plan_bltjax(weights: Weights) -> _OwnPlan:
         patching=to_dict(weights.patching),
         lengths=weights.lengths._asdict(),
     )
-    return _OwnPlan(weights.params, {MODEL: described}, flat(weights.params), {})
+
+    def save(directory: Path, _, on_progress: OnProgress):
+        save_weights(directory / WEIGHTS, weights.params, on_progress)
+
+    return WritePlan(flat(weights.params), {MODEL: described}, {}, save=save)
 
 
 def check_dtype(dtype: str | None):
@@ -172,10 +157,9 @@ def check_dtype(dtype: str | None):
 
 def cast(weights: Weights, dtype: str | None) -> Weights:
     """The same weights in "float32" or "bfloat16" (rounded to nearest); None keeps them."""
-    check_dtype(dtype)
     if dtype is None:
         return weights
-    wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    wanted = np.dtype(dtype)
 
     def convert(tree):
         if isinstance(tree, dict):

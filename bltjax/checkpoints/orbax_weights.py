@@ -10,10 +10,7 @@ not at all, never with other values than were written.
 
 import collections
 import contextlib
-import itertools
 import logging
-import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from bltjax.checkpoints.lazy_arrays import Index, LazyArray
+from bltjax.checkpoints.lazy_arrays import Index, LazyArray, blocks
 from bltjax.checkpoints.run_directory import saved_steps
 from bltjax.runtime.progress import OnProgress
 
@@ -48,8 +45,8 @@ def save_weights(directory: Path, tree: dict, on_progress: OnProgress = None) ->
 
     on_progress: called with the number of bytes of each write. The directory appears only when it
     is whole: a save that fails or is killed leaves a temporary directory beside it, which the next
-    save to the same place replaces. Raises FileExistsError
-    if there is something already, and OSError if the disk takes no more.
+    save to the same place replaces. Raises FileExistsError if there is something already, and
+    OSError if the disk takes no more.
     """
     directory = Path(directory).absolute()
     if directory.exists():
@@ -102,20 +99,6 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return (*(1 for _ in stack), rows, features)
 
 
-def slabs(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
-    """Indices that cover an array once, of whole chunks: no chunk is written twice."""
-    slab = list(chunk_shape(shape, itemsize))
-    for axis in reversed(range(len(shape))):
-        times = max(1, SLAB_BYTES // (math.prod(slab) * itemsize))
-        slab[axis] = min(shape[axis], slab[axis] * times)
-    starts = (range(0, size, step) for size, step in zip(shape, slab, strict=True))
-    for corner in itertools.product(*starts):
-        yield tuple(
-            slice(start, min(start + step, size))
-            for start, step, size in zip(corner, slab, shape, strict=True)
-        )
-
-
 class _LazyHandler(ocp.type_handlers.TypeHandler):
     """How Orbax writes a lazy leaf, and what it tells of one: a lazy array, opened but not read.
 
@@ -133,7 +116,8 @@ class _LazyHandler(ocp.type_handlers.TypeHandler):
         writes, held = collections.deque(), 0
         for value, info in zip(values, infos, strict=True):
             store = _create(info, value)
-            for index in slabs(store.shape, value.dtype.itemsize):
+            chunk = chunk_shape(store.shape, value.dtype.itemsize)  # none is written twice
+            for index in blocks(value, SLAB_BYTES, chunk):
                 slab = np.asarray(value[index])
                 while writes and held + slab.nbytes > IN_FLIGHT_BYTES:
                     held -= self._finish(*writes.popleft())

@@ -1,12 +1,11 @@
 """A model as any directory of weights gives it: configs, and parameters not yet in memory."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_nonfinite, tree_leaves
+from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes, num_nonfinite, tree_leaves
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.runtime.progress import OnProgress
 
@@ -51,10 +50,7 @@ class Weights(NamedTuple):
 
     def num_bytes(self) -> int:
         """Size of all parameters as they are stored."""
-        return sum(
-            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-            for _, leaf in tree_leaves(self.params)
-        )
+        return sum(num_bytes(leaf) for _, leaf in tree_leaves(self.params))
 
 
 class WeightsError(ValueError):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from bltjax.checkpoints.pytorch.fields import (
     Fields,
     Pair,
-    in_their_words,
     merged,
+    problems_in_their_words,
     read_pairs,
     write_pairs,
 )
@@ -25,16 +25,6 @@ from bltjax.config import (
 from bltjax.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE
 
 GENERATION = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "use_cache": False}
-
-
-class Settings(NamedTuple):
-    """Our settings from a config.json."""
-
-    blt: BLTConfig
-    entropy_model: EntropyModelConfig | None
-    patching: PatchingConfig
-    lengths: Lengths
-    notes: tuple[str, ...]
 
 
 class _Stack(NamedTuple):
@@ -114,8 +104,11 @@ _GENERIC = """
 """
 
 
-def read(config: dict, problems: list[str]) -> Settings | None:
-    """Reads a config.json; where something is wrong adds it to `problems` and returns None."""
+def read(config: dict, problems: list[str]) -> Weights | None:
+    """Reads a config.json as weights that have no parameters yet.
+
+    Where something is wrong, it is added to `problems` and the result is None.
+    """
     if not config:
         return None
     fields = Fields("config", config)
@@ -125,6 +118,7 @@ def read(config: dict, problems: list[str]) -> Settings | None:
     patching = read_pairs(fields, _PATCHING)
     with_patcher = fields.take("patch_in_forward", bool, True)
     stacks = (blt["local_encoder"], blt["global_transformer"], blt["local_decoder"])
+    encoder, _, decoder = stacks
     for values, stack in zip((*stacks, patcher["transformer"]), _STACKS, strict=True):
         _complete_stack(fields, values, stack)
     lengths = Lengths(
@@ -139,31 +133,24 @@ def read(config: dict, problems: list[str]) -> Settings | None:
     problems += fields.problems
     if fields.problems:
         return None
-    encoder, _, decoder = stacks
-    blt["cross_attention"] |= dict(
-        num_heads=encoder["num_heads"],
-        num_kv_heads=encoder["num_kv_heads"],
-        num_heads_decoder=decoder["num_heads"],
-        num_kv_heads_decoder=decoder["num_kv_heads"],
-    )
+    cross, heads = blt["cross_attention"], ("num_heads", "num_kv_heads")
+    cross |= {name: encoder[name] for name in heads}
+    if any(decoder[name] != encoder[name] for name in heads):
+        cross |= {f"{name}_decoder": decoder[name] for name in heads}
     model = from_config_dict(BLTConfig, blt)
-    if not model.has_decoder_projection:  # transformers always has one
-        model = dataclasses.replace(model, always_project=True)
+    # transformers always has a projection
+    model = dataclasses.replace(model, always_project=not model.has_decoder_projection)
     patching = PatchingConfig(rule="entropy", target_patch_bytes=None, **patching)
-    settings = Settings(
-        model,
-        from_config_dict(EntropyModelConfig, patcher) if with_patcher else None,
-        patching,
-        lengths,
-        notes(model, patching),
-    )
-    impossible = in_their_words(settings.blt.problems("config"), "config", _BLT)
-    impossible += in_their_words(settings.patching.problems("config"), "config", _PATCHING)
-    if settings.entropy_model is not None:
-        found = settings.entropy_model.problems("config")
-        impossible += in_their_words(found, "config", _ENTROPY_MODEL)
+    impossible = problems_in_their_words(model, "config", _BLT)
+    impossible += problems_in_their_words(patching, "config", _PATCHING)
+    entropy_model = None
+    if with_patcher:
+        entropy_model = from_config_dict(EntropyModelConfig, patcher)
+        impossible += problems_in_their_words(entropy_model, "config", _ENTROPY_MODEL)
     problems += impossible
-    return None if impossible else _plain_heads(settings)
+    if impossible:
+        return None
+    return Weights(model, entropy_model, patching, {}, lengths, notes(model, patching))
 
 
 def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
@@ -264,6 +251,11 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
         )
     if values["ffn_width"] is None and values["dim"]:
         values["ffn_width"] = int(8 * values["dim"] / 3)
+    # What equals our defaults is left to them.
+    if values["num_kv_heads"] == values["num_heads"]:
+        values["num_kv_heads"] = None
+    if values["dim"] and values["ffn_width"] == TransformerConfig(values["dim"]).ffn_dim:
+        values["ffn_width"] = None
 
 
 def _check_supported(fields: Fields, blt: dict):
@@ -296,37 +288,6 @@ def notes(blt: BLTConfig, patching: PatchingConfig) -> tuple[str, ...]:
             "at the last byte of a row, so its logits may differ there"
         )
     return tuple(found)
-
-
-def _plain_heads(settings: Settings) -> Settings:
-    """Drops numbers of key/value heads and widths that are equal to the defaults."""
-
-    def plain(stack: TransformerConfig) -> TransformerConfig:
-        kv = None if stack.kv_heads == stack.num_heads else stack.kv_heads
-        known = dataclasses.replace(stack, ffn_width=None).ffn_dim == stack.ffn_dim
-        return dataclasses.replace(
-            stack, num_kv_heads=kv, ffn_width=None if known else stack.ffn_width
-        )
-
-    blt, cross = settings.blt, settings.blt.cross_attention
-    encoder, decoder = cross.encoder_heads, cross.decoder_heads
-    cross = dataclasses.replace(
-        cross,
-        num_kv_heads=None if encoder[0] == encoder[1] else encoder[1],
-        num_heads_decoder=None if decoder == encoder else decoder[0],
-        num_kv_heads_decoder=None if decoder == encoder or decoder[0] == decoder[1] else decoder[1],
-    )
-    blt = dataclasses.replace(
-        blt,
-        local_encoder=plain(blt.local_encoder),
-        global_transformer=plain(blt.global_transformer),
-        local_decoder=plain(blt.local_decoder),
-        cross_attention=cross,
-    )
-    entropy_model = settings.entropy_model and dataclasses.replace(
-        settings.entropy_model, transformer=plain(settings.entropy_model.transformer)
-    )
-    return settings._replace(blt=blt, entropy_model=entropy_model)
 
 
 def _cannot_say(blt: BLTConfig, patching: PatchingConfig) -> list[str]:

@@ -6,8 +6,14 @@ Spec 2.1, 5.1, 5.10, 5.12, 7 and 10.1 list the fields, those without effect, and
 import dataclasses
 
 from bltjax.checkpoints.pytorch.feed_forward import common_widths
-from bltjax.checkpoints.pytorch.fields import Fields, Pair, in_their_words, read_pairs, write_pairs
-from bltjax.checkpoints.weights import Lengths
+from bltjax.checkpoints.pytorch.fields import (
+    Fields,
+    Pair,
+    problems_in_their_words,
+    read_pairs,
+    write_pairs,
+)
+from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import (
     BLTConfig,
     EntropyModelConfig,
@@ -150,24 +156,23 @@ _LIMITED = {
 }
 
 
-def read_blt(args: dict, patcher_args: dict, problems: list[str]):
-    """Reads (BLTConfig, PatchingConfig, Lengths) from ByteLatentTransformerArgs and PatcherArgs.
+def read_blt(args: dict, patcher_args: dict, problems: list[str]) -> Weights | None:
+    """Reads ByteLatentTransformerArgs and PatcherArgs as weights that have no parameters yet.
 
-    Where something is wrong, it is added to `problems` and the configs are None.
+    Where something is wrong, it is added to `problems` and the result is None.
     """
     fields, patcher = Fields("args", args), Fields("patcher_args", patcher_args)
     fields.ignore([*_BLT_IGNORED, "cross_attn_init_by_pooling"])
     for key, (allowed, why) in _LIMITED.items():
         fields.must_be(key, allowed, why)
-    if fields.take("cross_attn_encoder", bool, False):
-        fields.must_be("cross_attn_init_by_pooling", (True,), "patches start from pooled bytes")
-    if fields.take("cross_attn_encoder", bool, False) or fields.take(
-        "cross_attn_decoder", bool, False
-    ):
-        fields.take("cross_attn_nheads", int)
-        fields.take("cross_attn_k", int)
     fields.must_not_be_null("local_attention_window_len", "local stacks need a window, set one")
     ours = read_pairs(fields, _BLT)
+    cross = ours["cross_attention"]
+    if cross["encoder"]:
+        fields.must_be("cross_attn_init_by_pooling", (True,), "patches start from pooled bytes")
+    if cross["encoder"] or cross["decoder"]:  # then there is no default
+        fields.take("cross_attn_nheads", int)
+        fields.take("cross_attn_k", int)
     ours["pooling"] = _POOLING.get(ours["pooling"])
     lengths = Lengths(
         bytes=fields.take("max_encoder_seq_length", int, Lengths().bytes),
@@ -178,14 +183,11 @@ def read_blt(args: dict, patcher_args: dict, problems: list[str]):
     patcher.ignore(_PATCHER_IGNORED.split())
     patcher.check_all_known()
     found = fields.problems + patcher.problems
+    if not found:
+        config = from_config_dict(BLTConfig, ours)
+        found = problems_in_their_words(config, "args", _BLT) + patching.problems("patcher_args")
     problems += found
-    if found:
-        return None, None, lengths
-    config = from_config_dict(BLTConfig, ours)
-    impossible = in_their_words(config.problems("args"), "args", _BLT)
-    impossible += patching.problems("patcher_args")
-    problems += impossible
-    return (None, None, lengths) if impossible else (config, patching, lengths)
+    return None if found else Weights(config, None, patching, {}, lengths)
 
 
 def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
@@ -210,8 +212,8 @@ def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
     )
 
 
-def read_entropy_model(args: dict, problems: list[str]):
-    """Reads (EntropyModelConfig, Lengths) from LMTransformerArgs; see `read_blt`."""
+def read_entropy_model(args: dict, problems: list[str]) -> Weights | None:
+    """Reads LMTransformerArgs; see `read_blt`."""
     fields = Fields("entropy_model", args)
     fields.ignore(_IGNORED)
     for key, (allowed, why) in _EOS.items():
@@ -219,20 +221,18 @@ def read_entropy_model(args: dict, problems: list[str]):
     ours = read_pairs(fields, _ENTROPY_MODEL)
     lengths = Lengths(entropy_bytes=fields.take("max_seqlen", int, Lengths().entropy_bytes))
     fields.check_all_known()
-    problems += fields.problems
-    if fields.problems:
-        return None, lengths
-    config = from_config_dict(EntropyModelConfig, ours)
-    impossible = in_their_words(config.problems("entropy_model"), "entropy_model", _ENTROPY_MODEL)
-    problems += impossible
-    return (None if impossible else config), lengths
+    found = fields.problems
+    if not found:
+        config = from_config_dict(EntropyModelConfig, ours)
+        found = problems_in_their_words(config, "entropy_model", _ENTROPY_MODEL)
+    problems += found
+    patching = PatchingConfig(target_patch_bytes=None)
+    return None if found else Weights(None, config, patching, {}, lengths)
 
 
-def write_blt(
-    config: BLTConfig, patching: PatchingConfig, lengths: Lengths, problems: list[str]
-) -> dict:
+def write_blt(weights: Weights, problems: list[str]) -> dict:
     """Writes ByteLatentTransformerArgs; what the format cannot express is added to `problems`."""
-    cross = config.cross_attention
+    config, cross = weights.blt, weights.blt.cross_attention
     if not cross.doubled_residual:
         problems.append("cross_attention.doubled_residual=False: Meta's code always doubles it")
     if (
@@ -251,7 +251,7 @@ def write_blt(
     without_cross = {"cross_attn_k": None, "cross_attn_nheads": None}
     pooling = next(t for t, ours in _POOLING.items() if ours == config.pooling)
     fixed = {key: allowed[0] for key, (allowed, _) in _LIMITED.items() if allowed}
-    patcher = write_patcher(patching, [])
+    patcher = write_patcher(weights.patching, [])
     repeated = ("patching_mode", "monotonicity", "max_patch_length", "patch_size")
     return {
         **_BLT_IGNORED,
@@ -263,8 +263,8 @@ def write_blt(
         "dim_token": None,
         "downsampling_by_pooling": pooling,
         "encoder_hash_byte_group_size": list(config.hash.sizes) or None,
-        "max_encoder_seq_length": lengths.bytes,
-        "max_seqlen": lengths.patches,
+        "max_encoder_seq_length": weights.lengths.bytes,
+        "max_seqlen": weights.lengths.patches,
         "patching_threshold": None,
         "patching_threshold_add": None,
     }

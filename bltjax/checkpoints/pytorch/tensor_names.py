@@ -20,6 +20,7 @@ from bltjax.checkpoints.lazy_arrays import (
     Split,
     Stacked,
     WithRows,
+    insert,
     tree_leaves,
 )
 from bltjax.checkpoints.weights import shape_problems, shapes
@@ -146,7 +147,7 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
             )
             continue
         joined = _joined(name, parts, style, leaf.shape)
-        _insert(params, path, WithRows(joined, leaf.shape[1]) if name == HASH_TABLES else joined)
+        insert(params, path, WithRows(joined, leaf.shape[1]) if name == HASH_TABLES else joined)
     return params, problems
 
 
@@ -163,12 +164,6 @@ def _joined(name: Name, parts: list[LazyArray], style: str, shape) -> LazyArray:
     if not name.stacked:
         return parts[0]
     return Stacked(parts) if "{}" in getattr(name, style) else Split(parts[0], shape[0])
-
-
-def _insert(tree: dict, path: tuple[str, ...], leaf):
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
 
 
 @functools.cache
