@@ -108,12 +108,7 @@ def _read_one(
     directory: str | os.PathLike, problems: list[str], on_progress: OnProgress
 ) -> Weights | None:
     directory = Path(directory)
-    readers = {
-        BLTJAX: _read_bltjax,
-        RUN: _read_run,
-        HF: reading.read_hf,
-        META: reading.read_meta,
-    }
+    readers = {BLTJAX: _read_bltjax, RUN: _read_run, HF: reading.read_hf, META: reading.read_meta}
     try:
         return readers[detect(directory)](directory, on_progress)
     except WeightsError as error:
@@ -123,9 +118,9 @@ def _read_one(
 
 def stored_bytes(directory: Path) -> int:
     """About what reading a directory goes through, for progress."""
-    if detect(directory) in (HF, META):
-        return reading.stored_bytes(directory)
-    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+    weights = ("*.safetensors", "*.pth") if detect(directory) in (HF, META) else ("*",)
+    files = (path for pattern in weights for path in directory.rglob(pattern))
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def plan(weights: Weights, format: str) -> WritePlan:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from bltjax.checkpoints import lazy_arrays
+from bltjax.checkpoints.weights import flat, shapes
 from bltjax.sharding import concrete
 
 
@@ -16,20 +17,23 @@ def put_lazy(tree: dict, abstract: dict) -> dict:
     Each process reads what its devices hold, once, a device at a time. Raises ValueError that names
     what is missing, not expected, or of another shape.
     """
-    expected = {".".join(path): tuple(x.shape) for path, x in lazy_arrays.tree_leaves(abstract)}
-    given = {".".join(path): tuple(x.shape) for path, x in lazy_arrays.tree_leaves(tree)}
+    if found := differing(shapes(flat(tree)), shapes(flat(abstract))):
+        raise ValueError(
+            f"the weights are of another model: {found}; give the configuration that they were "
+            "trained with"
+        )
+    return jax.tree.map(_put_leaf, tree, concrete(abstract))
+
+
+def differing(given: dict, expected: dict) -> str:
+    """Names entries of two dicts that differ, the first three of them; "" where none does."""
     found = [
         f"{name} is {given.get(name, 'missing')} instead of {expected.get(name, 'absent')}"
         for name in expected | given
         if given.get(name) != expected.get(name)
     ]
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(
-            f"the weights are of another model: {'; '.join(found[:3])}{more}; "
-            "give the configuration that they were trained with"
-        )
-    return jax.tree.map(_put_leaf, tree, concrete(abstract))
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more
 
 
 def _put_leaf(array: lazy_arrays.LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:

@@ -54,6 +54,7 @@ def _stack_pairs(ours: str, stack: _Stack) -> list[Pair]:
         Pair(f"{ours}.num_heads", f"{group}.num_attention_heads", int, stack.num_heads),
         Pair(f"{ours}.num_kv_heads", f"{group}.num_key_value_heads", int, None),
         Pair(f"{ours}.ffn_width", f"{group}.intermediate_size", int, stack.ffn_width),
+        Pair(f"{ours}.norm_eps", f"{group}.rms_norm_eps", float, 1e-5),
     ]
 
 
@@ -87,20 +88,18 @@ _PATCHING = [
 # computes.
 _GENERIC = """
     _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
-    _name_or_path add_cross_attention architectures attention_dropout attn_implementation auto_map
-    bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
-    is_encoder_decoder label2id length_penalty max_length min_length model_type
+    _name_or_path add_cross_attention architectures attention_dropout attn_implementation
+    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
+    is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
     output_hidden_states output_scores pad_token_id patching_batch_size patching_device prefix
     problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
     return_dict_in_generate sep_token_id share_encoder_decoder_emb suppress_tokens
-    task_specific_params temperature
-    tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    typical_p use_bfloat16 use_cache
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 use_cache
 """
 
 
@@ -162,19 +161,15 @@ def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
         for name in ("local_encoder", "global_transformer", "local_decoder")
     }
     encoder, trunk, decoder = stacks.values()
+    local = dict(
+        cross_attn_k=blt.cross_attention.k, hidden_size_global=trunk.dim, vocab_size=blt.vocab_size
+    )
     theirs = [
         write_pairs(dataclasses.replace(blt, **stacks), _BLT, problems),
         write_pairs(patching, _PATCHING, problems),
         _stack_rest(_ENCODER, encoder, weights.lengths.bytes),
         _stack_rest(_GLOBAL, trunk, weights.lengths.patches),
         _stack_rest(_DECODER, decoder, weights.lengths.bytes),
-    ]
-    local = dict(
-        cross_attn_k=blt.cross_attention.k,
-        hidden_size_global=trunk.dim,
-        vocab_size=blt.vocab_size,
-    )
-    theirs += [
         {"encoder_config": {**local, "sliding_window": encoder.window}},
         {"decoder_config": local},
     ]
@@ -209,7 +204,7 @@ def _ignore_what_changes_nothing(fields: Fields):
         [*generic, "max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"]
     )
     for stack in _STACKS:
-        fields.ignore(f"{stack.group}.{name}" for name in generic)
+        fields.ignore(f"{stack.group}.{name}" for name in [*generic, "partial_rotary_factor"])
     fields.ignore(  # derived from other fields, or read nowhere
         [
             "encoder_config.hidden_size_global",
@@ -229,7 +224,6 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
     group = stack.group
     legacy_theta = fields.take(f"{group}.rope_theta", float, stack.rope_theta)
     values["rope_theta"] = fields.take(f"{group}.rope_parameters.rope_theta", float, legacy_theta)
-    values["norm_eps"] = fields.take(f"{group}.rms_norm_eps", float, 1e-5)
     fields.must_be(
         f"{group}.norm_eps",
         (values["norm_eps"],),
@@ -238,7 +232,6 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
     fields.must_be(f"{group}.rope_parameters.rope_type", ("default",), "only plain rotary is known")
     plain = ({"rope_type": "default"}, {"type": "default"}, {})
     fields.must_be(f"{group}.rope_scaling", plain, "only plain rotary embedding is known")
-    fields.ignore([f"{group}.partial_rotary_factor"])
     fields.must_be(f"{group}.hidden_act", ("silu",), "feed-forward layers are SwiGLU")
     fields.must_be(f"{group}.tie_word_embeddings", (False,), "the output layer is its own")
     for name in ("attention_bias", "mlp_bias"):
@@ -328,7 +321,6 @@ def _stack_rest(stack: _Stack, ours: TransformerConfig, max_positions: int) -> d
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
         "model_type": stack.model_type,
-        "rms_norm_eps": ours.norm_eps,
         "rope_parameters": {"rope_theta": ours.rope_theta, "rope_type": "default"},
         "tie_word_embeddings": False,
     }

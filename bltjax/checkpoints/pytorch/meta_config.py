@@ -90,57 +90,42 @@ _IGNORED = {
     "seed": 42,
     "weight_tying": False,
 }
+_NULL = """
+    conv_kernel_size dim_patch_emb dim_token_emb encoder_ngram_table_dir
+    encoder_ngram_to_size_str encoder_preds_low_entropy_toks encoder_preds_random_toks
+    entropy_model_checkpoint_dir global_local_decoder_residual_layer ngram_vocab_sizes
+    patching_thresholds_str
+"""
+_OFF = """
+    custom_bwd encoder_enable_byte_group_hash encoder_lm_loss fuse_sequence_parallel
+    log_patch_lengths loss_parallel patch_in_forward recompute_fc1_out recompute_fc3_out
+    sequence_parallel tie_local_encoder_decoder tie_local_encoder_decoder_logits
+"""
+_ON = """
+    cross_attn_use_flex_attention init_use_gaussian norm_affine pad_to_max_length pre_norm
+    recompute_attn share_encoder_decoder_emb use_fsdp use_local_encoder_transformer use_rope
+"""
 _BLT_IGNORED = {
     **_IGNORED,
+    **dict.fromkeys(_NULL.split()),
+    **dict.fromkeys(_OFF.split(), False),
+    **dict.fromkeys(_ON.split(), True),
     "alpha_depth": "disabled",
     "architecture": "vanilla",
     "attn_to_keep": "all",
-    "conv_kernel_size": None,
-    "cross_attn_use_flex_attention": True,
-    "custom_bwd": False,
     "dim": 512,
-    "dim_patch_emb": None,
-    "dim_token_emb": None,
     "dropout": 0.0,
-    "encoder_enable_byte_group_hash": False,
-    "encoder_lm_loss": False,
-    "encoder_ngram_table_dir": None,
-    "encoder_ngram_to_size_str": None,
-    "encoder_preds_low_entropy_toks": None,
-    "encoder_preds_random_toks": None,
-    "entropy_model_checkpoint_dir": None,
     "full_logging_n_layers": 4,
-    "fuse_sequence_parallel": False,
-    "global_local_decoder_residual_layer": None,
     "init_use_depth": "current",
-    "init_use_gaussian": True,
     "layer_ckpt": "all",
-    "log_patch_lengths": False,
-    "loss_parallel": False,
     "max_length": 2048,
     "n_heads": 8,
     "n_layers": 8,
-    "ngram_vocab_sizes": None,
     "non_linearity": "swiglu",
-    "norm_affine": True,
     "norm_type": "rmsnorm",
     "output_size": -1,
-    "pad_to_max_length": True,
-    "patch_in_forward": False,
     "patching_batch_size": 1,
     "patching_device": "cuda",
-    "patching_thresholds_str": None,
-    "pre_norm": True,
-    "recompute_attn": True,
-    "recompute_fc1_out": False,
-    "recompute_fc3_out": False,
-    "sequence_parallel": False,
-    "share_encoder_decoder_emb": True,
-    "tie_local_encoder_decoder": False,
-    "tie_local_encoder_decoder_logits": False,
-    "use_fsdp": True,
-    "use_local_encoder_transformer": True,
-    "use_rope": True,
 }
 # Fields that do change it: the supported values, and the reason.
 _EOS = {"eos_id": ((EOS_ID,), f"documents end with id {EOS_ID}")}

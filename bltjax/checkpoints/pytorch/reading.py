@@ -177,9 +177,3 @@ def _meta_tensors(
         else:
             bare[short] = tensor
     return bare
-
-
-def stored_bytes(directory: Path) -> int:
-    """Returns the bytes of the weight files in a PyTorch directory."""
-    kinds = ("*.safetensors", "*.pth")
-    return sum(path.stat().st_size for kind in kinds for path in directory.rglob(kind))

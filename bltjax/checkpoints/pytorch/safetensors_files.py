@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes
 from bltjax.checkpoints.pytorch.stored_array import Refused, StoredArray, one_line, parsing
-from bltjax.runtime.files import replacing
+from bltjax.runtime.files import replacing, write_json
 from bltjax.runtime.progress import OnProgress
 
 SINGLE = "model.safetensors"
@@ -139,9 +139,7 @@ def _unexpected(shards: dict[str, dict], weight_map: dict[str, str]) -> Iterator
 
 
 def write_safetensors(
-    path: Path,
-    tensors: Mapping[str, LazyArray],
-    on_progress: OnProgress = None,
+    path: Path, tensors: Mapping[str, LazyArray], on_progress: OnProgress = None
 ) -> None:
     """Writes a file block by block; on_progress: called with the number of bytes after each.
 
@@ -209,8 +207,7 @@ def write_sharded(
         "metadata": {"total_size": sum(map(num_bytes, tensors.values()))},
         "weight_map": weight_map,
     }
-    with replacing(directory / INDEX) as file:
-        file.write((json.dumps(index, indent=2) + "\n").encode())
+    write_json(directory / INDEX, index)
 
 
 def _shards(tensors: Mapping[str, LazyArray], max_bytes: int) -> list[list[str]]:

@@ -5,7 +5,6 @@ before anything is written. Then tensors are copied block by block.
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from bltjax.checkpoints.pytorch.reading import ENTROPY_MODEL_DIRECTORY
 from bltjax.checkpoints.pytorch.safetensors_files import write_sharded
 from bltjax.checkpoints.pytorch.tensor_names import HF, META, to_published
 from bltjax.checkpoints.weights import Weights, WeightsError
+from bltjax.runtime.files import write_json
 from bltjax.runtime.progress import OnProgress
 
 _in_one_file = functools.partial(write_sharded, max_shard_bytes=math.inf)
@@ -39,7 +39,7 @@ class WritePlan(NamedTuple):
         for name, plan in self.inside.items():
             plan.write(directory / name, on_progress)
         for name, value in self.files.items():
-            (directory / name).write_text(json.dumps(value, indent=2) + "\n")
+            write_json(directory / name, value)
 
 
 def plan_hf(weights: Weights) -> WritePlan:
