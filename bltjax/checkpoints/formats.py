@@ -47,7 +47,7 @@ BLTJAX, RUN, HF, META = "bltjax", "run", "hf", "meta"
 
 
 def detect(directory: Path) -> str:
-    """Which format a directory is in: one of BLTJAX, RUN (of training), HF and META.
+    """Returns the format of a directory: one of BLTJAX, RUN (of training), HF and META.
 
     Raises FileNotFoundError without a directory, WeightsError where it is none of these.
     """
@@ -84,7 +84,7 @@ def read(
     entropy_model: str | os.PathLike | None = None,
     on_progress: OnProgress = None,
 ) -> Weights:
-    """The model in a directory of any format, its parameters lazy; needs a mesh to be set.
+    """Reads the model in a directory of any format, its parameters lazy; needs a mesh to be set.
 
     entropy_model: a directory whose entropy model is taken. Raises WeightsError, which lists every
     problem found, FileNotFoundError, or CheckpointError for a damaged checkpoint.
@@ -117,14 +117,14 @@ def _read_one(
 
 
 def stored_bytes(directory: Path) -> int:
-    """About what reading a directory goes through, for progress."""
+    """Returns about how many bytes `read` goes through, for progress bars."""
     weights = ("*.safetensors", "*.pth") if detect(directory) in (HF, META) else ("*",)
     files = (path for pattern in weights for path in directory.rglob(pattern))
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def plan(weights: Weights, format: str) -> WritePlan:
-    """What a directory of a format will hold; WeightsError for what the format cannot express."""
+    """Plans a directory in a format. Raises WeightsError for what the format cannot express."""
     return {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}[format](weights)
 
 
@@ -151,7 +151,7 @@ def check_dtype(dtype: str | None):
 
 
 def cast(weights: Weights, dtype: str | None) -> Weights:
-    """The same weights in "float32" or "bfloat16" (rounded to nearest); None keeps them."""
+    """Returns the weights in "float32" or "bfloat16" (rounded to nearest); None keeps them."""
     if dtype is None:
         return weights
     wanted = np.dtype(dtype)
@@ -193,7 +193,7 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
 
 
 def _config(cls, values, name: str, problems: list[str]):
-    """The dataclass that a part of model.json describes; None where it is not there, or wrong."""
+    """Returns the dataclass that a part of model.json describes; None where absent or wrong."""
     if values is None:
         return None
     if not isinstance(values, dict):
@@ -246,7 +246,7 @@ def _run_patching(
 
 
 def _check(directory: Path, configs: dict, params: dict, on_progress: OnProgress):
-    """That parameters are what their configs say, and finite. Raises WeightsError."""
+    """Raises WeightsError unless parameters are finite and what their configs say."""
     expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
     problems = shape_problems(shapes(flat(params)), shapes(flat(expected)))
     try:

@@ -1,4 +1,4 @@
-"""Arrays that are read piece by piece: what weights larger than memory are made of.
+"""Arrays that are read piece by piece, so that weights may be larger than memory.
 
 A lazy array has `shape`, `dtype` and `array[index]`, which reads that piece alone and returns it
 as a NumPy array. An index is a tuple of slices of step 1, one per axis, inside the shape. NumPy
@@ -150,14 +150,14 @@ def blocks(
 
 
 def num_nonfinite(values: np.ndarray) -> int:
-    """How many values of a floating-point array are NaN or infinite."""
+    """Counts the values of a floating-point array that are NaN or infinite."""
     if values.dtype == ml_dtypes.bfloat16:  # isfinite of bfloat16 is slow: all exponent bits set
         return int(np.count_nonzero(values.view(np.uint16) & np.uint16(0x7F80) == 0x7F80))
     return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
 def read_all(array: LazyArray) -> np.ndarray:
-    """The whole array in memory."""
+    """Reads the whole array into memory."""
     return np.asarray(array[tuple(slice(0, n) for n in array.shape)])
 
 
@@ -169,7 +169,7 @@ def insert(tree: dict, path: Sequence[str], leaf):
 
 
 def tree_leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, leaf) of a nested dict, in order."""
+    """Yields (path, leaf) of a nested dict, in order."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from tree_leaves(value, (*path, key))
