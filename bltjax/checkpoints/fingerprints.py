@@ -9,19 +9,26 @@ import jax.numpy as jnp
 
 
 def leaf_fingerprints(tree) -> dict[str, int]:
-    """A number below 2**32 for each array of a pytree, by its path ("params.norm.weight").
+    """A number below 2**32 for each array of a pytree, by its path.
 
     One pass on the devices; no array leaves its place, and every process gets all numbers. They
     are sums of integers, so that neither the mesh nor the number of devices or processes changes
     them. A single element that is changed is noticed for certain, anything else with a chance of
     1 - 2**-32.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = named_leaves(tree)
     if not leaves:
         return {}
-    numbers = jax.device_get(_fingerprints([leaf for _, leaf in leaves]))
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    return dict(zip(names, map(int, numbers), strict=True))
+    numbers = jax.device_get(_fingerprints(list(leaves.values())))
+    return dict(zip(leaves, map(int, numbers), strict=True))
+
+
+def named_leaves(tree) -> dict:
+    """Returns the leaves of a pytree by path, such as "params.norm.weight"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def digest(tree) -> str:
