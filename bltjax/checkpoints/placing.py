@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from bltjax.checkpoints import lazy_arrays
+from bltjax.model import functional
 from bltjax.sharding import concrete
 
 
@@ -30,6 +31,16 @@ def put_lazy(tree: dict, abstract: dict) -> dict:
             "give the configuration that they were trained with"
         )
     return jax.tree.map(_put_leaf, tree, concrete(abstract))
+
+
+def put_model(config, tree: dict) -> dict:
+    """Returns a model's parameters as `put_lazy` does, in the dtypes that they have."""
+    abstract = jax.tree.map(
+        lambda known, leaf: jax.ShapeDtypeStruct(known.shape, leaf.dtype, sharding=known.sharding),
+        functional.abstract_params(config),
+        tree,
+    )
+    return put_lazy(tree, abstract)
 
 
 def _put_leaf(array: lazy_arrays.LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
