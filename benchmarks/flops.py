@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import app, flags
 
@@ -22,15 +23,20 @@ from bltjax import cli
 from bltjax.config import (
     BLTConfig,
     CrossAttentionConfig,
+    EntropyModelConfig,
     MeshConfig,
+    RunConfig,
     TokenModelConfig,
     TransformerConfig,
     read_config,
 )
-from bltjax.costs import flops, memory_plan
+from bltjax.costs import memory_plan
+from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte
+from bltjax.patching.boundaries import needs_entropies
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONTEXT = 8192  # bytes, of the paper's scaling experiments
+PAPER_VOCAB = 256  # the paper's output layer predicts bytes only
 LLAMA2_BYTES_PER_TOKEN, LLAMA2_VOCABULARY = 3.7, 32_000
 
 
@@ -65,6 +71,97 @@ TABLE_2 = {
 }
 
 
+class RunFlops(NamedTuple):
+    """FLOPs of a run."""
+
+    model: dict[str, float]  # forward pass, per byte, by part, and their total
+    paper: float  # the paper's estimate of that total
+    entropy_model: float  # its forward pass, per byte; 0 for rules without entropies
+    num_bytes: float  # bytes that the model is trained on, padding included
+    entropy_training: float  # all training of the entropy model; 0 for rules without entropies
+
+    @property
+    def inference(self) -> float:
+        """Forward pass per byte, with the entropy model."""
+        return self.model["total"] + self.entropy_model
+
+    @property
+    def training(self) -> float:
+        """Training of the model on all bytes, without the entropy model, as the paper counts."""
+        return TRAINING_FACTOR * self.model["total"] * self.num_bytes
+
+    @property
+    def patching(self) -> float:
+        """Entropies of all training bytes, computed once, in the step or before it."""
+        return self.entropy_model * self.num_bytes
+
+
+def run_flops(config: RunConfig, patch_bytes: float) -> RunFlops:
+    """Counts the FLOPs of the BLT of a run, or of its token model, else of its entropy model.
+
+    patch_bytes: mean bytes of a patch or of a token. Recomputation (remat) is not useful work, and
+    is not counted.
+    """
+    stage = next((s for s in ("blt", "token_model") if s in config.stages), "entropy_model")
+    model, training = config.trained(stage)
+    row_bytes = training.row_bytes or training.row_patches * patch_bytes
+    if stage == "token_model":
+        row_bytes *= patch_bytes  # they were tokens
+    entropy, entropy_training = 0.0, 0.0
+    if stage == "blt" and needs_entropies(config.patching):
+        rows = config.entropy_training
+        entropy = flops_per_byte(config.entropy_model, rows.row_bytes)["total"]
+        trained_on = rows.steps * rows.batch_size * rows.row_bytes
+        entropy_training = TRAINING_FACTOR * entropy * trained_on
+    return RunFlops(
+        model=flops_per_byte(model, row_bytes, patch_bytes),
+        paper=paper_flops_per_byte(model, row_bytes, patch_bytes),
+        entropy_model=entropy,
+        num_bytes=training.steps * training.batch_size * row_bytes,
+        entropy_training=entropy_training,
+    )
+
+
+def paper_flops_per_byte(
+    config: BLTConfig | EntropyModelConfig, context_bytes: float, patch_bytes: float = 1.0
+) -> float:
+    """Returns the forward FLOPs per byte as the paper estimates them (eq. 13-17, Table 11).
+
+    The paper takes a feed-forward layer for two matrices of width 4h, a window for half full,
+    cross-attention for present in every local layer, and has no projections between stacks.
+    Cross-attention that the config switches off is left out.
+    """
+    if isinstance(config, EntropyModelConfig):
+        stack, positions, vocab = config.transformer, 1.0, PAPER_VOCAB
+        if isinstance(config, TokenModelConfig):
+            positions, vocab = 1 / patch_bytes, config.vocab_size
+        context = stack.window or context_bytes * positions
+        return positions * paper_transformer_flops(stack.dim, stack.num_layers, context, vocab)
+    encoder, decoder = config.local_encoder, config.local_decoder
+    trunk, cross = config.global_transformer, config.cross_attention
+    n, k = patch_bytes, cross.k
+    total = paper_transformer_flops(trunk.dim, trunk.num_layers, context_bytes / n) / n
+    total += paper_transformer_flops(encoder.dim, encoder.num_layers, encoder.window)
+    total += paper_transformer_flops(decoder.dim, decoder.num_layers, decoder.window, PAPER_VOCAB)
+    if cross.encoder:
+        total += paper_attention_flops(encoder.dim, encoder.num_layers, n, n / k) * k / n
+    if cross.decoder:
+        total += paper_attention_flops(decoder.dim, decoder.num_layers, k, k / n)
+    return total
+
+
+def paper_transformer_flops(dim: int, num_layers: int, context: float, vocab: int = 0) -> float:
+    """Returns the FLOPs per position of a causal transformer (Table 11); vocab: of its output."""
+    feed_forward = 16 * num_layers * dim**2
+    return paper_attention_flops(dim, num_layers, context, 1) + feed_forward + 2 * dim * vocab
+
+
+def paper_attention_flops(dim: int, num_layers: int, context: float, ratio: float) -> float:
+    """Returns the FLOPs of attention and its four projections; ratio: keys per query."""
+    scores = 4 * num_layers * dim * (context + 1) / 2
+    return scores + (2 * ratio + 2) * 2 * num_layers * dim**2
+
+
 def paper_rows() -> list[dict]:
     return [
         dict(
@@ -72,8 +169,8 @@ def paper_rows() -> list[dict]:
             patch_bytes=patch_bytes,
             layer_parameters=layer_parameters(model),
             paper=stated,
-            equations=flops.paper_flops_per_byte(model, CONTEXT, patch_bytes),
-            ours=flops.flops_per_byte(model, CONTEXT, patch_bytes)["total"],
+            equations=paper_flops_per_byte(model, CONTEXT, patch_bytes),
+            ours=flops_per_byte(model, CONTEXT, patch_bytes)["total"],
         )
         for name, (model, patch_bytes, stated) in TABLE_2.items()
     ]
@@ -90,7 +187,7 @@ def config_row(name: str) -> dict:
     """The account of a config of configs/."""
     config = read_config(CONFIGS / f"{name}.py")
     patch_bytes = memory_plan.mean_patch_bytes(config.patching)
-    found = flops.run_flops(config, patch_bytes)
+    found = run_flops(config, patch_bytes)
     return dict(
         config=name,
         patch_bytes=patch_bytes,
@@ -98,7 +195,7 @@ def config_row(name: str) -> dict:
         paper=found.paper,
         entropy_model=found.entropy_model,
         inference=found.inference,
-        training=flops.TRAINING_FACTOR * found.model["total"] + found.entropy_model,
+        training=TRAINING_FACTOR * found.model["total"] + found.entropy_model,
         bytes=found.num_bytes,
         run=found.training,
         entropy_training=found.entropy_training,
@@ -143,7 +240,7 @@ def compiled_row(name: str, stage: str, chips: str | None) -> dict:
     cost = hlo_cost.read_cost(text, jaxpr_flops.Work(program.jaxpr).kernels)
     row_bytes = batch["tokens"].shape[1]
     num_patches = batch["patch_lengths"].shape[1] if stage == "blt" else row_bytes
-    needed = flops.flops_per_byte(model, row_bytes, row_bytes / num_patches)["total"]
+    needed = flops_per_byte(model, row_bytes, row_bytes / num_patches)["total"]
     found = cost.flops + cost.kernel_flops
     if not chips:
         found += flops_of_later_rounds(model, row_bytes, num_patches)

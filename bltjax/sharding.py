@@ -43,7 +43,7 @@ _RULES = {
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.Mesh:
-    """The (data, fsdp, tensor) mesh over `devices` (default: all).
+    """Makes the (data, fsdp, tensor) mesh over `devices` (default: all).
 
     Where the devices are TPU slices, which a slower network joins, the data axis spans the slices:
     only gradients and rows of hash tables cross it. Raises ValueError when the sizes do not
@@ -68,13 +68,13 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.M
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> jax.sharding.AbstractMesh:
-    """The mesh that so many devices would be; types can be checked on it, nothing computed."""
+    """Makes the mesh of devices that are not there: for types alone, nothing is computed."""
     sizes = mesh_sizes(config, num_devices)
     return jax.sharding.AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) over so many devices. Raises ValueError where they do not fit."""
+    """Returns (data, fsdp, tensor) over the devices. Raises ValueError where they do not fit."""
     sizes = [config.data, config.fsdp, config.tensor]
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and num_devices % known == 0:
@@ -89,19 +89,19 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def num_slices(devices) -> int:
-    """Of how many TPU slices the devices are; 1 for others."""
+    """Counts the TPU slices that the devices belong to; 1 for other devices."""
     if devices[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def local_mesh() -> jax.sharding.Mesh:
-    """The devices of this process, each with rows of its own."""
+    """Makes a mesh of this process's devices, each with rows of its own."""
     return make_mesh(MeshConfig(data=-1), jax.local_devices())
 
 
 def check_model(config: BLTConfig | EntropyModelConfig, name: str, mesh: jax.sharding.Mesh):
-    """Widths must split over fsdp, heads and feed-forward over tensor, large tables over chips.
+    """Checks that widths split over fsdp, heads and feed-forward over tensor, tables over chips.
 
     Raises ValueError that names every size that does not, and the axis.
     """
@@ -144,17 +144,17 @@ def check_model(config: BLTConfig | EntropyModelConfig, name: str, mesh: jax.sha
 
 
 def num_row_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Returns the number of parts that the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:
-    """PartitionSpec, on the mesh that is set, of an array with these logical axes."""
+    """Returns the PartitionSpec, on the mesh that is set, of an array with these logical axes."""
     return _present(*(_RULES[axis] for axis in logical_axes))
 
 
 def _present(*entries) -> PartitionSpec:
-    """PartitionSpec without mesh axes of size 1.
+    """Returns a PartitionSpec without mesh axes of size 1.
 
     They split nothing, and jax 0.12 loses them in types where a dimension has size 1 (one row).
     """
@@ -169,12 +169,12 @@ def _present(*entries) -> PartitionSpec:
 
 
 def batch_spec(ndim: int) -> PartitionSpec:
-    """PartitionSpec of an activation [B, ...]: rows sharded, the rest whole."""
+    """Returns the PartitionSpec of an activation [B, ...]: rows sharded, the rest whole."""
     return spec("batch", *(None,) * (ndim - 1))
 
 
 def gather_weight(weight: jax.Array) -> jax.Array:
-    """A weight whole over fsdp, still split over tensor; the gather of fully sharded data parallel.
+    """Gathers a weight over fsdp; it stays split over tensor.
 
     Cast to the compute dtype first, so that half the bytes travel.
     """
@@ -183,12 +183,12 @@ def gather_weight(weight: jax.Array) -> jax.Array:
 
 
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows `ids` [B, L] of a replicated table [V, E] -> [B, L, E]."""
+    """Returns rows `ids` [B, L] of a replicated table [V, E] -> [B, L, E]."""
     return table.at[ids].get(out_sharding=batch_spec(ids.ndim + 1))
 
 
 def table_spec(rows: int, dim: int) -> PartitionSpec:
-    """PartitionSpec, on the mesh that is set, of hash tables [T, rows, dim].
+    """Returns the PartitionSpec, on the mesh that is set, of hash tables [T, rows, dim].
 
     A chip owns its share of the rows of every table, and of the features where tensor splits them.
     What does not divide is whole on every chip.
@@ -202,32 +202,32 @@ def table_spec(rows: int, dim: int) -> PartitionSpec:
 
 
 def shard_rows(tree):
-    """A pytree of arrays [B, ...] with rows sharded over the mesh, inside jit or out."""
+    """Shards the rows of a pytree of arrays [B, ...] over the mesh, inside jit or out."""
     return jax.tree.map(lambda x: reshard(x, batch_spec(jnp.ndim(x))), tree)
 
 
 def one_per_shard(row: jax.Array) -> jax.Array:
-    """A single row [L] as a batch with one copy per row shard, the smallest that a mesh holds."""
+    """Repeats a row [L] once per row shard: the smallest batch that a mesh holds."""
     rows = num_row_shards(jax.sharding.get_abstract_mesh())
     return shard_rows(jnp.broadcast_to(row, (rows, *row.shape)))
 
 
 def first_row(batch: jax.Array) -> jax.Array:
-    """The first row of a batch, whole on every device."""
+    """Returns the first row of a batch, whole on every device."""
     return reshard(batch, PartitionSpec())[0]
 
 
 def rows_of_process(num_rows: int) -> np.ndarray:
-    """Which rows of a batch the devices of this process hold, in order."""
+    """Returns the indices of the rows of a batch that this process's devices hold, in order."""
     mesh = jax.sharding.get_mesh()
     placed = jax.NamedSharding(mesh, batch_spec(1)).addressable_devices_indices_map((num_rows,))
     return np.unique(np.concatenate([np.arange(num_rows)[index] for index in placed.values()]))
 
 
 def put_batch(batch):
-    """A pytree of host arrays, placed with rows sharded over the mesh.
+    """Puts a pytree of host arrays [B, ...] on the mesh, rows sharded.
 
-    Each process gives its `rows_of_process` of arrays [B, ...].
+    Each process gives its `rows_of_process`.
     """
     mesh = jax.sharding.get_mesh()
     return jax.tree.map(
@@ -239,7 +239,7 @@ def put_batch(batch):
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """The int64 rows [B, K] of all processes, on each, from the `rows_of_process` of this one."""
+    """Returns the int64 rows [B, K] of all processes; each gives its `rows_of_process`."""
     halves = put_batch(np.ascontiguousarray(rows).view(np.int32))  # devices have no int64
     return np.ascontiguousarray(on_host(halves)).view(np.int64)
 
@@ -250,12 +250,12 @@ def _whole(tree):
 
 
 def on_host(tree):
-    """A pytree of sharded arrays as NumPy arrays, whole in every process."""
+    """Returns a pytree of sharded arrays as NumPy arrays, whole in every process."""
     return jax.tree.map(np.asarray, _whole(tree))
 
 
 def put_whole(tree):
-    """A pytree of host arrays, each whole on every device of the mesh."""
+    """Puts a pytree of host arrays on the mesh, each whole on every device."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(tree, jax.NamedSharding(mesh, PartitionSpec()))
 
@@ -274,7 +274,7 @@ def any_process(flag: bool) -> bool:
 
 
 def micro_batches(batch, count: int):
-    """A pytree of arrays [B, ...] as [count, B / count, ...]; no row leaves its device.
+    """Splits a pytree of arrays [B, ...] into [count, B / count, ...]; no row leaves its device.
 
     Part i holds rows i, i + count, ... Rows stay sharded, over the second axis now.
     """
@@ -289,7 +289,7 @@ def micro_batches(batch, count: int):
 
 
 def concrete(tree):
-    """A pytree of ShapeDtypeStructs from `jax.eval_shape`, with shardings on the mesh's devices."""
+    """Gives ShapeDtypeStructs from `jax.eval_shape` shardings on the mesh's devices."""
     mesh = jax.sharding.get_mesh()
 
     def place(x):

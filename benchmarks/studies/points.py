@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.flops import RunFlops, run_flops
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import RunConfig, read_config
-from bltjax.costs.flops import TRAINING_FACTOR, RunFlops, run_flops
+from bltjax.costs.flops import TRAINING_FACTOR
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "studies"

@@ -51,7 +51,7 @@ def generate(model, prompt: bytes, show, **options) -> dict:
 
 
 def summary(found: dict) -> str:
-    """What a generation took, for people."""
+    """Returns the work of a generation in words."""
     per_patch, speed = found["bytes_per_patch"], found["bytes_per_second"]
     lines = [
         f"{found['new_bytes']} bytes after {found['prompt_bytes']}, "

@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Of one device."""
+    """Peak rates and memory of one device."""
 
     kinds: tuple[str, ...]  # JAX's device_kind, or how it begins, with " " for "-"
     flops: float  # dense bfloat16 matrix products, FLOP/s

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bltjax.costs import compiler_errors
 from bltjax.costs.chips import GIB, Chip
+from bltjax.costs.hlo_cost import read_cost
 
 REMATERIALISED = "Involuntary full rematerialization"  # XLA gathers a whole array to reshard it
 LOG_TAIL = 4000  # characters of the compiler's log that are shown where it fails
@@ -39,14 +40,13 @@ def compile_program(
 
     from bltjax import sharding
     from bltjax.costs import jaxpr_flops, programs, topology
-    from bltjax.sharding import check_batch_sizes, check_hash_updates
 
     chip, devices = topology.topology_devices(topology_name, slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     if program == "train":
         trained = dataclasses.replace(config, stages=(stage,))
-        check_batch_sizes(trained, mesh)
-        check_hash_updates(trained, mesh)
+        sharding.check_batch_sizes(trained, mesh)
+        sharding.check_hash_updates(trained, mesh)
     sharding.check_model(getattr(config, stage), stage, mesh)
     shape = dict(mesh.shape)
     print(f"{program} of {stage}, mesh {shape} on {len(devices)} devices of {topology_name}")
@@ -54,11 +54,11 @@ def compile_program(
         made = programs.trace(config, stage, program)
         written = jaxpr_flops.Work(made.traced.jaxpr)
         compiled, refused, seconds = _compile(made.traced.lower())
-    each = {
-        "traced_flops": written.flops,
-        "model_flops": made.model_flops,
-        "recompute_flops": made.recompute_flops,
-    }
+    each = dict(
+        traced_flops=written.flops,
+        model_flops=made.model_flops,
+        recompute_flops=made.recompute_flops,
+    )
     found = dict(program=program, stage=stage, topology=topology_name, slices=slices, mesh=shape)
     found |= dict(compile_seconds=seconds, hash_table_bytes=hash_table_bytes(config, stage))
     found |= memory(made, chip, compiled, refused)
@@ -95,36 +95,27 @@ def _compile(lowered):
 
 def memory(made, chip: Chip, compiled, refused: str | None) -> dict:
     """Returns bytes per device: of the inputs by type, and the peak that the compiler reports."""
-    found = dict(
-        fits=False,
-        hbm_bytes_per_chip=chip.hbm_bytes,
-        peak_bytes_per_chip=None,
-        parameter_bytes=made.parameter_bytes,
-        optimizer_bytes=made.optimizer_bytes,
-        batch_bytes=made.batch_bytes,
-        temp_bytes=None,
-    )
+    inputs = {n: getattr(made, n) for n in ("parameter_bytes", "optimizer_bytes", "batch_bytes")}
+    temp = None
     if compiled is not None:
         sizes = compiled.memory_analysis()
-        peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-        peak += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
-        peak += sizes.generated_code_size_in_bytes
-        return found | dict(
-            fits=peak <= chip.hbm_bytes,
-            peak_bytes_per_chip=peak,
-            temp_bytes=sizes.temp_size_in_bytes,
-        )
-    peak = compiler_errors.asked_hbm_bytes(refused)
-    if peak is not None:
-        given = made.parameter_bytes + made.optimizer_bytes + made.batch_bytes
-        found |= dict(peak_bytes_per_chip=peak, temp_bytes=max(peak - given, 0))
-    return found | dict(refused=refused)
+        peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        peak += sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+        temp = sizes.temp_size_in_bytes
+    elif (peak := compiler_errors.asked_hbm_bytes(refused)) is not None:
+        temp = max(peak - sum(inputs.values()), 0)
+    found = dict(
+        fits=compiled is not None and peak <= chip.hbm_bytes,
+        hbm_bytes_per_chip=chip.hbm_bytes,
+        peak_bytes_per_chip=peak,
+        **inputs,
+        temp_bytes=temp,
+    )
+    return found if compiled is not None else found | dict(refused=refused)
 
 
 def work(text: str, kernels: dict) -> dict:
     """Returns FLOPs and bytes of a compiled program per device, see `hlo_cost.Cost`."""
-    from bltjax.costs.hlo_cost import read_cost
-
     cost = read_cost(text, kernels)
     largest = cost.largest_collective()
     return dict(
@@ -166,7 +157,10 @@ def print_report(found: dict):
     for name in ("parameter", "optimizer", "batch", "temp"):
         _print_bytes(name, found[f"{name}_bytes"])
     limit = f"of {found['hbm_bytes_per_chip'] / GIB:.0f} GiB a device"
-    verdict = "fits" if found["fits"] else f"does not fit: try {_remedy(found)}"
+    verdict = "fits"
+    if not found["fits"]:
+        largest_part = max(REMEDIES, key=lambda name: found[name] or 0)
+        verdict = f"does not fit: try {REMEDIES[largest_part]}"
     _print_bytes("peak", found["peak_bytes_per_chip"], f"{limit}: {verdict}")
     print(f"  {'compiled in':18} {found['compile_seconds']:10.1f} s")
     if found["roofline"] is None:
@@ -200,10 +194,6 @@ def print_report(found: dict):
         f"  at most {times[times['unit'] + '_per_second']:,.0f} {times['unit']}/s a device, "
         f"model FLOP utilisation {times['mfu']:.1%}"
     )
-
-
-def _remedy(found: dict) -> str:
-    return REMEDIES[max(REMEDIES, key=lambda name: found[name] or 0)]
 
 
 def _print_bytes(name: str, size: float | None, note: str = ""):

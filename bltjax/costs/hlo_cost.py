@@ -82,17 +82,18 @@ class Cost:
         return sum(times * c.received for c, times in self.collectives.values())
 
     def largest_collective(self) -> Collective | None:
-        every = (collective for collective, _ in self.collectives.values())
-        return max(every, key=lambda c: c.num_bytes, default=None)
+        return max(
+            (c for c, _ in self.collectives.values()), key=lambda c: c.num_bytes, default=None
+        )
 
 
 def read_cost(text: str, kernels: dict | None = None) -> Cost:
     """Returns the cost of a program, given as `compiled.as_text()`.
 
-    kernels: FLOPs of its Pallas kernels, from `jaxpr_flops.Work`. The exchange of hash rows, whose
-    rounds depend on the text, counts _EXCHANGE_ROUNDS times.
+    kernels: FLOPs of its Pallas kernels, from `jaxpr_flops.Work`.
     """
-    return Program(text, kernels or {}).cost()
+    program = Program(text, kernels or {})
+    return program.cost_of(program.entry, program.entry)
 
 
 class Program:
@@ -105,10 +106,7 @@ class Program:
             self.computations[name] = body
             self.entry = name if is_entry else self.entry
 
-    def cost(self) -> Cost:
-        return self._cost_of(self.entry, self.entry)
-
-    def _cost_of(self, name: str, scope: str, fused: bool = False) -> Cost:
+    def cost_of(self, name: str, scope: str, fused: bool = False) -> Cost:
         """Returns the cost of a computation.
 
         scope: the computation that runs it; the pieces of a collective within it count as one.
@@ -121,20 +119,21 @@ class Program:
                 times = self._trip_count(body, ins)
                 if times is None and ins.op_name.endswith(_EXCHANGE):
                     times = _EXCHANGE_ROUNDS
-                total.add(self._cost_of(rounds, rounds), 1 if times is None else times)
+                total.add(self.cost_of(rounds, rounds), 1 if times is None else times)
                 if times is None:
                     total.unknown_loops.add(self._source(ins) or ins.op_name or ins.name)
             elif ins.opcode == "conditional":
                 total.add(self._costliest(ins))
             elif ins.opcode == "fusion" or (ins.opcode.endswith("-start") and called):
-                part = self._cost_of(called, scope, fused=True)
+                part = self.cost_of(called, scope, fused=True)
                 for key, (collective, times) in part.collectives.items():
-                    named = collective if collective.op_name else self._named(collective, ins)
-                    part.collectives[key] = named, times
+                    if not collective.op_name:
+                        named = dict(op_name=ins.op_name, source=self._source(ins))
+                        part.collectives[key] = collective._replace(**named), times
                 total.add(part)
             elif ins.opcode in ("call", "call-start"):
                 called = ins.attribute(r"\bto_apply=%?([\w.\-]+)")
-                total.add(self._cost_of(called, scope, fused))
+                total.add(self.cost_of(called, scope, fused))
             elif ins.opcode in ("dot", "convolution"):
                 total.flops += self._product_flops(body, ins)
             elif ins.opcode == "custom-call":
@@ -149,7 +148,7 @@ class Program:
     def _costliest(self, ins: hlo_text.Instruction) -> Cost:
         names = re.findall(r"%([\w.\-]+)", ins.attribute(r"branch_computations=\{([^}]*)\}") or "")
         names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", ins.text)
-        costs = [self._cost_of(name, name) for name in names]
+        costs = [self.cost_of(name, name) for name in names]
         return max(
             costs, key=lambda c: (c.flops + c.kernel_flops, c.received_bytes()), default=Cost()
         )
@@ -211,11 +210,8 @@ class Program:
         shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", ins.shape)
         if ins.opcode.endswith("-start") and ins.shape.startswith("(") and kind != "all-reduce":
             result -= given  # its tuple has the operands too
-        found = Collective(kind, max(given, result), hlo_text.group_size(ins.text), shape, "", "")
-        return self._named(found, ins)
-
-    def _named(self, collective: Collective, ins) -> Collective:
-        return collective._replace(op_name=ins.op_name, source=self._source(ins))
+        size, group = max(given, result), hlo_text.group_size(ins.text)
+        return Collective(kind, size, group, shape, ins.op_name, self._source(ins))
 
     def _source(self, ins) -> str:
         return self.sources.get(ins.attribute(r"stack_frame_id=(\d+)"), "")
@@ -244,7 +240,8 @@ class Program:
     def _read(self, body, name: str, whole: float) -> float:
         """Returns the bytes that a computation reads of one of its parameters, `whole` at most."""
         total = 0
-        for user in hlo_text.users(body, name):
+        for user in (ins for ins in body.values() if name in ins.operands):
+            is_updated = user.opcode in _UPDATES and user.operands[0] == name
             if user.opcode in _SLICES and user.operands[0] == name:
                 total += hlo_text.num_bytes(user.shape)
             elif user.opcode == "bitcast":
@@ -253,7 +250,7 @@ class Program:
                 inside = self.computations[user.attribute(_CALLS)]
                 inner = hlo_text.parameters(inside)[user.operands.index(name)]
                 total += self._read(inside, inner, whole)
-            elif user.opcode != "tuple" and not _is_updated(user, name):
+            elif user.opcode != "tuple" and not is_updated:
                 return whole
         return min(whole, total)
 
@@ -270,10 +267,6 @@ class Program:
                 size = min(size, hlo_text.num_bytes(update.shape))
             total += 0 if made.opcode == "parameter" else size
         return total
-
-
-def _is_updated(user: hlo_text.Instruction, name: str) -> bool:
-    return user.opcode in _UPDATES and user.operands[0] == name
 
 
 def _convolution_flops(ins, left, right, out) -> float:

@@ -108,11 +108,6 @@ def parameters(body) -> list[str]:
     return [found[n] for n in sorted(found)]
 
 
-def users(body, name) -> list[Instruction]:
-    """Returns the instructions that take a value as an operand."""
-    return [i for i in body.values() if name in i.operands]
-
-
 def root(body) -> Instruction:
     """Returns the instruction whose value is the computation's result."""
     return next(i for i in body.values() if i.is_root)

@@ -10,8 +10,6 @@ from bltjax.costs.topology import EXAMPLES
 from bltjax.patching.boundaries import rule_of
 
 HBM_GIB = {name: CHIPS[name].hbm_bytes // GIB for name in EXAMPLES}
-
-
 PATCH_BYTES = 4.5  # where the config leaves the mean patch to the text
 
 
@@ -72,7 +70,7 @@ def plan_stage(config, stage: str, mesh) -> Plan:
 
 
 def byte_lengths(model):
-    """What a step takes beside the config of a model of tokens; any will do. None for others."""
+    """Returns some byte lengths for a step of a token model, any will do; None for others."""
     from bltjax.config import TokenModelConfig
 
     return np.ones(model.vocab_size, np.int32) if isinstance(model, TokenModelConfig) else None

@@ -28,19 +28,19 @@ _GPUS = {
 def chip_and_sizes(name: str) -> tuple[str, tuple[int, ...]]:
     """("v5e", (16, 16)) of "v5e:16x16". Raises ValueError that says what is known."""
     found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
-    if found and found[1] in EXAMPLES:
-        chip, sizes = found[1], tuple(map(int, found[2].split("x")))
-        wanted = EXAMPLES[chip].count("x") - chip.count("x") + 1
-        if len(sizes) == wanted and 0 not in sizes:
-            return chip, sizes
+    if not found or found[1] not in EXAMPLES:
+        raise ValueError(
+            f"--topology={name} is not known: give one of {', '.join(EXAMPLES.values())}, with "
+            "other sizes as you like (a v5litepod-16 is v5e:4x4; GPUs are slices x hosts x GPUs)"
+        )
+    chip, sizes = found[1], tuple(map(int, found[2].split("x")))
+    wanted = EXAMPLES[chip].count("x") - chip.count("x") + 1
+    if len(sizes) != wanted or 0 in sizes:
         raise ValueError(
             f"--topology={name} has {len(sizes)} sizes, {chip} takes {wanted} from 1: for example "
             f"{EXAMPLES[chip]}"
         )
-    raise ValueError(
-        f"--topology={name} is not known: give one of {', '.join(EXAMPLES.values())}, with other "
-        "sizes as you like (a v5litepod-16 is v5e:4x4; GPUs are slices x hosts x GPUs)"
-    )
+    return chip, sizes
 
 
 def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list]:
@@ -82,18 +82,8 @@ def _tpu_options(chip, sizes, slices) -> dict:
 
 
 def _gpu_options(chip, sizes) -> dict:
-    return dict(
-        platform="cuda",
-        topology_name=chip,
-        topology="x".join(map(str, sizes)),
-        target_config=_target_config(chip),
-    )
-
-
-def _target_config(chip: str) -> str:
-    """XLA's GpuTargetConfigProto, as text."""
     (major, minor), cores, shared, shared_core, cache, clock = _GPUS[chip]
-    return f"""
+    config = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -117,4 +107,6 @@ gpu_device_info {{
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 3 }}
 device_description_str: "{chip.upper()}"
-"""
+"""  # a GpuTargetConfigProto of XLA
+    topology = "x".join(map(str, sizes))
+    return dict(platform="cuda", topology_name=chip, topology=topology, target_config=config)

@@ -44,11 +44,8 @@ class Tokenizer:
         self.text = text
         self._pieces = _pieces(text)
 
-    def __getstate__(self) -> dict:
-        return {"text": self.text}
-
-    def __setstate__(self, state: dict):
-        self.__init__(state["text"])
+    def __reduce__(self):
+        return Tokenizer, (self.text,)
 
     def __len__(self) -> int:
         return len(self._pieces)

@@ -1,1 +1,1 @@
-"""Where patches start, and the static buffers that carry them through a jitted step."""
+"""Patches: the rules that place them, and the buffers that carry them through a jitted step."""

@@ -1,4 +1,4 @@
-"""How hard the next byte is, from the logits of the entropy model."""
+"""Entropy of the next byte, from the logits of the entropy model."""
 
 import jax
 import jax.numpy as jnp

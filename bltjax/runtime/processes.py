@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bltjax.runtime.signals import STOPPED, Stopped, dying, ignoring
+from bltjax.runtime.signals import STOPPED, Stopped, handling
 
 CRASHED = 1  # exit code
 HEARTBEAT_SECONDS = 30  # after which a process that was killed is missed
@@ -28,7 +29,7 @@ FAILURE = "bltjax/failure"
 
 
 class Cluster(NamedTuple):
-    """Where a run's processes were found, and what `jax.distributed.initialize` is told of them."""
+    """Processes of a run: who named them, and the arguments of `jax.distributed.initialize`."""
 
     name: str
     arguments: dict  # empty where JAX asks the cluster itself
@@ -40,7 +41,7 @@ def find_cluster(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Cluster | None:
-    """The processes of this run: from the arguments, or else the environment; None for one alone.
+    """Finds the processes of this run in the arguments, or else the environment; None if alone.
 
     coordinator: HOST:PORT of process 0, which listens there. Raises ValueError where something is
     missing, no number or no address.
@@ -65,7 +66,7 @@ def find_cluster(
 
 
 def _platform(environ: Mapping[str, str]) -> Cluster | None:
-    """What started several processes and tells JAX of them; asked in JAX's order."""
+    """Returns the platform that started several processes; platforms are asked in JAX's order."""
     if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
         if "OMPI_MCA_orte_hnp_uri" in environ:
             return Cluster("Open MPI", {})
@@ -146,8 +147,8 @@ def join(cluster: Cluster | None):
     import jax
 
     # No call here looks for devices: where that fails, the others must be told.
-    jax.config.update("jax_enable_preemption_service", False)  # `stopping` handles the signals
-    with dying():  # a handler of ours would not be heard before all have come
+    jax.config.update("jax_enable_preemption_service", False)  # we handle the signals
+    with handling(signal.SIG_DFL):  # ours would not be called before all have come
         jax.distributed.initialize(
             **cluster.arguments,
             initialization_timeout=START_SECONDS,
@@ -164,7 +165,7 @@ def join(cluster: Cluster | None):
 
 @contextlib.contextmanager
 def ending_together():
-    """Where the block fails in one of several processes, all of them end and show its traceback.
+    """Ends all processes, with the traceback of the first failure, when the block fails in one.
 
     The exit code is that of SystemExit and of `Stopped`, and else CRASHED. In a run of one process
     the error comes through.
@@ -180,7 +181,7 @@ def ending_together():
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
-        with ignoring():
+        with handling(signal.SIG_IGN):  # the process is leaving already
             over.set()
             watcher.join()  # not to end in the middle of its last words
             _leave(**_tell(error))
@@ -231,7 +232,7 @@ def _watch(over: threading.Event):
 
 
 def _leave(code: int, text: str):
-    """Not by way of `sys.exit`, which waits for the others at a barrier."""
+    """Ends this process, and not by `sys.exit`, which waits for the others at a barrier."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     if _place()[0] == 0:
@@ -244,7 +245,7 @@ def _leave(code: int, text: str):
 
 
 def _place() -> tuple[int, int]:
-    """Which process this is, and of how many."""
+    """Returns the index of this process, and the number of processes."""
     state = _state()
     return state.process_id or 0, state.num_processes or 1
 

@@ -15,7 +15,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Notice:
-    """Whether the process was asked to stop while `noticing`."""
+    """Signal handler that keeps the number of the signal it received."""
 
     def __init__(self):
         self.received: int | None = None
@@ -28,38 +28,29 @@ class Notice:
 
 @contextlib.contextmanager
 def noticing():
-    """A Notice that takes both signals until the block ends; the block looks at it when it can.
+    """Yields a Notice that takes both signals until the block ends, for the block to look at.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, which alone hears of signals,
-    nothing is taken and nothing noticed.
+    A second Ctrl-C interrupts at once. Outside the main thread, which alone receives signals, none
+    is taken.
     """
-    with _handling(Notice()) as notice:
+    with handling(Notice()) as notice:
         yield notice
 
 
 @contextlib.contextmanager
 def interrupting():
-    """Both signals raise Stopped wherever the block is."""
+    """Raises Stopped wherever the block is when a signal comes."""
 
     def stop(number, frame):
         raise Stopped(f"stopped by {signal.Signals(number).name}: run the same command again")
 
-    with _handling(stop):
+    with handling(stop):
         yield
 
 
-def dying():
-    """Both signals end the process at once."""
-    return _handling(signal.SIG_DFL)
-
-
-def ignoring():
-    """Neither signal does anything: the process is leaving already."""
-    return _handling(signal.SIG_IGN)
-
-
 @contextlib.contextmanager
-def _handling(handler):
+def handling(handler):
+    """Gives both signals another handler until the block ends."""
     if threading.current_thread() is not threading.main_thread():
         yield handler
         return

@@ -94,8 +94,8 @@ def test_a_byte_of_a_token_model_is_its_share_of_a_token():
     byte = flops.flops_per_byte(of_tokens, 4 * ROW, patch_bytes=4)
     assert {name: 4 * value for name, value in byte.items()} == pytest.approx(token)
     assert byte["output"] == 2 * 32 * 300 / 4
-    assert flops.paper_flops_per_byte(of_tokens, 64, 4) == pytest.approx(
-        flops.paper_transformer_flops(32, 2, 16, 300) / 4
+    assert benchmark.paper_flops_per_byte(of_tokens, 64, 4) == pytest.approx(
+        benchmark.paper_transformer_flops(32, 2, 16, 300) / 4
     )
 
 
@@ -110,11 +110,11 @@ def test_the_account_of_a_blt_lists_its_entropy_model_apart(rule):
         entropy_training=dataclasses.replace(rows, steps=5),
         patching=PatchingConfig(rule=rule),
     )
-    found = flops.run_flops(config, PATCH)
+    found = benchmark.run_flops(config, PATCH)
     model = flops.flops_per_byte(TINY, ROW, PATCH)
     assert found.model == model and found.num_bytes == 10 * 2 * ROW
     assert found.training == 3 * model["total"] * found.num_bytes
-    assert found.paper == flops.paper_flops_per_byte(TINY, ROW, PATCH)
+    assert found.paper == benchmark.paper_flops_per_byte(TINY, ROW, PATCH)
     cost = flops.flops_per_byte(entropy, ROW)["total"] if rule == "entropy" else 0
     assert found.entropy_model == cost
     assert found.inference == model["total"] + cost
@@ -129,7 +129,7 @@ def test_the_account_of_a_token_model_counts_bytes():
         token_model=TokenModelConfig(dataclasses.replace(ENCODER, window=None)),
         token_training=rows,
     )
-    found = flops.run_flops(config, 3.5)
+    found = benchmark.run_flops(config, 3.5)
     assert found.num_bytes == 10 * 2 * ROW * 3.5
     assert found.model == flops.flops_per_byte(config.token_model, 3.5 * ROW, 3.5)
     assert found.entropy_model == found.entropy_training == found.patching == 0
@@ -146,7 +146,7 @@ def test_the_account_of_a_token_model_counts_bytes():
 )
 def test_paper_equations_without_cross_attention(config, expected):
     config = with_cross(config, encoder=False, decoder=False)
-    found = [flops.paper_flops_per_byte(config, 8192, patch) for patch in (4.5, 6, 8)]
+    found = [benchmark.paper_flops_per_byte(config, 8192, patch) for patch in (4.5, 6, 8)]
     assert found == pytest.approx(expected, rel=7e-3)
 
 
@@ -156,8 +156,10 @@ def test_paper_cross_attention_by_hand():
     config = BLTConfig(one, dataclasses.replace(one, window=None), one, CrossAttentionConfig(k=2))
     cross_encoder = (4 * 5 / 2 + (2 * 2 + 2) * 2) * 2 / 4
     cross_decoder = 4 * 3 / 2 + (2 * 0.5 + 2) * 2
-    found = flops.paper_flops_per_byte(config, 64, 4)
-    without = flops.paper_flops_per_byte(with_cross(config, encoder=False, decoder=False), 64, 4)
+    found = benchmark.paper_flops_per_byte(config, 64, 4)
+    without = benchmark.paper_flops_per_byte(
+        with_cross(config, encoder=False, decoder=False), 64, 4
+    )
     assert found - without == cross_encoder + cross_decoder
 
 
@@ -167,7 +169,7 @@ def test_paper_cross_attention_by_hand():
 def test_the_paper_estimates_the_real_architecture(config):
     """It leaves out half a window and some projections, nothing that matters."""
     real = flops.flops_per_byte(config, 8192, 4.5)["total"]
-    assert flops.paper_flops_per_byte(config, 8192, 4.5) == pytest.approx(real, rel=0.05)
+    assert benchmark.paper_flops_per_byte(config, 8192, 4.5) == pytest.approx(real, rel=0.05)
 
 
 def test_mean_visible_counts_a_mask():

@@ -1,4 +1,4 @@
-"""Traces, peaks, memory, and what a run's metrics say of them."""
+"""Traces, memory, and what a run's metrics say of them."""
 
 import json
 import types
@@ -19,12 +19,10 @@ from bltjax.config import (
     TrainingConfig,
     TransformerConfig,
 )
-from bltjax.costs import peak as peak_flop_rate
-from bltjax.costs.peak import MATRIX, peak_flops
+from bltjax.costs.peak import peak_flops
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.batches.order import Shuffled
 from bltjax.data.sources.units import Document
-from bltjax.training import profiling
 from bltjax.training.loop import Reporting, TrainingData, train
 from bltjax.training.profiling import Profiler, memory
 
@@ -97,46 +95,6 @@ def test_the_steps_that_were_asked_for_are_traced(steps, expected, tmp_path, cap
 def test_nothing_is_traced_unless_asked_for(config, stage, tmp_path):
     run(Profiler(config, stage, tmp_path), range(3))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "kind, peak",
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5", 459e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v6 lite", 918e12),
-        ("TPU7x", 1153e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A100 80GB PCIe", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H200", 989e12),
-    ],
-)
-def test_known_devices_have_the_peak_of_their_data_sheet(kind, peak, monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert peak_flops("bfloat16") == 4 * peak
-
-
-@pytest.fixture
-def measured_anew():
-    peak_flop_rate._measured_peak.cache_clear()
-    yield
-    peak_flop_rate._measured_peak.cache_clear()
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 1, 1), (2, 1, 2)], ids=str)
-def test_other_devices_are_timed_together_and_once(sizes, use_mesh, monkeypatch, measured_anew):
-    clock = iter(range(100))
-    seconds = types.SimpleNamespace(perf_counter=lambda: next(clock))
-    monkeypatch.setattr(profiling, "time", seconds)
-    with use_mesh(*sizes):
-        devices = sizes[0] * sizes[1] * sizes[2]
-        assert peak_flops("float32") == 2 * MATRIX**3 * devices  # a product each, in a second
-        asked = next(clock)
-        peak_flops("float32")
-        assert next(clock) == asked + 1  # nothing was timed again
 
 
 def test_memory_is_told_in_bytes():

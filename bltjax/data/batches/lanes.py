@@ -43,12 +43,11 @@ class Lane:
         self.documents, self.layout = documents, layout
         self.lane, self.num_lanes = lane, num_lanes
         self.packer = Packer(layout.row_bytes, layout.row_patches, layout.pool, layout.slack)
-        self.num_read = 0
         self.state = initial_state(layout) if state is None else state
 
     @property
     def state(self) -> np.ndarray:
-        state = np.full(1 + 2 * self.layout.pool, NONE, np.int64)
+        state = initial_state(self.layout)
         state[0] = self.num_read
         for slot, document in enumerate(self.packer.open):
             state[1 + 2 * slot : 3 + 2 * slot] = document.index, document.position
@@ -91,9 +90,7 @@ class Lane:
 
 def initial_state(layout: Layout) -> np.ndarray:
     """Returns the state of a lane that has read nothing."""
-    state = np.full(1 + 2 * layout.pool, NONE, np.int64)
-    state[0] = 0
-    return state
+    return np.array([0] + [NONE] * 2 * layout.pool, np.int64)
 
 
 class LaneBatches(grain.IterDataset):

@@ -1,5 +1,6 @@
 """Turns documents into a stream of batches that can be resumed."""
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -83,13 +84,7 @@ def as_batch(rows: Row, sources: bool = False) -> dict:
 
 def whole_batches(rows: Iterator[Row], batch_size: int) -> Iterator[Row]:
     """Yields all rows in batches; the last one is filled up with rows whose loss_mask is False."""
-    group = []
-    for row in rows:
-        group.append(row)
-        if len(group) == batch_size:
-            yield Row(*map(np.stack, zip(*group, strict=True)))
-            group = []
-    if group:
+    while group := list(itertools.islice(rows, batch_size)):
         nothing = group[-1]._replace(loss_mask=np.zeros_like(group[-1].loss_mask))
         group += [nothing] * (batch_size - len(group))
         yield Row(*map(np.stack, zip(*group, strict=True)))

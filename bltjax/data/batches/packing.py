@@ -21,6 +21,8 @@ their patches first, then one tail patch of `row_bytes + 1 - n` that holds posit
 padding, then zeros.
 """
 
+import bisect
+import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -133,6 +135,7 @@ class Packer:
         _check_budgets(row_bytes, row_patches)
         self.row_bytes, self.row_patches = row_bytes, row_patches
         self.pool, self.slack = pool, slack
+        self.empty = Budget(row_bytes, row_patches - 1)  # of a row; a patch is for the tail
         self.open: list[OpenDocument] = []  # those that have waited longest come first
 
     def next_row(self, documents: Iterator[OpenDocument]) -> Row | None:
@@ -153,7 +156,7 @@ class Packer:
 
     def _pieces(self, documents) -> list[Piece]:
         """Returns the pieces of a row: whole documents while some fit, then `_last_pieces`."""
-        pieces, free = [], Budget(self.row_bytes, self.row_patches - 1)  # one is for the tail
+        pieces, free = [], self.empty
         while self._refill(documents):
             if not pieces and self.open[0].begins_in_patch:
                 free = Budget(free.num_bytes, free.num_patches - 1)
@@ -183,7 +186,7 @@ class Packer:
         if not fits.any():
             return None
         left = np.array(free) - sizes
-        off_course = abs(left[:, 0] - left[:, 1] * self._course)
+        off_course = abs(left[:, 0] - left[:, 1] * self.empty.course)
         best = int(np.where(fits, off_course, np.inf).argmin())
         rest = Budget(*map(int, left[best]))
         others = [d.num_bytes / d.num_patches for d in self.open if d is not candidates[best]]
@@ -208,10 +211,10 @@ class Packer:
             balancing.append(other)
             self._take(other)
             free = free.without(other)
-        taken = [piece, *balancing] if piece.num_bytes else balancing
         if piece.num_bytes:
+            balancing.insert(0, piece)
             self._take(piece)
-        return taken
+        return balancing
 
     def _balancing(self, first, free: Budget, lacks_bytes: bool) -> Piece | None:
         """Returns a piece of another document after which `first` nearly uses up both budgets."""
@@ -223,30 +226,21 @@ class Packer:
             return None
         whole = other.fitting(*free, self.row_bytes)
         whole_patches = whole == other.next_patches(whole.num_patches)
-        low, high = 0, whole.num_patches - (not whole_patches)
+        most = whole.num_patches - (not whole_patches)
 
-        def rest(num_patches: int) -> Budget | None:
-            """Returns the budget that both leave; None where nothing of `first` fits any more."""
+        def lacks_the_same(num_patches: int) -> bool:
+            """Returns True where `first` still fits, and runs out of the same budget."""
             after = free.without(other.next_patches(num_patches))
             piece = first.fitting(*after, self.row_bytes)
-            return after.without(piece) if piece.num_bytes else None
+            return piece.num_bytes > 0 and self._lacks_bytes(after.without(piece)) == lacks_bytes
 
-        while low < high:  # the most patches with which `first` runs out of the same budget
-            middle = (low + high + 1) // 2
-            left = rest(middle)
-            if left is not None and self._lacks_bytes(left) == lacks_bytes:
-                low = middle
-            else:
-                high = middle - 1
-        return other.next_patches(low) if low else None
+        # As many patches as possible, so the search goes from the most down.
+        num = most - bisect.bisect_left(range(most, 0, -1), True, key=lacks_the_same)
+        return other.next_patches(num) if num else None
 
     def _lacks_bytes(self, left: Budget) -> bool:
         """Returns True where a row that leaves this ran out of bytes before patches."""
-        return left.num_bytes < left.num_patches * self._course
-
-    @property
-    def _course(self) -> float:
-        return self.row_bytes / (self.row_patches - 1)
+        return left.num_bytes < left.num_patches * self.empty.course
 
     def _waste(self, left: Budget) -> float:
         """Returns the share of a row's compute that goes to what is left of it."""
@@ -319,7 +313,7 @@ def pack_patches(
     _check_row_patches(row_patches)  # 0 would mean rows without patches
     packer = Packer(row_bytes, row_patches, pool, slack)
     opened = (OpenDocument(checked(ids), patch_ends(ids, starts)) for ids, starts in documents)
-    return _rows(packer, opened)
+    return iter(functools.partial(packer.next_row, opened), None)
 
 
 def pack_bytes(documents: Iterable[np.ndarray], row_bytes: int) -> Iterator[Row]:
@@ -328,12 +322,8 @@ def pack_bytes(documents: Iterable[np.ndarray], row_bytes: int) -> Iterator[Row]
     A document is its ids, int [S], from BOS to EOS. Raises ValueError at once if `row_bytes` is
     less than 2, and on reaching a document without ids.
     """
-    return _rows(Packer(row_bytes, 0), (OpenDocument(checked(ids)) for ids in documents))
-
-
-def _rows(packer: Packer, documents: Iterator[OpenDocument]) -> Iterator[Row]:
-    while (row := packer.next_row(documents)) is not None:
-        yield row
+    opened = (OpenDocument(checked(ids)) for ids in documents)
+    return iter(functools.partial(Packer(row_bytes, 0).next_row, opened), None)
 
 
 def patch_ends(ids: np.ndarray, starts: np.ndarray) -> np.ndarray:

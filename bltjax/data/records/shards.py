@@ -66,7 +66,8 @@ class Documents:
         self.ends = list(itertools.accumulate(shard.documents for shard in self.shards))
         for shard in self.shards if entropies else ():
             _check_has_entropies(shard)
-        self._open_none()
+        self._readers: collections.OrderedDict[Path, ArrayRecordReader] = collections.OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -87,16 +88,8 @@ class Documents:
             raise damaged(shard.entropies_path, what)
         return document._replace(entropies=entropies)
 
-    def __getstate__(self) -> dict:
-        return {"shards": self.shards, "entropies": self.entropies, "ends": self.ends}
-
-    def __setstate__(self, state: dict):
-        self.__dict__.update(state)
-        self._open_none()
-
-    def _open_none(self):
-        self._readers: collections.OrderedDict[Path, ArrayRecordReader] = collections.OrderedDict()
-        self._lock = threading.Lock()
+    def __reduce__(self):
+        return Documents, (self.shards, self.entropies)
 
     def _read(self, path: Path, num_records: int, position: int) -> bytes:
         with self._lock:
@@ -121,13 +114,9 @@ def write_entropies(shard: Shard, entropies: Iterable[np.ndarray]):
     They are rounded to float16, and so are the histograms that thresholds are calibrated on. Raises
     ValueError where the number of arrays or the length of one is wrong.
     """
-    documents, written = Documents([shard]), 0
     histograms = collections.defaultdict(ScoreHistogram)
     with replacing_records(shard.entropies_path) as writer:
-        for row in entropies:
-            if written == len(documents):
-                raise ValueError(f"more entropies than the {written} documents of {shard.path}")
-            document = documents[written]
+        for document, row in zip(Documents([shard]), entropies, strict=True):
             row = np.asarray(row, "<f2")
             if row.shape != (len(document.data) + 2,):
                 raise ValueError(
@@ -137,9 +126,6 @@ def write_entropies(shard: Shard, entropies: Iterable[np.ndarray]):
             writer.write(row.tobytes())
             known = document.language in histograms or len(histograms) < LANGUAGES
             histograms[document.language if known else ""].add(row)
-            written += 1
-        if written < len(documents):
-            raise ValueError(f"entropies of {written} of {len(documents)} documents: {shard.path}")
         with replacing(shard.scores_path) as file:
             # Languages as JSON, so that names in the file are printable.
             np.savez_compressed(

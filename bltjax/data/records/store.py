@@ -20,32 +20,16 @@ from typing import NamedTuple
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.records import writing
-from bltjax.data.records.shards import (
-    Documents,
-    Shard,
-    has_entropies,
-    score_histogram,
-    write_entropies,
-)
+from bltjax.data.records.shards import Documents as Documents  # shards are reached here too
+from bltjax.data.records.shards import Shard as Shard
+from bltjax.data.records.shards import has_entropies as has_entropies
+from bltjax.data.records.shards import score_histogram as score_histogram
+from bltjax.data.records.shards import write_entropies as write_entropies
 from bltjax.data.records.writing import NAMED_BAD, PARTS, below, load
 from bltjax.data.sources import units as sources
 from bltjax.data.sources.units import Bad, Unit
 from bltjax.runtime.files import share, write_json
 from bltjax.runtime.progress import progress_bar
-
-__all__ = [  # shards are reached through this module too
-    "PARTS",
-    "BadRecords",
-    "Documents",
-    "Shard",
-    "Store",
-    "build",
-    "claim_entropies",
-    "has_entropies",
-    "open_store",
-    "score_histogram",
-    "write_entropies",
-]
 
 FORMAT = 1
 STORE, INDEX, ENTROPIES = "store.json", "index.json", "entropies.json"
@@ -143,7 +127,13 @@ def open_store(directory: str | os.PathLike, data: DataConfig | None = None) -> 
     index = load(directory / INDEX)
     shards = [below(directory, shard) for shard in index["shards"]]
     for shard in shards:
-        _check_size(shard, directory)
+        size = shard.path.stat().st_size if shard.path.exists() else 0
+        if size != shard.file_bytes:
+            mark = directory / shard.source / f"{Path(shard.stem).name}.json"
+            raise ValueError(
+                f"{shard.path} is damaged ({size} bytes of {shard.file_bytes}): delete {mark} and "
+                f"{directory / INDEX}, and run bltjax.preprocess again, which makes it anew"
+            )
     bad = {
         name: BadRecords(count, [Bad(*record) for record in first])
         for name, (count, first) in index["bad"].items()
@@ -212,16 +202,6 @@ def _index(directory: Path, tasks: Iterable[tuple[SourceConfig, Unit]]) -> dict:
             count, first = count + mark["bad"], (first + mark["first_bad"])[:NAMED_BAD]
         bad[source.name] = (count, first)
     return {"shards": shards, "bad": bad}
-
-
-def _check_size(shard: Shard, directory: Path):
-    size = shard.path.stat().st_size if shard.path.exists() else 0
-    if size != shard.file_bytes:
-        mark = directory / shard.source / f"{Path(shard.stem).name}.json"
-        raise ValueError(
-            f"{shard.path} is damaged ({size} bytes of {shard.file_bytes}): delete {mark} and "
-            f"{directory / INDEX}, and run bltjax.preprocess again, which makes that shard anew"
-        )
 
 
 def _summary(store: Store, source: str) -> str:

@@ -40,8 +40,12 @@ def record_unit(
         mark = _mark(directory, source, unit, chunk)
         if mark.exists():
             content = load(mark)
-            if not content["last"]:
-                _pass_over(records, content["records"] - num_read, unit, directory)
+            count = content["records"] - num_read  # passed over, unless they are the last
+            if not content["last"] and sum(1 for _ in itertools.islice(records, count)) < count:
+                raise ValueError(
+                    f"{unit.name} has fewer records than when {str(directory)!r} was begun: delete "
+                    "that directory and make the records anew"
+                )
         else:
             content = _write_chunk(directory, source, mark.stem, records, data)
             content["records"] += num_read
@@ -62,15 +66,6 @@ def marks(directory: Path, source: SourceConfig, unit: Unit) -> Iterator[Path]:
     """Yields the marks of a unit's complete chunks."""
     paths = (_mark(directory, source, unit, chunk) for chunk in itertools.count())
     return itertools.takewhile(Path.exists, paths)
-
-
-def _pass_over(records: Iterator, count: int, unit: Unit, directory: Path):
-    passed = sum(1 for _ in itertools.islice(records, count))
-    if passed < count:
-        raise ValueError(
-            f"{unit.name} has fewer records than when {str(directory)!r} was begun: delete that "
-            "directory and make the records anew"
-        )
 
 
 class _OpenShard(NamedTuple):
@@ -94,7 +89,11 @@ def _write_chunk(
         while num_bytes < data.shard_bytes and (record := next(records, None)) is not None:
             num_read += 1
             if isinstance(record, Bad):
-                _refuse_bad(record, source, directory, data)
+                if data.bad_records == "fail":
+                    raise ValueError(
+                        f"bad record {record.name!r} of source {source.name!r}: {record.reason}; "
+                        f"mend it, or set bad_records='skip', and delete {str(directory)!r}"
+                    )
                 num_bad += 1
                 bad += [record] * (len(bad) < NAMED_BAD)
                 continue
@@ -119,14 +118,6 @@ def _write_chunk(
         shards.append(shard._asdict())
     last = num_bytes < data.shard_bytes
     return {"records": num_read, "last": last, "shards": shards, "bad": num_bad, "first_bad": bad}
-
-
-def _refuse_bad(record: Bad, source: SourceConfig, directory: Path, data: DataConfig):
-    if data.bad_records == "fail":
-        raise ValueError(
-            f"bad record {record.name!r} of source {source.name!r}: {record.reason}; mend it, or "
-            f"set bad_records='skip', and delete {str(directory)!r}"
-        )
 
 
 def _mark(directory: Path, source: SourceConfig, unit: Unit, chunk: int) -> Path:

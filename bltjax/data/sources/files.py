@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import sysconfig
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,13 +67,17 @@ def find_files(source: SourceConfig, data: DataConfig) -> list[File]:
             f"one of {', '.join(endings)}: give another path or kind, or other suffixes (hidden "
             f"files are left out, links that lead elsewhere, and directories named {data.exclude})"
         )
-    names = zip(_names(kinds, location), kinds.items(), strict=True)
+    names = zip(relative_names(kinds, source), kinds.items(), strict=True)
     return [File(name, path, kind, _size(path)) for name, (path, kind) in names]
 
 
-def relative_names(paths: Iterable[str], source: SourceConfig) -> list[str]:
-    """Returns the names of files relative to the source's directory, or to its glob's root."""
-    return _names(paths, _location(source))
+def relative_names(paths: Iterable[str], source: SourceConfig) -> Iterator[str]:
+    """Yields the names of files relative to the source's directory, or to its glob's root."""
+    location = _location(source)
+    roots = _below(location, ""), _below(_fixed(location), "")
+    for path in paths:
+        directory = path[: path.rfind("/") + 1]
+        yield path[len(next(filter(path.startswith, roots), directory)) :]
 
 
 def _location(source: SourceConfig) -> str:
@@ -85,16 +89,6 @@ def _fixed(pattern: str) -> str:
     """Returns the directory in which the first wildcard of a pattern stands."""
     parts = itertools.takewhile(lambda part: not re.search(r"[*?[]", part), pattern.split("/"))
     return "/".join(parts) or ("/" if pattern.startswith("/") else ".")
-
-
-def _names(paths: Iterable[str], location: str) -> list[str]:
-    prefixes = _below(location, ""), _below(_fixed(location), "")
-
-    def name(path: str) -> str:
-        prefix = next((p for p in prefixes if path.startswith(p)), None)
-        return path[len(prefix) :] if prefix else path.rpartition("/")[2]
-
-    return [name(path) for path in paths]
 
 
 def _below(root: str, name: str) -> str:

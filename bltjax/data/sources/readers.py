@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 COMPRESSED = (".gz", ".zst")  # endings of JSON lines files that can be read from the start only
@@ -133,44 +134,42 @@ def _decompressed(raw: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
     if path.endswith(".gz"):
         opened = gzip.GzipFile(fileobj=raw)
     else:
-        opened = io.BufferedReader(_ZstdFrames(raw), _CHUNK)
+        opened = io.BufferedReader(_Blocks(_zstd_blocks(raw)), _CHUNK)
     yield from enumerate(opened, 1)
 
 
-class _ZstdFrames(io.RawIOBase):
+def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
     """Decompresses consecutive frames. Unlike zstandard's own reader it notices a cut-off file."""
+    zstandard = need("zstandard", "data")
+    # Frames made with --long ask for windows of up to 2 GB.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame, compressed = None, b""
+    while compressed := compressed or raw.read(_CHUNK):
+        frame = frame or decompressor.decompressobj()
+        try:
+            yield frame.decompress(compressed)
+        except zstandard.ZstdError as error:
+            raise EOFError(str(error)) from error
+        compressed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
+        raise EOFError("it ends inside a zstd frame")
 
-    def __init__(self, raw: BinaryIO):
-        self.zstandard = need("zstandard", "data")
-        # Frames made with --long ask for windows of up to 2 GB.
-        self.decompressor = self.zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self.raw, self.frame, self.compressed, self.content = raw, None, b"", b""
+
+class _Blocks(io.RawIOBase):
+    """A file of the content of consecutive blocks."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self.blocks, self.left = filter(None, blocks), memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        while not self.content:
-            self.compressed = self.compressed or self.raw.read(_CHUNK)
-            if not self.compressed:
-                if self.frame:
-                    raise EOFError("it ends inside a zstd frame")
-                return 0
-            self._decompress()
-        count = min(len(buffer), len(self.content))
-        buffer[:count] = self.content[:count]
-        self.content = self.content[count:]
+        self.left = self.left or memoryview(next(self.blocks, b""))
+        count = min(len(buffer), len(self.left))
+        buffer[:count] = self.left[:count]
+        self.left = self.left[count:]
         return count
-
-    def _decompress(self) -> None:
-        self.frame = self.frame or self.decompressor.decompressobj()
-        try:
-            self.content = memoryview(self.frame.decompress(self.compressed))
-        except self.zstandard.ZstdError as error:
-            raise EOFError(str(error)) from error
-        self.compressed = b""
-        if self.frame.eof:
-            self.compressed, self.frame = self.frame.unused_data, None
 
 
 def _parsed(line: bytes, fields: Fields, place: str, number: int) -> Document | Bad:
@@ -219,7 +218,7 @@ def array_records(path: str) -> int | None:
         )
     if not os.path.exists(path):
         raise FileNotFoundError(f"no file {path!r}")
-    reader = _array_record_reader(path)
+    reader = ArrayRecordReader(path)
     return reader.num_records() if reader.ok() else None
 
 
@@ -234,7 +233,7 @@ def read_array_record(
     if count is None:
         yield Bad(file, "the file is cut off or damaged: it has no sound index")
         return
-    reader = _array_record_reader(path)
+    reader = ArrayRecordReader(path)
     reader.seek(start)
     for number in range(count)[start : end_of(stop)]:
         try:
@@ -246,11 +245,6 @@ def read_array_record(
             yield Document(f"{file}:{number}", record)
         else:
             yield _parsed(record, fields, f"{file}:record", number)
-
-
-def _array_record_reader(path: str):
-    module = need("array_record.python.array_record_module", "data")
-    return module.ArrayRecordReader(path)
 
 
 @functools.lru_cache(maxsize=4)

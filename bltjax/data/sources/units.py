@@ -7,6 +7,7 @@ of them are a random sample.
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -170,10 +171,8 @@ def _refuse_unfinished(files: Iterable[File]) -> None:
         if not any(name.endswith(COMPLETE) for name in names):
             continue
         for path in inside:
-            if path.rpartition("/")[2] + COMPLETE in names:
-                continue
-            layout = tables.arrow_layout(path)
-            if layout is None or layout[1]:
+            is_marked = path.rpartition("/")[2] + COMPLETE in names
+            if not is_marked and (tables.arrow_layout(path) or (0, True))[1]:
                 raise ValueError(
                     f"{path} has no marker {path}{COMPLETE} though files beside it have theirs: its"
                     " preprocessing did not end; finish it, or delete the file"
@@ -196,14 +195,13 @@ def _shards_taken(shards: int, data: DataConfig) -> int:
 
 def _read_shard(unit: Unit, source: SourceConfig, data: DataConfig, fields: Fields):
     dataset = readers.open_dataset(source.path, source.subset, source.split)
-    share = None
+    share, size = math.inf, 0
     if data.max_bytes is not None:
         share = data.max_bytes // _shards_taken(dataset.num_shards, data)
-    size = 0
     for found in readers.read_dataset(dataset, source.split, unit.start, fields):
         yield found
         size += len(found.data) if isinstance(found, Document) else 0
-        if share is not None and size >= share:
+        if size >= share:
             return
 
 
