@@ -7,6 +7,7 @@ import numpy as np
 
 from bltjax.checkpoints import lazy_arrays
 from bltjax.checkpoints.weights import flat, shapes
+from bltjax.model import functional
 from bltjax.sharding import concrete
 
 
@@ -34,6 +35,16 @@ def differing(given: dict, expected: dict) -> str:
     ]
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(found[:3]) + more
+
+
+def put_model(config, tree: dict) -> dict:
+    """Returns a model's parameters as `put_lazy` does, in the dtypes that they have."""
+    abstract = jax.tree.map(
+        lambda known, leaf: jax.ShapeDtypeStruct(known.shape, leaf.dtype, sharding=known.sharding),
+        functional.abstract_params(config),
+        tree,
+    )
+    return put_lazy(tree, abstract)
 
 
 def _put_leaf(array: lazy_arrays.LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
