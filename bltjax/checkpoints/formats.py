@@ -1,4 +1,4 @@
-"""Directories of weights: which format one is in, and bltjax's own.
+"""Formats of directories of weights: finds out which one it is, reads it, plans writing.
 
 bltjax's own holds `model.json` (configs, patching rule) and `weights/`, an Orbax checkpoint. The
 working directory of a training run opens too, with the newest checkpoint of each stage.
@@ -49,7 +49,7 @@ BLTJAX, RUN, HF, META = "bltjax", "run", "hf", "meta"
 
 
 def detect(directory: Path) -> str:
-    """Which format a directory is in: one of BLTJAX, RUN (of training), HF and META.
+    """Returns the format of a directory: one of BLTJAX, RUN (of training), HF and META.
 
     Raises FileNotFoundError without a directory, WeightsError where it is none of these.
     """
@@ -84,7 +84,7 @@ def detect(directory: Path) -> str:
 def read(
     directory: Path, entropy_model: Path | None = None, on_progress: OnProgress = None
 ) -> Weights:
-    """The model in a directory of any format, its parameters lazy; needs a mesh to be set.
+    """Reads the model in a directory of any format, with lazy parameters; needs a mesh.
 
     entropy_model: a directory whose entropy model is taken. Raises WeightsError, which lists every
     problem found, FileNotFoundError, or CheckpointError for a damaged checkpoint.
@@ -120,19 +120,19 @@ def _read_one(directory: Path, problems: list[str], on_progress: OnProgress) -> 
 
 
 def stored_bytes(directory: Path) -> int:
-    """About what reading a directory goes through, for progress."""
+    """Returns about how many bytes reading a directory goes through, for progress."""
     if detect(directory) in (HF, META):
         return reading.stored_bytes(directory)
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
 def plan(weights: Weights, format: str) -> "WritePlan | _OwnPlan":
-    """What a directory of a format will hold; WeightsError for what the format cannot express."""
+    """Plans a directory of a format; raises WeightsError where the format cannot express it."""
     return {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}[format](weights)
 
 
 class _OwnPlan(NamedTuple):
-    """As `WritePlan`, for the parameters in one Orbax checkpoint."""
+    """Plan of a directory in bltjax's own format, used as a `WritePlan` is."""
 
     params: dict
     files: dict[str, dict]
@@ -160,13 +160,13 @@ def _plan_bltjax(weights: Weights) -> _OwnPlan:
 
 
 def check_dtype(dtype: str | None):
-    """Raises ValueError for what parameters cannot be cast to."""
+    """Raises ValueError for a dtype that parameters cannot be cast to."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}, or None to keep what is there")
 
 
 def cast(weights: Weights, dtype: str | None) -> Weights:
-    """The same weights in "float32" or "bfloat16" (rounded to nearest); None keeps them."""
+    """Returns the weights in "float32" or "bfloat16", rounded to nearest; None keeps them."""
     check_dtype(dtype)
     if dtype is None:
         return weights
@@ -209,7 +209,7 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
 
 
 def _config(cls, values, name: str, problems: list[str]):
-    """The dataclass that a part of model.json describes; None where it is not there, or wrong."""
+    """Reads the dataclass in a part of model.json; None where it is missing or wrong."""
     if values is None:
         return None
     if not isinstance(values, dict):
@@ -262,7 +262,7 @@ def _run_patching(
 
 
 def _check(directory: Path, configs: dict, params: dict, on_progress: OnProgress):
-    """That parameters are what their configs say, and finite. Raises WeightsError."""
+    """Raises WeightsError where parameters are not what their configs say, or not finite."""
     expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
     problems = shape_problems(shapes(flat(params)), shapes(flat(expected)))
     try:

@@ -1,4 +1,4 @@
-"""Arrays that are read piece by piece: what weights larger than memory are made of.
+"""Arrays that are read piece by piece, for weights larger than memory.
 
 A lazy array has `shape`, `dtype` and `array[index]`, which reads that piece alone and returns it
 as a NumPy array. An index is a tuple of slices of step 1, one per axis, inside the shape. NumPy
@@ -134,16 +134,17 @@ class Cast:
 
 
 def everything(shape: Sequence[int]) -> Index:
-    """The index of a whole array."""
+    """Returns the index of a whole array."""
     return tuple(slice(0, n) for n in shape)
 
 
 def num_bytes(array: LazyArray) -> int:
+    """Returns the size of a whole array."""
     return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
 def blocks(array: LazyArray, max_bytes: int = BLOCK_BYTES) -> Iterator[Index]:
-    """Indices that together cover the array once, in C order, each at most `max_bytes` large.
+    """Yields indices that together cover the array once, in C order, of at most `max_bytes`.
 
     Pieces are runs of the leading axes: joined in order, their bytes are the array's.
     """
@@ -170,19 +171,19 @@ def blocks(array: LazyArray, max_bytes: int = BLOCK_BYTES) -> Iterator[Index]:
 
 
 def num_nonfinite(values: np.ndarray) -> int:
-    """How many values of a floating-point array are NaN or infinite."""
+    """Returns how many values of a floating-point array are NaN or infinite."""
     if values.dtype == ml_dtypes.bfloat16:  # isfinite of bfloat16 is slow: all exponent bits set
         return int(np.count_nonzero(values.view(np.uint16) & np.uint16(0x7F80) == 0x7F80))
     return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
 def read_all(array: LazyArray) -> np.ndarray:
-    """The whole array in memory."""
+    """Reads a whole array into memory."""
     return np.asarray(array[everything(array.shape)])
 
 
 def tree_leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, leaf) of a nested dict, in order."""
+    """Yields (path, leaf) of a nested dict, in order."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from tree_leaves(value, (*path, key))

@@ -10,7 +10,7 @@ from bltjax.sharding import concrete
 
 
 def put_lazy(tree: dict, abstract: dict) -> dict:
-    """A nested dict of lazy arrays on the devices of the mesh that is set, as `abstract` says.
+    """Reads a nested dict of lazy arrays onto the mesh that is set, sharded as `abstract` says.
 
     abstract: ShapeDtypeStructs, as from `functional.abstract_params`; arrays become of its dtypes.
     Each process reads what its devices hold, once, a device at a time. Raises ValueError that names
@@ -46,7 +46,7 @@ def _put_leaf(array: lazy_arrays.LazyArray, target: jax.ShapeDtypeStruct) -> jax
 
 
 def _read_piece(array: lazy_arrays.LazyArray, spans, dtype) -> np.ndarray:
-    """array[start:stop for each of spans] in another dtype, without a second copy of it."""
+    """Reads array[start:stop for each of spans] into another dtype, without a second copy."""
     piece = _aligned_empty([stop - start for start, stop in spans], dtype)
     for block in lazy_arrays.blocks(piece):
         piece[block] = array[
@@ -56,7 +56,7 @@ def _read_piece(array: lazy_arrays.LazyArray, spans, dtype) -> np.ndarray:
 
 
 def _aligned_empty(shape, dtype) -> np.ndarray:
-    """As np.empty, where XLA wants it: as an array of a CPU device it is not copied."""
+    """Returns an empty array aligned as XLA wants it: a CPU device uses it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and how they end together.
+"""Several processes as one run: they find each other, and they end together.
 
 Every process runs the same command. Process 0 alone writes progress and metrics. When one of them
 fails, or is asked to stop, it tells the others, which would otherwise wait for it in a collective
@@ -28,7 +28,7 @@ FAILURE = "bltjax/failure"
 
 
 class Cluster(NamedTuple):
-    """Where a run's processes were found, and what `jax.distributed.initialize` is told of them."""
+    """The processes of a run: what named them, and arguments of `jax.distributed.initialize`."""
 
     name: str
     arguments: dict  # empty where JAX asks the cluster itself
@@ -40,10 +40,10 @@ def find_cluster(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Cluster | None:
-    """The processes of this run: from the arguments, or else the environment; None for one alone.
+    """Finds the processes of this run by the arguments, else by the environment.
 
-    coordinator: HOST:PORT of process 0, which listens there. Raises ValueError where something is
-    missing, no number or no address.
+    Returns None for a process alone. coordinator: HOST:PORT of process 0, which listens there.
+    Raises ValueError where something is missing, no number or no address.
     """
     given = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
     if any(value is not None for value in given.values()):
@@ -65,7 +65,7 @@ def find_cluster(
 
 
 def _platform(environ: Mapping[str, str]) -> Cluster | None:
-    """What started several processes and tells JAX of them; asked in JAX's order."""
+    """Returns the platform that started several processes and tells JAX of them, if one did."""
     if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
         if "OMPI_MCA_orte_hnp_uri" in environ:
             return Cluster("Open MPI", {})
@@ -164,7 +164,7 @@ def join(cluster: Cluster | None):
 
 @contextlib.contextmanager
 def ending_together():
-    """Where the block fails in one of several processes, all of them end and show its traceback.
+    """Ends all processes of a run, with one traceback, where the block fails in one of them.
 
     The exit code is that of SystemExit and of `Stopped`, and else CRASHED. In a run of one process
     the error comes through.
@@ -196,9 +196,9 @@ def _code(error: BaseException) -> int:
 
 
 def _tell(error: BaseException) -> dict:
-    """Tells the others, unless one of them was first; returns code and text of the first failure.
+    """Tells the others of an error, unless one of them was first; returns the first failure.
 
-    The first one may be why this process failed: who leaves breaks the collectives of the others.
+    The first may be why this process failed: one that leaves breaks the collectives of the others.
     """
     index, count = _place()
     who = f"process {index} of {count}"
@@ -231,7 +231,7 @@ def _watch(over: threading.Event):
 
 
 def _leave(code: int, text: str):
-    """Not by way of `sys.exit`, which waits for the others at a barrier."""
+    """Ends the process at once: `sys.exit` would wait for the others at a barrier."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     if _place()[0] == 0:
@@ -244,7 +244,7 @@ def _leave(code: int, text: str):
 
 
 def _place() -> tuple[int, int]:
-    """Which process this is, and of how many."""
+    """Returns the number of this process, and how many there are."""
     state = _state()
     return state.process_id or 0, state.num_processes or 1
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run that is asked to stop saves first, and ends with a code of its own.
+"""Handles SIGTERM and Ctrl-C: a run that is asked to stop saves first, then ends with STOPPED.
 
 Platforms announce a preemption by SIGTERM: Kubernetes, Slurm (`--signal=TERM@120`), spot machines.
 """
@@ -11,11 +11,11 @@ STOPPED = 75  # exit code: asked to stop and stopped; run the same command again
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop has stopped; the message says what is saved."""
+    """Raised when a run has stopped as it was asked to; the message says what is saved."""
 
 
 class Notice:
-    """Whether the process was asked to stop while `noticing`."""
+    """Record of the last signal that asked the process to stop while `noticing`."""
 
     def __init__(self):
         self.received: int | None = None
@@ -28,7 +28,7 @@ class Notice:
 
 @contextlib.contextmanager
 def noticing():
-    """A Notice that takes both signals until the block ends; the block looks at it when it can.
+    """Yields a Notice that takes both signals; the block looks at it when it can.
 
     A second Ctrl-C interrupts at once. Outside the main thread, which alone hears of signals,
     nothing is taken and nothing noticed.
@@ -39,7 +39,7 @@ def noticing():
 
 @contextlib.contextmanager
 def interrupting():
-    """Both signals raise Stopped wherever the block is."""
+    """Makes both signals raise Stopped wherever the block is."""
 
     def stop(number, frame):
         raise Stopped(f"stopped by {signal.Signals(number).name}: run the same command again")
@@ -49,12 +49,12 @@ def interrupting():
 
 
 def dying():
-    """Both signals end the process at once."""
+    """Makes both signals end the process at once."""
     return _handling(signal.SIG_DFL)
 
 
 def ignoring():
-    """Neither signal does anything: the process is leaving already."""
+    """Makes both signals do nothing: the process is leaving already."""
     return _handling(signal.SIG_IGN)
 
 
