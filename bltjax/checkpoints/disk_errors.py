@@ -22,7 +22,7 @@ TENSORSTORE = "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE"  # how its mess
 
 
 def other_fault(error: BaseException) -> BaseException | None:
-    """Returns the cause of an error that says nothing of the checkpoint: no permission, no memory."""
+    """Returns the cause of an error if it is not the checkpoint: no permission, no memory."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
@@ -41,6 +41,7 @@ def _errno(error: BaseException) -> int | None:
 
 
 def unwritable(path: Path, error: Exception, rest: str = "") -> OSError:
+    """Returns an error of one line that names the file, the reason and the remedy."""
     code = _errno(error)
     reason = os.strerror(code) if code else first_line(error)
     remedy = REMEDIES.get(code, "see to the disk")

@@ -1,4 +1,4 @@
-"""Directories of weights: which format one is in, and bltjax's own.
+"""Formats of directories of weights: finds out which one it is, reads it, plans writing.
 
 bltjax's own holds `model.json` (configs, patching rule) and `weights/`, an Orbax checkpoint. The
 working directory of a training run opens too, with the newest checkpoint of each stage.
@@ -145,7 +145,7 @@ def _plan_bltjax(weights: Weights) -> WritePlan:
 
 
 def check_dtype(dtype: str | None):
-    """Raises ValueError for what parameters cannot be cast to."""
+    """Raises ValueError for a dtype that parameters cannot be cast to."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}, or None to keep what is there")
 

@@ -125,6 +125,7 @@ class Cast:
 
 
 def num_bytes(array: LazyArray) -> int:
+    """Returns the size of a whole array."""
     return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 

@@ -1,4 +1,4 @@
-"""Weights larger than memory in an Orbax checkpoint: written and read piece by piece.
+"""Writes and reads weights larger than memory in an Orbax checkpoint, piece by piece.
 
 Orbax itself reads and writes whole leaves, and a leaf of n-gram tables is six gigabytes. The
 checkpoints written here are ordinary ones, which plain Orbax restores onto any mesh, but nothing
@@ -31,7 +31,7 @@ CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "cr
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names it and the remedy."""
+    """Raised for a checkpoint that cannot be read; names it and the remedy."""
 
 
 def first_line(error: Exception) -> str:
@@ -206,7 +206,7 @@ def _damaged(checkpoint: Path, reason: str) -> CheckpointError:
 
 
 def _handler(checkpoint: Path, on_progress: OnProgress = None) -> ocp.CheckpointHandler:
-    """Orbax's handler of nested dicts, with the class above for every leaf."""
+    """Returns Orbax's handler of nested dicts, with the class above for every leaf."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs dozens of lines a save
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, _LazyHandler("jax.Array", checkpoint, on_progress)),

@@ -1,4 +1,4 @@
-"""A model as any directory of weights gives it: configs, and parameters not yet in memory."""
+"""The weights of a model, of any format: configs, and parameters that are not in memory yet."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class Weights(NamedTuple):
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be used as they are; the message lists every problem found."""
+    """Raised for weights that cannot be used as they are; lists every problem found."""
 
     def __init__(self, path, problems: Iterable[str]):
         self.problems = list(problems)
