@@ -28,7 +28,7 @@ def one_of(config, name: str, attribute: str, allowed: tuple[str, ...]) -> list[
 
 def _problems(config, name: str, names: tuple[str, ...], is_right, wanted: str) -> list[str]:
     names = names or tuple(f.name for f in dataclasses.fields(config))
-    values = {n: getattr(config, n) for n in names}
-    numbers = {n: x for n, x in values.items() if type(x) in (int, float)}
+    values = ((n, getattr(config, n)) for n in names)
+    numbers = ((n, x) for n, x in values if isinstance(x, int | float) and type(x) is not bool)
     # `not`, so that NaN is wrong
-    return [f"{name}.{n}={x} must be {wanted}" for n, x in numbers.items() if not is_right(x)]
+    return [f"{name}.{n}={x} must be {wanted}" for n, x in numbers if not is_right(x)]
