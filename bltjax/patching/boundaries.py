@@ -132,6 +132,51 @@ def _delimiters(config, context):
     return context.tokens == BPE_ID
 
 
+# Classes of characters by the first byte of their UTF-8: each from that byte on to the next.
+_SCRIPTS = {
+    0x00: "symbol", 0x09: "space", 0x0E: "symbol", 0x20: "space", 0x21: "symbol",
+    0x30: "digit", 0x3A: "symbol", 0x41: "latin", 0x5B: "symbol", 0x61: "latin", 0x7B: "symbol",
+    0x80: "stray", 0xC2: "symbol", 0xC3: "latin", 0xCE: "greek", 0xD0: "cyrillic",
+    0xD4: "armenian", 0xD6: "hebrew", 0xD8: "arabic", 0xDC: "syriac", 0xE0: "indic",
+    0xE1: "other", 0xE2: "symbol", 0xE3: "kana", 0xE4: "han", 0xEA: "hangul", 0xEE: "other",
+    0xF0: "emoji", 0xF5: "stray",
+}  # fmt: skip
+_SCRIPT_NAMES = sorted(set(_SCRIPTS.values()))
+
+
+def _script_changes(config, context):
+    """Starts a patch after the first character of another script or class than the one before.
+
+    A start depends on earlier bytes only, so that character still ends the patch before; no
+    character is cut. Bytes that are no UTF-8 go with what is before them. The first byte of a
+    character tells its class, which is approximate: accented letters, combining marks and letters
+    of phonetic alphabets are Latin, but the Vietnamese ones of U+1E00 on are "other", with
+    Georgian, Khmer and full-width forms; all punctuation and symbols below U+3000 are one class,
+    kana includes CJK punctuation, Hangul U+A000 to U+ABFF, and "emoji" is all above U+FFFF.
+    """
+    xp, byte = _namespace(context.tokens), context.tokens.astype(np.int32) - BYTE_OFFSET
+    first, distance = byte, xp.zeros_like(byte)
+    for k in (1, 2, 3):
+        inside = (first >= 0x80) & (first < 0xC0)
+        first = xp.where(inside, _before(context, byte, k), first)
+        distance += inside
+    script = xp.full_like(byte, -1)  # of special tokens, and of what is before the document
+    for start, name in _SCRIPTS.items():
+        script = xp.where(first >= start, _SCRIPT_NAMES.index(name), script)
+    rest = sum((first >= start).astype(np.int32) for start in (0xC0, 0xE0, 0xF0))
+    opens = xp.zeros_like(inside)
+    for k in (0, 1, 2, 3):
+        previous = _before(context, script, k + 1)
+        opens |= (rest == k) & (distance == k) & (previous >= 0) & (previous != script)
+    return opens
+
+
+def _before(context, x, k):
+    """Returns x [..., S] of the position k earlier in the document; -1 where there is none."""
+    shifted = _concatenate(x[..., :k], x[..., :-k])
+    return _namespace(x).where(context.positions < k, -1, shifted)
+
+
 _TABLE = (
     Rule("entropy", _above_thresholds, ((_entropy, "threshold"),)),
     Rule("monotonic", _above_thresholds, ((_rise, "threshold"),), looks_back=1, num_forced=3),
@@ -146,6 +191,7 @@ _TABLE = (
     Rule("static", _every_patch_size, fixed_mean=lambda config: float(config.patch_size)),
     Rule("byte", _every_byte, fixed_mean=lambda config: 1.0),
     Rule("bpe", _delimiters, needs_delimiters=True),
+    Rule("script", _script_changes, looks_back=6),
 )
 RULES = {rule.name: rule for rule in _TABLE}
 WITHOUT_ENTROPIES = ", ".join(rule.name for rule in RULES.values() if not rule.needs_entropies)

@@ -18,6 +18,7 @@ from bltjax import vocabulary
 from bltjax.config import PatchingConfig
 from bltjax.patching import boundaries
 from bltjax.patching.boundaries import RULES, check_rule, patch_starts
+from bltjax.vocabulary import encode
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden_data" / "golden"
 CASES = json.loads((GOLDEN / "meta_tokenizer_hash_patch_cases.json").read_text())["patch"]
@@ -213,6 +214,31 @@ def test_lengths_sum_to_the_positions(flags):
     assert lengths.min() >= 1
     assert lengths.sum() == starts.size
     np.testing.assert_array_equal(np.cumsum(lengths) - lengths, np.flatnonzero(starts))
+
+
+@pytest.mark.parametrize(
+    ("text", "patches"),
+    [
+        ("ab12 cd", "ab1|2 |c|d"),
+        ("мир, 42!", "мир,| |4|2!|"),
+        ("naïve café", "naïve |c|afé"),
+        ("abмир日本語かな한글", "abм|ир日|本語か|な한|글"),  # noqa: RUF001
+        ("عربي עברית ελ", "عربي |ע|ברית |ε|λ"),
+        ("ok👍🏽!x", "ok👍|🏽!|x|"),
+    ],
+)
+def test_script_starts_after_the_first_character_of_another_script(text, patches):
+    """That character ends the patch before it, as a start depends on earlier bytes alone."""
+    starts = starts_of("script", encode(text, add_eos=False))[1:]  # of each byte, and the end
+    cuts = np.flatnonzero(starts)[1:]
+    pieces = np.split(np.frombuffer(text.encode(), np.uint8), cuts)
+    assert "|".join(piece.tobytes().decode() for piece in pieces) == patches
+
+
+def test_script_starts_of_bytes_that_are_no_text():
+    """They go with what is before them; the next character is of another class."""
+    ids = encode(b"ab\xff\x80cd\xc3", add_eos=False)
+    assert np.flatnonzero(starts_of("script", ids)).tolist() == [0, 1, 6]
 
 
 @pytest.mark.parametrize("array", [np.array, jnp.array])
