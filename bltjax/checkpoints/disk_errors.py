@@ -22,7 +22,7 @@ TENSORSTORE = "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE"  # how its mess
 
 
 def other_fault(error: BaseException) -> BaseException | None:
-    """Returns the cause of an error that says nothing of the checkpoint: no permission, no memory."""
+    """Returns the cause of an error that is not the checkpoint's: no permission, no memory."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
