@@ -17,6 +17,7 @@ from bltjax import sharding
 from bltjax.commands import plan
 from bltjax.config import MeshConfig, RunConfig, from_config_dict
 from bltjax.costs import memory_plan
+from bltjax.costs.chips import GIB
 from bltjax.model import functional
 from tests import processes
 
@@ -157,16 +158,12 @@ def test_what_does_not_fit_is_one_line(chips, changes, said, monkeypatch, capsys
 
 
 def test_where_it_fits_is_told(capsys):
-    largest = memory_plan.Array((2, 3), "float32", "P()", 5 * plan.GIB)
-    memory_plan.print_plan(
-        "blt", memory_plan.Plan(10 * plan.GIB, 10 * plan.GIB, 20 * plan.GIB, 0, largest), 1.0
-    )
+    largest = memory_plan.Array((2, 3), "float32", "P()", 5 * GIB)
+    memory_plan.print_plan("blt", memory_plan.Plan(10 * GIB, 10 * GIB, 20 * GIB, 0, largest), 1.0)
     out = capsys.readouterr().out
     assert "45.000 GiB   within the memory (GiB) of v5p (95), tpu7x (96), a100 (80)" in out
     assert "float32[2, 3] P()" in out
-    memory_plan.print_plan(
-        "blt", memory_plan.Plan(50 * plan.GIB, 50 * plan.GIB, 50 * plan.GIB, 0, largest), 1.0
-    )
+    memory_plan.print_plan("blt", memory_plan.Plan(50 * GIB, 50 * GIB, 50 * GIB, 0, largest), 1.0)
     assert "more than any chip has" in capsys.readouterr().out
 
 
