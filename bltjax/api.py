@@ -88,7 +88,7 @@ class Model(TextModel):
         self.mesh = mesh
         with jax.set_mesh(mesh):
             self.params = {
-                name: placing.put_lazy(tree, _abstract(getattr(weights, name), tree))
+                name: placing.put_model(getattr(weights, name), tree)
                 for name, tree in weights.params.items()
             }
 
@@ -219,17 +219,6 @@ def _checked_lengths(patch_lengths, tokens: np.ndarray) -> np.ndarray:
             f"rows of {num_ids} ids sum to {num_ids + 1}, with the byte to come"
         )
     return lengths.astype(np.int32)
-
-
-def _abstract(config, tree: dict) -> dict:
-    """Returns shapes and shardings of a model's parameters, in the dtypes that they have."""
-    return jax.tree.map(
-        lambda abstract, leaf: jax.ShapeDtypeStruct(
-            abstract.shape, leaf.dtype, sharding=abstract.sharding
-        ),
-        functional.abstract_params(config),
-        tree,
-    )
 
 
 def _computing(weights: Weights, compute_dtype: str | None, bf16_compat: bool) -> Weights:

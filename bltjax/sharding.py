@@ -1,4 +1,4 @@
-"""Mesh axes and what is sharded over them; the only file that names mesh axes.
+"""Mesh axes, and how arrays are sharded over them; the only file that names mesh axes.
 
 The mesh is always set (`jax.set_mesh(make_mesh(...))`) and its axes are Explicit: every array's
 type carries its sharding, so a wrong layout is an error while tracing. One device is a (1, 1, 1)
@@ -13,6 +13,7 @@ mesh. Code elsewhere speaks of logical axes, and `spec` turns them into mesh axe
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ _RULES = {
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.Mesh:
-    """Makes the (data, fsdp, tensor) mesh over `devices` (default: all).
+    """Returns the (data, fsdp, tensor) mesh over `devices` (default: all).
 
     Where the devices are TPU slices, which a slower network joins, the data axis spans the slices:
     only gradients and rows of hash tables cross it. Raises ValueError when the sizes do not
@@ -68,13 +69,13 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> jax.sharding.M
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> jax.sharding.AbstractMesh:
-    """Makes the mesh of devices that are not there: for types alone, nothing is computed."""
+    """Returns the mesh of `num_devices` devices that need not exist, to check types on."""
     sizes = mesh_sizes(config, num_devices)
     return jax.sharding.AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Returns (data, fsdp, tensor) over the devices. Raises ValueError where they do not fit."""
+    """Returns sizes (data, fsdp, tensor) for the devices; raises ValueError where none fit."""
     sizes = [config.data, config.fsdp, config.tensor]
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and num_devices % known == 0:
@@ -89,47 +90,39 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def num_slices(devices) -> int:
-    """Counts the TPU slices that the devices belong to; 1 for other devices."""
+    """Returns the number of TPU slices that the devices belong to; 1 for other devices."""
     if devices[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def local_mesh() -> jax.sharding.Mesh:
-    """Makes a mesh of this process's devices, each with rows of its own."""
+    """Returns a mesh of the devices of this process, each with rows of its own."""
     return make_mesh(MeshConfig(data=-1), jax.local_devices())
 
 
-def check_model(config: BLTConfig | EntropyModelConfig, name: str, mesh: jax.sharding.Mesh):
-    """Checks that widths split over fsdp, heads and feed-forward over tensor, tables over chips.
+def check_layout(
+    config: RunConfig, models: Iterable[str], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+):
+    """Raises ValueError where batches, hash updates or one of the models do not fit the mesh."""
+    check_batch_sizes(config, mesh)
+    check_hash_updates(config, mesh)
+    for name in models:
+        check_model(getattr(config, name), name, mesh)
 
-    Raises ValueError that names every size that does not, and the axis.
+
+def check_model(
+    config: BLTConfig | EntropyModelConfig,
+    name: str,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+):
+    """Raises ValueError that lists all sizes of a model that do not split over the mesh.
+
+    Widths must split over fsdp, heads and feed-forward units over tensor, large tables over chips.
     """
-    stacks = [
-        f.name
-        for f in dataclasses.fields(config)
-        if isinstance(getattr(config, f.name), TransformerConfig)
-    ]
-    sizes = {
-        f"{stack}.{size}": (getattr(getattr(config, stack), size), axis)
-        for stack in stacks
-        for size, axis in (
-            ("dim", "fsdp"),
-            ("num_heads", "tensor"),
-            ("kv_heads", "tensor"),
-            ("ffn_dim", "tensor"),
-        )
-    }
-    if isinstance(config, BLTConfig) and (
-        config.cross_attention.encoder or config.cross_attention.decoder
-    ):
-        cross = config.cross_attention
-        for side, heads in (("encoder", cross.encoder_heads), ("decoder", cross.decoder_heads)):
-            for kind, number in zip(("heads", "kv heads"), heads, strict=True):
-                sizes[f"cross_attention {side} {kind}"] = (number, "tensor")
     found = [
         f"{name}.{size}={value} is not divisible by mesh.{axis}={mesh.shape[axis]}"
-        for size, (value, axis) in sizes.items()
+        for size, value, axis in _split_sizes(config)
         if value % mesh.shape[axis]
     ]
     if isinstance(config, BLTConfig) and config.hash.sizes:
@@ -141,6 +134,21 @@ def check_model(config: BLTConfig | EntropyModelConfig, name: str, mesh: jax.sha
             )
     if found:
         raise ValueError("; ".join(found) + ": change the model or the mesh")
+
+
+def _split_sizes(config) -> Iterator[tuple[str, int, str]]:
+    """Yields the name and value of each size of a model that is split, and the mesh axis."""
+    for field in dataclasses.fields(config):
+        stack = getattr(config, field.name)
+        if isinstance(stack, TransformerConfig):
+            yield f"{field.name}.dim", stack.dim, "fsdp"
+            for size in ("num_heads", "kv_heads", "ffn_dim"):
+                yield f"{field.name}.{size}", getattr(stack, size), "tensor"
+    cross = config.cross_attention if isinstance(config, BLTConfig) else None
+    if cross and (cross.encoder or cross.decoder):
+        for side, heads in (("encoder", cross.encoder_heads), ("decoder", cross.decoder_heads)):
+            for kind, number in zip(("heads", "kv heads"), heads, strict=True):
+                yield f"cross_attention {side} {kind}", number, "tensor"
 
 
 def num_row_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
@@ -174,16 +182,16 @@ def batch_spec(ndim: int) -> PartitionSpec:
 
 
 def gather_weight(weight: jax.Array) -> jax.Array:
-    """Gathers a weight over fsdp; it stays split over tensor.
+    """Returns a weight whole over fsdp, still split over tensor, as fully sharded training does.
 
-    Cast to the compute dtype first, so that half the bytes travel.
+    Callers cast it to the compute dtype first, so that half the bytes travel.
     """
     axes = jax.typeof(weight).sharding.spec
     return reshard(weight, PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes)))
 
 
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns rows `ids` [B, L] of a replicated table [V, E] -> [B, L, E]."""
+    """Returns rows `ids` [B, L] of a replicated table [V, E]: [B, L, E]."""
     return table.at[ids].get(out_sharding=batch_spec(ids.ndim + 1))
 
 
@@ -191,7 +199,7 @@ def table_spec(rows: int, dim: int) -> PartitionSpec:
     """Returns the PartitionSpec, on the mesh that is set, of hash tables [T, rows, dim].
 
     A chip owns its share of the rows of every table, and of the features where tensor splits them.
-    What does not divide is whole on every chip.
+    An axis that does not divide is whole on every chip.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split_rows = rows % num_row_shards(mesh) == 0
@@ -207,7 +215,7 @@ def shard_rows(tree):
 
 
 def one_per_shard(row: jax.Array) -> jax.Array:
-    """Repeats a row [L] once per row shard: the smallest batch that a mesh holds."""
+    """Returns a batch with a copy of a row [L] per row shard, the smallest that a mesh holds."""
     rows = num_row_shards(jax.sharding.get_abstract_mesh())
     return shard_rows(jnp.broadcast_to(row, (rows, *row.shape)))
 
@@ -218,14 +226,14 @@ def first_row(batch: jax.Array) -> jax.Array:
 
 
 def rows_of_process(num_rows: int) -> np.ndarray:
-    """Returns the indices of the rows of a batch that this process's devices hold, in order."""
+    """Returns which rows of a batch the devices of this process hold, in order."""
     mesh = jax.sharding.get_mesh()
     placed = jax.NamedSharding(mesh, batch_spec(1)).addressable_devices_indices_map((num_rows,))
     return np.unique(np.concatenate([np.arange(num_rows)[index] for index in placed.values()]))
 
 
 def put_batch(batch):
-    """Puts a pytree of host arrays [B, ...] on the mesh, rows sharded.
+    """Places a pytree of host arrays with rows sharded over the mesh.
 
     Each process gives its `rows_of_process`.
     """
@@ -239,7 +247,7 @@ def put_batch(batch):
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """Returns the int64 rows [B, K] of all processes; each gives its `rows_of_process`."""
+    """Gathers int64 rows [B, K] on every process, each giving its `rows_of_process`."""
     halves = put_batch(np.ascontiguousarray(rows).view(np.int32))  # devices have no int64
     return np.ascontiguousarray(on_host(halves)).view(np.int64)
 
@@ -255,7 +263,7 @@ def on_host(tree):
 
 
 def put_whole(tree):
-    """Puts a pytree of host arrays on the mesh, each whole on every device."""
+    """Places a pytree of host arrays, each whole on every device of the mesh."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(tree, jax.NamedSharding(mesh, PartitionSpec()))
 
@@ -289,7 +297,7 @@ def micro_batches(batch, count: int):
 
 
 def concrete(tree):
-    """Gives ShapeDtypeStructs from `jax.eval_shape` shardings on the mesh's devices."""
+    """Gives ShapeDtypeStructs from `jax.eval_shape` shardings on the devices of the mesh."""
     mesh = jax.sharding.get_mesh()
 
     def place(x):

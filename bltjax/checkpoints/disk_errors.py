@@ -1,4 +1,4 @@
-"""What went wrong with a disk, told from what is wrong with a checkpoint."""
+"""Tells faults of the disk from faults of a checkpoint, with a remedy for each."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ TENSORSTORE = "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE"  # how its mess
 
 
 def other_fault(error: BaseException) -> BaseException | None:
-    """The cause of an error that says nothing of the checkpoint: no permission, no memory."""
+    """Returns the cause of an error if it is not the checkpoint: no permission, no memory."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
@@ -35,12 +35,13 @@ def other_fault(error: BaseException) -> BaseException | None:
 
 
 def _errno(error: BaseException) -> int | None:
-    """The operating system's number for an error; TensorStore has it in its text."""
+    """Returns the operating system's number for an error; TensorStore has it in its text."""
     told = re.search(r"os_error_code='(\d+)'", str(error))
     return getattr(error, "errno", None) or (told and int(told[1]))
 
 
 def unwritable(path: Path, error: Exception, rest: str = "") -> OSError:
+    """Returns an error of one line that names the file, the reason and the remedy."""
     code = _errno(error)
     reason = os.strerror(code) if code else first_line(error)
     remedy = REMEDIES.get(code, "see to the disk")
@@ -48,5 +49,5 @@ def unwritable(path: Path, error: Exception, rest: str = "") -> OSError:
 
 
 def is_of_disk(error: BaseException) -> bool:
-    """Whether an error of a write came from the operating system; TensorStore has ValueErrors."""
+    """Returns whether a write failed in the operating system; TensorStore has ValueErrors."""
     return isinstance(error, OSError) or bool(_errno(error) or re.match(TENSORSTORE, str(error)))

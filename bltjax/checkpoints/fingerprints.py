@@ -9,23 +9,30 @@ import jax.numpy as jnp
 
 
 def leaf_fingerprints(tree) -> dict[str, int]:
-    """A number below 2**32 for each array of a pytree, by its path ("params.norm.weight").
+    """A number below 2**32 for each array of a pytree, by its path.
 
     One pass on the devices; no array leaves its place, and every process gets all numbers. They
     are sums of integers, so that neither the mesh nor the number of devices or processes changes
     them. A single element that is changed is noticed for certain, anything else with a chance of
     1 - 2**-32.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = named_leaves(tree)
     if not leaves:
         return {}
-    numbers = jax.device_get(_fingerprints([leaf for _, leaf in leaves]))
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    return dict(zip(names, map(int, numbers), strict=True))
+    numbers = jax.device_get(_fingerprints(list(leaves.values())))
+    return dict(zip(leaves, map(int, numbers), strict=True))
+
+
+def named_leaves(tree) -> dict:
+    """Returns the leaves of a pytree by path, such as "params.norm.weight"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def digest(tree) -> str:
-    """Tells pytrees of arrays apart: 16 hexadecimal digits of all leaves and their paths."""
+    """Returns 16 hexadecimal digits that tell pytrees of arrays apart, of leaves and paths."""
     text = json.dumps(leaf_fingerprints(tree))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -41,7 +48,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """The bits of each element as a uint32."""
+    """Returns the bits of each element as a uint32."""
     if x.dtype == jnp.bool:
         return x.astype(jnp.uint32)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
@@ -49,7 +56,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def _indices(x: jax.Array) -> jax.Array:
-    """Each element's place in the whole array, modulo 2**32, sharded as the array is."""
+    """Returns each element's index in the whole array, modulo 2**32, sharded as the array is."""
     places = jnp.uint32(0)
     for axis in range(x.ndim):
         along = jax.lax.broadcasted_iota(
@@ -60,7 +67,7 @@ def _indices(x: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """One-to-one on uint32, and every bit of the result depends on all bits (MurmurHash3)."""
+    """Mixes bits: one-to-one on uint32, each bit of the result depends on all (MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

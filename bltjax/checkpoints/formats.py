@@ -1,20 +1,17 @@
-"""Directories of weights: which format one is in, and bltjax's own.
+"""Formats of directories of weights: finds out which one it is, reads it, plans writing.
 
 bltjax's own holds `model.json` (configs, patching rule) and `weights/`, an Orbax checkpoint. The
 working directory of a training run opens too, with the newest checkpoint of each stage.
 """
 
 import dataclasses
-import json
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from bltjax.checkpoints.lazy_arrays import Cast, LazyArray
+from bltjax.checkpoints.lazy_arrays import Cast
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
@@ -50,7 +47,7 @@ BLTJAX, RUN, HF, META = "bltjax", "run", "hf", "meta"
 
 
 def detect(directory: Path) -> str:
-    """Which format a directory is in: one of BLTJAX, RUN (of training), HF and META.
+    """Returns the format of a directory: one of BLTJAX, RUN (of training), HF and META.
 
     Raises FileNotFoundError without a directory, WeightsError where it is none of these.
     """
@@ -87,7 +84,7 @@ def read(
     entropy_model: str | os.PathLike | None = None,
     on_progress: OnProgress = None,
 ) -> Weights:
-    """The model in a directory of any format, its parameters lazy; needs a mesh to be set.
+    """Reads the model in a directory of any format, its parameters lazy; needs a mesh to be set.
 
     entropy_model: a directory whose entropy model is taken. Raises WeightsError, which lists every
     problem found, FileNotFoundError, or CheckpointError for a damaged checkpoint.
@@ -111,12 +108,7 @@ def _read_one(
     directory: str | os.PathLike, problems: list[str], on_progress: OnProgress
 ) -> Weights | None:
     directory = Path(directory)
-    readers = {
-        BLTJAX: _read_bltjax,
-        RUN: _read_run,
-        HF: reading.read_hf,
-        META: reading.read_meta,
-    }
+    readers = {BLTJAX: _read_bltjax, RUN: _read_run, HF: reading.read_hf, META: reading.read_meta}
     try:
         return readers[detect(directory)](directory, on_progress)
     except WeightsError as error:
@@ -125,34 +117,18 @@ def _read_one(
 
 
 def stored_bytes(directory: Path) -> int:
-    """About what reading a directory goes through, for progress."""
-    if detect(directory) in (HF, META):
-        return reading.stored_bytes(directory)
-    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+    """Returns about how many bytes `read` goes through, for progress bars."""
+    weights = ("*.safetensors", "*.pth") if detect(directory) in (HF, META) else ("*",)
+    files = (path for pattern in weights for path in directory.rglob(pattern))
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
-def plan(weights: Weights, format: str) -> "WritePlan | _OwnPlan":
-    """What a directory of a format will hold; WeightsError for what the format cannot express."""
+def plan(weights: Weights, format: str) -> WritePlan:
+    """Plans a directory in a format. Raises WeightsError for what the format cannot express."""
     return {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}[format](weights)
 
 
-class _OwnPlan(NamedTuple):
-    """As `WritePlan`, for the parameters in one Orbax checkpoint."""
-
-    params: dict
-    files: dict[str, dict]
-    tensors: dict[str, LazyArray]
-    inside: dict
-    notes: tuple[str, ...] = ()
-
-    def write(self, directory: Path, on_progress: OnProgress = None):
-        directory.mkdir(parents=True, exist_ok=True)
-        save_weights(directory / WEIGHTS, self.params, on_progress)
-        for name, value in self.files.items():
-            (directory / name).write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _plan_bltjax(weights: Weights) -> _OwnPlan:
+def _plan_bltjax(weights: Weights) -> WritePlan:
     described = dict(
         format=VERSION,
         bltjax=version("bltjax"),
@@ -161,21 +137,24 @@ def _plan_bltjax(weights: Weights) -> _OwnPlan:
         patching=to_dict(weights.patching),
         lengths=weights.lengths._asdict(),
     )
-    return _OwnPlan(weights.params, {MODEL: described}, flat(weights.params), {})
+
+    def save(directory: Path, _, on_progress: OnProgress):
+        save_weights(directory / WEIGHTS, weights.params, on_progress)
+
+    return WritePlan(flat(weights.params), {MODEL: described}, {}, save=save)
 
 
 def check_dtype(dtype: str | None):
-    """Raises ValueError for what parameters cannot be cast to."""
+    """Raises ValueError for a dtype that parameters cannot be cast to."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {DTYPES}, or None to keep what is there")
 
 
 def cast(weights: Weights, dtype: str | None) -> Weights:
-    """The same weights in "float32" or "bfloat16" (rounded to nearest); None keeps them."""
-    check_dtype(dtype)
+    """Returns the weights in "float32" or "bfloat16" (rounded to nearest); None keeps them."""
     if dtype is None:
         return weights
-    wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    wanted = np.dtype(dtype)
 
     def convert(tree):
         if isinstance(tree, dict):
@@ -214,7 +193,7 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
 
 
 def _config(cls, values, name: str, problems: list[str]):
-    """The dataclass that a part of model.json describes; None where it is not there, or wrong."""
+    """Returns the dataclass that a part of model.json describes; None where absent or wrong."""
     if values is None:
         return None
     if not isinstance(values, dict):
@@ -267,7 +246,7 @@ def _run_patching(
 
 
 def _check(directory: Path, configs: dict, params: dict, on_progress: OnProgress):
-    """That parameters are what their configs say, and finite. Raises WeightsError."""
+    """Raises WeightsError unless parameters are finite and what their configs say."""
     expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
     problems = shape_problems(shapes(flat(params)), shapes(flat(expected)))
     try:

@@ -1,4 +1,4 @@
-"""Arrays that are read piece by piece: what weights larger than memory are made of.
+"""Arrays that are read piece by piece, so that weights may be larger than memory.
 
 A lazy array has `shape`, `dtype` and `array[index]`, which reads that piece alone and returns it
 as a NumPy array. An index is a tuple of slices of step 1, one per axis, inside the shape. NumPy
@@ -29,14 +29,8 @@ class Stacked:
     """Arrays of one shape [...] and dtype as one array [len(parts), ...]."""
 
     def __init__(self, parts: Sequence[LazyArray]):
-        kinds = {(tuple(part.shape), np.dtype(part.dtype)) for part in parts}
-        if len(kinds) != 1:
-            raise ValueError(
-                f"arrays to be stacked differ in shape or dtype: {sorted(map(str, kinds))}"
-            )
-        self.parts = parts
+        self.parts, self.dtype = parts, parts[0].dtype
         self.shape = (len(parts), *parts[0].shape)
-        self.dtype = parts[0].dtype
 
     def __getitem__(self, index: Index) -> np.ndarray:
         return np.stack([part[index[1:]] for part in self.parts[index[0]]])
@@ -57,11 +51,9 @@ class Split:
     """An array [N * R, ...] as [N, R, ...], without copying anything."""
 
     def __init__(self, whole: LazyArray, num: int):
-        if whole.shape[0] % num:
-            raise ValueError(f"{whole.shape[0]} rows cannot be split into {num} equal parts")
-        self.whole = whole
+        self.whole, self.dtype = whole, whole.dtype
         self.rows = whole.shape[0] // num
-        self.shape, self.dtype = (num, self.rows, *whole.shape[1:]), whole.dtype
+        self.shape = (num, self.rows, *whole.shape[1:])
 
     def __getitem__(self, index: Index) -> np.ndarray:
         first, last, _ = index[1].indices(self.rows)
@@ -77,9 +69,8 @@ class Joined:
     """An array [N, R, ...] as [N * R, ...]."""
 
     def __init__(self, whole: LazyArray):
-        self.whole = whole
+        self.whole, self.dtype = whole, whole.dtype
         self.shape = (whole.shape[0] * whole.shape[1], *whole.shape[2:])
-        self.dtype = whole.dtype
 
     def __getitem__(self, index: Index) -> np.ndarray:
         rows = self.whole.shape[1]
@@ -133,56 +124,53 @@ class Cast:
         return cast
 
 
-def everything(shape: Sequence[int]) -> Index:
-    """The index of a whole array."""
-    return tuple(slice(0, n) for n in shape)
-
-
 def num_bytes(array: LazyArray) -> int:
+    """Returns the size of a whole array."""
     return math.prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
-def blocks(array: LazyArray, max_bytes: int = BLOCK_BYTES) -> Iterator[Index]:
-    """Indices that together cover the array once, in C order, each at most `max_bytes` large.
+def blocks(
+    array: LazyArray, max_bytes: int = BLOCK_BYTES, chunk: Sequence[int] | None = None
+) -> Iterator[Index]:
+    """Yields indices that together cover the array once, each at most `max_bytes` large.
 
-    Pieces are runs of the leading axes: joined in order, their bytes are the array's.
+    chunk: a shape that is not cut, even if it is larger. Without it, the bytes of all pieces joined
+    in order are the array's in C order.
     """
     shape, itemsize = array.shape, np.dtype(array.dtype).itemsize
-    if 0 in shape:
-        return
-    # The outermost axis whose single entries fit in a block is cut; axes before it go one by one.
-    cut = 0
-    while cut < len(shape) and math.prod(shape[cut + 1 :]) * itemsize > max_bytes:
-        cut += 1
-    if cut >= len(shape):  # single elements, or a scalar
-        yield from (
-            tuple(slice(i, i + 1) for i in at) for at in itertools.product(*map(range, shape))
-        )
-        return
-    run = max(1, max_bytes // (math.prod(shape[cut + 1 :]) * itemsize))
-    for at in itertools.product(*map(range, shape[:cut])):
-        for first in range(0, shape[cut], run):
-            yield (
-                *(slice(i, i + 1) for i in at),
-                slice(first, min(first + run, shape[cut])),
-                *everything(shape[cut + 1 :]),
-            )
+    block = list(chunk or [1] * len(shape))
+    # Inner axes first: an axis is cut only where all axes inside it are whole.
+    for axis in reversed(range(len(shape))):
+        times = max(1, max_bytes // (math.prod(block) * itemsize))
+        block[axis] = max(1, min(shape[axis], block[axis] * times))
+    spans = (
+        [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        for size, step in zip(shape, block, strict=True)
+    )
+    yield from itertools.product(*spans)
 
 
 def num_nonfinite(values: np.ndarray) -> int:
-    """How many values of a floating-point array are NaN or infinite."""
+    """Counts the values of a floating-point array that are NaN or infinite."""
     if values.dtype == ml_dtypes.bfloat16:  # isfinite of bfloat16 is slow: all exponent bits set
         return int(np.count_nonzero(values.view(np.uint16) & np.uint16(0x7F80) == 0x7F80))
     return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
 def read_all(array: LazyArray) -> np.ndarray:
-    """The whole array in memory."""
-    return np.asarray(array[everything(array.shape)])
+    """Reads the whole array into memory."""
+    return np.asarray(array[tuple(slice(0, n) for n in array.shape)])
+
+
+def insert(tree: dict, path: Sequence[str], leaf):
+    """Adds a leaf to a nested dict, in place."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
 
 
 def tree_leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, leaf) of a nested dict, in order."""
+    """Yields (path, leaf) of a nested dict, in order."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from tree_leaves(value, (*path, key))

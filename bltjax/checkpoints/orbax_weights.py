@@ -1,4 +1,4 @@
-"""Weights larger than memory in an Orbax checkpoint: written and read piece by piece.
+"""Writes and reads weights larger than memory in an Orbax checkpoint, piece by piece.
 
 Orbax itself reads and writes whole leaves, and a leaf of n-gram tables is six gigabytes. The
 checkpoints written here are ordinary ones, which plain Orbax restores onto any mesh, but nothing
@@ -10,10 +10,7 @@ not at all, never with other values than were written.
 
 import collections
 import contextlib
-import itertools
 import logging
-import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from bltjax.checkpoints.lazy_arrays import Index, LazyArray
+from bltjax.checkpoints.lazy_arrays import Index, LazyArray, blocks
 from bltjax.checkpoints.run_directory import saved_steps
 from bltjax.runtime.progress import OnProgress
 
@@ -34,11 +31,11 @@ CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "cr
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names it and the remedy."""
+    """Raised for a checkpoint that cannot be read; names it and the remedy."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the pages that follow it."""
+    """Returns the first line of an error, without the pages that follow it."""
     line = str(error).strip().split("\n")[0] or repr(error)
     return line if len(line) <= 200 else f"{line[:100]}...{line[-100:]}"  # causes come last
 
@@ -48,8 +45,8 @@ def save_weights(directory: Path, tree: dict, on_progress: OnProgress = None) ->
 
     on_progress: called with the number of bytes of each write. The directory appears only when it
     is whole: a save that fails or is killed leaves a temporary directory beside it, which the next
-    save to the same place replaces. Raises FileExistsError
-    if there is something already, and OSError if the disk takes no more.
+    save to the same place replaces. Raises FileExistsError if there is something already, and
+    OSError if the disk takes no more.
     """
     directory = Path(directory).absolute()
     if directory.exists():
@@ -60,7 +57,7 @@ def save_weights(directory: Path, tree: dict, on_progress: OnProgress = None) ->
 
 
 def open_weights(directory: Path) -> dict:
-    """The nested dict of lazy arrays in an Orbax checkpoint, whoever wrote it; needs no devices.
+    """Opens an Orbax checkpoint, whoever wrote it, as nested dict of lazy arrays; needs no devices.
 
     Raises FileNotFoundError if the directory is absent, and CheckpointError if it is damaged;
     a damaged piece raises CheckpointError when it is read.
@@ -72,7 +69,7 @@ def open_weights(directory: Path) -> dict:
 
 
 def open_params(checkpoints_directory: Path) -> dict:
-    """The parameters in the newest checkpoint of a training stage, as lazy arrays.
+    """Opens the parameters in the newest checkpoint of a training stage, as lazy arrays.
 
     The run may be in progress: nothing there is changed, and no optimizer state is read. A run
     deletes old checkpoints, and reading from a deleted one raises CheckpointError. Raises
@@ -89,7 +86,7 @@ def open_params(checkpoints_directory: Path) -> dict:
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The pieces in which a leaf is stored: one layer, a slice of the features, many rows.
+    """Returns the shape of the pieces of a stored leaf: one layer, some features, many rows.
 
     Layers and features are what meshes and readers divide; `CHUNK_BYTES` bounds the rows.
     """
@@ -102,22 +99,8 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return (*(1 for _ in stack), rows, features)
 
 
-def slabs(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
-    """Indices that cover an array once, of whole chunks: no chunk is written twice."""
-    slab = list(chunk_shape(shape, itemsize))
-    for axis in reversed(range(len(shape))):
-        times = max(1, SLAB_BYTES // (math.prod(slab) * itemsize))
-        slab[axis] = min(shape[axis], slab[axis] * times)
-    starts = (range(0, size, step) for size, step in zip(shape, slab, strict=True))
-    for corner in itertools.product(*starts):
-        yield tuple(
-            slice(start, min(start + step, size))
-            for start, step, size in zip(corner, slab, shape, strict=True)
-        )
-
-
 class _LazyHandler(ocp.type_handlers.TypeHandler):
-    """How Orbax writes a lazy leaf, and what it tells of one: a lazy array, opened but not read.
+    """Orbax's handler of lazy leaves: writes them, and opens stored ones without reading them.
 
     Orbax calls these methods in an event loop, but nothing is awaited: after an error, futures
     that are still awaited would each print a traceback when the loop closes.
@@ -133,7 +116,8 @@ class _LazyHandler(ocp.type_handlers.TypeHandler):
         writes, held = collections.deque(), 0
         for value, info in zip(values, infos, strict=True):
             store = _create(info, value)
-            for index in slabs(store.shape, value.dtype.itemsize):
+            chunk = chunk_shape(store.shape, value.dtype.itemsize)  # none is written twice
+            for index in blocks(value, SLAB_BYTES, chunk):
                 slab = np.asarray(value[index])
                 while writes and held + slab.nbytes > IN_FLIGHT_BYTES:
                     held -= self._finish(*writes.popleft())
@@ -178,7 +162,7 @@ class _Stored:
 
 
 def _create(info, value: LazyArray) -> tensorstore.TensorStore:
-    """An empty leaf in the checkpoint that Orbax is writing."""
+    """Creates an empty leaf in the checkpoint that Orbax is writing."""
     shape = tuple(value.shape)
     spec = ocp.type_handlers.get_json_tspec_write(
         info,
@@ -195,7 +179,7 @@ def _create(info, value: LazyArray) -> tensorstore.TensorStore:
 
 @contextlib.contextmanager
 def _disk_errors(directory: Path):
-    """What cannot be written, told from what cannot be read of the arrays to be saved."""
+    """Raises OSError for a failed write, and only for it: reading the arrays may fail as well."""
     try:
         yield
     except Exception as error:  # its message ends with that of the operating system
@@ -206,7 +190,7 @@ def _disk_errors(directory: Path):
 
 
 def _open(directory: Path, checkpoint: Path) -> dict:
-    """What is stored in a directory that belongs to a checkpoint, which errors name."""
+    """Opens a directory that belongs to a checkpoint, which errors name."""
     try:
         if not ocp.utils.is_checkpoint_finalized(checkpoint):
             raise ValueError("the process that wrote it did not finish")
@@ -222,7 +206,7 @@ def _damaged(checkpoint: Path, reason: str) -> CheckpointError:
 
 
 def _handler(checkpoint: Path, on_progress: OnProgress = None) -> ocp.CheckpointHandler:
-    """Orbax's handler of nested dicts, with the class above for every leaf."""
+    """Returns Orbax's handler of nested dicts, with the class above for every leaf."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs dozens of lines a save
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, _LazyHandler("jax.Array", checkpoint, on_progress)),

@@ -6,30 +6,45 @@ import jax
 import numpy as np
 
 from bltjax.checkpoints import lazy_arrays
+from bltjax.checkpoints.weights import flat, shapes
+from bltjax.model import functional
 from bltjax.sharding import concrete
 
 
 def put_lazy(tree: dict, abstract: dict) -> dict:
-    """A nested dict of lazy arrays on the devices of the mesh that is set, as `abstract` says.
+    """Puts a nested dict of lazy arrays on the devices of the mesh that is set.
 
-    abstract: ShapeDtypeStructs, as from `functional.abstract_params`; arrays become of its dtypes.
+    abstract: its shapes, dtypes and shardings, as from `functional.abstract_params`.
     Each process reads what its devices hold, once, a device at a time. Raises ValueError that names
     what is missing, not expected, or of another shape.
     """
-    expected = {".".join(path): tuple(x.shape) for path, x in lazy_arrays.tree_leaves(abstract)}
-    given = {".".join(path): tuple(x.shape) for path, x in lazy_arrays.tree_leaves(tree)}
+    if found := differing(shapes(flat(tree)), shapes(flat(abstract))):
+        raise ValueError(
+            f"the weights are of another model: {found}; give the configuration that they were "
+            "trained with"
+        )
+    return jax.tree.map(_put_leaf, tree, concrete(abstract))
+
+
+def differing(given: dict, expected: dict) -> str:
+    """Names entries of two dicts that differ, the first three of them; "" where none does."""
     found = [
         f"{name} is {given.get(name, 'missing')} instead of {expected.get(name, 'absent')}"
         for name in expected | given
         if given.get(name) != expected.get(name)
     ]
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(
-            f"the weights are of another model: {'; '.join(found[:3])}{more}; "
-            "give the configuration that they were trained with"
-        )
-    return jax.tree.map(_put_leaf, tree, concrete(abstract))
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more
+
+
+def put_model(config, tree: dict) -> dict:
+    """Returns a model's parameters as `put_lazy` does, in the dtypes that they have."""
+    abstract = jax.tree.map(
+        lambda known, leaf: jax.ShapeDtypeStruct(known.shape, leaf.dtype, sharding=known.sharding),
+        functional.abstract_params(config),
+        tree,
+    )
+    return put_lazy(tree, abstract)
 
 
 def _put_leaf(array: lazy_arrays.LazyArray, target: jax.ShapeDtypeStruct) -> jax.Array:
@@ -46,7 +61,7 @@ def _put_leaf(array: lazy_arrays.LazyArray, target: jax.ShapeDtypeStruct) -> jax
 
 
 def _read_piece(array: lazy_arrays.LazyArray, spans, dtype) -> np.ndarray:
-    """array[start:stop for each of spans] in another dtype, without a second copy of it."""
+    """Reads array[start:stop for each of spans] in another dtype, without a second copy of it."""
     piece = _aligned_empty([stop - start for start, stop in spans], dtype)
     for block in lazy_arrays.blocks(piece):
         piece[block] = array[
@@ -56,7 +71,7 @@ def _read_piece(array: lazy_arrays.LazyArray, spans, dtype) -> np.ndarray:
 
 
 def _aligned_empty(shape, dtype) -> np.ndarray:
-    """As np.empty, where XLA wants it: as an array of a CPU device it is not copied."""
+    """Returns an empty array at an address from which CPU devices take it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

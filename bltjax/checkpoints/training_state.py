@@ -42,13 +42,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from bltjax import sharding
 from bltjax.checkpoints import placing
 from bltjax.checkpoints.disk_errors import is_of_disk, other_fault, unwritable
-from bltjax.checkpoints.fingerprints import leaf_fingerprints
-from bltjax.checkpoints.orbax_weights import (
-    CHUNK_BYTES,
-    CheckpointError,
-    first_line,
-    open_weights,
-)
+from bltjax.checkpoints.fingerprints import leaf_fingerprints, named_leaves
+from bltjax.checkpoints.orbax_weights import CHUNK_BYTES, CheckpointError, first_line, open_weights
 from bltjax.checkpoints.run_directory import saved_steps
 
 DAMAGED = "damaged"
@@ -141,10 +136,6 @@ class Checkpoints:
             )
         self._saving = step
 
-    def latest_step(self) -> int | None:
-        """Returns the newest step that is saved, or being saved; None without any."""
-        return self._manager.latest_step()
-
     def all_steps(self) -> list[int]:
         """Returns the steps that are saved, or being saved."""
         return list(self._manager.all_steps())
@@ -165,18 +156,15 @@ class Checkpoints:
         of another model, and moves nothing then.
         """
         self.wait()
-        wanted = _flat(abstract_state)
         damaged = {}
         for step in sorted(self._agreed_steps(), reverse=True):
             try:
-                arrays, record = _read(self.directory / str(step), wanted)
+                state, record = _read(self.directory / str(step), abstract_state)
             except _Damaged as error:
                 damaged[step] = str(error)
                 continue
             if damaged:
                 self._move_away(damaged, step)
-            leaves = [arrays[name] for name in wanted]
-            state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
             return Restored(state, record["position"], step)
         if damaged:
             reasons = "; ".join(f"{self.directory / str(s)}: {why}" for s, why in damaged.items())
@@ -236,7 +224,7 @@ class Checkpoints:
                 raise
             with contextlib.suppress(OSError):
                 self._manager.reload()  # it has forgotten those that the new one was to replace
-            newest = self.latest_step()
+            newest = self._manager.latest_step()
             rest = ": it starts anew" if newest is None else f": it goes on from step {newest}"
             raise unwritable(self.directory / str(step), error, rest) from error
 
@@ -250,9 +238,8 @@ def load_params(directory: Path, abstract_params: dict) -> dict:
     if not (steps := saved_steps(directory)):
         raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
     *older, newest = steps
-    wanted = _flat({"params": abstract_params})
     try:
-        arrays, _ = _read(directory / str(newest), wanted, "params.")
+        state, _ = _read(directory / str(newest), {"params": abstract_params}, "params.")
     except _Damaged as error:
         remedy = (
             f"run its stage again: it goes on from step {older[-1]}"
@@ -262,23 +249,23 @@ def load_params(directory: Path, abstract_params: dict) -> dict:
         raise CheckpointError(
             f"checkpoint {directory / str(newest)} is damaged: {error}; {remedy}"
         ) from error
-    leaves = [arrays[name] for name in wanted]
-    return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
+    return state["params"]
 
 
-def _read(checkpoint: Path, wanted: dict, prefix: str = "") -> tuple[dict, dict]:
-    """Returns the `wanted` arrays of a checkpoint by path, on the devices, and its record.
+def _read(checkpoint: Path, abstract, prefix: str = "") -> tuple[Any, dict]:
+    """Returns the state in a checkpoint, on the devices as `abstract` says, and its record.
 
     prefix: how the paths of the wanted arrays begin. Raises _Damaged, and CheckpointError for
     another model.
     """
+    wanted = named_leaves(abstract)
     record = _together(lambda: _checked_record(checkpoint))
     saved = {k: v for k, v in record["arrays"].items() if k.startswith(prefix)}
     _check_model(checkpoint, saved, wanted)
     arrays = _together(lambda: _placed(checkpoint, wanted))
     found = leaf_fingerprints(arrays)
     _together(lambda: _check_values({name: found[name] for name in wanted}, saved))
-    return arrays, record
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[n] for n in wanted]), record
 
 
 def _check_values(found: dict[str, int], saved: dict):
@@ -299,22 +286,16 @@ def _checked_record(checkpoint: Path) -> dict:
 def _check_model(checkpoint: Path, saved: dict, wanted: dict):
     given = {name: _kind(x["dtype"], x["shape"]) for name, x in saved.items()}
     asked = {name: _kind(x.dtype, x.shape) for name, x in wanted.items()}
-    differ = [
-        f"{name} is {given.get(name, 'absent')} there and {asked.get(name, 'absent')} here"
-        for name in asked | given
-        if given.get(name) != asked.get(name)
-    ]
-    if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    if found := placing.differing(given, asked):
         raise CheckpointError(
-            f"checkpoint {checkpoint} is of another model: {'; '.join(differ[:3])}{more}; give the "
-            "configuration that it was trained with, or another directory"
+            f"checkpoint {checkpoint} is of another model: {found}; give the configuration that it "
+            "was trained with, or another directory"
         )
 
 
 def _placed(checkpoint: Path, wanted: dict) -> dict:
     # Not by Orbax's own way to read: it casts, and where one process fails the others wait for it.
-    stored = _flat(open_weights(checkpoint / "state"))
+    stored = named_leaves(open_weights(checkpoint / "state"))
     return placing.put_lazy({name: stored[name] for name in wanted}, wanted)
 
 
@@ -339,14 +320,6 @@ def _together(work: Callable):
     return result
 
 
-def _flat(tree) -> dict:
-    """Returns the leaves of a pytree by path, such as "params.norm.weight"."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-
-
 def _kind(dtype, shape) -> str:
     return f"{np.dtype(dtype).name}{list(shape)}"
 
@@ -355,7 +328,7 @@ def _arrays(state) -> dict:
     fingerprints = leaf_fingerprints(state)
     return {
         name: dict(dtype=x.dtype.name, shape=x.shape, fingerprint=fingerprints[name])
-        for name, x in _flat(state).items()
+        for name, x in named_leaves(state).items()
     }
 
 

@@ -1,12 +1,11 @@
-"""A model as any directory of weights gives it: configs, and parameters not yet in memory."""
+"""The weights of a model, of any format: configs, and parameters that are not in memory yet."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_nonfinite, tree_leaves
+from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes, num_nonfinite, tree_leaves
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.runtime.progress import OnProgress
 
@@ -14,7 +13,7 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Lengths(NamedTuple):
-    """How long rows are; nothing in the models limits them.
+    """Lengths of rows; nothing in the models limits them.
 
     bytes, patches, entropy_bytes: what the published code makes position tables for. row_bytes:
     the rows in which documents are scored, those of training where they are known.
@@ -42,7 +41,7 @@ class Weights(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def with_entropy_model(self, other: "Weights") -> "Weights":
-        """This model with the entropy model of another directory."""
+        """Returns this model with the entropy model of another directory."""
         return self._replace(
             entropy_model=other.entropy_model,
             params=self.params | {"entropy_model": other.params["entropy_model"]},
@@ -50,15 +49,12 @@ class Weights(NamedTuple):
         )
 
     def num_bytes(self) -> int:
-        """Size of all parameters as they are stored."""
-        return sum(
-            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-            for _, leaf in tree_leaves(self.params)
-        )
+        """Returns the size of all parameters as they are stored."""
+        return sum(num_bytes(leaf) for _, leaf in tree_leaves(self.params))
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be used as they are; the message lists every problem found."""
+    """Raised for weights that cannot be used as they are; lists every problem found."""
 
     def __init__(self, path, problems: Iterable[str]):
         self.problems = list(problems)
@@ -103,10 +99,10 @@ def shape_problems(
 
 
 def shapes(arrays: Mapping[str, LazyArray]) -> dict[str, tuple[int, ...]]:
-    """The shape of each array by name."""
+    """Returns the shape of each array by name."""
     return {name: tuple(array.shape) for name, array in arrays.items()}
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """Nested dict -> {dotted path: leaf}."""
+    """Returns the leaves of a nested dict by dotted path."""
     return {".".join(path): leaf for path, leaf in tree_leaves(tree)}

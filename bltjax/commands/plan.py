@@ -13,7 +13,6 @@ import time
 from absl import flags
 
 from bltjax import cli
-from bltjax.costs.memory_plan import plan_stage, print_plan
 
 
 def main(argv):
@@ -21,21 +20,18 @@ def main(argv):
     config, _ = cli.read_config(needs_workdir=False)
     if flags.FLAGS.chips is None:
         cli.fail("give --chips=NUMBER")
+    # Imported late: --help and wrong settings answer at once, without loading JAX.
     from bltjax import sharding
+    from bltjax.config import TRAINING
+    from bltjax.costs.memory_plan import plan_stage, print_plan
     from bltjax.recipe.checks import used_models
-    from bltjax.sharding import check_batch_sizes, check_hash_updates
 
     result = dict(chips=flags.FLAGS.chips, stages={})
     try:
         mesh = sharding.abstract_mesh(config.mesh, flags.FLAGS.chips)
-        check_batch_sizes(config, mesh)
-        check_hash_updates(config, mesh)
-        for name in used_models(config):
-            sharding.check_model(getattr(config, name), name, mesh)
+        sharding.check_layout(config, used_models(config), mesh)
         print(f"mesh: {dict(mesh.shape)} on {flags.FLAGS.chips} chips")
-        for stage in ("entropy_model", "token_model", "blt"):
-            if stage not in config.stages:
-                continue
+        for stage in (stage for stage in TRAINING if stage in config.stages):
             started = time.perf_counter()
             plan = plan_stage(config, stage, mesh)
             print_plan(stage, plan, time.perf_counter() - started)

@@ -6,20 +6,18 @@ import math
 
 def positive(config, name: str, *names: str) -> list[str]:
     """Returns the problems of settings that must be above 0; by default of all numbers."""
-    return [
-        f"{name}.{n}={value} must be positive"
-        for n, value in _numbers(config, names)
-        if not value > 0  # NaN too
-    ]
+    return _problems(config, name, names, lambda value: value > 0, "positive")
+
+
+def not_negative(config, name: str, *names: str) -> list[str]:
+    """Returns the problems of settings that must be finite numbers, 0 or more."""
+    at_least_0 = "at least 0, and finite"
+    return _problems(config, name, names, lambda value: 0 <= value < math.inf, at_least_0)
 
 
 def finite(config, name: str, *names: str) -> list[str]:
     """Returns the problems of settings that must be finite; by default of all numbers."""
-    return [
-        f"{name}.{n}={value} must be finite"
-        for n, value in _numbers(config, names)
-        if not math.isfinite(value)
-    ]
+    return _problems(config, name, names, math.isfinite, "finite")
 
 
 def one_of(config, name: str, attribute: str, allowed: tuple[str, ...]) -> list[str]:
@@ -28,9 +26,9 @@ def one_of(config, name: str, attribute: str, allowed: tuple[str, ...]) -> list[
     return [] if value in allowed else [f"{name}.{attribute}={value!r} must be one of {allowed}"]
 
 
-def _numbers(config, names: tuple[str, ...]) -> list[tuple[str, int | float]]:
-    """Returns (name, value) of the named settings, or of all, that are numbers."""
-    values = [
-        (n, getattr(config, n)) for n in names or [f.name for f in dataclasses.fields(config)]
-    ]
-    return [(n, x) for n, x in values if type(x) in (int, float)]
+def _problems(config, name: str, names: tuple[str, ...], is_right, wanted: str) -> list[str]:
+    names = names or tuple(f.name for f in dataclasses.fields(config))
+    values = ((n, getattr(config, n)) for n in names)
+    numbers = ((n, x) for n, x in values if isinstance(x, int | float) and type(x) is not bool)
+    # `not`, so that NaN is wrong
+    return [f"{name}.{n}={x} must be {wanted}" for n, x in numbers if not is_right(x)]

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from bltjax.config.checks import one_of, positive
+from bltjax.config.checks import not_negative, one_of, positive
 
 HUB = "hf://"
 SOURCE_KINDS = ("auto", "text", "jsonl", "parquet", "array_record", "arrow", "huggingface")
@@ -33,9 +33,7 @@ class SourceConfig:
             )
         if self.kind == "huggingface" and not self.path:
             found.append(f"{name}.path={self.path!r} must name a dataset")
-        if not 0 <= self.weight < float("inf"):
-            found.append(f"{name}.weight={self.weight} must be a number of 0 or more")
-        return found
+        return found + not_negative(self, name, "weight")
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,12 @@ class DataConfig:
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "bad_records", ("skip", "fail"))
-        found += positive(self, name, "shard_bytes")
+        found += positive(self, name, "shard_bytes", "max_bytes")
+        found += not_negative(self, name, "workers", "seed")
         if not 0 < self.validation_fraction < 1:
             found.append(
                 f"{name}.validation_fraction={self.validation_fraction} must lie between 0 and 1"
             )
-        for number in ("workers", "seed"):
-            if getattr(self, number) < 0:
-                found.append(f"{name}.{number}={getattr(self, number)} must not be negative")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            found.append(f"{name}.max_bytes={self.max_bytes} must be at least 1")
         if self.root == HUB:
             found.append(f"{name}.root={self.root!r} must name a dataset")
         if self.root and self.sources:

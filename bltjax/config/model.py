@@ -82,10 +82,7 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """Attention between bytes and patches (spec 5.5).
-
-    In the encoder patches attend to bytes, in the decoder bytes attend to patches.
-    """
+    """Attention of patches to bytes in the encoder, of bytes to them in the decoder (spec 5.5)."""
 
     encoder: bool = True  # off: patches are pooled bytes
     decoder: bool = True  # off: the patch's vector is added to its bytes
@@ -206,16 +203,14 @@ class BLTConfig:
     @property
     def patch_width(self) -> int:
         """Width of a patch where it leaves the encoder, before any projection."""
-        return self.local_encoder.dim * (
-            self.cross_attention.k if self.cross_attention.encoder else 1
-        )
+        vectors = self.cross_attention.k if self.cross_attention.encoder else 1
+        return vectors * self.local_encoder.dim
 
     @property
     def read_width(self) -> int:
         """Width of a patch where it enters the decoder: k local vectors, or 1 without attention."""
-        return self.local_decoder.dim * (
-            self.cross_attention.k if self.cross_attention.decoder else 1
-        )
+        vectors = self.cross_attention.k if self.cross_attention.decoder else 1
+        return vectors * self.local_decoder.dim
 
     @property
     def has_decoder_projection(self) -> bool:
@@ -231,11 +226,9 @@ class BLTConfig:
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         local, cross = self.local_encoder, self.cross_attention
-        found = [
-            p
-            for stack in ("local_encoder", "global_transformer", "local_decoder")
-            for p in getattr(self, stack).problems(f"{name}.{stack}")
-        ]
+        found = []
+        for stack in ("local_encoder", "global_transformer", "local_decoder"):
+            found += getattr(self, stack).problems(f"{name}.{stack}")
         if local.dim != self.local_decoder.dim:
             found.append(
                 f"{name}.local_encoder.dim={local.dim} differs from "
@@ -269,9 +262,8 @@ class BLTConfig:
 
 def _common_model_problems(config, name: str) -> list[str]:
     init = f"{name}.init"
-    found = one_of(config, name, "compute_dtype", DTYPES) + one_of(
-        config, name, "remat", REMAT_MODES
-    )
+    found = one_of(config, name, "compute_dtype", DTYPES)
+    found += one_of(config, name, "remat", REMAT_MODES)
     found += one_of(config.init, init, "std_factor", INIT_FACTORS)
     found += positive(config.init, init) or finite(config.init, init)
     if config.vocab_size < VOCAB_SIZE:

@@ -57,12 +57,8 @@ def config_path(name: str) -> str:
 def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> RunConfig:
     """Reads the settings in a config file, as the command line reads them.
 
-    Args:
-      path: what `--config=` takes, a name or a file: "quickstart", "configs/quickstart.py", or with
-        an argument for the file's get_config "studies/blt:laptop".
-      settings: those of `--config.NAME=VALUE`, such as {"blt.remat": "full"}.
-
-    Raises OSError, ValueError, and what the file raises.
+    path: what `--config=` takes, see `config_path`. settings: those of `--config.NAME=VALUE`, such
+    as {"blt.remat": "full"}. Raises OSError, ValueError, and what the file raises.
     """
     name, *argument = config_path(os.fspath(path)).split(":", 1)
     config = runpy.run_path(name)["get_config"](*argument)
@@ -82,12 +78,10 @@ def to_config_dict(config) -> ml_collections.ConfigDict:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            result[f.name] = to_config_dict(value)
+            value = to_config_dict(value)
         elif _is_optional(hints[f.name]):
             result[f.name] = config_dict.placeholder(_plain_type(hints[f.name]))
-            result[f.name] = value
-        else:
-            result[f.name] = value
+        result[f.name] = value
     return result
 
 

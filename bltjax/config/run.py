@@ -80,12 +80,8 @@ class RunConfig:
     profile: ProfileConfig = ProfileConfig()  # a trace of some training steps
 
     def __post_init__(self):
-        found = [
-            p
-            for f in dataclasses.fields(self)
-            if f.name != "stages"
-            for p in getattr(self, f.name).problems(f.name)
-        ]
+        groups = [f.name for f in dataclasses.fields(self) if f.name != "stages"]
+        found = [p for group in groups for p in getattr(self, group).problems(group)]
         unknown = [s for s in self.stages if s not in ALL_STAGES]
         if unknown or not self.stages:
             found.append(f"stages={self.stages} must be one or more of {ALL_STAGES}")

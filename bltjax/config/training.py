@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bltjax.config.checks import finite, one_of, positive
+from bltjax.config.checks import finite, not_negative, one_of, positive
 
 SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
 MOMENTS = ("float32", "bfloat16", "factored")
@@ -56,37 +56,26 @@ class OptimizerConfig:
         found = one_of(self, name, "schedule", SCHEDULES)
         found += positive(self, name, "learning_rate", "clip_norm", "epsilon", "cycle_length")
         found += positive(self, name, "cosine_theta", "decay_fraction")
+        found += not_negative(self, name, "warmup_steps", "weight_decay")
+        found += not_negative(self, name, "global_rate", "local_rate", "hash_rate")
         if not 0 <= self.min_ratio <= 1:
             found.append(f"{name}.min_ratio={self.min_ratio} must lie between 0 and 1")
-        for share in ("beta1", "beta2"):
-            if not 0 <= getattr(self, share) < 1:
-                found.append(f"{name}.{share}={getattr(self, share)} must lie in [0, 1)")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            found.append(
-                f"{name}.warmup_steps={self.warmup_steps} and {name}.weight_decay="
-                f"{self.weight_decay} must not be negative"
-            )
         if self.schedule == "wsd" and self.min_ratio <= 0:
             found.append(
                 f"{name}.min_ratio={self.min_ratio} must be positive with "
                 f"{name}.schedule={self.schedule!r}, which divides by it"
             )
         found += one_of(self, name, "hash_moments", MOMENTS)
-        found += one_of(self, name, "hash_updates", UPDATES) + self._touched_problems(name)
-        for rate in ("global_rate", "local_rate", "hash_rate"):
-            if not 0 <= getattr(self, rate) < float("inf"):
-                found.append(f"{name}.{rate}={getattr(self, rate)} must be at least 0, and finite")
+        found += one_of(self, name, "hash_updates", UPDATES)
         for share in ("beta1", "beta2"):
-            if self.hash_moments == "bfloat16" and getattr(self, share) > 0.98:
+            value = getattr(self, share)
+            if not 0 <= value < 1:
+                found.append(f"{name}.{share}={value} must lie in [0, 1)")
+            if self.hash_moments == "bfloat16" and value > 0.98:
                 found.append(
-                    f"{name}.{share}={getattr(self, share)} moves a moment by less than bfloat16 "
-                    f"can tell: with {name}.hash_moments='bfloat16' choose at most 0.98, or "
-                    "'factored'"
+                    f"{name}.{share}={value} moves a moment by less than bfloat16 can tell: with "
+                    f"{name}.hash_moments='bfloat16' choose at most 0.98, or 'factored'"
                 )
-        return found
-
-    def _touched_problems(self, name: str) -> list[str]:
-        found = []
         if self.hash_updates == "touched" and self.hash_moments == "factored":
             found.append(
                 f"{name}.hash_moments='factored' holds moments of whole tables, which "
@@ -124,22 +113,19 @@ class TrainingConfig:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(self, name, "steps", "batch_size", "accumulation_steps")
         found += positive(self, name, "log_every", "checkpoint_every", "keep_checkpoints")
-        found += finite(self, name, "z_loss", "skip_loss_above", "skip_norm_above")
+        found += not_negative(self, name, "z_loss", "keep_every")
+        found += finite(self, name, "skip_loss_above", "skip_norm_above")
         if self.batch_size % max(self.accumulation_steps, 1):
             found.append(
                 f"{name}.batch_size={self.batch_size} is not divisible by "
                 f"{name}.accumulation_steps={self.accumulation_steps}: change one"
             )
-        if self.z_loss < 0 or self.keep_every < 0:
-            found.append(
-                f"{name}.z_loss={self.z_loss} and {name}.keep_every={self.keep_every} must not be "
-                "negative"
-            )
         for limit in ("skip_loss_above", "skip_norm_above"):
-            if getattr(self, limit) and not getattr(self, limit) > 1:
+            value = getattr(self, limit)
+            if value != 0 and not value > 1:
                 found.append(
-                    f"{name}.{limit}={getattr(self, limit)} would leave out ordinary updates: give "
-                    "a number above 1, or 0 for none"
+                    f"{name}.{limit}={value} would leave out ordinary updates: give a number above "
+                    "1, or 0 for none"
                 )
         if self.keep_every % max(self.checkpoint_every, 1):
             found.append(
@@ -175,7 +161,5 @@ class ProfileConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        found = positive(self, name, "num_steps")
-        if self.first_step is not None and self.first_step < 0:
-            found.append(f"{name}.first_step={self.first_step} must not be negative")
+        found = positive(self, name, "num_steps") + not_negative(self, name, "first_step")
         return found + one_of(self, name, "stage", ("entropy_model", "blt", "token_model"))

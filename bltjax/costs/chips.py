@@ -1,9 +1,9 @@
 """Published peaks of accelerators, for estimates of what a program can reach on them.
 
-Everything is per device as JAX counts devices: a TPU7x chip is two, any other chip one. Vendors
-give links both ways together; here is one way, over all links of a device, which is what a
-collective can receive at. A group along one side of a torus has the use of some links only, and
-networks between slices or GPU hosts are slower: what is derived is the least time.
+Everything is per device as JAX counts devices: a TPU7x chip is two, any other chip one. Link
+bandwidth is one way over all links of a device, the rate at which a collective can receive; vendors
+publish both ways together. A group along one side of a torus uses some links only, and networks
+between slices or GPU hosts are slower: times that are derived from it are lower bounds.
 """
 
 from typing import NamedTuple

@@ -1,13 +1,24 @@
 """Bytes that the training step of a stage takes on each chip, counted from types."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
 
+from bltjax import sharding
+from bltjax.config import PatchingConfig, RunConfig, TokenModelConfig
 from bltjax.costs.chips import CHIPS, GIB
 from bltjax.costs.topology import EXAMPLES
 from bltjax.patching.boundaries import rule_of
+from bltjax.patching.calibrate import row_bytes_for, row_patches_for
+from bltjax.training.optimizer import make_optimizer
+from bltjax.training.state import abstract_state
+from bltjax.training.step import make_train_step
 
 HBM_GIB = {name: CHIPS[name].hbm_bytes // GIB for name in EXAMPLES}
 PATCH_BYTES = 4.5  # where the config leaves the mean patch to the text
@@ -22,8 +33,8 @@ class Array(NamedTuple):
     chip_bytes: int
 
 
-class Plan(NamedTuple):
-    """Bytes on each chip."""
+class MemoryPlan(NamedTuple):
+    """Bytes that a training step takes on each chip."""
 
     parameters: int
     gradients: int
@@ -36,14 +47,8 @@ class Plan(NamedTuple):
         return sum(self[:4]) + self.largest.chip_bytes
 
 
-def plan_stage(config, stage: str, mesh) -> Plan:
-    """The plan of a stage of a RunConfig that trains, on an abstract mesh."""
-    import jax
-
-    from bltjax.training.optimizer import make_optimizer
-    from bltjax.training.state import abstract_state
-    from bltjax.training.step import make_train_step
-
+def plan_stage(config: RunConfig, stage: str, mesh: jax.sharding.AbstractMesh) -> MemoryPlan:
+    """Traces the training step of a stage on an abstract mesh and counts its bytes."""
     model, training = config.trained(stage)
     no_mesh = jax.sharding.AbstractMesh((), ())  # a mesh is changed for another by way of none
     with jax.sharding.use_abstract_mesh(no_mesh), jax.sharding.use_abstract_mesh(mesh):
@@ -54,11 +59,11 @@ def plan_stage(config, stage: str, mesh) -> Plan:
         traced = step.trace(state, batch)
         parameters = chip_bytes(state.params)
         leaves = jax.tree.leaves((state.params, state.opt_state))
-        # A look-up has its chip's share of a table for a type.
+        # Within a look-up, tables have the type of a chip's share of them.
         sizes = {size for leaf in leaves for size in (leaf.size, share(leaf))}
         arrays = (a for a in arrays_of(traced.jaxpr.jaxpr) if a.size not in sizes)
         largest = max(arrays, key=array_bytes)
-    return Plan(
+    return MemoryPlan(
         parameters=parameters,
         gradients=parameters,
         optimizer=chip_bytes(state.opt_state),
@@ -69,27 +74,19 @@ def plan_stage(config, stage: str, mesh) -> Plan:
     )
 
 
-def byte_lengths(model):
-    """Returns some byte lengths for a step of a token model, any will do; None for others."""
-    from bltjax.config import TokenModelConfig
-
+def byte_lengths(model) -> np.ndarray | None:
+    """Returns lengths of tokens, any that a token model's step accepts; None for other models."""
     return np.ones(model.vocab_size, np.int32) if isinstance(model, TokenModelConfig) else None
 
 
-def mean_patch_bytes(patching) -> float:
-    """Returns the mean patch of a PatchingConfig as far as it is known before any text is."""
+def mean_patch_bytes(patching: PatchingConfig) -> float:
+    """Returns the mean patch as far as it is known before any text is."""
     fixed_mean = rule_of(patching).fixed_mean
     return fixed_mean(patching) if fixed_mean else patching.target_patch_bytes or PATCH_BYTES
 
 
-def abstract_batch(config, stage: str) -> dict:
-    """Shapes of a batch of a stage, on the mesh that is set."""
-    import jax
-    import jax.numpy as jnp
-
-    from bltjax import sharding
-    from bltjax.patching.calibrate import row_bytes_for, row_patches_for
-
+def abstract_batch(config: RunConfig, stage: str) -> dict:
+    """Returns the types of a batch of a stage, on the mesh that is set."""
     _, training = config.trained(stage)
     mean = mean_patch_bytes(config.patching)
     row_bytes = training.row_bytes or row_bytes_for(training.row_patches, mean)
@@ -104,14 +101,11 @@ def abstract_batch(config, stage: str) -> dict:
     return {k: jax.ShapeDtypeStruct(s, d, sharding=placed) for k, (s, d) in shapes.items()}
 
 
-def arrays_of(jaxpr):
-    """Types of everything that a program computes, inner programs (loops, ...) included.
+def arrays_of(jaxpr) -> Iterator:
+    """Yields the types of all arrays that a program computes, those of inner programs included.
 
-    Left out is what the compiler may lay out as it likes: the inside of a look-up.
+    The inside of a look-up is left out: the compiler may lay it out as it likes.
     """
-    from jax.extend.core import jaxprs_in_params
-    from jax.sharding import AxisType
-
     for equation in jaxpr.eqns:
         types = [v.aval for v in equation.outvars if getattr(v.aval, "shape", None) is not None]
         yield from (t for t in types if AxisType.Auto not in t.sharding.mesh.axis_types)
@@ -120,28 +114,25 @@ def arrays_of(jaxpr):
 
 
 def chip_bytes(tree) -> int:
-    """Bytes of a pytree of types on one chip."""
-    import jax
-
+    """Returns the bytes of a pytree of types on one chip."""
     return sum(array_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def array_bytes(x) -> int:
-    """Bytes of an array on one chip, of its type."""
+    """Returns the bytes on one chip of an array of this type."""
     return share(x) * x.dtype.itemsize
 
 
 def share(x) -> int:
-    """Entries of an array on one chip, of its type."""
-    from jax.sharding import AxisType
-
+    """Returns the number of entries on one chip of an array of this type."""
     # Scalars come out of eval_shape without one; inside a look-up arrays are a chip's own.
     if x.sharding is None or AxisType.Manual in x.sharding.mesh.axis_types:
         return x.size
     return math.prod(x.sharding.shard_shape(x.shape))
 
 
-def print_plan(stage: str, plan: Plan, seconds: float):
+def print_plan(stage: str, plan: MemoryPlan, seconds: float):
+    """Prints a plan, and the chips whose memory holds it."""
     print(f"{stage}: checked in {seconds:.1f} s; a chip holds")
     for name in ("parameters", "gradients", "optimizer", "batch"):
         print(f"  {name:18} {getattr(plan, name) / GIB:8.3f} GiB")

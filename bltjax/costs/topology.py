@@ -1,4 +1,4 @@
-"""Chips by name, such as v5e:16x16 or h100:1x2x8, as devices to compile for and not to run on."""
+"""Makes devices to compile for, not to run on, from names such as v5e:16x16 or h100:1x2x8."""
 
 import importlib.util
 import re
@@ -26,7 +26,7 @@ _GPUS = {
 
 
 def chip_and_sizes(name: str) -> tuple[str, tuple[int, ...]]:
-    """("v5e", (16, 16)) of "v5e:16x16". Raises ValueError that says what is known."""
+    """Splits "v5e:16x16" into ("v5e", (16, 16)). Raises ValueError that lists known chips."""
     found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     if not found or found[1] not in EXAMPLES:
         raise ValueError(
@@ -44,7 +44,7 @@ def chip_and_sizes(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list]:
-    """The chip of a topology and its devices. Raises ValueError that says what to do instead."""
+    """Returns the chip of a topology and its devices. Raises ValueError with the remedy."""
     chip, sizes = chip_and_sizes(name)
     is_gpu = chip in _GPUS
     needed, extra = ("jax_cuda12_plugin", "cuda") if is_gpu else ("libtpu", "tpu")

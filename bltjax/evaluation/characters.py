@@ -52,7 +52,8 @@ def material(
     Without sentences, questions make some of words. Raises ValueError for less than four words, and
     for less than two groups of related words.
     """
-    usable = [w for w in dict.fromkeys(words) if len(set(w)) > 1 and _is_plain(w)]
+    plain = (w for w in dict.fromkeys(words) if '"' not in w and not any(c.isspace() for c in w))
+    usable = [w for w in plain if len(set(w)) > 1]
     if len(usable) < 4:
         raise ValueError(
             f"{len(usable)} of the words have two characters that differ, and neither spaces nor "
@@ -157,7 +158,7 @@ def contains_char(rng, source):
     is_in = rng.random() < 0.5
     others = [c for other in _words(rng, source) for c in other if c not in word]
     character = _one_of(rng, others if others and not is_in else word)
-    return f'Is there a "{character}" in "{word}"?', _yes(character in word)
+    return f'Is there a "{character}" in "{word}"?', "Yes" if character in word else "No"
 
 
 def contains_word(rng, source):
@@ -166,7 +167,7 @@ def contains_word(rng, source):
     inside = sentence.split()
     others = [word for word in _words(rng, source) if word not in inside]
     word = _one_of(rng, others if others and not is_in else inside)
-    return f'Is there the word "{word}" in "{sentence}"?', _yes(word in inside)
+    return f'Is there the word "{word}" in "{sentence}"?', "Yes" if word in inside else "No"
 
 
 def orthography(rng, source):
@@ -241,22 +242,13 @@ def _on(change: Callable, take: Callable) -> Callable:
     return lambda rng, source: change(rng, take(rng, source))
 
 
-_CHANGES = (insert, delete, substitute, swap)
-_TAKE = {"char": _of_word, "word": _of_sentence}
 TASKS: dict[str, Callable] = {
     task.__name__: task
-    for task in (
-        spelling,
-        spelling_inverse,
-        contains_char,
-        contains_word,
-        orthography,
-        semantics,
-    )
+    for task in (spelling, spelling_inverse, contains_char, contains_word, orthography, semantics)
 } | {
     f"{change.__name__}_{kind}": _on(change, take)
-    for change in _CHANGES
-    for kind, take in _TAKE.items()
+    for change in (insert, delete, substitute, swap)
+    for kind, take in (("char", _of_word), ("word", _of_sentence))
 }
 
 
@@ -304,14 +296,6 @@ def _one_of(rng, choices: Sequence[str]) -> str:
 
 def _either(rng, near: str, far: str) -> str:
     return f'"{near}" or "{far}"' if rng.random() < 0.5 else f'"{far}" or "{near}"'
-
-
-def _yes(is_so: bool) -> str:
-    return "Yes" if is_so else "No"
-
-
-def _is_plain(word: str) -> bool:
-    return '"' not in word and not any(c.isspace() for c in word)
 
 
 def _hash(text: str) -> int:

@@ -1,5 +1,7 @@
 """Lists the files of a folder, reads them as documents, and measures a model's bits per byte."""
 
+import collections
+import itertools
 import lzma
 import math
 import os
@@ -37,40 +39,6 @@ class TextOfSource(NamedTuple):
     data: bytes
 
 
-class Sums:
-    """Sums over the documents of a source or of a language, with their size under xz if wanted."""
-
-    def __init__(self, compress: bool = True):
-        self.documents = self.num_bytes = self.num_patches = self.xz_bytes = 0
-        self.nats = []
-        self._xz = lzma.LZMACompressor(preset=9) if compress else None
-
-    def add(self, data: bytes, score):
-        self.documents += 1
-        self.num_bytes += score.num_bytes
-        self.num_patches += score.num_patches
-        self.nats.append(score.nats)
-        if self._xz:
-            self.xz_bytes += len(self._xz.compress(data))
-
-    def close(self):
-        """Ends the compression and frees its dictionary, which is large."""
-        self.xz_bytes += len(self._xz.flush())
-        self._xz = None
-
-    def report(self) -> dict:
-        """Returns the sums and their ratios. Patches include those of BOS and EOS."""
-        nats, positions = math.fsum(self.nats), self.num_bytes + 2 * self.documents
-        return dict(
-            documents=self.documents,
-            num_bytes=self.num_bytes,
-            nats=nats,
-            bits_per_byte=_ratio(nats / math.log(2), self.num_bytes),
-            mean_patch_bytes=_ratio(positions, self.num_patches),
-            xz_bits_per_byte=_ratio(8 * self.xz_bytes, self.num_bytes) if self.xz_bytes else None,
-        )
-
-
 def evaluate(
     model, path: str | Path, max_bytes: int | None = None, row_bytes: int | None = None
 ) -> dict:
@@ -85,16 +53,17 @@ def evaluate(
     files = chosen_files(path, max_bytes, unreadable)
     bar = progress_bar("evaluating", sum(file.num_bytes for file in files))
     options = dict(row_bytes=row_bytes, on_progress=bar.update)
-    sums, languages = measure(model, files, unreadable, options)
+    by_source, by_language, xz_bytes = measure(model, files, unreadable, options)
     bar.close()
+    everything = [score for scores in by_source.values() for score in scores]
     result = dict(
-        sources={name: s.report() for name, s in sums.items()},
-        languages={name: s.report() for name, s in sorted(languages.items())},
-        **total(sums).report(),
+        sources={name: report(scores, xz_bytes[name]) for name, scores in by_source.items()},
+        languages={name: report(scores) for name, scores in sorted(by_language.items())},
+        **report(everything, xz_bytes.total()),
         unreadable=unreadable,
     )
-    _print_reports("source", result["sources"] | ({"all": result} if len(sums) > 1 else {}))
-    if languages:
+    _print_reports("source", result["sources"] | ({"all": result} if len(by_source) > 1 else {}))
+    if by_language:
         print()
         _print_reports("language", result["languages"])
     warn_of_unreadable(unreadable)
@@ -103,7 +72,10 @@ def evaluate(
 
 def chosen_files(path: str | Path, max_bytes: int | None, unreadable: list[str]) -> list[File]:
     """Returns the files at `path`, up to `max_bytes` together; ValueError where there is none."""
-    files = list(_within(list_files(Path(path), unreadable), max_bytes))
+    files = list_files(Path(path), unreadable)
+    if max_bytes is not None:
+        totals = itertools.accumulate(file.num_bytes for file in files)
+        files = files[: sum(total <= max_bytes for total in totals)]
     if not files:
         raise no_file(path, unreadable, f" within max_bytes={max_bytes}")
     return files
@@ -170,51 +142,55 @@ def read_documents(files: Iterable[File], unreadable: list[str]) -> Iterator[Tex
             unreadable.append(str(file.path))
 
 
-def measure(
-    model, files: list[File], unreadable: list[str], options: dict
-) -> tuple[dict[str, Sums], dict[str, Sums]]:
-    """Returns the sums of each source, in order, and of each language that is known.
+def measure(model, files: list[File], unreadable: list[str], options: dict):
+    """Scores the documents of files.
 
-    The documents of a source follow each other, so only one compression is open at a time.
+    Returns scores by source, in order, scores by language where it is known, and the bytes of each
+    source under xz.
     """
-    sums, languages = {}, {}
-    documents = read_documents(files, unreadable)
+    by_source, by_language = collections.defaultdict(list), collections.defaultdict(list)
+    xz_bytes = collections.Counter()
+    documents = _compressed(read_documents(files, unreadable), xz_bytes)
     for chunk in in_chunks(documents, lambda document: len(document.data), READ_BYTES):
         scores = model.score([document.data for document in chunk], **options)
-        for (source, language, data), score in zip(chunk, scores, strict=True):
-            if source not in sums:
-                if sums:
-                    sums[next(reversed(sums))].close()
-                sums[source] = Sums()
-            sums[source].add(data, score)
-            if language:
-                languages.setdefault(language, Sums(compress=False)).add(data, score)
-    if sums:
-        sums[next(reversed(sums))].close()
-    return sums, languages
+        for document, score in zip(chunk, scores, strict=True):
+            by_source[document.source].append(score)
+            if document.language:
+                by_language[document.language].append(score)
+    return by_source, by_language, xz_bytes
 
 
-def total(sums: dict[str, Sums]) -> Sums:
-    """Adds up all sources; their sizes under xz are added too."""
-    result = Sums(compress=False)
-    for s in sums.values():
-        for name in ("documents", "num_bytes", "num_patches", "xz_bytes", "nats"):
-            setattr(result, name, getattr(result, name) + getattr(s, name))
-    return result
+def _compressed(documents: Iterable[TextOfSource], xz_bytes: dict) -> Iterator[TextOfSource]:
+    """Yields documents, whose size under xz is added to that of their source.
+
+    Those of a source follow each other, so only one dictionary, which is large, is in memory.
+    """
+    for source, group in itertools.groupby(documents, key=lambda document: document.source):
+        xz = lzma.LZMACompressor(preset=9)
+        for document in group:
+            xz_bytes[source] += len(xz.compress(document.data))
+            yield document
+        xz_bytes[source] += len(xz.flush())
+
+
+def report(scores: list, xz_bytes: int = 0) -> dict:
+    """Returns sums over documents and their ratios. Patches include those of BOS and EOS."""
+    num_bytes = sum(score.num_bytes for score in scores)
+    nats = math.fsum(score.nats for score in scores)
+    num_patches = sum(score.num_patches for score in scores)
+    return dict(
+        documents=len(scores),
+        num_bytes=num_bytes,
+        nats=nats,
+        bits_per_byte=_ratio(nats / math.log(2), num_bytes),
+        mean_patch_bytes=_ratio(num_bytes + 2 * len(scores), num_patches),
+        xz_bits_per_byte=_ratio(8 * xz_bytes, num_bytes) if xz_bytes else None,
+    )
 
 
 def _print_reports(kind: str, reports: dict[str, dict]):
     rows = [(name, *(report[key] for key in _REPORTED)) for name, report in reports.items()]
     print_table((kind, *_COLUMNS), rows)
-
-
-def _within(files: list[File], max_bytes: int | None) -> Iterator[File]:
-    num_bytes = 0
-    for file in files:
-        num_bytes += file.num_bytes
-        if max_bytes is not None and num_bytes > max_bytes:
-            return
-        yield file
 
 
 def _documents(file: File, unreadable: list[str]) -> Iterator[TextOfSource]:

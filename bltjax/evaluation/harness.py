@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 
 import bltjax
-from bltjax.evaluation import harness_requests as answers
+from bltjax.evaluation.harness_requests import generate_until
 from bltjax.evaluation.noise import check_where, noisy
 from bltjax.runtime.progress import progress_bar
 
@@ -64,20 +64,21 @@ class HarnessModel(LM):
             for context, continuation in (request.args for request in requests)
         ]
         bar = progress_bar("scoring", sum(len(c.encode("utf-8", "ignore")) for _, c in pairs))
-        found = answers.loglikelihood(self.model, pairs, bar.update)
+        scores = self.model.score_continuations(pairs, on_progress=bar.update)
         bar.close()
+        found = [(-score.nats, score.is_greedy) for score in scores]
         return self._kept("loglikelihood", requests, found)
 
     def loglikelihood_rolling(self, requests) -> list[float]:
         texts = [request.args[0] for request in requests]
         bar = progress_bar("scoring", sum(len(t.encode("utf-8", "ignore")) for t in texts))
-        found = answers.loglikelihood_rolling(self.model, texts, bar.update)
+        scores = self.model.score(texts, on_progress=bar.update)
         bar.close()
-        return self._kept("loglikelihood_rolling", requests, found)
+        return self._kept("loglikelihood_rolling", requests, [-score.nats for score in scores])
 
     def generate_until(self, requests) -> list[str]:
         asked = [(self._noisy(r.args[0], "prompt"), r.args[1]) for r in requests]
-        return self._kept("generate_until", requests, answers.generate_until(self.model, asked))
+        return self._kept("generate_until", requests, generate_until(self.model, asked))
 
     def _noisy(self, text: str, part: str) -> str:
         if self.noise is None or self.where not in (part, "both"):

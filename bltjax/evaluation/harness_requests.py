@@ -1,38 +1,17 @@
-"""Answers the three kinds of requests of lm-evaluation-harness with a model.
-
-A model is any object with `score`, `score_continuations` and `generate`, like those of
-`bltjax.load`. Results do not depend on how requests are batched.
-"""
+"""Generates text for requests of lm-evaluation-harness, with options in its words."""
 
 import collections
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 
-from bltjax.runtime.progress import OnProgress
-
 BYTES_PER_TOKEN = 4  # for limits in tokens: about the mean length of a token in English text
 DEFAULT_MAX_TOKENS = 256
 _PASSED_ON = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def loglikelihood(
-    model, pairs: Sequence[tuple[str, str]], on_progress: OnProgress = None
-) -> list[tuple[float, bool]]:
-    """Returns (log p, True if greedy decoding writes it) of each continuation after its context."""
-    scores = model.score_continuations(pairs, on_progress=on_progress)
-    return [(-score.nats, score.is_greedy) for score in scores]
-
-
-def loglikelihood_rolling(
-    model, texts: Sequence[str], on_progress: OnProgress = None
-) -> list[float]:
-    """Returns log p of each document, see `score`; a long one is scored in consecutive rows."""
-    return [-score.nats for score in model.score(texts, on_progress=on_progress)]
-
-
 def generate_until(model, requests: Sequence[tuple[str, Mapping]]) -> list[str]:
-    """Generates a continuation of each context, up to the first stop string.
+    """Generates a continuation of each context with a model, up to the first stop string.
 
     Each request is (context, options): `until`, one string or several; `max_gen_toks`, of which
     each stands for BYTES_PER_TOKEN bytes; `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
@@ -64,15 +43,10 @@ def generation_options(given: Mapping) -> dict:
     """
     rest = dict(given)
     until = rest.pop("until", None) or []
-    until = [until] if isinstance(until, str) else list(until)
-    tokens = next(
-        (
-            rest.pop(name)
-            for name in ("max_gen_toks", "max_new_tokens", "max_tokens")
-            if rest.get(name) is not None
-        ),
-        DEFAULT_MAX_TOKENS,
-    )
+    until = [until] if isinstance(until, str) else until
+    limits = ("max_gen_toks", "max_new_tokens", "max_tokens")
+    given_limit = next((name for name in limits if rest.get(name) is not None), None)
+    tokens = rest.pop(given_limit, DEFAULT_MAX_TOKENS)
     if not (isinstance(tokens, int) and tokens > 0):
         raise ValueError(f"max_gen_toks={tokens!r} must be a whole number from 1")
     temperature = float(rest.pop("temperature", None) or 0.0)

@@ -54,14 +54,19 @@ def accuracy(model, items: Sequence[Choice], on_progress: OnProgress = None) -> 
         alone = np.array([next(priors).nats for _ in item.choices])
         right += [x.argmin() == item.answer for x in (nats, nats / sizes, nats - alone)]
         answers.append(of_choices[item.answer])
-    num_bytes = sum(score.num_bytes for score in answers)
-    total = math.fsum(score.nats for score in answers)
     return dict(
         items=len(items),
         **dict(zip(ACCURACIES, map(float, right / len(items)), strict=True)),
-        bits_per_byte=total / math.log(2) / num_bytes if num_bytes else math.nan,
+        bits_per_byte=bits_per_byte(answers),
         chance=sum(1 / len(item.choices) for item in items) / len(items),
     )
+
+
+def bits_per_byte(scores: Sequence) -> float:
+    """Returns the bits per byte of several scores together; NaN without bytes."""
+    num_bytes = sum(score.num_bytes for score in scores)
+    nats = math.fsum(score.nats for score in scores)
+    return nats / math.log(2) / num_bytes if num_bytes else math.nan
 
 
 def items_from_documents(

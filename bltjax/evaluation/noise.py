@@ -5,12 +5,11 @@ characters; a byte that is no UTF-8 counts as a character, and is not changed.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from bltjax.evaluation.multiple_choice import ACCURACIES, Choice, accuracy
+from bltjax.evaluation.multiple_choice import ACCURACIES, Choice, accuracy, bits_per_byte
 
 DROPPED = 0.1  # share of the characters
 REPEATED = 0.2
@@ -73,16 +72,14 @@ def noisy_items(
     Raises ValueError for another `where`.
     """
     check_where(where)
-    return [
-        Choice(
-            noisy(item.prompt, kind, seed) if where != "completion" else item.prompt,
-            tuple(noisy(choice, kind, seed) for choice in item.choices)
-            if where != "prompt"
-            else item.choices,
-            item.answer,
-        )
-        for item in items
-    ]
+    found = []
+    for prompt, choices, answer in items:
+        if where != "completion":
+            prompt = noisy(prompt, kind, seed)
+        if where != "prompt":
+            choices = tuple(noisy(choice, kind, seed) for choice in choices)
+        found.append(Choice(prompt, choices, answer))
+    return found
 
 
 def check_where(where: str):
@@ -111,12 +108,5 @@ def robustness(model, items: Sequence[Choice], seed: int = 0) -> dict:
         clean=accuracy(model, items),
         noisy=noisy_results,
         mean={name: sum(result[name] for result in found) / len(found) for name in ACCURACIES},
-        bits_per_byte={name: _bits_per_byte(model, corpus) for name, corpus in corpora.items()},
+        bits_per_byte={n: bits_per_byte(model.score(corpus)) for n, corpus in corpora.items()},
     )
-
-
-def _bits_per_byte(model, documents) -> float:
-    scores = model.score(documents)
-    num_bytes = sum(score.num_bytes for score in scores)
-    nats = math.fsum(score.nats for score in scores)
-    return nats / math.log(2) / num_bytes if num_bytes else math.nan

@@ -19,12 +19,13 @@ def samples(model, num_samples: int, max_new_bytes: int = MAX_NEW_BYTES, seed: i
     texts = model.generate([b""] * num_samples, max_new_bytes, temperature=1.0, seed=seeds)
     scores = model.score(texts)
     num_bytes = sum(map(len, texts))
+    num_valid = sum(len(text.decode("utf-8", "ignore").encode()) for text in texts)
     nats = math.fsum(score.nats for score in scores)
     return dict(
         samples=num_samples,
         num_bytes=num_bytes,
         valid=sum(is_valid(t, cut=len(t) >= max_new_bytes) for t in texts) / num_samples,
-        valid_bytes=sum(map(_valid_bytes, texts)) / num_bytes if num_bytes else math.nan,
+        valid_bytes=num_valid / num_bytes if num_bytes else math.nan,
         bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
     )
 
@@ -36,7 +37,3 @@ def is_valid(text: bytes, cut: bool = False) -> bool:
     except UnicodeDecodeError as error:
         return cut and error.reason == "unexpected end of data"
     return True
-
-
-def _valid_bytes(text: bytes) -> int:
-    return len(text.decode("utf-8", "ignore").encode())

@@ -28,6 +28,7 @@ from bltjax.data.batches.loader import as_batch, whole_batches
 from bltjax.data.batches.packing import pack_bytes, pack_patches
 from bltjax.data.batches.rows import Row
 from bltjax.data.records.entropies import corpus_entropies, make_entropy_fn, receptive_bytes
+from bltjax.data.sources.readers import in_chunks
 from bltjax.model import functional
 from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.patching.boundaries import needs_entropies, patch_starts
@@ -41,7 +42,8 @@ _MAX_ROWS = 16  # of a batch, per row shard: a single short document should not 
 _MIN_LENGTH = 64  # shorter documents are padded to it
 _MIN_COLUMNS = 1 / 16  # fewest patch columns of a row, as a share of its length
 TEXT = bytes, bytearray, memoryview, str
-_CHUNK_BATCHES = 128  # documents whose entropies are in memory at a time, in full batches
+# Documents whose entropies are in memory at a time, so many that unfilled batches matter little.
+_CHUNK_BATCHES = 128
 
 
 class Score(NamedTuple):
@@ -100,7 +102,8 @@ class BLTScoring(ByteScoring):
 
     def pack(self, documents: Iterable[np.ndarray], row_length: int) -> Iterator[Packed]:
         """Raises ValueError where the rule needs an entropy model and there is none."""
-        for chunk in _chunks(documents):
+        shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
+        for chunk in in_chunks(documents, len, _CHUNK_BATCHES * BATCH_BYTES * shards):
             for ids, starts in zip(chunk, self._find_starts(chunk), strict=True):
                 length = _row_length(len(ids) + 1, row_length)  # + 1: patches cover one more
                 rows = pack_patches([(ids, starts)], length, length)
@@ -136,7 +139,14 @@ def score_documents(
     ValueError for documents that are not a sequence of bytes or str, for a missing entropy model
     and for `row_bytes` below 8.
     """
-    ids = map(model.encode, _checked(documents, row_bytes))
+    check_row(row_bytes)
+    if isinstance(documents, TEXT):
+        raise ValueError(f"documents is one {type(documents).__name__}: give a list of documents")
+    documents = list(documents)
+    for i, document in enumerate(documents):
+        if not isinstance(document, TEXT):
+            raise ValueError(f"documents[{i}] is {type(document).__name__}: give bytes or str")
+    ids = map(model.encode, documents)
     sizes, results = run_rows(_row_nats, model, ids, itertools.repeat(1), row_bytes, on_progress)
     scores = []
     for (num_bytes, num_patches), row_nats in zip(sizes, results, strict=True):
@@ -220,6 +230,7 @@ def run_rows(
                 yield len(results) - 1, trim(row)
 
     for owners, num_bytes, found in _run_batches(step, model, rows()):
+        found = jax.tree.map(np.asarray, found)
         for i, owner in enumerate(owners):
             results[owner].append(jax.tree.map(lambda x, i=i: x[i], found))
         if on_progress:
@@ -252,13 +263,8 @@ def _run_batches(step, model: ByteScoring, rows: Iterator[tuple[int, Row]]):
         result = step(model.config, model.params, sharding.put_batch(batch))
         running.append((owners, num_bytes, result))
         if len(running) > 1:  # the device is busy with one while the host makes the next
-            yield _fetched(running.popleft())
-    yield from map(_fetched, running)
-
-
-def _fetched(batch):
-    owners, num_bytes, result = batch
-    return owners, num_bytes, jax.tree.map(np.asarray, result)
+            yield running.popleft()
+    yield from running
 
 
 def _groups(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
@@ -285,10 +291,9 @@ def trim(row: Row) -> Row:
     return Row(*(field[:length] for field in row[:-1]), lengths)
 
 
-def _row_length(num_ids: int, row_bytes: int | None = None) -> int:
+def _row_length(num_ids: int, row_bytes: int = 2**30) -> int:
     """Returns the smallest power of two from 64 that holds `num_ids`, at most `row_bytes`."""
-    length = max(_MIN_LENGTH, 1 << (num_ids - 1).bit_length())
-    return length if row_bytes is None else min(length, row_bytes)
+    return min(max(_MIN_LENGTH, 1 << (num_ids - 1).bit_length()), row_bytes)
 
 
 def _num_columns(num_patches: int, length: int) -> int:
@@ -302,31 +307,6 @@ def _num_columns(num_patches: int, length: int) -> int:
 def _batch_size(length: int) -> int:
     shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
     return shards * max(1, min(_MAX_ROWS, BATCH_BYTES // length))
-
-
-def _chunks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Yields ids of consecutive documents, so many that unfilled batches matter little."""
-    shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
-    chunk, size = [], 0
-    for ids in documents:
-        chunk.append(ids)
-        size += len(ids)
-        if size >= _CHUNK_BATCHES * BATCH_BYTES * shards:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _checked(documents: Sequence[bytes | str], row_bytes: int) -> list[bytes | str]:
-    check_row(row_bytes)
-    if isinstance(documents, TEXT):
-        raise ValueError(f"documents is one {type(documents).__name__}: give a list of documents")
-    documents = list(documents)
-    for i, document in enumerate(documents):
-        if not isinstance(document, TEXT):
-            raise ValueError(f"documents[{i}] is {type(document).__name__}: give bytes or str")
-    return documents
 
 
 def check_row(row_bytes: int):

@@ -21,10 +21,8 @@ def character_suite(model, words: str | None, count: int | None, seed: int = 0) 
     words: a file of words, separated by blanks or line ends; None for a short list of ours. count:
     questions of each task, QUESTIONS by default.
     """
-    if words is None:
-        source = characters.material(WORDS)
-    else:
-        source = characters.material(Path(words).read_text("utf-8", errors="ignore").split())
+    known = WORDS if words is None else Path(words).read_text("utf-8", errors="ignore").split()
+    source = characters.material(known)
     asked = [
         question
         for task in characters.TASKS

@@ -168,13 +168,9 @@ class BLTDecoder:
     encode = staticmethod(functools.partial(vocabulary.encode, add_eos=False))
     decode = staticmethod(vocabulary.decode)
 
-    @property
-    def needs_entropies(self) -> bool:
-        return needs_entropies(self.patching)
-
     def new_state(self, size: CacheSize, tokens: jax.Array) -> BLTState:
         entropy_cache, model = None, self.entropy_model
-        if self.needs_entropies:
+        if needs_entropies(self.patching):
             entropy_cache = new_ring(model.transformer, size, jnp.dtype(model.compute_dtype))
         return BLTState(new_record(tokens), new_blt_cache(self.blt, size), entropy_cache)
 
@@ -184,7 +180,7 @@ class BLTDecoder:
         positions = span(first, 0, num_new)
         tokens = read_positions(record.tokens, positions)
         entropies = jnp.zeros_like(tokens, jnp.float32)
-        if self.needs_entropies:
+        if needs_entropies(self.patching):
             lines = jnp.zeros_like(tokens)
             if self.patching.reset_at_newlines:
                 record = note_lines(record, first, count, num_new)

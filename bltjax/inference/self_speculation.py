@@ -99,9 +99,8 @@ def _verify(shape: ProgramShape, params, request, progress: Progress, rows) -> P
         done=progress.done | (rows & done),
         first_seen=jnp.where(forgotten, NEVER, progress.first_seen),
         num_global_calls=progress.num_global_calls + calls,
-        drafting=Drafting(
+        drafting=drafting._replace(
             anchor=jnp.where(rows, -1, drafting.anchor),
-            log_p=drafting.log_p,
             limit=jnp.where(rows, limit, drafting.limit),
             rounds=drafting.rounds + rows,
             redraw=jnp.where(rows, ~all_stand, drafting.redraw),

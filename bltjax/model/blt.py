@@ -21,12 +21,9 @@ class BLT(nnx.Module):
         key_encoder, key_hash, key_global, key_decoder = jax.random.split(key, 4)
         self.local_encoder = LocalEncoder(config, key_encoder)
         if config.hash.sizes:
+            dim = config.local_encoder.dim
             self.encoder_hash_tok_embedding = HashTables(
-                config.num_hash_tables,
-                config.hash.rows,
-                config.local_encoder.dim,
-                std=config.local_encoder.dim**-0.5,
-                key=key_hash,
+                config.num_hash_tables, config.hash.rows, dim, std=dim**-0.5, key=key_hash
             )
         self.global_transformer = GlobalTransformer(config, key_global)
         self.local_decoder = LocalDecoder(config, key_decoder)

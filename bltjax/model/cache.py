@@ -8,6 +8,7 @@ slots.
 Letters: B rows, G key/value heads, D head width, C positions, E local width, S slots.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -64,26 +65,21 @@ def new_blt_cache(config: BLTConfig, size: CacheSize) -> BLTCache:
     local, slots = config.local_encoder.dim, size.chunk + 1
     patch_slots = slots + (cross.window_decoder or 1)
 
-    def keys_values(num_layers, heads, num_slots, width):
-        return _stack(num_layers, (size.rows, heads, num_slots, width), dtype)
+    def crossed(num_layers, heads, num_slots):
+        num_heads, num_kv_heads = heads
+        return _stack(num_layers, (size.rows, num_kv_heads, num_slots, local // num_heads), dtype)
 
     byte_layers = cross.encoder * _num_layers(config.local_encoder, cross.all_layers_encoder)
     read_layers = cross.decoder * _num_layers(config.local_decoder, cross.all_layers_decoder)
     stack = config.global_transformer
+    patch_shape = size.rows, stack.kv_heads, size.patches, stack.head_width
     return BLTCache(
         encoder=new_ring(config.local_encoder, size, dtype),
-        byte=keys_values(
-            byte_layers, cross.encoder_heads[1], size.positions, local // cross.encoder_heads[0]
-        ),
+        byte=crossed(byte_layers, cross.encoder_heads, size.positions),
         states=_zeros((size.rows, slots, local), dtype),
         pooled=_zeros((size.rows, slots, local), jnp.float32),
-        patch=keys_values(stack.num_layers, stack.kv_heads, size.patches, stack.head_width),
-        read=keys_values(
-            read_layers,
-            cross.decoder_heads[1],
-            patch_slots * cross.k,
-            local // cross.decoder_heads[0],
-        ),
+        patch=_stack(stack.num_layers, patch_shape, dtype),
+        read=crossed(read_layers, cross.decoder_heads, patch_slots * cross.k),
         patch_states=_zeros((size.rows, 0 if cross.decoder else patch_slots, local), dtype),
         decoder=new_ring(config.local_decoder, size, dtype),
         num_patches=_zeros((size.rows,), jnp.int32),
@@ -111,10 +107,7 @@ def new_ring(stack: TransformerConfig, size: CacheSize, dtype) -> Stack:
 
 def _stack(num_layers: int, shape, dtype) -> Stack:
     spec = sharding.spec("batch", "heads", None, None)
-
-    def zeros():
-        return jnp.zeros(shape, dtype, out_sharding=spec)
-
+    zeros = functools.partial(jnp.zeros, shape, dtype, out_sharding=spec)
     return tuple(KeysValues(zeros(), zeros()) for _ in range(num_layers))
 
 

@@ -94,21 +94,15 @@ def add_residual(x, read, doubled: bool):
 def split_vectors(x, k: int):
     """Splits [B, P*k, ...] -> [B, P, k, ...]; vector r of patch j is row j*k + r."""
     batch, _, *rest = jax.typeof(x).sharding.spec
-    return jax.lax.reshape(
-        x,
-        (x.shape[0], x.shape[1] // k, k, *x.shape[2:]),
-        out_sharding=jax.P(batch, None, None, *rest),
-    )
+    shape = x.shape[0], x.shape[1] // k, k, *x.shape[2:]
+    return jax.lax.reshape(x, shape, out_sharding=jax.P(batch, None, None, *rest))
 
 
 def merge_vectors(x):
     """Joins [B, P, k, ...] -> [B, P*k, ...]."""
     batch, _, _, *rest = jax.typeof(x).sharding.spec
-    return jax.lax.reshape(
-        x,
-        (x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]),
-        out_sharding=jax.P(batch, None, *rest),
-    )
+    shape = x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]
+    return jax.lax.reshape(x, shape, out_sharding=jax.P(batch, None, *rest))
 
 
 def wide_to_vectors(patches, k: int):

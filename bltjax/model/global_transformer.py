@@ -15,22 +15,17 @@ class GlobalTransformer(nnx.Module):
     def __init__(self, config: BLTConfig, key):
         self.config = config
         key_blocks, key_in = jax.random.split(key)
-        stack = config.global_transformer
-        if config.patch_width != stack.dim:
+        stack, width = config.global_transformer, config.patch_width
+        if width != stack.dim:
             self.token_embedding_projection = Linear(
-                stack.dim,
-                config.patch_width,
-                std=config.patch_width**-0.5,
-                axes=(None, "embed"),
-                key=key_in,
+                stack.dim, width, std=width**-0.5, axes=(None, "embed"), key=key_in
             )
         self.layers = make_blocks(stack, config.init, key_blocks)
 
     def __call__(self, x, segments):
         """Maps x [B, P, patch_width], segments int32 [B, P] -> [B, P, G]."""
+        stack = self.config.global_transformer
         chex.assert_shape(x, (*segments.shape, self.config.patch_width))
-        if self.config.patch_width != self.config.global_transformer.dim:
+        if self.config.patch_width != stack.dim:
             x = self.token_embedding_projection(x)
-        return run_blocks(
-            self.layers, self.config.global_transformer, x, segments, self.config.remat
-        )
+        return run_blocks(self.layers, stack, x, segments, self.config.remat)

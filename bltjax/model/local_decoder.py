@@ -18,15 +18,11 @@ class LocalDecoder(nnx.Module):
     def __init__(self, config: BLTConfig, key):
         self.config = config
         local, cross = config.local_decoder, config.cross_attention
-        global_dim = config.global_transformer.dim
+        dim = config.global_transformer.dim
         key_patch, key_blocks, key_cross, key_out = jax.random.split(key, 4)
         if config.has_decoder_projection:
             self.patch_embedding_projection = Linear(
-                config.read_width,
-                global_dim,
-                std=global_dim**-0.5,
-                axes=(None, "embed"),
-                key=key_patch,
+                config.read_width, dim, std=dim**-0.5, axes=(None, "embed"), key=key_patch
             )
         # base_std reaches the global stack only (spec 6).
         init = dataclasses.replace(config.init, base_std=None)

@@ -16,6 +16,7 @@ from bltjax.model.cross_attention import (
 from bltjax.model.parameters import Embedding, Linear
 from bltjax.model.transformer import (
     block_of_rows,
+    each_layer,
     layer_slice,
     make_blocks,
     rematerialised,
@@ -52,9 +53,8 @@ class LocalEncoder(nnx.Module):
             return h, self._pool(h, patches)
         if not self.config.cross_attention.all_layers_encoder:
             h = run_blocks(self.layers, local, embedded, segments, remat)
-            patch_states = self._read(
-                only(self.cross_attn_layers), self._queries(h, patches), h, patches
-            )
+            (cross,) = each_layer(self.cross_attn_layers)
+            patch_states = self._read(cross, self._queries(h, patches), h, patches)
         else:
             h, patch_states = self._alternate(embedded, patches, segments)
         return h, vectors_to_wide(patch_states, self.config.cross_attention.k)
@@ -72,8 +72,8 @@ class LocalEncoder(nnx.Module):
             return h, self._read(cross, patch_states, h, patches)
 
         layers = (self.layers, self.cross_attn_layers)
-        first = rematerialised(both, self.config.remat)
-        carry = first(only(layer_slice(layers, 0, 1)), (h, None))
+        (first,) = each_layer(layer_slice(layers, 0, 1))
+        carry = rematerialised(both, self.config.remat)(first, (h, None))
         if local.num_layers > 1:
             carry, _ = scan_layers(layer_slice(layers, 1, None), carry, both, self.config.remat)
         return carry
@@ -92,8 +92,3 @@ class LocalEncoder(nnx.Module):
             patch_states, h, patches.encoder_ids, config.k, config.window_encoder
         )
         return add_residual(patch_states, read, config.doubled_residual)
-
-
-def only(layers):
-    """Returns the single layer of a stack of one."""
-    return jax.tree.map(lambda w: w[0], layers)

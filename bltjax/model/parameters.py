@@ -41,12 +41,9 @@ def _project(axes, x, weight):
     derivative would add bfloat16 numbers of all chips (spec 8.2).
     """
     split = axes[0] if axes[0] in ("heads", "ffn") else None
-    return jnp.einsum(
-        "bli,oi->blo",
-        x,
-        sharding.gather_weight(weight.astype(x.dtype)),
-        out_sharding=sharding.spec("batch", None, split),
-    )
+    whole = sharding.gather_weight(weight.astype(x.dtype))
+    spec = sharding.spec("batch", None, split)
+    return jnp.einsum("bli,oi->blo", x, whole, out_sharding=spec)
 
 
 def _project_forward(axes, x, weight):
@@ -57,15 +54,10 @@ def _project_backward(axes, saved, gradient):
     x, weight = saved
     whole = sharding.gather_weight(weight.astype(x.dtype))
     split = axes[1] if axes[1] in ("heads", "ffn") else None
-    dx = jnp.einsum(
-        "blo,oi->bli", gradient, whole, out_sharding=sharding.spec("batch", None, split)
-    )
+    spec, weight_spec = sharding.spec("batch", None, split), sharding.spec(*axes)
+    dx = jnp.einsum("blo,oi->bli", gradient, whole, out_sharding=spec)
     dw = jnp.einsum(
-        "blo,bli->oi",
-        gradient,
-        x,
-        preferred_element_type=jnp.float32,
-        out_sharding=sharding.spec(*axes),
+        "blo,bli->oi", gradient, x, preferred_element_type=jnp.float32, out_sharding=weight_spec
     )
     return dx, dw.astype(weight.dtype)
 

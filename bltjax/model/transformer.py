@@ -138,11 +138,8 @@ def block_of_rows(config: TransformerConfig, segments):
 
 def split_heads(x, head_width: int):
     """Splits [B, L, H*D] -> [B, L, H, D], heads over the tensor axis."""
-    return jax.lax.reshape(
-        x,
-        (*x.shape[:2], x.shape[2] // head_width, head_width),
-        out_sharding=sharding.spec("batch", None, "heads", None),
-    )
+    shape = *x.shape[:2], x.shape[2] // head_width, head_width
+    return jax.lax.reshape(x, shape, out_sharding=sharding.spec("batch", None, "heads", None))
 
 
 def repeat_heads(x, times: int):
@@ -151,17 +148,11 @@ def repeat_heads(x, times: int):
         return x
     batch, length, heads, width = x.shape
     spread = jnp.broadcast_to(x[:, :, :, None], (batch, length, heads, times, width))
-    return jax.lax.reshape(
-        spread,
-        (batch, length, heads * times, width),
-        out_sharding=sharding.spec("batch", None, "heads", None),
-    )
+    shape = batch, length, heads * times, width
+    return jax.lax.reshape(spread, shape, out_sharding=sharding.spec("batch", None, "heads", None))
 
 
 def merge_heads(x):
     """Joins heads: [B, L, H, D] -> [B, L, H*D]."""
-    return jax.lax.reshape(
-        x,
-        (*x.shape[:2], x.shape[2] * x.shape[3]),
-        out_sharding=sharding.spec("batch", None, "heads"),
-    )
+    shape = *x.shape[:2], x.shape[2] * x.shape[3]
+    return jax.lax.reshape(x, shape, out_sharding=sharding.spec("batch", None, "heads"))

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bltjax.model.transformer import each_layer
+
 _STACKED = {"layers", "cross_attn_layers"}  # parameters with a leading layer axis
 
 
@@ -19,9 +21,7 @@ def unstacked(params: dict) -> dict:
 
     def split(name, tree):
         if name in _STACKED:
-            num_layers = len(jax.tree.leaves(tree)[0])
-            layers = (jax.tree.map(lambda w, i=i: w[i], tree) for i in range(num_layers))
-            return tuple(jax.tree.map(_transposed, layer) for layer in layers)
+            return tuple(jax.tree.map(_transposed, layer) for layer in each_layer(tree))
         if isinstance(tree, dict):
             return {name: split(name, part) for name, part in tree.items()}
         return tree
@@ -31,34 +31,26 @@ def unstacked(params: dict) -> dict:
 
 def merge(graphdef, params: dict) -> nnx.Module:
     """Returns the module with these parameters, whose layers may be `unstacked`."""
-    params = _published(params)
-    model = nnx.merge(graphdef, _with_first_layers(params))
+    # Back to [out, in]; a module is made of the first layers, and gets all of them then.
+    params = _map_unstacked(lambda layers: jax.tree.map(_transposed, layers), params)
+    model = nnx.merge(graphdef, _map_unstacked(lambda layers: layers[0], params))
     _put_layers(model, params)
     return model
-
-
-def _published(params):
-    """Transposes matrices of unstacked layers back to [out, in]."""
-    if isinstance(params, tuple):
-        return tuple(jax.tree.map(_transposed, layer) for layer in params)
-    if isinstance(params, dict):
-        return {name: _published(part) for name, part in params.items()}
-    return params
 
 
 def _transposed(w):
     return jnp.swapaxes(w, 0, 1) if w.ndim == 2 else w
 
 
-def _with_first_layers(params):
-    """Puts the first layer in the place of unstacked layers, for a module to be made of it."""
+def _map_unstacked(function, params):
+    """Maps the tuples of unstacked layers, and leaves all else."""
     if isinstance(params, dict):
-        return {name: _with_first_layers(part) for name, part in params.items()}
-    return params[0] if isinstance(params, tuple) else params
+        return {name: _map_unstacked(function, part) for name, part in params.items()}
+    return function(params) if isinstance(params, tuple) else params
 
 
 def _put_layers(module, params: dict):
-    """Puts all unstacked layers where `_with_first_layers` put the first."""
+    """Puts all unstacked layers where `merge` put the first."""
     for name, part in params.items():
         if isinstance(part, dict):
             _put_layers(getattr(module, name), part)

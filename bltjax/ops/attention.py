@@ -44,14 +44,10 @@ def patches_from_bytes_attention(
 
     def part(offset):
         ids = patch_ids + offset
-        scores = (
-            jnp.einsum(
-                "blkhd,blhd->blkh", take_patches(q, ids), k, preferred_element_type=jnp.float32
-            )
-            * scale
-        )
+        queries = take_patches(q, ids)
+        scores = jnp.einsum("blkhd,blhd->blkh", queries, k, preferred_element_type=jnp.float32)
         # Bytes shifted past the last patch would overflow against another patch's maximum.
-        scores = jnp.where((ids < num_patches)[:, :, None, None], scores, MASKED)
+        scores = jnp.where((ids < num_patches)[:, :, None, None], scores * scale, MASKED)
         top = jnp.maximum(jax.lax.stop_gradient(segment_max(scores, ids, num_patches)), MASKED)
         weights = jnp.exp(scores - take_patches(top, ids))
         total = segment_sum(weights, ids, num_patches)

@@ -117,9 +117,8 @@ def slots_attention(q, cache_k, cache_v, slots, visible):
         rows, new = q.shape[:2]
         flat = q.reshape(rows * new, 1, *q.shape[2:])
         keys, values = (_take_each(x, slots) for x in (cache_k, cache_v))
-        sums = _add(
-            _no_sums(flat, keys.shape[1]), flat, keys, values, visible.reshape(len(flat), 1, -1)
-        )
+        visible = visible.reshape(len(flat), 1, -1)
+        sums = _add(_no_sums(flat, keys.shape[1]), flat, keys, values, visible)
         return _result(sums, flat).reshape(q.shape)
 
     return on_shards(attend, q, cache_k, cache_v, slots, visible)
@@ -128,9 +127,8 @@ def slots_attention(q, cache_k, cache_v, slots, visible):
 def _take_each(cache, slots):
     """Reads slots [B, M, S] of a cache [B, G, R, D] -> [B * M, G, S, D]."""
     rows, groups, _, width = cache.shape
-    taken = jax.vmap(read_row)(cache, slots.reshape(rows, -1)).reshape(
-        rows, groups, *slots.shape[1:], width
-    )
+    taken = jax.vmap(read_row)(cache, slots.reshape(rows, -1))
+    taken = taken.reshape(rows, groups, *slots.shape[1:], width)
     return jnp.swapaxes(taken, 1, 2).reshape(-1, groups, slots.shape[-1], width)
 
 

@@ -4,8 +4,6 @@
 outside 0..P-1 are left out. The batch is a vmap, so that rows may be sharded.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -43,14 +41,10 @@ def pool_patches(h: jax.Array, ids: jax.Array, num_patches: int, mode: str) -> j
 
 
 def _reduce(x, ids, num_patches, operation, start):
-    return jax.vmap(
-        functools.partial(_reduce_row, num_patches=num_patches, operation=operation, start=start)
-    )(x, ids)
+    def reduce_row(x, ids):
+        # A slice of x, spread, rather than a fresh array: it keeps x's sharding (of heads, say).
+        empty = jnp.broadcast_to(jnp.full_like(x[:1], start), (num_patches, *x.shape[1:]))
+        reduce = getattr(empty.at[ids], operation)
+        return reduce(x, indices_are_sorted=True, mode="drop", wrap_negative_indices=False)
 
-
-def _reduce_row(x, ids, *, num_patches, operation, start):
-    # Spread a slice of x rather than making a fresh array: it keeps x's sharding (of heads, say).
-    empty = jnp.broadcast_to(jnp.full_like(x[:1], start), (num_patches, *x.shape[1:]))
-    return getattr(empty.at[ids], operation)(
-        x, indices_are_sorted=True, mode="drop", wrap_negative_indices=False
-    )
+    return jax.vmap(reduce_row)(x, ids)

@@ -12,7 +12,6 @@ from bltjax.config import RunConfig
 from bltjax.data.records.store import ENTROPIES, has_entropies, open_store
 from bltjax.data.sources.units import list_units
 from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
-from bltjax.sharding import check_batch_sizes, check_hash_updates
 
 
 class CheckedRun(NamedTuple):
@@ -35,10 +34,7 @@ def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool 
     check_sources(config, directory)
     if needs_models:
         check_stages(config, directory)
-    check_batch_sizes(config, mesh)
-    check_hash_updates(config, mesh)
-    for name in used_models(config, directory):
-        sharding.check_model(getattr(config, name), name, mesh)
+    sharding.check_layout(config, used_models(config, directory), mesh)
     directory.claim(config)
     return CheckedRun(config, directory, mesh)
 

@@ -34,13 +34,13 @@ from bltjax.data.batches.rows import utilisation
 from bltjax.data.records.store import Documents, Shard, Store
 from bltjax.evaluation.bits_per_byte import evaluate
 from bltjax.evaluation.ngram_baselines import baselines
+from bltjax.evaluation.patches.view import view_of
 from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.engine import generate
-from bltjax.inference.reference import row_patch_starts
 from bltjax.inference.requests import make_requests
 from bltjax.inference.sampling import Sampling
 from bltjax.model import functional
-from bltjax.patching.boundaries import lengths_from_starts, needs_entropies
+from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches, in_step_patches
@@ -296,14 +296,13 @@ def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
     text = settings.prompt + continuation.decode("utf-8", errors="replace")
     print(f"sample:\n{text}\n", flush=True)
 
-    ids = encode(settings.sentence, add_eos=False)
-    starts, _ = row_patch_starts(
-        patching, entropy_config, models.get("entropy_model"), sharding.one_per_shard(ids)
-    )
-    lengths = lengths_from_starts(sharding.on_host(starts)[0, : len(ids)])
-    pieces = np.split(
-        np.frombuffer(settings.sentence.encode(), np.uint8), np.cumsum(lengths)[:-1] - 1
-    )[1:]  # the first patch is BOS alone
-    patches = [bytes(p).decode("utf-8", errors="replace") for p in pieces]
+    sentence, entropies = settings.sentence.encode(), None
+    ids = encode(sentence)
+    if needs_entropies(patching):
+        model = entropy_config, models["entropy_model"]
+        rows = sharding.one_per_shard(ids), patching.reset_at_newlines
+        entropies = sharding.on_host(functional.entropies(*model, *rows))[0]
+    view = view_of(sentence, ids, entropies, patching, patching)
+    patches = [patch.decode("utf-8", errors="replace") for patch in view.patches]
     print("patches:\n" + "|".join(patches), flush=True)
     return dict(patches=patches, sample=text)

@@ -1,4 +1,4 @@
-"""Memory that compiling leaves behind goes back to the system before a program needs its own.
+"""Gives memory that compiling leaves behind back to the system.
 
 A compiler frees hundreds of megabytes in small pieces, which the C library keeps for requests as
 small; a program's arrays are large ones, and would come on top.
@@ -15,7 +15,7 @@ LONG = 1.0  # seconds of compiling that leave enough to be worth the call
 
 @functools.cache
 def give_back_after_compiling():
-    """From now on in this process, where the C library can (glibc)."""
+    """Gives memory back after each long compilation, where the C library can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
         return

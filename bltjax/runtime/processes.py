@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and how they end together.
+"""Several processes as one run: they find each other, and they end together.
 
 Every process runs the same command. Process 0 alone writes progress and metrics. When one of them
 fails, or is asked to stop, it tells the others, which would otherwise wait for it in a collective
@@ -43,8 +43,8 @@ def find_cluster(
 ) -> Cluster | None:
     """Finds the processes of this run in the arguments, or else the environment; None if alone.
 
-    coordinator: HOST:PORT of process 0, which listens there. Raises ValueError where something is
-    missing, no number or no address.
+    Returns None for a process alone. coordinator: HOST:PORT of process 0, which listens there.
+    Raises ValueError where something is missing, no number or no address.
     """
     given = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
     if any(value is not None for value in given.values()):
@@ -197,9 +197,9 @@ def _code(error: BaseException) -> int:
 
 
 def _tell(error: BaseException) -> dict:
-    """Tells the others, unless one of them was first; returns code and text of the first failure.
+    """Tells the others of an error, unless one of them was first; returns the first failure.
 
-    The first one may be why this process failed: who leaves breaks the collectives of the others.
+    The first may be why this process failed: one that leaves breaks the collectives of the others.
     """
     index, count = _place()
     who = f"process {index} of {count}"

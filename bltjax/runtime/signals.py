@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run that is asked to stop saves first, and ends with a code of its own.
+"""Handles SIGTERM and Ctrl-C: a run that is asked to stop saves first, then ends with STOPPED.
 
 Platforms announce a preemption by SIGTERM: Kubernetes, Slurm (`--signal=TERM@120`), spot machines.
 """
@@ -11,7 +11,7 @@ STOPPED = 75  # exit code: asked to stop and stopped; run the same command again
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop has stopped; the message says what is saved."""
+    """Raised when a run has stopped as it was asked to; the message says what is saved."""
 
 
 class Notice:

@@ -92,10 +92,9 @@ def train(
         first_step = int(state.step)
         if first_step >= config.steps:
             return TrainResult(state.params, compilations=0)
-        finder = in_step and in_step.find_patches
-        step_fn = make_train_step(
-            model_config, config, optimizer, finder, len(data.sources), byte_lengths
-        )
+        find_patches = in_step and in_step.find_patches
+        of_batches = find_patches, len(data.sources), byte_lengths
+        step_fn = make_train_step(model_config, config, optimizer, *of_batches)
         flops = reporting.flops_per_byte, reporting.peak_flops
         log = MetricsLog(workdir, stage, first_step, config.steps, *flops)
         profiler = Profiler(reporting.profile, stage, workdir / "profile")
@@ -210,11 +209,9 @@ class _Run:
         self.checkpoints.wait()
         first_bad = step - max(int(metrics.get("skipped_in_a_row", 1)) - 1, 0)
         older = [saved for saved in self.checkpoints.all_steps() if saved < first_bad]
-        kept = (
-            f"the last good checkpoint is {self.checkpoints.directory / str(max(older))}"
-            if older
-            else "no checkpoint from before it was kept"
-        )
+        kept = "no checkpoint from before it was kept"
+        if older:
+            kept = f"the last good checkpoint is {self.checkpoints.directory / str(max(older))}"
         raise NonFiniteLoss(
             f"{self.stage}: {why}loss {metrics['loss']} and gradient norm {metrics['grad_norm']} "
             f"at step {step}; {kept}; lower the learning rate or raise warmup_steps, in a new "
@@ -222,9 +219,8 @@ class _Run:
         )
 
     def save(self, step: int, state, lanes: np.ndarray):
-        position = dict(
-            lanes=sharding.gather_rows(lanes).tolist(), sources=copy.deepcopy(self.sources.state)
-        )
+        lanes = sharding.gather_rows(lanes).tolist()
+        position = dict(lanes=lanes, sources=copy.deepcopy(self.sources.state))
         if self.tokenizer is not None:  # the lanes count its ids
             position["tokenizer"] = self.tokenizer.digest
         self.checkpoints.save(step, state, position)

@@ -22,8 +22,7 @@ class SourceMeter:
 
     def __init__(self, names: Sequence[str], state: dict | None = None):
         self.names = names
-        zeros = dict.fromkeys(names, 0.0)
-        self.state = state or dict(seen=dict(zeros), nats=dict(zeros), bytes=dict(zeros))
+        self.state = state or {k: dict.fromkeys(names, 0.0) for k in ("seen", "nats", "bytes")}
 
     def count(self, nats, num_bytes):
         for name, n, b in zip(self.names, np.float64(nats), np.float64(num_bytes), strict=True):
@@ -36,8 +35,7 @@ class SourceMeter:
         found = {f"bytes_seen/{name}": seen for name, seen in self.state["seen"].items()}
         for name, num_bytes in self.state["bytes"].items():
             if num_bytes:
-                bits = self.state["nats"][name] / num_bytes / math.log(2)
-                found[f"bits_per_byte/{name}"] = bits
+                found[f"bits_per_byte/{name}"] = self.state["nats"][name] / num_bytes / math.log(2)
             self.state["nats"][name] = self.state["bytes"][name] = 0.0
         return found
 
@@ -52,29 +50,20 @@ class MetricsLog:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        stage: str,
-        first_step: int,
-        num_steps: int,
-        flops_per_byte: float | None = None,
-        peak_flops: float | None = None,
+        self, directory: Path, stage, first_step, num_steps, flops_per_byte=None, peak_flops=None
     ):
         self.stage, self.num_steps = stage, num_steps
-        self.path = Path(directory) / METRICS
+        self.path = directory / METRICS
         self._flops = flops_per_byte and peak_flops and flops_per_byte / peak_flops
         self._tensorboard = None
         if jax.process_index() == 0:
-            from tensorboardX import (
-                SummaryWriter,
-            )  # here, since it loads PyTorch where there is one
+            # Here, since it loads PyTorch where there is one.
+            from tensorboardX import SummaryWriter
 
             kept = [line for line in _lines(self.path) if line["step"] < first_step]
             with replacing(self.path) as file:  # atomic: a killed run loses no line
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._tensorboard = SummaryWriter(
-                str(Path(directory) / "tensorboard"), purge_step=first_step
-            )
+            self._tensorboard = SummaryWriter(f"{directory}/tensorboard", purge_step=first_step)
         self._chips = num_chips()
         self.restart(first_step)
 
@@ -101,14 +90,13 @@ class MetricsLog:
         """Logs the metrics of `step`, counted from 0."""
         now = time.perf_counter()
         seconds = now - self._last_time
-        steps = step + 1 - self._last_step
         speed = self._bytes / seconds
         line = dict(
             step=step,
             **{k: float(v) for k, v in values.items()},
             bytes_per_second=speed,
             bytes_per_second_per_chip=speed / self._chips,
-            seconds_per_step=seconds / steps,
+            seconds_per_step=seconds / (step + 1 - self._last_step),
             data_wait_fraction=self._waited / seconds,
         )
         if self._flops:
@@ -116,12 +104,11 @@ class MetricsLog:
         self._last_step, self._last_time, self._bytes, self._waited = step + 1, now, 0.0, 0.0
         if self._tensorboard is None:
             return
+        stored = {key: value if math.isfinite(value) else None for key, value in line.items()}
         with self.path.open("a") as file:
-            file.write(
-                json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n"
-            )
-        for key, value in line.items():
-            if key != "step" and math.isfinite(value):
+            file.write(json.dumps(stored) + "\n")
+        for key, value in stored.items():
+            if key != "step" and value is not None:
                 self._tensorboard.add_scalar(f"{self.stage}/{key}", value, step)
         eta = (self.num_steps - step - 1) * line["seconds_per_step"]
         utilisation = f" mfu {line['flops_utilisation']:.0%}" if self._flops else ""
@@ -129,7 +116,7 @@ class MetricsLog:
             f"{self.stage} step {step + 1}/{self.num_steps} ({(step + 1) / self.num_steps:.0%}) "
             f"loss {line['loss']:.3f} bits/byte {line['bits_per_byte']:.3f} "
             f"lr {line['learning_rate']:.1e} grad {line['grad_norm']:.2f} | "
-            f"{line['bytes_per_second'] / 1e3:.1f} KB/s {line['seconds_per_step']:.2f} s/step"
+            f"{speed / 1e3:.1f} KB/s {line['seconds_per_step']:.2f} s/step"
             f"{utilisation} | eta {format_seconds(eta)}",
             flush=True,
         )
@@ -150,10 +137,8 @@ def format_seconds(seconds: float) -> str:
 
 def _lines(path: Path) -> list[dict]:
     """Returns the lines of a JSON-lines file, without a last one that a crash cut short."""
-    if not path.exists():
-        return []
     found = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:

@@ -108,10 +108,9 @@ def part_of(name: str) -> str:
     """
     if "token_embedding_projection" in name:  # reads local vectors
         return "local"
-    part = PARTS.get(name.split(".")[0])
-    if part is None:
+    if (first := name.split(".")[0]) not in PARTS:
         raise ValueError(f"parameter {name} is of no known part of a model: add it to PARTS")
-    return part
+    return PARTS[first]
 
 
 def decays(config: OptimizerConfig, name: str) -> bool:
@@ -139,38 +138,30 @@ def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     if config.hash_moments == "float32" and all(rates.values()):
         return adam
-    hash_rule = {
-        "float32": adam,
-        "bfloat16": _held_in_bfloat16(adam),
-        "factored": _factored(config),
-    }[config.hash_moments]
+    hash_rules = dict(float32=adam, bfloat16=_held_in_bfloat16(adam), factored=_factored(config))
 
     def rule(name, _):
         part = part_of(name)
         return "frozen" if rates[part] == 0 else "hash" if part == "hash" else "adam"
 
     return optax.partition(
-        {"adam": adam, "hash": hash_rule, "frozen": optax.set_to_zero()},
+        dict(adam=adam, hash=hash_rules[config.hash_moments], frozen=optax.set_to_zero()),
         lambda params: _map_named(rule, params),
     )
 
 
-def _held_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Wraps `inner`, which computes in float32: its state is bfloat16 between steps."""
+def _held_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Wraps Adam, which computes in float32: its moments are bfloat16 between steps."""
 
     def cast(state, dtype):
-        def cast_floats(x):
-            return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-        return jax.tree.map(cast_floats, state)
+        mu, nu = optax.tree.cast((state.mu, state.nu), dtype)
+        return state._replace(mu=mu, nu=nu)
 
     def update(updates, state, params=None):
-        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        updates, state = adam.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, jnp.bfloat16)
 
-    return optax.GradientTransformation(
-        lambda params: cast(inner.init(params), jnp.bfloat16), update
-    )
+    return optax.GradientTransformation(lambda p: cast(adam.init(p), jnp.bfloat16), update)
 
 
 def _factored(config: OptimizerConfig) -> optax.GradientTransformation:

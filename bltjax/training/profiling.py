@@ -36,10 +36,9 @@ class Profiler:
     def __init__(self, config: ProfileConfig | None, stage: str, directory: Path):
         self._directory, self._traced = directory, []
         wanted = config is not None and config.first_step is not None and config.stage == stage
+        self._steps = range(0)
         if wanted and jax.process_index() == 0:
             self._steps = range(config.first_step, config.first_step + config.num_steps)
-        else:
-            self._steps = range(0)
 
     def step(self, step: int, previous=None):
         """Returns the context to run a step in; a trace waits for `previous`, the step before."""
@@ -56,6 +55,5 @@ class Profiler:
         if self._traced:
             jax.block_until_ready(previous)
             jax.profiler.stop_trace()
-            first, last = self._traced[0], self._traced[-1]
+            print(f"trace of steps {self._traced[0]} to {self._traced[-1]}: {self._directory}")
             self._traced = []
-            print(f"trace of steps {first} to {last}: {self._directory}")

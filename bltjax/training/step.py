@@ -56,9 +56,8 @@ def _gradients(model_config, z_loss, find_patches, num_sources, byte_lengths):
     """Returns (params, batch, entropy_params) -> gradients summed over targets, `batch_sums`."""
 
     def gradients(params, batch, entropy_params):
-        found = find_patches and find_patches(
-            entropy_params, batch["tokens"], batch["document_ids"]
-        )
+        rows = batch["tokens"], batch["document_ids"]
+        found = find_patches and find_patches(entropy_params, *rows)
 
         def objective(params):
             sums = batch_sums(model_config, params, batch, found, num_sources, z_loss, byte_lengths)
@@ -124,8 +123,7 @@ def _guarded(config: TrainingConfig, step):
 def is_usual(config: TrainingConfig, health: Health, loss, grad_norm):
     """Tells whether neither loss nor gradient norm is far above its mean, so to make the update.
 
-    Before HEALTH_UPDATES updates the means say nothing, and only loss and norm that are not finite
-    are unusual.
+    Before HEALTH_UPDATES updates only loss and norm that are not finite are unusual.
     """
     usual = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     known = health.updates >= HEALTH_UPDATES
@@ -180,12 +178,9 @@ def make_eval_step(model_config, find_patches=None, num_sources: int = 1, byte_l
     """
 
     def eval_step(params, batch, entropy_params=None):
-        found = find_patches and find_patches(
-            entropy_params, batch["tokens"], batch["document_ids"]
-        )
-        return batch_sums(
-            model_config, params, batch, found, num_sources, byte_lengths=byte_lengths
-        )
+        rows = batch["tokens"], batch["document_ids"]
+        found = find_patches and find_patches(entropy_params, *rows)
+        return batch_sums(model_config, params, batch, found, num_sources, 0.0, byte_lengths)
 
     return jax.jit(eval_step)
 
@@ -205,15 +200,8 @@ def batch_sums(
         rows, dtype = params[HASH_TABLES]["weight"], model_config.compute_dtype
         known["ngrams"] = sum_rows(rows, batch["ngram_places"], dtype)
     logits = functional.apply(model_config, params, batch["tokens"], *inputs, **known)
-    sums = loss_sums(
-        logits,
-        batch["targets"],
-        batch["loss_mask"],
-        batch.get("source_ids"),
-        num_sources,
-        with_z=bool(z_loss),
-        byte_lengths=byte_lengths,
-    )
+    targets = batch["targets"], batch["loss_mask"], batch.get("source_ids")
+    sums = loss_sums(logits, *targets, num_sources, bool(z_loss), byte_lengths)
     if patches is not None:
         return sums | patch_counts(batch["tokens"], patches)
     return sums | dict(inputs=jnp.sum(batch["tokens"] != PAD_ID, dtype=jnp.float32))

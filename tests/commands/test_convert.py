@@ -1,6 +1,7 @@
 """Conversion: round trips to the bit, every problem told at once, nothing half-written."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from bltjax.checkpoints import formats
 from bltjax.checkpoints.lazy_arrays import read_all
 from bltjax.checkpoints.pytorch.convert import convert
 from bltjax.checkpoints.pytorch.fields import merged
+from bltjax.checkpoints.pytorch.safetensors_files import write_sharded
 from bltjax.checkpoints.pytorch.writing import plan_hf
 from bltjax.checkpoints.weights import WeightsError, flat
 from bltjax.config import TransformerConfig
@@ -176,7 +178,8 @@ def test_casting_rounds_once(tmp_path, format):
 
 def test_large_files_are_sharded_as_transformers_does(tmp_path):
     source = directories.hub(tmp_path / "source", "hf_A_1b_like")
-    plan_hf(formats.read(source), max_shard_bytes=200_000).write(tmp_path / "target")
+    in_shards = functools.partial(write_sharded, max_shard_bytes=200_000)
+    plan_hf(formats.read(source))._replace(save=in_shards).write(tmp_path / "target")
     files = sorted(p.name for p in (tmp_path / "target").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert_same_bits(tensors_of(source), tensors_of(tmp_path / "target"))

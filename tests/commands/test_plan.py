@@ -42,7 +42,7 @@ def settings(path, **changes):
 
 
 @functools.cache
-def tiny_plan(**changes) -> memory_plan.Plan:
+def tiny_plan(**changes) -> memory_plan.MemoryPlan:
     """Of a narrow but deep byte latent transformer on 8 chips."""
     sizes = dict(blt_training__batch_size=32, mesh__fsdp=2, mesh__tensor=2)
     sizes["blt__local_decoder__num_layers"] = 64
@@ -159,11 +159,15 @@ def test_what_does_not_fit_is_one_line(chips, changes, said, monkeypatch, capsys
 
 def test_where_it_fits_is_told(capsys):
     largest = memory_plan.Array((2, 3), "float32", "P()", 5 * GIB)
-    memory_plan.print_plan("blt", memory_plan.Plan(10 * GIB, 10 * GIB, 20 * GIB, 0, largest), 1.0)
+    memory_plan.print_plan(
+        "blt", memory_plan.MemoryPlan(10 * GIB, 10 * GIB, 20 * GIB, 0, largest), 1.0
+    )
     out = capsys.readouterr().out
     assert "45.000 GiB   within the memory (GiB) of v5p (95), tpu7x (96), a100 (80)" in out
     assert "float32[2, 3] P()" in out
-    memory_plan.print_plan("blt", memory_plan.Plan(50 * GIB, 50 * GIB, 50 * GIB, 0, largest), 1.0)
+    memory_plan.print_plan(
+        "blt", memory_plan.MemoryPlan(50 * GIB, 50 * GIB, 50 * GIB, 0, largest), 1.0
+    )
     assert "more than any chip has" in capsys.readouterr().out
 
 

@@ -189,6 +189,12 @@ PROBLEMS = [
     ),
     (dict(blt_training__optimizer__schedule="step"), "blt_training.optimizer.schedule='step'"),
     (dict(blt_training__optimizer__clip_norm=0.0), "blt_training.optimizer.clip_norm=0.0"),
+    (dict(blt_training__optimizer__warmup_steps=-1), "blt_training.optimizer.warmup_steps=-1 0"),
+    (dict(blt_training__optimizer__weight_decay=-0.5), "optimizer.weight_decay=-0.5 0"),
+    (dict(blt_training__optimizer__beta1=1.0), "blt_training.optimizer.beta1=1.0 1)"),
+    (dict(blt_training__z_loss=float("nan")), "blt_training.z_loss=nan finite"),
+    (dict(blt_training__skip_norm_above=0.5), "blt_training.skip_norm_above=0.5 1"),
+    (dict(profile__first_step=-1), "profile.first_step=-1 0"),
     (
         dict(blt_training__optimizer__schedule="wsd", blt_training__optimizer__min_ratio=0.0),
         "blt_training.optimizer.min_ratio=0.0 blt_training.optimizer.schedule='wsd'",

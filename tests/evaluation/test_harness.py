@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +142,14 @@ def harness():
     return pytest.importorskip(
         "bltjax.evaluation.harness", reason="needs lm-eval", exc_type=ImportError
     )
+
+
+def test_likelihoods_are_negative_nats(harness):
+    model = harness.HarnessModel(model=CaseModel())
+    pairs, texts = [("ab", "abC"), ("ab", "a")], [("aBC",), ("",)]
+    asked = [[SimpleNamespace(args=args) for args in requests] for requests in (pairs, texts)]
+    assert model.loglikelihood(asked[0]) == [(-3.0, False), (0.0, True)]
+    assert model.loglikelihood_rolling(asked[1]) == [-2.0, 0.0]
 
 
 def test_scores_equal_a_brute_force_computation(harness, models, tmp_path):

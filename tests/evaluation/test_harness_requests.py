@@ -3,13 +3,7 @@
 import pytest
 
 from bltjax.evaluation import harness_requests
-from tests.evaluation.fakes import CaseModel, Speller
-
-
-def test_likelihoods_are_negative_nats():
-    found = harness_requests.loglikelihood(CaseModel(), [("ab", "abC"), ("ab", "a")])
-    assert found == [(-3.0, False), (0.0, True)]
-    assert harness_requests.loglikelihood_rolling(CaseModel(), ["aBC", ""]) == [-2.0, 0.0]
+from tests.evaluation.fakes import Speller
 
 
 def test_options_by_hand():

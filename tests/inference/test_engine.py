@@ -18,12 +18,12 @@ from bltjax.config import MeshConfig, PatchingConfig
 from bltjax.evaluation.text_model import TextModel
 from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.loops import decode, prefill
-from bltjax.inference.reference import generate_by_recompute
 from bltjax.model import functional
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.vocabulary import encode
 from tests import golden
+from tests.inference.reference import generate_by_recompute
 
 PATCHING = PatchingConfig(threshold=float(golden.arrays("meta_entropy")["threshold"]))
 TEXTS = "The quick brown fox", "naïve café", "日本語のテキスト", "Привет, мир", "if x:\n  y"

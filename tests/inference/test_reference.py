@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from bltjax.config import PatchingConfig
-from bltjax.inference.reference import generate_by_recompute
 from bltjax.model import functional
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.buffers import buffers_from_starts
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.vocabulary import BYTE_OFFSET, encode
 from tests import golden
+from tests.inference.reference import generate_by_recompute
 
 CONFIG, ENTROPY_CONFIG = golden.blt_config("meta_A_1b_like"), golden.entropy_config()
 PATCHING = PatchingConfig(threshold=float(golden.arrays("meta_entropy")["threshold"]))

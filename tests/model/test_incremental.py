@@ -11,11 +11,11 @@ import pytest
 from bltjax import sharding
 from bltjax.config import CrossAttentionConfig, HashConfig, PatchingConfig
 from bltjax.inference.decoders import BLTDecoder, for_generation
-from bltjax.inference.reference import row_patch_starts
 from bltjax.model import functional
 from bltjax.model.cache import CacheSize
 from bltjax.patching.buffers import buffers_from_starts
 from tests import golden
+from tests.inference.reference import row_patch_starts
 
 pytestmark = pytest.mark.long  # one interpreter will do
 

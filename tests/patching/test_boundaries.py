@@ -1,6 +1,7 @@
 """Patch starts against published patch lengths, and the properties every rule must have."""
 
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -34,8 +35,11 @@ CONFIGS = {name: PatchingConfig(name, threshold=1.0, threshold_add=0.5) for name
 S = 16
 # Few values, so that entropies often equal a threshold and each other.
 ENTROPIES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 2.25]), min_size=S, max_size=S)
-INTERESTING = [0, 1, 2, 3] + [byte + 4 for byte in b" .\nazAZ09@[`{/:\x7f\x80\xbf\xc0\xff"]
-TOKENS = st.lists(st.sampled_from(INTERESTING), min_size=S, max_size=S)
+INTERESTING = [[0], [1], [2], [3]] + [[b + 4] for b in b" .\nazAZ09@[`{/:\x7f\x80\xbf\xc0\xff"]
+INTERESTING += [[b + 4 for b in c.encode()] for c in "\u00e9\u043c\u5b57\U0001f600"] * 2
+TOKENS = st.lists(st.sampled_from(INTERESTING), min_size=S, max_size=S).map(
+    lambda characters: list(itertools.chain(*characters))[:S]
+)
 
 
 def starts_of(rule, tokens=None, entropies=None, **settings):

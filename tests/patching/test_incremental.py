@@ -1,6 +1,7 @@
 """Patch starts noted as bytes come, against the rules on whole texts."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from bltjax.config import PatchingConfig
 from bltjax.patching import incremental
 from bltjax.patching.boundaries import RULES, newline_segments, patch_starts
-from bltjax.vocabulary import EOS_ID
 
 ROWS, SIZE = 3, 18
 CONFIGS = {name: PatchingConfig(name, threshold=1.0, threshold_add=0.25) for name in RULES} | {
@@ -28,13 +28,20 @@ CONFIGS = {name: PatchingConfig(name, threshold=1.0, threshold_add=0.25) for nam
 }
 # Few values, so that some equal a threshold and each other, in bfloat16 if not in float32.
 ENTROPIES = [0.0, 0.5, 1.0, 1.3345, 1.3354, 1.337, 1.3301, 1.5, 1.75, 2.25]
-TOKENS = [1, 3, 3] + [byte + 4 for byte in b"  \n\nazAZ09@.\x7f\x80\xbf\xc0\xff"]
+CHARACTERS = [[1], [3], [3]] + [[b + 4] for b in b"  \n\nazAZ09@.\x7f\x80\xbf\xc0\xff"]
+CHARACTERS += [[b + 4 for b in c.encode()] for c in "\u00e9\u043c\u5b57\U0001f600\U0001f600"] * 2
 # Steps of the rows: how far each goes back to another continuation, and how far it then reads.
 STEPS = st.lists(
     st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4)), min_size=ROWS, max_size=ROWS),
     min_size=4,
     max_size=12,
 )
+
+
+def draw_tokens(rng, size):
+    """Tokens of random characters, the last of which may be cut."""
+    drawn = [CHARACTERS[i] for i in rng.integers(0, len(CHARACTERS), size)]
+    return np.array(list(itertools.chain(*drawn))[:size], np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -54,7 +61,7 @@ def note_lines(*inputs):
 def test_starts(name, num_new, steps, seed):
     config = CONFIGS[name]
     rng = np.random.default_rng(seed)
-    tokens = rng.choice(TOKENS, (ROWS, SIZE)).astype(np.int32)
+    tokens = np.stack([draw_tokens(rng, SIZE) for _ in range(ROWS)])
     entropies = np.zeros((ROWS, SIZE), np.float32)
     record, length = incremental.new_record(jnp.asarray(tokens)), np.zeros(ROWS, int)
     for moves in [*steps, *[[(0, 4)] * ROWS] * (SIZE // num_new + 1)]:
@@ -68,7 +75,7 @@ def test_starts(name, num_new, steps, seed):
                 known = entropies[row, at : length[row]][:n]
                 new[row, : len(known)] = known
             else:  # what was there is forgotten, and nothing that comes later matters
-                tokens[row, at:] = rng.choice(TOKENS, SIZE - at)
+                tokens[row, at:] = draw_tokens(rng, SIZE - at)
             entropies[row, at : at + n] = new[row, :n]
             length[row] = at + n if n or not again[row] else length[row]
         record = record._replace(tokens=jnp.asarray(tokens))
@@ -97,7 +104,7 @@ def check(config, record, tokens, entropies, length):
 def test_lines(moves, seed):
     """A context starts where its line does, however the line was read."""
     rng = np.random.default_rng(seed)
-    tokens = rng.choice([t for t in TOKENS if t != EOS_ID], (1, SIZE)).astype(np.int32)
+    tokens = draw_tokens(rng, SIZE)[None]
     segments = newline_segments(tokens)[0]
     expected = np.searchsorted(segments, segments)
     record, length = incremental.new_record(jnp.asarray(tokens)), 0

@@ -7,9 +7,12 @@ noticed.
 import difflib
 import json
 import math
+import operator
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from bltjax.checkpoints.lazy_arrays import insert
 
 REQUIRED = object()
 LARGEST = 2**28  # limit of whole numbers; sizes of models are far below
@@ -148,11 +151,8 @@ def read_pairs(fields: Fields, pairs: Iterable[Pair]) -> dict:
     """Reads our settings from a format's fields, as a nested dict."""
     ours: dict = {}
     for pair in pairs:
-        *groups, last = pair.ours.split(".")
-        node = ours
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = fields.take(pair.theirs, pair.kind, pair.default)
+        value = fields.take(pair.theirs, pair.kind, pair.default)
+        insert(ours, pair.ours.split("."), value)
     return ours
 
 
@@ -161,28 +161,23 @@ def write_pairs(config, pairs: Iterable[Pair], problems: list[str]) -> dict:
     theirs: dict = {}
     source: dict[str, tuple[str, Any]] = {}
     for pair in pairs:
-        value = config
-        for name in pair.ours.split("."):
-            value = getattr(value, name)
+        value = operator.attrgetter(pair.ours)(config)
         first, there = source.setdefault(pair.theirs, (pair.ours, value))
         if there != value:
             problems.append(
                 f"{first}={there!r} and {pair.ours}={value!r} differ: the format has one field for "
                 f"both, {pair.theirs}"
             )
-        *groups, last = pair.theirs.split(".")
-        node = theirs
-        for group in groups:
-            node = node.setdefault(group, {})
-        node.setdefault(last, list(value) if isinstance(value, tuple) else value)
+        plain = list(value) if isinstance(value, tuple) else value
+        insert(theirs, pair.theirs.split("."), plain)
     return theirs
 
 
-def in_their_words(problems: Iterable[str], name: str, pairs: Iterable[Pair]) -> list[str]:
-    """Returns problems of our settings `name.*` in terms of the format's fields."""
+def problems_in_their_words(config, name: str, pairs: Iterable[Pair]) -> list[str]:
+    """Returns the problems of our settings, called `name`, in terms of the format's fields."""
     longest_first = sorted(pairs, key=lambda pair: -len(pair.ours))
     told = []
-    for problem in problems:
+    for problem in config.problems(name):
         for pair in longest_first:
             problem = problem.replace(f"{name}.{pair.ours}", f"{name}.{pair.theirs}")
         told.append(problem)

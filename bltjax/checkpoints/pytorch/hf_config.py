@@ -9,8 +9,8 @@ from typing import NamedTuple
 from bltjax.checkpoints.pytorch.fields import (
     Fields,
     Pair,
-    in_their_words,
     merged,
+    problems_in_their_words,
     read_pairs,
     write_pairs,
 )
@@ -25,16 +25,6 @@ from bltjax.config import (
 from bltjax.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE
 
 GENERATION = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "use_cache": False}
-
-
-class Settings(NamedTuple):
-    """Our settings from a config.json."""
-
-    blt: BLTConfig
-    entropy_model: EntropyModelConfig | None
-    patching: PatchingConfig
-    lengths: Lengths
-    notes: tuple[str, ...]
 
 
 class _Stack(NamedTuple):
@@ -64,6 +54,7 @@ def _stack_pairs(ours: str, stack: _Stack) -> list[Pair]:
         Pair(f"{ours}.num_heads", f"{group}.num_attention_heads", int, stack.num_heads),
         Pair(f"{ours}.num_kv_heads", f"{group}.num_key_value_heads", int, None),
         Pair(f"{ours}.ffn_width", f"{group}.intermediate_size", int, stack.ffn_width),
+        Pair(f"{ours}.norm_eps", f"{group}.rms_norm_eps", float, 1e-5),
     ]
 
 
@@ -97,25 +88,26 @@ _PATCHING = [
 # computes.
 _GENERIC = """
     _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
-    _name_or_path add_cross_attention architectures attention_dropout attn_implementation auto_map
-    bad_words_ids
-    begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dropout dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder
-    is_encoder_decoder label2id length_penalty max_length min_length model_type
+    _name_or_path add_cross_attention architectures attention_dropout attn_implementation
+    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
+    is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
     no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
     output_hidden_states output_scores pad_token_id patching_batch_size patching_device prefix
     problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
     return_dict_in_generate sep_token_id share_encoder_decoder_emb suppress_tokens
-    task_specific_params temperature
-    tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    typical_p use_bfloat16 use_cache
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 use_cache
 """
 
 
-def read(config: dict, problems: list[str]) -> Settings | None:
-    """Reads a config.json; where something is wrong adds it to `problems` and returns None."""
+def read(config: dict, problems: list[str]) -> Weights | None:
+    """Reads a config.json as weights that have no parameters yet.
+
+    Where something is wrong, it is added to `problems` and the result is None.
+    """
     if not config:
         return None
     fields = Fields("config", config)
@@ -125,6 +117,7 @@ def read(config: dict, problems: list[str]) -> Settings | None:
     patching = read_pairs(fields, _PATCHING)
     with_patcher = fields.take("patch_in_forward", bool, True)
     stacks = (blt["local_encoder"], blt["global_transformer"], blt["local_decoder"])
+    encoder, _, decoder = stacks
     for values, stack in zip((*stacks, patcher["transformer"]), _STACKS, strict=True):
         _complete_stack(fields, values, stack)
     lengths = Lengths(
@@ -139,31 +132,24 @@ def read(config: dict, problems: list[str]) -> Settings | None:
     problems += fields.problems
     if fields.problems:
         return None
-    encoder, _, decoder = stacks
-    blt["cross_attention"] |= dict(
-        num_heads=encoder["num_heads"],
-        num_kv_heads=encoder["num_kv_heads"],
-        num_heads_decoder=decoder["num_heads"],
-        num_kv_heads_decoder=decoder["num_kv_heads"],
-    )
+    cross, heads = blt["cross_attention"], ("num_heads", "num_kv_heads")
+    cross |= {name: encoder[name] for name in heads}
+    if any(decoder[name] != encoder[name] for name in heads):
+        cross |= {f"{name}_decoder": decoder[name] for name in heads}
     model = from_config_dict(BLTConfig, blt)
-    if not model.has_decoder_projection:  # transformers always has one
-        model = dataclasses.replace(model, always_project=True)
+    # transformers always has a projection
+    model = dataclasses.replace(model, always_project=not model.has_decoder_projection)
     patching = PatchingConfig(rule="entropy", target_patch_bytes=None, **patching)
-    settings = Settings(
-        model,
-        from_config_dict(EntropyModelConfig, patcher) if with_patcher else None,
-        patching,
-        lengths,
-        notes(model, patching),
-    )
-    impossible = in_their_words(settings.blt.problems("config"), "config", _BLT)
-    impossible += in_their_words(settings.patching.problems("config"), "config", _PATCHING)
-    if settings.entropy_model is not None:
-        found = settings.entropy_model.problems("config")
-        impossible += in_their_words(found, "config", _ENTROPY_MODEL)
+    impossible = problems_in_their_words(model, "config", _BLT)
+    impossible += problems_in_their_words(patching, "config", _PATCHING)
+    entropy_model = None
+    if with_patcher:
+        entropy_model = from_config_dict(EntropyModelConfig, patcher)
+        impossible += problems_in_their_words(entropy_model, "config", _ENTROPY_MODEL)
     problems += impossible
-    return None if impossible else _plain_heads(settings)
+    if impossible:
+        return None
+    return Weights(model, entropy_model, patching, {}, lengths, notes(model, patching))
 
 
 def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
@@ -175,19 +161,15 @@ def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
         for name in ("local_encoder", "global_transformer", "local_decoder")
     }
     encoder, trunk, decoder = stacks.values()
+    local = dict(
+        cross_attn_k=blt.cross_attention.k, hidden_size_global=trunk.dim, vocab_size=blt.vocab_size
+    )
     theirs = [
         write_pairs(dataclasses.replace(blt, **stacks), _BLT, problems),
         write_pairs(patching, _PATCHING, problems),
         _stack_rest(_ENCODER, encoder, weights.lengths.bytes),
         _stack_rest(_GLOBAL, trunk, weights.lengths.patches),
         _stack_rest(_DECODER, decoder, weights.lengths.bytes),
-    ]
-    local = dict(
-        cross_attn_k=blt.cross_attention.k,
-        hidden_size_global=trunk.dim,
-        vocab_size=blt.vocab_size,
-    )
-    theirs += [
         {"encoder_config": {**local, "sliding_window": encoder.window}},
         {"decoder_config": local},
     ]
@@ -222,7 +204,7 @@ def _ignore_what_changes_nothing(fields: Fields):
         [*generic, "max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"]
     )
     for stack in _STACKS:
-        fields.ignore(f"{stack.group}.{name}" for name in generic)
+        fields.ignore(f"{stack.group}.{name}" for name in [*generic, "partial_rotary_factor"])
     fields.ignore(  # derived from other fields, or read nowhere
         [
             "encoder_config.hidden_size_global",
@@ -242,7 +224,6 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
     group = stack.group
     legacy_theta = fields.take(f"{group}.rope_theta", float, stack.rope_theta)
     values["rope_theta"] = fields.take(f"{group}.rope_parameters.rope_theta", float, legacy_theta)
-    values["norm_eps"] = fields.take(f"{group}.rms_norm_eps", float, 1e-5)
     fields.must_be(
         f"{group}.norm_eps",
         (values["norm_eps"],),
@@ -251,7 +232,6 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
     fields.must_be(f"{group}.rope_parameters.rope_type", ("default",), "only plain rotary is known")
     plain = ({"rope_type": "default"}, {"type": "default"}, {})
     fields.must_be(f"{group}.rope_scaling", plain, "only plain rotary embedding is known")
-    fields.ignore([f"{group}.partial_rotary_factor"])
     fields.must_be(f"{group}.hidden_act", ("silu",), "feed-forward layers are SwiGLU")
     fields.must_be(f"{group}.tie_word_embeddings", (False,), "the output layer is its own")
     for name in ("attention_bias", "mlp_bias"):
@@ -264,6 +244,11 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
         )
     if values["ffn_width"] is None and values["dim"]:
         values["ffn_width"] = int(8 * values["dim"] / 3)
+    # What equals our defaults is left to them.
+    if values["num_kv_heads"] == values["num_heads"]:
+        values["num_kv_heads"] = None
+    if values["dim"] and values["ffn_width"] == TransformerConfig(values["dim"]).ffn_dim:
+        values["ffn_width"] = None
 
 
 def _check_supported(fields: Fields, blt: dict):
@@ -296,37 +281,6 @@ def notes(blt: BLTConfig, patching: PatchingConfig) -> tuple[str, ...]:
             "at the last byte of a row, so its logits may differ there"
         )
     return tuple(found)
-
-
-def _plain_heads(settings: Settings) -> Settings:
-    """Drops numbers of key/value heads and widths that are equal to the defaults."""
-
-    def plain(stack: TransformerConfig) -> TransformerConfig:
-        kv = None if stack.kv_heads == stack.num_heads else stack.kv_heads
-        known = dataclasses.replace(stack, ffn_width=None).ffn_dim == stack.ffn_dim
-        return dataclasses.replace(
-            stack, num_kv_heads=kv, ffn_width=None if known else stack.ffn_width
-        )
-
-    blt, cross = settings.blt, settings.blt.cross_attention
-    encoder, decoder = cross.encoder_heads, cross.decoder_heads
-    cross = dataclasses.replace(
-        cross,
-        num_kv_heads=None if encoder[0] == encoder[1] else encoder[1],
-        num_heads_decoder=None if decoder == encoder else decoder[0],
-        num_kv_heads_decoder=None if decoder == encoder or decoder[0] == decoder[1] else decoder[1],
-    )
-    blt = dataclasses.replace(
-        blt,
-        local_encoder=plain(blt.local_encoder),
-        global_transformer=plain(blt.global_transformer),
-        local_decoder=plain(blt.local_decoder),
-        cross_attention=cross,
-    )
-    entropy_model = settings.entropy_model and dataclasses.replace(
-        settings.entropy_model, transformer=plain(settings.entropy_model.transformer)
-    )
-    return settings._replace(blt=blt, entropy_model=entropy_model)
 
 
 def _cannot_say(blt: BLTConfig, patching: PatchingConfig) -> list[str]:
@@ -367,7 +321,6 @@ def _stack_rest(stack: _Stack, ours: TransformerConfig, max_positions: int) -> d
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
         "model_type": stack.model_type,
-        "rms_norm_eps": ours.norm_eps,
         "rope_parameters": {"rope_theta": ours.rope_theta, "rope_type": "default"},
         "tie_word_embeddings": False,
     }

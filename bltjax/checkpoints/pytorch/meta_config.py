@@ -6,8 +6,14 @@ Spec 2.1, 5.1, 5.10, 5.12, 7 and 10.1 list the fields, those without effect, and
 import dataclasses
 
 from bltjax.checkpoints.pytorch.feed_forward import common_widths
-from bltjax.checkpoints.pytorch.fields import Fields, Pair, in_their_words, read_pairs, write_pairs
-from bltjax.checkpoints.weights import Lengths
+from bltjax.checkpoints.pytorch.fields import (
+    Fields,
+    Pair,
+    problems_in_their_words,
+    read_pairs,
+    write_pairs,
+)
+from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import (
     BLTConfig,
     EntropyModelConfig,
@@ -84,57 +90,42 @@ _IGNORED = {
     "seed": 42,
     "weight_tying": False,
 }
+_NULL = """
+    conv_kernel_size dim_patch_emb dim_token_emb encoder_ngram_table_dir
+    encoder_ngram_to_size_str encoder_preds_low_entropy_toks encoder_preds_random_toks
+    entropy_model_checkpoint_dir global_local_decoder_residual_layer ngram_vocab_sizes
+    patching_thresholds_str
+"""
+_OFF = """
+    custom_bwd encoder_enable_byte_group_hash encoder_lm_loss fuse_sequence_parallel
+    log_patch_lengths loss_parallel patch_in_forward recompute_fc1_out recompute_fc3_out
+    sequence_parallel tie_local_encoder_decoder tie_local_encoder_decoder_logits
+"""
+_ON = """
+    cross_attn_use_flex_attention init_use_gaussian norm_affine pad_to_max_length pre_norm
+    recompute_attn share_encoder_decoder_emb use_fsdp use_local_encoder_transformer use_rope
+"""
 _BLT_IGNORED = {
     **_IGNORED,
+    **dict.fromkeys(_NULL.split()),
+    **dict.fromkeys(_OFF.split(), False),
+    **dict.fromkeys(_ON.split(), True),
     "alpha_depth": "disabled",
     "architecture": "vanilla",
     "attn_to_keep": "all",
-    "conv_kernel_size": None,
-    "cross_attn_use_flex_attention": True,
-    "custom_bwd": False,
     "dim": 512,
-    "dim_patch_emb": None,
-    "dim_token_emb": None,
     "dropout": 0.0,
-    "encoder_enable_byte_group_hash": False,
-    "encoder_lm_loss": False,
-    "encoder_ngram_table_dir": None,
-    "encoder_ngram_to_size_str": None,
-    "encoder_preds_low_entropy_toks": None,
-    "encoder_preds_random_toks": None,
-    "entropy_model_checkpoint_dir": None,
     "full_logging_n_layers": 4,
-    "fuse_sequence_parallel": False,
-    "global_local_decoder_residual_layer": None,
     "init_use_depth": "current",
-    "init_use_gaussian": True,
     "layer_ckpt": "all",
-    "log_patch_lengths": False,
-    "loss_parallel": False,
     "max_length": 2048,
     "n_heads": 8,
     "n_layers": 8,
-    "ngram_vocab_sizes": None,
     "non_linearity": "swiglu",
-    "norm_affine": True,
     "norm_type": "rmsnorm",
     "output_size": -1,
-    "pad_to_max_length": True,
-    "patch_in_forward": False,
     "patching_batch_size": 1,
     "patching_device": "cuda",
-    "patching_thresholds_str": None,
-    "pre_norm": True,
-    "recompute_attn": True,
-    "recompute_fc1_out": False,
-    "recompute_fc3_out": False,
-    "sequence_parallel": False,
-    "share_encoder_decoder_emb": True,
-    "tie_local_encoder_decoder": False,
-    "tie_local_encoder_decoder_logits": False,
-    "use_fsdp": True,
-    "use_local_encoder_transformer": True,
-    "use_rope": True,
 }
 # Fields that do change it: the supported values, and the reason.
 _EOS = {"eos_id": ((EOS_ID,), f"documents end with id {EOS_ID}")}
@@ -150,24 +141,23 @@ _LIMITED = {
 }
 
 
-def read_blt(args: dict, patcher_args: dict, problems: list[str]):
-    """Reads (BLTConfig, PatchingConfig, Lengths) from ByteLatentTransformerArgs and PatcherArgs.
+def read_blt(args: dict, patcher_args: dict, problems: list[str]) -> Weights | None:
+    """Reads ByteLatentTransformerArgs and PatcherArgs as weights that have no parameters yet.
 
-    Where something is wrong, it is added to `problems` and the configs are None.
+    Where something is wrong, it is added to `problems` and the result is None.
     """
     fields, patcher = Fields("args", args), Fields("patcher_args", patcher_args)
     fields.ignore([*_BLT_IGNORED, "cross_attn_init_by_pooling"])
     for key, (allowed, why) in _LIMITED.items():
         fields.must_be(key, allowed, why)
-    if fields.take("cross_attn_encoder", bool, False):
-        fields.must_be("cross_attn_init_by_pooling", (True,), "patches start from pooled bytes")
-    if fields.take("cross_attn_encoder", bool, False) or fields.take(
-        "cross_attn_decoder", bool, False
-    ):
-        fields.take("cross_attn_nheads", int)
-        fields.take("cross_attn_k", int)
     fields.must_not_be_null("local_attention_window_len", "local stacks need a window, set one")
     ours = read_pairs(fields, _BLT)
+    cross = ours["cross_attention"]
+    if cross["encoder"]:
+        fields.must_be("cross_attn_init_by_pooling", (True,), "patches start from pooled bytes")
+    if cross["encoder"] or cross["decoder"]:  # then there is no default
+        fields.take("cross_attn_nheads", int)
+        fields.take("cross_attn_k", int)
     ours["pooling"] = _POOLING.get(ours["pooling"])
     lengths = Lengths(
         bytes=fields.take("max_encoder_seq_length", int, Lengths().bytes),
@@ -178,14 +168,11 @@ def read_blt(args: dict, patcher_args: dict, problems: list[str]):
     patcher.ignore(_PATCHER_IGNORED.split())
     patcher.check_all_known()
     found = fields.problems + patcher.problems
+    if not found:
+        config = from_config_dict(BLTConfig, ours)
+        found = problems_in_their_words(config, "args", _BLT) + patching.problems("patcher_args")
     problems += found
-    if found:
-        return None, None, lengths
-    config = from_config_dict(BLTConfig, ours)
-    impossible = in_their_words(config.problems("args"), "args", _BLT)
-    impossible += patching.problems("patcher_args")
-    problems += impossible
-    return (None, None, lengths) if impossible else (config, patching, lengths)
+    return None if found else Weights(config, None, patching, {}, lengths)
 
 
 def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
@@ -210,8 +197,8 @@ def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
     )
 
 
-def read_entropy_model(args: dict, problems: list[str]):
-    """Reads (EntropyModelConfig, Lengths) from LMTransformerArgs; see `read_blt`."""
+def read_entropy_model(args: dict, problems: list[str]) -> Weights | None:
+    """Reads LMTransformerArgs; see `read_blt`."""
     fields = Fields("entropy_model", args)
     fields.ignore(_IGNORED)
     for key, (allowed, why) in _EOS.items():
@@ -219,20 +206,18 @@ def read_entropy_model(args: dict, problems: list[str]):
     ours = read_pairs(fields, _ENTROPY_MODEL)
     lengths = Lengths(entropy_bytes=fields.take("max_seqlen", int, Lengths().entropy_bytes))
     fields.check_all_known()
-    problems += fields.problems
-    if fields.problems:
-        return None, lengths
-    config = from_config_dict(EntropyModelConfig, ours)
-    impossible = in_their_words(config.problems("entropy_model"), "entropy_model", _ENTROPY_MODEL)
-    problems += impossible
-    return (None if impossible else config), lengths
+    found = fields.problems
+    if not found:
+        config = from_config_dict(EntropyModelConfig, ours)
+        found = problems_in_their_words(config, "entropy_model", _ENTROPY_MODEL)
+    problems += found
+    patching = PatchingConfig(target_patch_bytes=None)
+    return None if found else Weights(None, config, patching, {}, lengths)
 
 
-def write_blt(
-    config: BLTConfig, patching: PatchingConfig, lengths: Lengths, problems: list[str]
-) -> dict:
+def write_blt(weights: Weights, problems: list[str]) -> dict:
     """Writes ByteLatentTransformerArgs; what the format cannot express is added to `problems`."""
-    cross = config.cross_attention
+    config, cross = weights.blt, weights.blt.cross_attention
     if not cross.doubled_residual:
         problems.append("cross_attention.doubled_residual=False: Meta's code always doubles it")
     if (
@@ -251,7 +236,7 @@ def write_blt(
     without_cross = {"cross_attn_k": None, "cross_attn_nheads": None}
     pooling = next(t for t, ours in _POOLING.items() if ours == config.pooling)
     fixed = {key: allowed[0] for key, (allowed, _) in _LIMITED.items() if allowed}
-    patcher = write_patcher(patching, [])
+    patcher = write_patcher(weights.patching, [])
     repeated = ("patching_mode", "monotonicity", "max_patch_length", "patch_size")
     return {
         **_BLT_IGNORED,
@@ -263,8 +248,8 @@ def write_blt(
         "dim_token": None,
         "downsampling_by_pooling": pooling,
         "encoder_hash_byte_group_size": list(config.hash.sizes) or None,
-        "max_encoder_seq_length": lengths.bytes,
-        "max_seqlen": lengths.patches,
+        "max_encoder_seq_length": weights.lengths.bytes,
+        "max_seqlen": weights.lengths.patches,
         "patching_threshold": None,
         "patching_threshold_add": None,
     }

@@ -4,29 +4,24 @@ Such a file is a zip archive: a pickle with the structure (see `pth_pickle`), an
 bytes for each storage, of which tensors are views.
 """
 
-import contextlib
 import os
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bltjax.checkpoints.lazy_arrays import BLOCK_BYTES
-from bltjax.checkpoints.pytorch.pth_pickle import Entry, Refused, read_program
-from bltjax.checkpoints.pytorch.stored_array import one_line
+from bltjax.checkpoints.pytorch.pth_pickle import Entry, read_program
+from bltjax.checkpoints.pytorch.stored_array import Refused, parsing
 from bltjax.runtime.progress import OnProgress
 
 MAX_PICKLE_BYTES = 8 * 2**20  # enough for fifty thousand tensors
 
+_KIND = "torch.save"
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _ENCRYPTED, _UTF_8 = 0x41, 0x800  # flag bits of a zip entry
-
-
-class _Archive(NamedTuple):
-    pickle: bytes
-    storages: dict[str, Entry]
 
 
 def open_pth(path: Path) -> Any:
@@ -37,9 +32,9 @@ def open_pth(path: Path) -> Any:
     that is damaged or holds anything but tensors and plain values.
     """
     path = Path(path)
-    with _explained(path):
-        archive = _read_archive(path)
-        return read_program(archive.pickle, path, archive.storages)
+    with parsing(path, _KIND):
+        program, storages = _read_archive(path)
+        return read_program(program, path, storages)
 
 
 def verify(path: Path, on_progress: OnProgress = None) -> list[str]:
@@ -48,8 +43,8 @@ def verify(path: Path, on_progress: OnProgress = None) -> list[str]:
     on_progress: called with the number of bytes of each block. Raises like `open_pth`.
     """
     path, problems = Path(path), []
-    with _explained(path):
-        storages = _read_archive(path).storages
+    with parsing(path, _KIND):
+        _, storages = _read_archive(path)
     with path.open("rb") as file:
         for key, entry in storages.items():
             if _crc(file, entry, on_progress) != entry.crc:
@@ -57,18 +52,6 @@ def verify(path: Path, on_progress: OnProgress = None) -> list[str]:
                     f"{path}: storage {key!r} is damaged (CRC-32 differs): download it again"
                 )
     return problems
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, Refused):
-        raise
-    except Exception as error:  # a damaged file may cause any error in the parsers
-        raise ValueError(
-            f"{path} is not a whole torch.save file ({one_line(error)}): download it again"
-        ) from error
 
 
 def _crc(file, entry: Entry, on_progress: OnProgress) -> int:
@@ -81,7 +64,8 @@ def _crc(file, entry: Entry, on_progress: OnProgress) -> int:
     return crc
 
 
-def _read_archive(path: Path) -> _Archive:
+def _read_archive(path: Path) -> tuple[bytes, dict[str, Entry]]:
+    """Returns the pickle, and the places of the storages by key."""
     with path.open("rb") as file:
         if file.read(len(_LEGACY_START)) == _LEGACY_START:
             raise Refused(
@@ -92,17 +76,14 @@ def _read_archive(path: Path) -> _Archive:
             infos = {info.filename: info for info in archive.infolist()}
             if len(infos) != len(archive.infolist()):
                 raise ValueError("two entries have one name")
-            tops = [name.removesuffix("data.pkl") for name in infos if _is_pickle(name)]
-            if len(tops) != 1:
+            # In the archive's only folder, whose name is arbitrary.
+            pickles = [name for name in infos if re.fullmatch(r"[^/]*/data\.pkl", name)]
+            if len(pickles) != 1:
                 raise ValueError("it has no data.pkl")
-            _check_byte_order(path, archive, infos.get(f"{tops[0]}byteorder"))
-            program = _small_entry(archive, infos[f"{tops[0]}data.pkl"])
-            return _Archive(program, _storages(file, infos, f"{tops[0]}data/"))
-
-
-def _is_pickle(name: str) -> bool:
-    """Returns True for data.pkl in the archive's only folder, whose name is arbitrary."""
-    return name.endswith("/data.pkl") and name.count("/") == 1
+            top = pickles[0].removesuffix("data.pkl")
+            _check_byte_order(path, archive, infos.get(f"{top}byteorder"))
+            program = _small_entry(archive, infos[pickles[0]])
+            return program, _storages(file, infos, f"{top}data/")
 
 
 def _check_byte_order(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> None:

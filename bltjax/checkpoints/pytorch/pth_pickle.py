@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from bltjax.checkpoints.pytorch.stored_array import StoredArray
+from bltjax.checkpoints.pytorch.stored_array import Refused, StoredArray
 
 MAX_DEPTH = 100  # so that readers of the tree can recurse
 MAX_NODES = 2**22  # shared entries can make an endless tree of a small pickle
@@ -26,10 +26,6 @@ MAX_NODES = 2**22  # shared entries can make an endless tree of a small pickle
 REMEDY = (
     "a weight file holds tensors only; re-save it with torch.save({'model': model.state_dict()})"
 )
-
-
-class Refused(ValueError):
-    """An error whose message needs no more context for the user."""
 
 
 class Entry(NamedTuple):
@@ -175,10 +171,6 @@ def _parameter(machine, tensor, requires_grad, hooks):
     return tensor
 
 
-def _ordered_dict(machine):
-    return OrderedDict()
-
-
 def _extended(machine, target, *items):
     if not isinstance(target, list):
         raise ValueError("its pickle appends to what is no list")
@@ -234,7 +226,7 @@ _VALUES = {
 }
 
 _NAMES: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): lambda machine: OrderedDict(),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch", "DoubleStorage"): np.dtype(np.float64),

@@ -10,14 +10,12 @@ nothing is kept in memory: parameters are lazy arrays.
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from bltjax.checkpoints.lazy_arrays import LazyArray
+from bltjax.checkpoints.lazy_arrays import LazyArray, tree_leaves
 from bltjax.checkpoints.pytorch import hf_config, meta_config, pth_files, safetensors_files
 from bltjax.checkpoints.pytorch.fields import read_json
 from bltjax.checkpoints.pytorch.tensor_names import HF, META, from_published
 from bltjax.checkpoints.weights import Weights, WeightsError, value_problems
-from bltjax.config import PatchingConfig
 from bltjax.runtime.progress import OnProgress
 
 ENTROPY_MODEL_DIRECTORY = "entropy_model"
@@ -43,31 +41,22 @@ def read_hf(directory: Path, on_progress: OnProgress = None) -> Weights:
     There is no entropy model where `patch_in_forward` is false.
     """
     problems: list[str] = []
-    settings = hf_config.read(read_json(directory / "config.json", problems), problems)
+    weights = hf_config.read(read_json(directory / "config.json", problems), problems)
     tensors, unreadable = safetensors_files.open_sharded(directory)
     problems += unreadable
-    params = {}
-    if settings is not None:
-        inside = {k: v for k, v in tensors.items() if k.startswith(PATCHER)}
-        outside = {k: v for k, v in tensors.items() if k not in inside}
-        if settings.entropy_model is None:
-            outside = tensors
-        else:
-            params["entropy_model"], found = from_published(settings.entropy_model, inside, HF)
+    if weights is not None:
+        parts = {"blt": tensors}
+        if weights.entropy_model is not None:
+            inside = {k: v for k, v in tensors.items() if k.startswith(PATCHER)}
+            outside = {k: v for k, v in tensors.items() if k not in inside}
+            parts = {"entropy_model": inside, "blt": outside}
+        for name, part in parts.items():
+            weights.params[name], found = from_published(getattr(weights, name), part, HF)
             problems += _not_explained(found, directory, unreadable)
-        params["blt"], found = from_published(settings.blt, outside, HF)
-        problems += _not_explained(found, directory, unreadable)
     problems += value_problems(tensors, on_progress)
     if problems:
         raise WeightsError(directory, problems)
-    return Weights(
-        settings.blt,
-        settings.entropy_model,
-        settings.patching,
-        params,
-        settings.lengths,
-        settings.notes,
-    )
+    return weights
 
 
 def _not_explained(found: list[str], directory: Path, unreadable: list[str]) -> list[str]:
@@ -88,13 +77,10 @@ def read_meta(directory: Path, on_progress: OnProgress = None) -> Weights:
     problems: list[str] = []
     tensors = _meta_tensors(directory, problems, on_progress)
     unreadable = list(problems)
-    settings = _meta_settings(directory, problems)
-    weights = None
-    if settings is not None and settings.is_blt(tensors):
-        weights, found = _meta_blt(settings, tensors, problems)
-        problems += _not_explained(found, directory, unreadable)
-    elif settings is not None:
-        weights, found = _meta_entropy_model(settings, tensors, problems)
+    weights = _meta_settings(directory, tensors, problems)
+    if weights is not None:
+        name = "entropy_model" if weights.blt is None else "blt"
+        weights.params[name], found = from_published(getattr(weights, name), tensors, META)
         problems += _not_explained(found, directory, unreadable)
     problems += value_problems(tensors, on_progress)
     inside = directory / ENTROPY_MODEL_DIRECTORY
@@ -103,20 +89,6 @@ def read_meta(directory: Path, on_progress: OnProgress = None) -> Weights:
     if problems:
         raise WeightsError(directory, problems)
     return weights
-
-
-class _Settings(NamedTuple):
-    """Settings in the JSON files of one of Meta's directories."""
-
-    args: dict
-    entropy_model: dict
-    patcher_args: dict
-
-    def is_blt(self, tensors: dict) -> bool:
-        """By its tensors where there are any: settings repeat those of other models."""
-        if not tensors:
-            return "dim_global" in self.args
-        return any(name.startswith(("local_", "global_", "encoder_")) for name in tensors)
 
 
 def _with_entropy_model(
@@ -133,28 +105,8 @@ def _with_entropy_model(
     return weights and weights.with_entropy_model(other)
 
 
-def _meta_blt(settings: _Settings, tensors, problems) -> tuple[Weights | None, list[str]]:
-    """Returns the model and problems of its tensors; those of settings go to `problems`."""
-    config, patching, lengths = meta_config.read_blt(settings.args, settings.patcher_args, problems)
-    if config is None:
-        return None, []
-    params, found = from_published(config, tensors, META)
-    return Weights(config, None, patching, {"blt": params}, lengths), found
-
-
-def _meta_entropy_model(settings: _Settings, tensors, problems) -> tuple[Weights | None, list[str]]:
-    """See `_meta_blt`."""
-    args = settings.entropy_model or settings.args
-    config, lengths = meta_config.read_entropy_model(args, problems)
-    if config is None:
-        return None, []
-    params, found = from_published(config, tensors, META)
-    patching = PatchingConfig(target_patch_bytes=None)
-    return Weights(None, config, patching, {"entropy_model": params}, lengths), found
-
-
-def _meta_settings(directory: Path, problems: list[str]) -> _Settings | None:
-    """Reads the settings; None where a file cannot be read or holds something else."""
+def _meta_settings(directory: Path, tensors: dict, problems: list[str]) -> Weights | None:
+    """Reads weights that have no parameters yet; None where the settings have problems."""
     before = len(problems)
     if (directory / "config.json").exists():
         config = read_json(directory / "config.json", problems)
@@ -171,7 +123,12 @@ def _meta_settings(directory: Path, problems: list[str]) -> _Settings | None:
     patcher_args = _object(data, "patcher_args", {}, problems)
     if len(problems) > before:
         return None
-    return _Settings(args, entropy_model, patcher_args)
+    is_blt = "dim_global" in args
+    if tensors:  # which tell better: settings repeat those of other models
+        is_blt = any(name.startswith(("local_", "global_", "encoder_")) for name in tensors)
+    if is_blt:
+        return meta_config.read_blt(args, patcher_args, problems)
+    return meta_config.read_entropy_model(entropy_model or args, problems)
 
 
 def _object(values: dict, key: str, default: dict, problems: list[str]) -> dict:
@@ -203,7 +160,7 @@ def _meta_tensors(
             return {}
         if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
             contents = contents["model"]
-        tensors = list(_leaves(contents))
+        tensors = [(".".join(map(str, path)), leaf) for path, leaf in tree_leaves(contents)]
     else:
         found, unreadable = safetensors_files.open_sharded(directory)
         tensors = list(found.items())
@@ -220,18 +177,3 @@ def _meta_tensors(
         else:
             bare[short] = tensor
     return bare
-
-
-def _leaves(contents: Any, prefix: str = ""):
-    """Yields (dotted name, leaf) of nested dicts."""
-    if isinstance(contents, dict):
-        for key, value in contents.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, contents
-
-
-def stored_bytes(directory: Path) -> int:
-    """Returns the bytes of the weight files in a PyTorch directory."""
-    kinds = ("*.safetensors", "*.pth")
-    return sum(path.stat().st_size for kind in kinds for path in directory.rglob(kind))

@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import safe_open
 
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes
-from bltjax.checkpoints.pytorch.stored_array import StoredArray, one_line
-from bltjax.runtime.files import replacing
+from bltjax.checkpoints.pytorch.stored_array import Refused, StoredArray, one_line, parsing
+from bltjax.runtime.files import replacing, write_json
 from bltjax.runtime.progress import OnProgress
 
 SINGLE = "model.safetensors"
@@ -50,36 +50,22 @@ def open_safetensors(path: Path) -> dict[str, LazyArray]:
     does not have.
     """
     path = Path(path)
-    try:
+    with parsing(path, "safetensors"):
         with safe_open(path, framework="np"):  # the library validates sizes and offsets
             pass
-        header, start = _read_header(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         return {
-            name: _stored(path, start, name, entry)
+            name: _stored(path, 8 + length, name, entry)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         }
-    except (FileNotFoundError, _UnknownDtype):
-        raise
-    except Exception as error:  # a damaged file may cause any error in the parsers
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({one_line(error)}): download it again"
-        ) from error
-
-
-class _UnknownDtype(ValueError):
-    """An error whose message needs no more context for the user."""
-
-
-def _read_header(path: Path) -> tuple[dict, int]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
 
 
 def _stored(path: Path, start: int, name: str, entry: dict) -> StoredArray:
     if entry["dtype"] not in DTYPES:
-        raise _UnknownDtype(
+        raise Refused(
             f"tensor {name!r} of {path} has dtype {entry['dtype']}, which cannot be read: "
             f"convert it to one of {', '.join(DTYPES)}"
         )
@@ -153,17 +139,14 @@ def _unexpected(shards: dict[str, dict], weight_map: dict[str, str]) -> Iterator
 
 
 def write_safetensors(
-    path: Path,
-    tensors: Mapping[str, LazyArray],
-    on_progress: OnProgress = None,
-    metadata: Mapping[str, str] = METADATA,
+    path: Path, tensors: Mapping[str, LazyArray], on_progress: OnProgress = None
 ) -> None:
     """Writes a file block by block; on_progress: called with the number of bytes after each.
 
-    The file appears when it is complete. Raises ValueError for a dtype that the format lacks.
+    The file appears when it is complete. Dtypes are those of DTYPES.
     """
     names = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
-    header = _header([(name, tensors[name]) for name in names], metadata)
+    header = _header({name: tensors[name] for name in names})
     with replacing(Path(path)) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
@@ -172,19 +155,12 @@ def write_safetensors(
         os.fsync(file.fileno())
 
 
-def _header(items: list[tuple[str, LazyArray]], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, dict] = {"__metadata__": dict(metadata)}
+def _header(tensors: dict[str, LazyArray]) -> bytes:
+    header: dict[str, dict] = {"__metadata__": METADATA}
     end = 0
-    for name, array in items:
-        kind = _KINDS.get(np.dtype(array.dtype))
-        if kind is None or name in header:
-            what = "that name" if name in header else f"dtype {np.dtype(array.dtype)}"
-            raise ValueError(
-                f"cannot write tensor {name!r} to a safetensors file, which has no {what}: "
-                f"rename it or cast it to one of {', '.join(DTYPES)}"
-            )
+    for name, array in tensors.items():
+        kind, shape = _KINDS[np.dtype(array.dtype)], [int(n) for n in array.shape]
         begin, end = end, end + num_bytes(array)
-        shape = [int(n) for n in array.shape]
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return text + b" " * (-len(text) % 8)
@@ -213,14 +189,11 @@ def write_sharded(
 ) -> None:
     """Writes `model.safetensors`, or shards of at most `max_shard_bytes` of data and an index.
 
-    Tensors keep their order over the shards; a larger tensor gets a shard to itself. Raises
-    ValueError if the directory has weights already, since a reader could load those.
+    Tensors keep their order over the shards; a larger tensor gets a shard to itself. Other weights
+    must not be there, since a reader could load those.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    present = sorted(path.name for path in directory.glob("model*.safetensors*"))
-    if present:
-        raise ValueError(f"{directory} has weights already ({present[0]}): remove them first")
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
         write_safetensors(directory / SINGLE, tensors, on_progress)
@@ -234,8 +207,7 @@ def write_sharded(
         "metadata": {"total_size": sum(map(num_bytes, tensors.values()))},
         "weight_map": weight_map,
     }
-    with replacing(directory / INDEX) as file:
-        file.write((json.dumps(index, indent=2) + "\n").encode())
+    write_json(directory / INDEX, index)
 
 
 def _shards(tensors: Mapping[str, LazyArray], max_bytes: int) -> list[list[str]]:

@@ -1,6 +1,8 @@
 """An array in a weight file, read piece by piece, for all formats."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,23 @@ class StoredArray:
         else:
             mapped = np.memmap(self.path, np.uint8, "r", begin, (num_mapped,))
             piece[...] = np.ndarray(piece.shape, self.dtype, mapped, 0, self._steps)
+
+
+class Refused(ValueError):
+    """An error whose message needs no more context for the user."""
+
+
+@contextlib.contextmanager
+def parsing(path: Path, kind: str) -> Iterator[None]:
+    """Raises ValueError where a file is damaged, which may cause any error in the parsers."""
+    try:
+        yield
+    except (FileNotFoundError, Refused):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a whole {kind} file ({one_line(error)}): download it again"
+        ) from error
 
 
 def one_line(error: Exception) -> str:

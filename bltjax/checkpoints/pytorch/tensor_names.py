@@ -7,7 +7,6 @@ rows that they have in memory, or lose them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from bltjax.checkpoints.lazy_arrays import (
     Split,
     Stacked,
     WithRows,
+    insert,
     tree_leaves,
 )
 from bltjax.checkpoints.weights import shape_problems, shapes
@@ -105,9 +105,9 @@ ENTROPY_MODEL_NAMES = [
 
 def to_published(config, params: dict, style: str) -> dict[str, LazyArray]:
     """Converts our nested parameters to lazy tensors by published name; reads only shapes."""
-    tensors = {}
+    tensors, names = {}, _by_path(config)
     for path, leaf in tree_leaves(params):
-        name = _by_path(isinstance(config, BLTConfig))[path]
+        name = names[path]
         if name == HASH_TABLES:
             leaf = WithRows(leaf, config.hash.vocab)
         if not name.stacked:
@@ -131,9 +131,9 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
     abstract = functional.abstract_params(config)
     found, expected = shapes(tensors), shapes(to_published(config, abstract, style))
     problems = shape_problems(found, expected)
-    params = {}
+    params, names = {}, _by_path(config)
     for path, leaf in tree_leaves(abstract):
-        name = _by_path(isinstance(config, BLTConfig))[path]
+        name = names[path]
         wanted = [name.tensor(style, i) for i in range(leaf.shape[0] if name.stacked else 1)]
         wanted = list(dict.fromkeys(wanted))
         if any(found.get(w) != expected[w] for w in wanted):
@@ -146,7 +146,7 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
             )
             continue
         joined = _joined(name, parts, style, leaf.shape)
-        _insert(params, path, WithRows(joined, leaf.shape[1]) if name == HASH_TABLES else joined)
+        insert(params, path, WithRows(joined, leaf.shape[1]) if name == HASH_TABLES else joined)
     return params, problems
 
 
@@ -165,12 +165,6 @@ def _joined(name: Name, parts: list[LazyArray], style: str, shape) -> LazyArray:
     return Stacked(parts) if "{}" in getattr(name, style) else Split(parts[0], shape[0])
 
 
-def _insert(tree: dict, path: tuple[str, ...], leaf):
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
-
-
-@functools.cache
-def _by_path(blt: bool) -> dict[tuple[str, ...], Name]:
-    return {name.path: name for name in (BLT_NAMES if blt else ENTROPY_MODEL_NAMES)}
+def _by_path(config) -> dict[tuple[str, ...], Name]:
+    names = BLT_NAMES if isinstance(config, BLTConfig) else ENTROPY_MODEL_NAMES
+    return {name.path: name for name in names}

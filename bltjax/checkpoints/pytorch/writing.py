@@ -4,8 +4,9 @@ A directory is planned first, and everything that its format cannot express is r
 before anything is written. Then tensors are copied block by block.
 """
 
-import json
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +15,13 @@ import numpy as np
 from bltjax.checkpoints.lazy_arrays import LazyArray
 from bltjax.checkpoints.pytorch import hf_config, meta_config
 from bltjax.checkpoints.pytorch.reading import ENTROPY_MODEL_DIRECTORY
-from bltjax.checkpoints.pytorch.safetensors_files import MAX_SHARD_BYTES, write_sharded
+from bltjax.checkpoints.pytorch.safetensors_files import write_sharded
 from bltjax.checkpoints.pytorch.tensor_names import HF, META, to_published
 from bltjax.checkpoints.weights import Weights, WeightsError
+from bltjax.runtime.files import write_json
 from bltjax.runtime.progress import OnProgress
+
+_in_one_file = functools.partial(write_sharded, max_shard_bytes=math.inf)
 
 
 class WritePlan(NamedTuple):
@@ -27,19 +31,18 @@ class WritePlan(NamedTuple):
     files: dict[str, dict]  # JSON, by file name
     inside: dict[str, "WritePlan"]  # directories
     notes: tuple[str, ...] = ()
-    max_shard_bytes: float = math.inf
+    save: Callable[[Path, dict, OnProgress], None] = write_sharded  # writes the tensors
 
     def write(self, directory: Path, on_progress: OnProgress = None):
         """Writes the directory. Raises OSError where the disk is full."""
-        directory.mkdir(parents=True, exist_ok=True)
-        write_sharded(directory, self.tensors, on_progress, max_shard_bytes=self.max_shard_bytes)
+        self.save(directory, self.tensors, on_progress)
         for name, plan in self.inside.items():
             plan.write(directory / name, on_progress)
         for name, value in self.files.items():
-            (directory / name).write_text(json.dumps(value, indent=2) + "\n")
+            write_json(directory / name, value)
 
 
-def plan_hf(weights: Weights, max_shard_bytes: int = MAX_SHARD_BYTES) -> WritePlan:
+def plan_hf(weights: Weights) -> WritePlan:
     """Plans a directory for `BltForCausalLM.from_pretrained`.
 
     Raises WeightsError for what the format cannot express.
@@ -59,8 +62,7 @@ def plan_hf(weights: Weights, max_shard_bytes: int = MAX_SHARD_BYTES) -> WritePl
     if problems:
         raise WeightsError("Hugging Face's format", problems)
     files = {"generation_config.json": hf_config.GENERATION, "config.json": config}
-    notes = hf_config.notes(weights.blt, weights.patching)
-    return WritePlan(tensors, files, {}, notes, max_shard_bytes)
+    return WritePlan(tensors, files, {}, hf_config.notes(weights.blt, weights.patching))
 
 
 def plan_meta(weights: Weights) -> WritePlan:
@@ -74,10 +76,10 @@ def plan_meta(weights: Weights) -> WritePlan:
     if weights.entropy_model is not None:
         args = meta_config.write_entropy_model(weights.entropy_model, weights.lengths, problems)
         tensors = to_published(weights.entropy_model, weights.params["entropy_model"], META)
-        entropy_model = WritePlan(tensors, {"config.json": {"args": args}}, {})
+        entropy_model = WritePlan(tensors, {"config.json": {"args": args}}, {}, save=_in_one_file)
     plan = entropy_model
     if weights.blt is not None:
-        args = meta_config.write_blt(weights.blt, weights.patching, weights.lengths, problems)
+        args = meta_config.write_blt(weights, problems)
         training = {
             "model": args,
             "entropy_model": entropy_model and entropy_model.files["config.json"]["args"],
@@ -91,6 +93,7 @@ def plan_meta(weights: Weights) -> WritePlan:
             {"train_args.json": training, "config.json": {"args": args}},
             {} if entropy_model is None else {ENTROPY_MODEL_DIRECTORY: entropy_model},
             meta_config.notes(weights.patching),
+            _in_one_file,
         )
     if problems:
         raise WeightsError("Meta's format", problems)

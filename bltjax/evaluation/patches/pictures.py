@@ -3,7 +3,6 @@
 import html
 import re
 from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,24 +18,17 @@ _MAX_LISTED = 48  # bytes of a patch that a page lists when the pointer is over 
 _STEERS = re.compile("[\u202a-\u202e\u2066-\u2069]")  # characters that change text direction
 
 
-class Character(NamedTuple):
-    """A character of a text, or one byte that is not part of a character."""
+def characters(text: bytes) -> list[tuple[str | None, bytes]]:
+    """Splits a text into characters and single bytes that are part of none, each with its bytes.
 
-    shown: str | None  # None: it cannot be shown
-    data: bytes
-
-
-def characters(text: bytes) -> list[Character]:
-    """Splits a text into characters.
-
-    Control characters that would steer a terminal or a page, except newlines and tabs, cannot be
-    shown.
+    None stands for what cannot be shown: such bytes, and control characters that would steer a
+    terminal or a page, except newlines and tabs.
     """
     result = []
     for c in text.decode("utf-8", "surrogateescape"):
         data = c.encode("utf-8", "surrogateescape")
         steers = (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 or _STEERS.match(c)
-        result.append(Character(None if steers or "\udc80" <= c <= "\udcff" else c, data))
+        result.append((None if steers or "\udc80" <= c <= "\udcff" else c, data))
     return result
 
 
@@ -125,18 +117,16 @@ def _html_histogram(lengths: Counter) -> str:
 def _html_patches(view: PatchView) -> str:
     shown = []
     for number, (start, patch) in enumerate(zip(view.starts, view.patches, strict=True)):
-        text = "".join(map(_html_character, characters(patch)))
+        text = "".join(_html_character(*character) for character in characters(patch))
         listed = html.escape(_listed(view, number, int(start), patch))
         shown.append(f'<b data-bytes="{listed}">{text}</b>')
     return "".join(shown)
 
 
-def _html_character(character: Character) -> str:
-    if character.shown is None:
-        return "".join(f"<s>{byte:02x}</s>" for byte in character.data)
-    if character.shown == "\n":
-        return "<u>↵</u>\n"
-    return html.escape(character.shown)
+def _html_character(shown: str | None, data: bytes) -> str:
+    if shown is None:
+        return "".join(f"<s>{byte:02x}</s>" for byte in data)
+    return "<u>↵</u>\n" if shown == "\n" else html.escape(shown)
 
 
 def _listed(view: PatchView, number: int, start: int, patch: bytes) -> str:

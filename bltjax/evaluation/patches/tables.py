@@ -35,12 +35,10 @@ def show_folder(model, folder: Path, max_bytes: int | None, patching: PatchingCo
     unreadable=[...]). Raises ValueError where no file can be read.
     """
     unreadable = []
-    tallies = measure(model, files.list_files(folder, unreadable), max_bytes, patching, unreadable)
+    found = files.list_files(folder, unreadable)
+    total, tallies = measure(model, found, max_bytes, patching, unreadable)
     if not tallies:
         raise files.no_file(folder, unreadable)
-    total = Tally()
-    for tally in tallies.values():
-        total.merge(tally)
     rows = [dict(name=name) | tally.report() for name, tally in tallies.items()]
     rows.sort(key=lambda row: (-(row["mean_patch_bytes"] or 0), row["name"]))
     shown = [*rows, dict(name="all") | total.report()] if len(rows) > 1 else rows
@@ -56,21 +54,22 @@ def measure(
     max_bytes: int | None,
     patching: PatchingConfig,
     unreadable: list[str],
-) -> dict[str, Tally]:
-    """Returns a Tally of each subfolder, and of each file that is in none.
+) -> tuple[Tally, dict[str, Tally]]:
+    """Returns a Tally of all files, and one of each subfolder and of each file that is in none.
 
     Files that cannot be read are added to `unreadable`.
     """
     sizes = [f.num_bytes if max_bytes is None else min(f.num_bytes, max_bytes) for f in found]
-    bar, tallies = progress_bar("finding patches", sum(sizes)), {}
+    bar, total, tallies = progress_bar("finding patches", sum(sizes)), Tally(), {}
     named = _texts(found, max_bytes, unreadable)
     for chunk in in_chunks(named, lambda name_and_text: len(name_and_text[1]), READ_BYTES):
         names, texts = zip(*chunk, strict=True)
         for name, view in zip(names, look(model, list(texts), patching), strict=True):
+            total.add(view)
             tallies.setdefault(name, Tally()).add(view)
         bar.update(sum(map(len, texts)))
     bar.close()
-    return tallies
+    return total, tallies
 
 
 def describe(tally: Tally, patching: PatchingConfig, trained: PatchingConfig) -> list[str]:

@@ -53,7 +53,7 @@ def look(model, texts: list[bytes], patching: PatchingConfig | None = None) -> l
     ids = [encode(text) for text in texts]
     entropies = _entropies(model, ids) if has_entropies else [None] * len(ids)
     return [
-        _view(text, i, h, patching, trained)
+        view_of(text, i, h, patching, trained)
         for text, i, h in zip(texts, ids, entropies, strict=True)
     ]
 
@@ -90,13 +90,6 @@ class Tally:
         else:
             self.nats += float(view.entropies.sum(dtype=np.float64))
 
-    def merge(self, other: "Tally"):
-        self.num_texts += other.num_texts
-        self.num_trained += other.num_trained
-        self.lengths.update(other.lengths)
-        self.has_entropies &= other.has_entropies
-        self.nats += other.nats
-
     def report(self) -> dict:
         """Returns plain numbers; None for a mean without anything to average."""
         num_bytes = sum(length * count for length, count in self.lengths.items())
@@ -110,7 +103,8 @@ class Tally:
         )
 
 
-def _view(text, ids, entropies, patching, trained) -> PatchView:
+def view_of(text: bytes, ids, entropies, patching, trained) -> PatchView:
+    """Returns a view of a text with ids int32 [S], BOS and EOS too; entropies [S] or None."""
     starts = _starts(patching, ids, entropies)
     num_trained = len(starts if trained == patching else _starts(trained, ids, entropies))
     if entropies is None:

@@ -75,12 +75,7 @@ class TokenModel(TextModel):
         self.config, self.tokenizer, self.lengths, self.mesh = config, tokenizer, lengths, mesh
         tokenizer.byte_lengths(config.vocab_size)  # raises where the model has too few ids
         with jax.set_mesh(mesh):
-            abstract = jax.tree.map(
-                lambda a, leaf: jax.ShapeDtypeStruct(a.shape, leaf.dtype, sharding=a.sharding),
-                functional.abstract_params(config),
-                params,
-            )
-            self.params = placing.put_lazy(params, abstract)
+            self.params = placing.put_model(config, params)
 
     def logits(self, tokens) -> np.ndarray:
         """Returns float32 [B, N, V] logits of the ids after ids int [B, N].

@@ -14,7 +14,7 @@ from bltjax.checkpoints.pytorch.fields import (
     read_pairs,
     write_pairs,
 )
-from bltjax.checkpoints.weights import Lengths
+from bltjax.checkpoints.weights import Weights
 from bltjax.config import BLTConfig, PatchingConfig, TransformerConfig
 from tests import directories
 
@@ -171,9 +171,9 @@ def test_metas_settings_say_all_that_ours_do(data):
     problems = []
     first = meta_config.read_blt(args, patcher, problems)
     assert not problems
-    config, patching, lengths = first
-    written = meta_config.write_blt(config, patching, lengths, problems)
-    again = meta_config.read_blt(written, meta_config.write_patcher(patching, problems), problems)
+    written = meta_config.write_blt(first, problems)
+    patcher = meta_config.write_patcher(first.patching, problems)
+    again = meta_config.read_blt(written, patcher, problems)
     assert not problems
     assert again == first
 
@@ -182,7 +182,7 @@ def test_metas_format_refuses_what_it_cannot_say():
     problems = []
     patching = PatchingConfig(rule="words", target_patch_bytes=None, reset_at_newlines=True)
     config = BLTConfig(local_decoder=TransformerConfig(window=9, norm_eps=1e-3))
-    meta_config.write_blt(config, patching, Lengths(), problems)
+    meta_config.write_blt(Weights(config, None, patching, {}), problems)
     meta_config.write_patcher(patching, problems)
     for says in ("window", "norm_eps", "rule='words'", "reset_at_newlines"):
         assert sum(says in problem for problem in problems) == 1, says

@@ -69,15 +69,6 @@ def test_transformers_names_of_shards(tmp_path):
     }
 
 
-@pytest.mark.parametrize("present", [SINGLE, INDEX, "model-00001-of-00002.safetensors"])
-def test_weights_are_not_mixed_with_others(tmp_path, present):
-    (tmp_path / present).write_bytes(b"mine")
-    with pytest.raises(ValueError, match=f"has weights already .{present}.*remove"):
-        write_sharded(tmp_path, ARRAYS)
-    assert [path.name for path in tmp_path.iterdir()] == [present]
-    assert (tmp_path / present).read_bytes() == b"mine"
-
-
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
