@@ -212,8 +212,9 @@ def test_a_stream_is_the_text_in_pieces(model):
     assert counts.new_bytes == len(text) == 150 and 0 < counts.steps < 150
     assert counts.patches == counts.global_calls == 0
     stop = text[70:74]
-    cut = b"".join(piece for piece, _ in model.stream(PROMPTS[0], 150, stop=stop))
-    assert cut == text[: text.find(stop)]
+    pieces = list(model.stream(PROMPTS[0], 150, stop=stop))
+    assert b"".join(piece for piece, _ in pieces) == text[: text.find(stop)]
+    assert pieces[-1][1].steps < counts.steps  # it ends there
 
 
 def test_equal_tokenizers_share_programs(model):
