@@ -87,7 +87,7 @@ status() {
 install() {
     local archive=${TMPDIR:-/tmp}/bltjax-$slice.tar.gz
     do_ tar -czf "$archive" -C "$root" --exclude=__pycache__ \
-        bltjax configs launch pyproject.toml requirements.txt README.md LICENSE
+        bltjax configs launch pyproject.toml setup.py requirements.txt README.md LICENSE
     do_ gcloud compute tpus tpu-vm scp "$archive" "$slice:bltjax.tar.gz" "${where[@]}" --worker=all
     local unpack mount=
     if [ "${NFS:-}" ]; then mount=$(printf ' %q' "$NFS"); fi

@@ -59,7 +59,7 @@ def test_a_slice_is_made_used_and_given_back():
     status = DESCRIBE + "--format=value(state.state)"
     install = [
         f"tar -czf /tmp/bltjax-pod.tar.gz -C {ROOT} --exclude=__pycache__ "
-        "bltjax configs launch pyproject.toml requirements.txt README.md LICENSE",
+        "bltjax configs launch pyproject.toml setup.py requirements.txt README.md LICENSE",
         "gcloud compute tpus tpu-vm scp /tmp/bltjax-pod.tar.gz pod:bltjax.tar.gz "
         f"{WHERE} --worker=all",
         f"{SSH}--worker=all --command={unpack}",
