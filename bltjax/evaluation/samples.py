@@ -2,10 +2,8 @@
 
 import math
 
-MAX_NEW_BYTES = 256
 
-
-def samples(model, num_samples: int, max_new_bytes: int = MAX_NEW_BYTES, seed: int = 0) -> dict:
+def samples(model, num_samples: int, max_new_bytes: int = 256, seed: int = 0) -> dict:
     """Draws texts from BOS at temperature 1 and measures how many of them are valid UTF-8.
 
     Returns dict(samples, num_bytes, valid: share of the texts, where one that is cut at

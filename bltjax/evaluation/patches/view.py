@@ -128,10 +128,6 @@ def _entropies(model, ids: list[np.ndarray]) -> list[np.ndarray]:
 
     from bltjax.evaluation.score import document_entropies
 
+    entropy_model = model.entropy_config, model.params["entropy_model"]
     with jax.set_mesh(model.mesh):
-        return document_entropies(
-            model.entropy_config,
-            model.params["entropy_model"],
-            ids,
-            model.patching.reset_at_newlines,
-        )
+        return document_entropies(*entropy_model, ids, model.patching.reset_at_newlines)

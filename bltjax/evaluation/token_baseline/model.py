@@ -115,7 +115,6 @@ class TokenScoring(ByteScoring):
         self.num_ids, self.byte_lengths = len(self.tokenizer), self.tokenizer.byte_lengths()
 
     def encode(self, document: Text) -> np.ndarray:
-        """Returns the ids int32 [S] of a document, from BOS to EOS."""
         return self.tokenizer.encode(document)
 
     def encode_pair(self, context: bytes, continuation: bytes):
@@ -131,7 +130,6 @@ class TokenScoring(ByteScoring):
         return ids, first
 
     def pack(self, documents, row_length: int):
-        """Yields the ids [S] of each document in rows of at most `row_length` ids."""
         for packed in super().pack(documents, row_length):
             yield packed._replace(num_patches=len(packed.ids))
 
