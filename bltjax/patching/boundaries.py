@@ -191,7 +191,7 @@ _TABLE = (
     Rule("static", _every_patch_size, fixed_mean=lambda config: float(config.patch_size)),
     Rule("byte", _every_byte, fixed_mean=lambda config: 1.0),
     Rule("bpe", _delimiters, needs_delimiters=True),
-    Rule("script", _script_changes, looks_back=6),
+    Rule("script", _script_changes, looks_back=7),
 )
 RULES = {rule.name: rule for rule in _TABLE}
 WITHOUT_ENTROPIES = ", ".join(rule.name for rule in RULES.values() if not rule.needs_entropies)
