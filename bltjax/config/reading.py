@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import os
 import runpy
 import types
@@ -146,13 +147,13 @@ def to_dict(config) -> dict:
     return plain(dataclasses.asdict(config))
 
 
-def differences(old: dict, new: dict, name: str = "config") -> list[str]:
-    """Returns lines on the fields that differ between two `to_dict` results, but FREE_FIELDS."""
-    found = []
-    for key in sorted({*old, *new} - set(FREE_FIELDS)):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{name}.{key}")
-        elif a != b:
-            found.append(f"{name}.{key}: {a!r} there, {b!r} here")
-    return found
+def differences(old, new, name: str = "config", skipped=FREE_FIELDS) -> list[str]:
+    """Returns lines on the values that differ between two dicts as JSON has them, but `skipped`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new} - set(skipped))
+        pairs = [(f"{name}.{key}", old.get(key), new.get(key)) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and dict in map(type, old + new):
+        pairs = [(f"{name}[{i}]", *both) for i, both in enumerate(itertools.zip_longest(old, new))]
+    else:
+        return [] if old == new else [f"{name}: {old!r} there, {new!r} here"]
+    return [line for pair in pairs for line in differences(pair[1], pair[2], pair[0], skipped)]

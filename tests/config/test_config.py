@@ -333,6 +333,10 @@ def test_differences_name_the_field_and_leave_out_free_ones():
         "config.blt.hash.sizes: [3, 4, 5, 6, 7, 8] there, [3] here",
         "config.blt_training.steps: 1000 there, 7 here",
     ]
+    sources = [
+        dict(data=dict(sources=[dict(name=name) for name in names])) for names in ("ab", "ac")
+    ]
+    assert differences(*sources) == ["config.data.sources[1].name: 'b' there, 'c' here"]
     del old["patching"]["rule"]
     assert differences(old, to_dict(RunConfig())) == [
         "config.patching.rule: None there, 'entropy' here"

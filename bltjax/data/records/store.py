@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from bltjax.config import differences
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.records import writing
 from bltjax.data.records.shards import Documents as Documents  # shards are reached here too
@@ -148,9 +149,9 @@ def claim_entropies(store: Store, model: dict):
     """
     path = store.directory / ENTROPIES
     _write_once(path, lambda: model)
-    if difference := _difference(load(path), json.loads(json.dumps(model))):
+    if changed := differences(load(path), json.loads(json.dumps(model)), "model", skipped=()):
         raise ValueError(
-            f"the entropies in {str(store.directory)!r} are of another model: {difference}; use "
+            f"the entropies in {str(store.directory)!r} are of another model: {changed[0]}; use "
             f"that model, or delete {ENTROPIES} and all *.entropies.array_record there"
         )
 
@@ -184,9 +185,10 @@ def _read_store(directory: Path, data: DataConfig | None) -> dict:
             f"{directory / STORE} has format {stored.get('format')}, this program reads {FORMAT}: "
             "make the records anew in another directory"
         )
-    if data and (difference := _difference(stored["data"], _settings(data))):
+    changed = data and differences(stored["data"], _settings(data), "data", skipped=())
+    if changed:
         raise ValueError(
-            f"the records in {str(directory)!r} were made with other settings: {difference}; use "
+            f"the records in {str(directory)!r} were made with other settings: {changed[0]}; use "
             "those, or make records in another directory"
         )
     return stored
@@ -224,27 +226,6 @@ def _write_once(path: Path, make: Callable[[], dict]):
 
 def _lock(directory: Path, name: str) -> Path:
     return directory / ".locks" / f"{name}.lock"
-
-
-def _difference(made: dict, wanted: dict) -> str:
-    """Describes the first value that differs; empty where all are equal."""
-    made, wanted = _flat(made), _flat(wanted)
-    for name in made | wanted:
-        old, new = made.get(name, "absent"), wanted.get(name, "absent")
-        if old != new:
-            return f"{name} was {old!r} and is {new!r} now"
-    return ""
-
-
-def _flat(value, name: str = "") -> dict:
-    """Flattens nested dicts and lists of dicts to {"sources[0].path": ...}."""
-    if isinstance(value, dict) and value:
-        inner = ((f"{name}.{key}" if name else key, item) for key, item in value.items())
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        inner = ((f"{name}[{i}]", item) for i, item in enumerate(value))
-    else:
-        return {name: value}
-    return {key: leaf for nested, item in inner for key, leaf in _flat(item, nested).items()}
 
 
 def _local(directory: str | os.PathLike) -> Path:

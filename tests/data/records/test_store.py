@@ -129,13 +129,13 @@ def changed(data: DataConfig, **kwargs) -> DataConfig:
 
 def test_refuses_other_settings(corpus, store):
     for kwargs, message in (
-        (dict(seed=3), "seed was 0 and is 3 now"),
-        (dict(max_bytes=10), "max_bytes was None and is 10 now"),
-        (dict(suffixes=(".py",)), r"suffixes was \[.*\] and is \['.py'\] now"),
-        (dict(sources=corpus.sources[:1]), r"sources\[1\].name was 'web' and is 'absent' now"),
+        (dict(seed=3), "data.seed: 0 there, 3 here"),
+        (dict(max_bytes=10), "data.max_bytes: None there, 10 here"),
+        (dict(suffixes=(".py",)), r"data.suffixes: \[.*\] there, \['.py'\] here"),
+        (dict(sources=corpus.sources[:1]), r"data.sources\[1\]: {.*'web'.*} there, None here"),
         (
             dict(sources=(corpus.sources[0], SourceConfig("web", "other"))),
-            r"sources\[1\].path was '.*web' and is 'other' now",
+            r"data.sources\[1\].path: '.*web' there, 'other' here",
         ),
     ):
         with pytest.raises(ValueError, match=f"{message}; use those, or make records in another"):
@@ -190,6 +190,6 @@ def test_one_model_gives_all_entropies(store):
     records.claim_entropies(store, model)
     other = {**model, "config": {"dim": 32, "windows": (1, 2)}}
     with pytest.raises(
-        ValueError, match=r"another model: config.dim was 64 and is 32 now; use that"
+        ValueError, match=r"another model: model.config.dim: 64 there, 32 here; use that"
     ):
         records.claim_entropies(store, other)
