@@ -354,7 +354,7 @@ def test_parameters_alone(run, monkeypatch):
     params = host_state(30).params
     assert same_bits(load_params(run, abstract().params), params)
     assert sum(x.nbytes for x in pieces) == sum(x.nbytes for x in params.values())
-    data_file(run / "30").unlink()
+    (run / "30" / "record" / "metadata").unlink()  # TensorStore keeps what it has read of others
     with pytest.raises(CheckpointError, match="run its stage again: it goes on from step 20"):
         load_params(run, abstract().params)
     assert (run / "30").is_dir()
