@@ -1,13 +1,15 @@
 """SIGTERM and Ctrl-C, sent to this very process."""
 
+import functools
 import signal
 import threading
 
 import pytest
 
-from bltjax.runtime.signals import STOPPED, Stopped, ignoring, interrupting, noticing
+from bltjax.runtime.signals import STOPPED, Stopped, handling, interrupting, noticing
 
 BOTH = (signal.SIGTERM, signal.SIGINT)
+ignoring = functools.partial(handling, signal.SIG_IGN)
 
 
 def handlers():
@@ -81,7 +83,7 @@ def test_a_block_that_fails_gives_the_handlers_back():
         assert handlers() == before
 
 
-def test_ignoring():
+def test_signals_are_ignored_where_the_handler_says_so():
     with ignoring():
         for number in BOTH:
             signal.raise_signal(number)

@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_trained_again(command, uninterrupted, tmp_path)
     process = command(workdir)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert f"WARNING: checkpoint {newest} is damaged: state/manifest.ocdbt is missing" in output
+    assert f"WARNING: checkpoint {newest} is damaged: NOT_FOUND: Error opening" in output
     assert "blt: resumed at step 20 of 24" in output and "Traceback" not in output
     assert (workdir / "blt" / "damaged" / "24" / "state").is_dir()
     assert metrics(workdir, "blt") == metrics(whole, "blt")
