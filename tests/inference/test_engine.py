@@ -161,8 +161,8 @@ def test_drawn_text_is_that_of_recomputation_whatever_the_batch(tiny):
 @pytest.mark.long
 def test_drawn_text_with_drafts_does_not_depend_on_the_batch(tiny):
     texts, options = prompts(4, seed=4), dict(temperature=1.2, top_k=40, max_drafts=3)
-    together, counts = tiny.generate(texts, 20, 5, batch_size=4, **options)
-    alone = [tiny.generate([text], 20, 5, batch_size=1, **options)[0][0] for text in texts]
+    together, counts = tiny.generate(texts, 20, seed=5, batch_size=4, **options)
+    alone = [tiny.generate([text], 20, seed=5, batch_size=1, **options)[0][0] for text in texts]
     assert together == alone
     assert 0 < counts.accepted < counts.drafted
 
@@ -171,7 +171,7 @@ def test_drawn_text_with_drafts_does_not_depend_on_the_batch(tiny):
 def test_a_seed_gives_the_texts_of_the_first_release(tiny):
     """Texts of earlier code, with drafts. Greedy and plain texts are held by recomputation."""
     texts, options = [b"a", "naïve café"], dict(temperature=1.2, top_k=40, max_drafts=3)
-    found, _ = tiny.generate(texts, 40, [2, 3], batch_size=4, **options)
+    found, _ = tiny.generate(texts, 40, seed=[2, 3], batch_size=4, **options)
     assert [text.hex() for text in found] == [
         "086bd36839fb9b6a91b5fefe9255e7744e891cedbe1358429bd2492d28b838e9a547b6c76175d5d6",
         "d22d716da84662b8d512104f8665aeeb9264832819abb60b78d26f89a46733e7ff20ac51e9fc7a66",
@@ -198,7 +198,7 @@ def test_one_compilation_for_a_batch_and_a_size_of_room(tiny):
     tiny.generate([b"a", b"b", b"c"], 10, batch_size=4)
     tiny.generate([b"a"], 10)
     before = prefill._cache_size(), decode._cache_size()
-    tiny.generate([b"another prompt"] * 9, 30, 3, temperature=0.7, top_p=0.9, batch_size=4)
+    tiny.generate([b"another prompt"] * 9, 30, seed=3, temperature=0.7, top_p=0.9, batch_size=4)
     assert len(list(tiny.stream(b"text", 40))) > 2
     assert (prefill._cache_size(), decode._cache_size()) == before
 
