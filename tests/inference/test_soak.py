@@ -30,7 +30,7 @@ def test_soak(drafts):
                 held = resident_bytes()
             seeds = list(range(start, min(start + BATCH, PROMPTS)))
             texts, _ = model.generate(
-                prompts[start : start + BATCH], 24, seeds, temperature=1.0, max_drafts=drafts
+                prompts[start : start + BATCH], 24, seed=seeds, temperature=1.0, max_drafts=drafts
             )
             written += sum(map(len, texts))
     assert written > 20 * PROMPTS
