@@ -20,6 +20,7 @@ import tensorstore
 
 from bltjax.checkpoints.lazy_arrays import Index, LazyArray, blocks
 from bltjax.checkpoints.run_directory import saved_steps
+from bltjax.runtime.disk_errors import first_line
 from bltjax.runtime.progress import OnProgress
 
 CHUNK_BYTES = 4 * 2**20  # what is read at least
@@ -32,12 +33,6 @@ CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "cr
 
 class CheckpointError(ValueError):
     """Raised for a checkpoint that cannot be read; names it and the remedy."""
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error, without the pages that follow it."""
-    line = str(error).strip().split("\n")[0] or repr(error)
-    return line if len(line) <= 200 else f"{line[:100]}...{line[-100:]}"  # causes come last
 
 
 def save_weights(directory: Path, tree: dict, on_progress: OnProgress = None) -> None:

@@ -11,10 +11,15 @@ entropy_model/, blt/, token_model/        the stages that train a model, each wi
   metrics.jsonl   what it reports, also in tensorboard/ and profile/
 result.json       the measurements of a finished run
 error.log         the traceback of the last error
+.owner.lock       held by the run that trains here
+
+What decides how a run goes on has a digest of its own content: config.json, patching.json and
+rows.json. Those of earlier versions have none and are taken as they are.
 """
 
+import contextlib
 import dataclasses
-import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,16 +37,25 @@ from bltjax.config import (
     to_dict,
 )
 from bltjax.patching.boundaries import check_rule
-from bltjax.runtime.files import LOCK, alone, write_json
+from bltjax.runtime.checked_json import read_checked, without_digest, write_checked
+from bltjax.runtime.disk_errors import UnwritableError, unwritable
+from bltjax.runtime.files import LOCK, OWNER, alone, owning, write_json
 
 CONFIG, PATCHING, ROWS = "config.json", "patching.json", "rows.json"
 CHECKPOINTS, WEIGHTS, METRICS = "checkpoints", "weights", "metrics.jsonl"  # of a stage
+MODELS = ("entropy_model", "blt", "token_model")
+LAST_STEP = 2**31 - 1  # steps are counted in int32
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a directory, in order; it need not be there."""
+    """Returns the steps of the checkpoints in a directory, in order; it need not be there.
+
+    What has another name than a step can have is no checkpoint.
+    """
     paths = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    return sorted(int(path.name) for path in paths if path.name.isdigit())
+    names = (path.name for path in paths if re.fullmatch(r"0|[1-9][0-9]{0,9}", path.name))
+    steps = sorted(int(name) for name in names if (checkpoints / name).is_dir())
+    return [step for step in steps if step <= LAST_STEP]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +146,8 @@ class RunDirectory:
     def claim(self, config: RunConfig):
         """Writes the settings into a new directory, or compares them with those that are there.
 
-        Raises ValueError where they differ, OSError where nothing can be written.
+        A directory in which nothing was trained yet takes other settings. Raises ValueError where
+        the settings differ, OSError where nothing can be written.
         """
         claim, file = dict(config=to_dict(config)), self.path / CONFIG
         try:
@@ -142,43 +157,62 @@ class RunDirectory:
             with alone(self.path):  # several processes may begin at once
                 if not file.exists():
                     self._refuse_other_files()
-                    write_json(file, claim)
+                    return write_checked(file, claim)
+                if not (changed := self._changed(claim)):
                     return
+                if self._is_untrained():
+                    with contextlib.suppress(BlockingIOError), owning(self.path):
+                        return write_checked(file, claim)
+        except UnwritableError as error:
+            raise OSError(f"{error}, or choose another --workdir") from error
         except OSError as error:
-            raise OSError(
-                f"--workdir={self.path} cannot be written ({error}): choose another"
-            ) from error
+            raise OSError(f"{unwritable(self.path, error)}, or choose another --workdir") from error
+        more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ValueError(
+            f"{self.path} holds a run of another config ({changed[0]}{more}): choose another "
+            "--workdir, or give the settings it was started with"
+        )
+
+    def _changed(self, claim: dict) -> list[str]:
+        """Returns lines on the settings that are others than those of the directory."""
+        file = self.path / CONFIG
         try:
-            changed = differences(json.loads(file.read_text())["config"], claim["config"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return differences(read_checked(file)["config"], claim["config"])
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{file} is damaged ({error}): restore it, or choose a new --workdir"
+                f"{file} is damaged ({error}): put the file back as it was written (settings are "
+                "changed in the command, not there), or choose a new --workdir"
             ) from error
-        if changed:
-            more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
-            raise ValueError(
-                f"{self.path} holds a run of another config ({changed[0]}{more}): choose another "
-                "--workdir, or give the settings it was started with"
-            )
+
+    def _is_untrained(self) -> bool:
+        made = (self.path / PATCHING).exists() or self.tokenizer.exists()
+        return not made and not any(map(self.is_trained, MODELS))
 
     def _refuse_other_files(self):
         # Another process may be about to write the claim, or was killed while it wrote it.
         names = {p.name for p in self.path.iterdir()}
-        if CONFIG not in names and names - {"config.partial", LOCK}:
+        if CONFIG not in names and names - {"config.partial", LOCK, OWNER}:
             raise ValueError(
                 f"{self.path} is not empty and holds no run (no {CONFIG}): choose a new --workdir"
             )
 
+    def own(self):
+        """Returns a context in which no other run trains in this directory.
+
+        Raises BlockingIOError, which names the other run, on entering it.
+        """
+        return owning(self.path)
+
     def config(self) -> RunConfig:
         """Reads the settings. Raises WeightsError where they are missing or wrong."""
-        problems: list[str] = []
-        claim = read_json(self.path / CONFIG, problems)
         try:
-            config = from_config_dict(RunConfig, claim["config"])
+            config = from_config_dict(RunConfig, self._read(CONFIG)["config"])
             check_rule(config.patching)
             return config
+        except WeightsError:
+            raise
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise WeightsError(self.path, [*problems, f"{CONFIG}: {error}"]) from error
+            raise WeightsError(self.path, [f"{CONFIG}: {error}"]) from error
 
     def threshold(self) -> float | None:
         """Reads the calibrated threshold; None where there is none yet.
@@ -192,27 +226,35 @@ class RunDirectory:
         """Reads the bytes of a row of the BLT. Raises WeightsError where it is not to be read."""
         return self._number(ROWS, "row_bytes", int)
 
-    def _number(self, name: str, field: str, kind: type):
+    def _read(self, name: str) -> dict:
         problems: list[str] = []
-        stored = Fields(name, read_json(self.path / name, problems))
+        values = read_json(self.path / name, problems)
+        if not problems:
+            try:
+                return without_digest(values)
+            except ValueError as error:
+                problems = [f"{name} is damaged ({error}): put the file back as it was written"]
+        raise WeightsError(self.path, problems)
+
+    def _number(self, name: str, field: str, kind: type):
+        stored = Fields(name, self._read(name))
         number = stored.take(field, kind)
-        if problems := problems + stored.problems:
-            raise WeightsError(self.path, problems)
+        if stored.problems:
+            raise WeightsError(self.path, stored.problems)
         return number
 
     def write_patching(self, patching: PatchingConfig):
         """Writes where patches start, unless that is there: what is trained depends on it."""
-        self._write(PATCHING, to_dict(patching), once=True)
+        with alone(self.path):  # several processes may write at once
+            if not (self.path / PATCHING).exists():
+                write_checked(self.path / PATCHING, to_dict(patching))
 
     def write_rows(self, rows: dict):
         """Writes the rows of the BLT, at least their `row_bytes`."""
-        self._write(ROWS, rows)
+        with alone(self.path):
+            write_checked(self.path / ROWS, rows)
 
     def write_result(self, result: dict):
         """Writes the measurements of a finished run."""
-        self._write(self.result.name, result)
-
-    def _write(self, name: str, value: dict, once: bool = False):
-        with alone(self.path):  # several processes may write at once
-            if not (once and (self.path / name).exists()):
-                write_json(self.path / name, value)
+        with alone(self.path):
+            write_json(self.result, result)

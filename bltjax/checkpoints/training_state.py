@@ -41,9 +41,9 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from bltjax import sharding
 from bltjax.checkpoints import placing
-from bltjax.checkpoints.disk_errors import is_of_disk, other_fault, unwritable
+from bltjax.runtime.disk_errors import first_line, is_of_disk, other_fault, unwritable
 from bltjax.checkpoints.fingerprints import leaf_fingerprints, named_leaves
-from bltjax.checkpoints.orbax_weights import CHUNK_BYTES, CheckpointError, first_line, open_weights
+from bltjax.checkpoints.orbax_weights import CHUNK_BYTES, CheckpointError, open_weights
 from bltjax.checkpoints.run_directory import saved_steps
 
 DAMAGED = "damaged"

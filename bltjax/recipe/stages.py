@@ -14,6 +14,7 @@ use no entropies, and records may have them already. `token_model` stands beside
 a BLT is measured against; a run of it wants stages of its own.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -54,7 +55,17 @@ MEASURED_ROWS = 256  # whose budgets are reported
 
 
 def run(checked: CheckedRun) -> dict:
-    """Runs all stages in order; returns the result, which is also written to result.json."""
+    """Runs all stages in order; returns the result, which is also written to result.json.
+
+    Raises BlockingIOError where another run trains in the same working directory.
+    """
+    with checked.directory.own() if jax.process_index() == 0 else contextlib.nullcontext():
+        sharding.barrier("the working directory is ours")
+        return run_alone(checked)
+
+
+def run_alone(checked: CheckedRun) -> dict:
+    """Does the work of `run` in a working directory that the run owns."""
     config, directory, mesh = checked
     started = time.perf_counter()
     print(

@@ -15,9 +15,25 @@ def digest(value) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def with_digest(value: dict) -> dict:
+    """Returns an object with its digest beside its other fields."""
+    return value | {DIGEST: digest(value)}
+
+
+def without_digest(value: dict) -> dict:
+    """Returns what `with_digest` was given; ValueError where the content is another one.
+
+    An object without a digest, of an earlier version, is taken as it is.
+    """
+    content = {name: v for name, v in value.items() if name != DIGEST}
+    if DIGEST in value and value[DIGEST] != digest(content):
+        raise ValueError("its digest is of another content")
+    return content
+
+
 def write_checked(path: Path, value: dict):
     """Writes an object atomically, with its digest; its directory is made if need be."""
-    write_json(path, value | {DIGEST: digest(value)})
+    write_json(path, with_digest(value))
 
 
 def read_checked(path: Path) -> dict:
@@ -32,6 +48,4 @@ def read_checked(path: Path) -> dict:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    if value.pop(DIGEST, None) not in (None, digest(value)):
-        raise ValueError("its digest is of another content")
-    return value
+    return without_digest(value)

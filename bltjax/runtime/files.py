@@ -5,9 +5,11 @@ other machines. A bucket that is mounted with gcsfuse has none.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,10 +17,13 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from bltjax.runtime.disk_errors import writing
+
 Task = TypeVar("Task")
 
 PARTIAL = ".partial"  # the suffix of files that are being written
 LOCK = ".lock"
+OWNER = ".owner.lock"  # in a directory that one process keeps for itself; says which
 UNFINISHED = "UNFINISHED"  # a file in a directory that is being filled, locked by its process
 
 
@@ -26,19 +31,29 @@ UNFINISHED = "UNFINISHED"  # a file in a directory that is being filled, locked 
 def replacing(path: Path):
     """Yields a binary file to write, which becomes `path` when the block ends.
 
-    A process killed meanwhile leaves the old file, or none, and one with the suffix `.partial`.
+    A process killed meanwhile leaves the old file, or none, and one with the suffix `.partial`; an
+    error leaves the old file alone.
     """
     partial = path.with_suffix(PARTIAL)
-    with partial.open("wb") as file:
-        yield file
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_json(path: Path, value: dict):
-    """Writes a JSON file atomically; its directory is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(json.dumps(value, indent=1).encode())
+    """Writes a JSON file atomically; its directory is made if need be.
+
+    Raises UnwritableError, which names the file and the remedy.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(value, indent=1).encode())
 
 
 @contextlib.contextmanager
@@ -77,9 +92,48 @@ def new_directory(target: Path) -> Iterator[Path]:
             raise
 
 
-def alone(directory: Path) -> FileLock:
-    """Returns a context in which no other process is that asks for the same directory."""
-    return FileLock(directory / LOCK, fallback_to_soft=False)
+@contextlib.contextmanager
+def alone(directory: Path):
+    """Waits for other processes that ask for the same directory, and has them wait for the block.
+
+    Raises UnwritableError where there is no such directory, or nothing can be written into it.
+    """
+    with writing(directory):
+        if not directory.is_dir():  # the lock would make it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        lock = FileLock(directory / LOCK, fallback_to_soft=False).acquire()
+    with lock:
+        yield
+
+
+@contextlib.contextmanager
+def owning(directory: Path):
+    """Keeps a directory for this process until the block ends; a process that dies lets go of it.
+
+    Raises BlockingIOError, which names host and process, while another process keeps it.
+    """
+    path = directory / OWNER
+    with writing(directory):
+        lock = _held(path)
+    if lock is None:
+        raise BlockingIOError(_in_use(directory))
+    with lock:
+        with writing(path):
+            path.write_text(json.dumps(dict(host=socket.gethostname(), pid=os.getpid())))
+        yield
+
+
+def _in_use(directory: Path) -> str:
+    try:
+        owner = json.loads((directory / OWNER).read_text())
+        host, pid = owner["host"], owner["pid"]
+    except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
+        return f"{directory} is in use by another process: wait for it to end, or stop it"
+    gone = f" (if {host} is gone for good: delete {directory / OWNER})"
+    return (
+        f"{directory} is in use by process {pid} on {host}: wait for it to end, or stop it"
+        f"{gone if host != socket.gethostname() else ''}"
+    )
 
 
 def share(

@@ -29,12 +29,17 @@ MAX_SKIPPED = 20  # skipped updates in a row before the run counts as lost
 
 
 class TrainingData(NamedTuple):
-    """Documents in their order (`data.batches.order`), and the layout of the rows made of them."""
+    """Documents in their order (`data.batches.order`), and the layout of the rows made of them.
+
+    identity: JSON values that tell the data apart, by name. They are saved in the position, and a
+    run that goes on with others is refused.
+    """
 
     documents: Any  # places -> (source number, document)
     layout: Layout
     sources: tuple[str, ...] = ("text",)
     workers: int = 0
+    identity: dict = {}  # noqa: RUF012
 
 
 class InStep(NamedTuple):
@@ -77,7 +82,7 @@ def train(
     Killed at any moment and called again, it ends with the same parameters and metrics, bit for
     bit, with any number of workers. SIGTERM or Ctrl-C to any process makes all of them save the
     same step and raise Stopped. Raises NonFiniteLoss, CheckpointError, OSError where nothing can be
-    saved, and ValueError for another tokenizer than that of the checkpoint.
+    saved, and ValueError for other data than that of the checkpoint.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = data.layout.tokenizer
@@ -88,7 +93,7 @@ def train(
     )
     with contextlib.closing(checkpoints):
         state, position = _start(stage, model_config, config, optimizer, checkpoints)
-        _check_tokenizer(position, tokenizer, checkpoints.directory)
+        _check_data(position, data.identity, checkpoints.directory)
         first_step = int(state.step)
         if first_step >= config.steps:
             return TrainResult(state.params, compilations=0)
@@ -113,13 +118,15 @@ def _start(stage, model_config, config, optimizer, checkpoints: Checkpoints):
     return restored.state, restored.position
 
 
-def _check_tokenizer(position: dict, tokenizer, directory: Path):
-    trained, here = position.get("tokenizer"), tokenizer and tokenizer.digest
-    if position and trained != here:
-        raise ValueError(
-            f"the checkpoints in {directory} are of the tokenizer {trained}, and that of the run "
-            f"is {here} now: put the file tokenizer.json back, or choose a new --workdir"
-        )
+def _check_data(position: dict, identity: dict, directory: Path):
+    """Raises ValueError where a checkpoint is of other data; earlier ones do not say of which."""
+    for name, here in identity.items():
+        trained = position.get(name, here)
+        if trained != here:
+            raise ValueError(
+                f"the checkpoints in {directory} were trained with {name} {trained}, and the run "
+                f"has {here} now: put the files of the run back, or choose a new --workdir"
+            )
 
 
 class _Run:
@@ -129,7 +136,7 @@ class _Run:
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.log, self.profiler, self.first_step = log, profiler, first_step
         self.sources = SourceMeter(data.sources, position.get("sources"))
-        self.tokenizer = data.layout.tokenizer
+        self.identity = data.identity
         rows = sharding.rows_of_process(config.batch_size)
         states = np.array(position["lanes"])[rows] if position else None
         self.stream = batches(
@@ -220,11 +227,9 @@ class _Run:
 
     def save(self, step: int, state, lanes: np.ndarray):
         lanes = sharding.gather_rows(lanes).tolist()
-        position = dict(lanes=lanes, sources=copy.deepcopy(self.sources.state))
-        if self.tokenizer is not None:  # the lanes count its ids
-            position["tokenizer"] = self.tokenizer.digest
+        position = dict(lanes=lanes, sources=copy.deepcopy(self.sources.state)) | self.identity
         self.checkpoints.save(step, state, position)
 
     def close(self):
-        with contextlib.closing(self.log), contextlib.closing(self.stream):
+        with contextlib.closing(self.stream):
             self.profiler.close()

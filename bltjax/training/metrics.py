@@ -1,6 +1,5 @@
 """Metrics of a run: a progress line, JSON lines, TensorBoard."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -9,8 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bltjax.checkpoints.run_directory import METRICS
-from bltjax.runtime.files import replacing
+from bltjax.training.metrics_files import MetricsFiles
 from bltjax.training.profiling import num_chips
 
 
@@ -43,9 +41,8 @@ class SourceMeter:
 class MetricsLog:
     """Writes each logged step to `metrics.jsonl`, TensorBoard and the console.
 
-    Opened at step s it drops the lines of s and later that an interrupted run wrote, so that a
-    resumed run leaves the same lines as one that never stopped. Only the first process writes; all
-    keep time. flops_per_byte and peak_flops (FLOP/s of all devices) give the utilisation, which
+    Opened at step s it drops what an interrupted run wrote of s and later, so that a resumed run
+    leaves the same lines as one that never stopped. Only the first process writes; all keep time. flops_per_byte and peak_flops (FLOP/s of all devices) give the utilisation, which
     needs both.
     """
 
@@ -53,17 +50,9 @@ class MetricsLog:
         self, directory: Path, stage, first_step, num_steps, flops_per_byte=None, peak_flops=None
     ):
         self.stage, self.num_steps = stage, num_steps
-        self.path = directory / METRICS
         self._flops = flops_per_byte and peak_flops and flops_per_byte / peak_flops
-        self._tensorboard = None
-        if jax.process_index() == 0:
-            # Here, since it loads PyTorch where there is one.
-            from tensorboardX import SummaryWriter
-
-            kept = [line for line in _lines(self.path) if line["step"] < first_step]
-            with replacing(self.path) as file:  # atomic: a killed run loses no line
-                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._tensorboard = SummaryWriter(f"{directory}/tensorboard", purge_step=first_step)
+        first = jax.process_index() == 0
+        self._files = MetricsFiles(directory, stage, first_step) if first else None
         self._chips = num_chips()
         self.restart(first_step)
 
@@ -102,14 +91,10 @@ class MetricsLog:
         if self._flops:
             line["flops_utilisation"] = self._flops * speed
         self._last_step, self._last_time, self._bytes, self._waited = step + 1, now, 0.0, 0.0
-        if self._tensorboard is None:
+        if self._files is None:
             return
-        stored = {key: value if math.isfinite(value) else None for key, value in line.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(stored) + "\n")
-        for key, value in stored.items():
-            if key != "step" and value is not None:
-                self._tensorboard.add_scalar(f"{self.stage}/{key}", value, step)
+        values = {key: value for key, value in line.items() if key != "step"}
+        self._files.write(step, {k: v if math.isfinite(v) else None for k, v in values.items()})
         eta = (self.num_steps - step - 1) * line["seconds_per_step"]
         utilisation = f" mfu {line['flops_utilisation']:.0%}" if self._flops else ""
         print(
@@ -121,10 +106,6 @@ class MetricsLog:
             flush=True,
         )
 
-    def close(self):
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-
 
 def format_seconds(seconds: float) -> str:
     """Formats a duration: 45s, 3m07s, 2h05m."""
@@ -133,14 +114,3 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds}s"
     minutes, seconds = divmod(seconds, 60)
     return f"{minutes}m{seconds:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
-def _lines(path: Path) -> list[dict]:
-    """Returns the lines of a JSON-lines file, without a last one that a crash cut short."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found

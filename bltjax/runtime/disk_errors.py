@@ -1,28 +1,41 @@
-"""Tells faults of the disk from faults of a checkpoint, with a remedy for each."""
+"""Errors of the disk in one line: what cannot be written, why, and the remedy."""
 
+import contextlib
 import errno
 import os
 import re
 from pathlib import Path
 
-from bltjax.checkpoints.orbax_weights import first_line
-
 REMEDIES = {
     errno.ENOSPC: "free some disk space",
     errno.EDQUOT: "free some disk space",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EACCES: "make the directory writable",
     errno.EPERM: "make the directory writable",
     errno.EROFS: "make the directory writable",
     errno.ENOENT: "put the directory back",
     errno.ENOTDIR: "move the file that is in the way",
     errno.EEXIST: "move the file that is in the way",
+    errno.EISDIR: "move the directory that is in the way",
+    errno.ENOTEMPTY: "move the directory that is in the way",
 }
 OF_DAMAGED_FILES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 TENSORSTORE = "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE"  # how its messages begin
 
 
+class UnwritableError(OSError):
+    """Raised where the disk refuses a write; the message names the file and the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error, without the pages that follow it."""
+    line = str(error).strip().split("\n")[0] or repr(error)
+    return line if len(line) <= 200 else f"{line[:100]}...{line[-100:]}"  # causes come last
+
+
 def other_fault(error: BaseException) -> BaseException | None:
-    """Returns the cause of an error if it is not the checkpoint: no permission, no memory."""
+    """Returns the cause of an error if it is not the file's content: no permission, no memory."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
@@ -40,12 +53,23 @@ def _errno(error: BaseException) -> int | None:
     return getattr(error, "errno", None) or (told and int(told[1]))
 
 
-def unwritable(path: Path, error: Exception, rest: str = "") -> OSError:
+def unwritable(path: Path, error: BaseException, rest: str = "") -> UnwritableError:
     """Returns an error of one line that names the file, the reason and the remedy."""
     code = _errno(error)
     reason = os.strerror(code) if code else first_line(error)
     remedy = REMEDIES.get(code, "see to the disk")
-    return OSError(f"cannot write {path} ({reason}): {remedy} and run it again{rest}")
+    return UnwritableError(f"cannot write {path} ({reason}): {remedy} and run it again{rest}")
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Raises UnwritableError, with the remedy, where the operating system refuses the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # has a message of its own
+            raise
+        raise unwritable(path, error) from error
 
 
 def is_of_disk(error: BaseException) -> bool:
