@@ -41,10 +41,10 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from bltjax import sharding
 from bltjax.checkpoints import placing
-from bltjax.runtime.disk_errors import first_line, is_of_disk, other_fault, unwritable
 from bltjax.checkpoints.fingerprints import leaf_fingerprints, named_leaves
 from bltjax.checkpoints.orbax_weights import CHUNK_BYTES, CheckpointError, open_weights
 from bltjax.checkpoints.run_directory import saved_steps
+from bltjax.runtime.disk_errors import first_line, is_of_disk, other_fault, unwritable
 
 DAMAGED = "damaged"
 PACKAGES = ("bltjax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")

@@ -38,7 +38,9 @@ class MetricsFiles:
             self.events.parent.mkdir(exist_ok=True)
         started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add_event(file_version="brain.Event:2")
-        self._add_event(step=first_step, session_log=started)  # purges what was logged of later ones
+        self._add_event(
+            step=first_step, session_log=started
+        )  # purges what was logged of later ones
 
     def write(self, step: int, values: dict[str, float | None]):
         """Appends the values of a step, None for what is not finite."""
