@@ -5,17 +5,18 @@ resumes a run that was stopped or killed. Several processes that are started wit
 by a platform, work on one run.
 """
 
-import contextlib
 import json
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from absl import flags
 
 from bltjax import cli
 from bltjax.cli import fail
 from bltjax.runtime import processes, signals
+from bltjax.runtime.disk_errors import UnwritableError
 
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 
@@ -47,6 +48,7 @@ def train(config, workdir):
 
     from bltjax.checkpoints.training_state import CheckpointError
     from bltjax.recipe.checks import check_run
+    from bltjax.recipe.next_steps import next_steps
     from bltjax.recipe.stages import run
     from bltjax.training.loop import NonFiniteLoss
 
@@ -62,16 +64,28 @@ def train(config, workdir):
         result = run(checked)
     except NonFiniteLoss as error:
         fail(error, DIVERGED)
-    except CheckpointError as error:
+    except (
+        CheckpointError,
+        BlockingIOError,
+    ) as error:  # the same in all processes, or of the first
         fail(error)
     except (ValueError, OSError) as error:
         if jax.process_count() > 1:  # perhaps in this one alone: its traceback ends every log
             raise
-        log = checked.directory.error_log
-        with contextlib.suppress(OSError):  # the disk may be what is full
-            log.write_text(traceback.format_exc())
-        fail(f"{error} (traceback in {log})")
+        fail(f"{error}{kept_traceback(checked.directory.error_log)}")
+    print(next_steps(checked.directory))
     print(json.dumps(result))
+
+
+def kept_traceback(log: Path) -> str:
+    """Writes the traceback of the error being handled; returns where it is, if that worked."""
+    if isinstance(sys.exception(), UnwritableError):  # says it all
+        return ""
+    try:
+        log.write_text(traceback.format_exc())
+    except OSError:
+        return ""
+    return f" (traceback in {log})"
 
 
 def define_flags():

@@ -44,6 +44,7 @@ from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches, in_step_patches
+from bltjax.runtime.disk_errors import writing
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
 from bltjax.training.metrics import HELD_OUT
 from bltjax.training.patch_finder import make_patch_finder
@@ -52,6 +53,14 @@ from bltjax.vocabulary import encode
 
 BASELINE_BYTES = 100_000_000  # that n-gram models are fitted on, about: they count in memory
 MEASURED_ROWS = 256  # whose budgets are reported
+HEADLINES = dict(  # in the order in which they run
+    entropy_model="train the small byte model, which tells how hard bytes are to guess",
+    token_model="train a tokenizer, and a transformer of its tokens",
+    entropies="find where patches start in the corpus",
+    blt="train the byte latent transformer",
+    evaluate="measure the bits per byte of held-out documents",
+    sample="show a continuation, and the patches of a sentence",
+)
 
 
 def run(checked: CheckedRun) -> dict:
@@ -91,18 +100,32 @@ def run_stages(config: RunConfig, directory: RunDirectory, store: Store) -> Iter
     stages, patched = set(config.stages), None
     evaluated = directory.evaluated(stages) if "evaluate" in stages else None
     if "entropy_model" in stages:
+        begin("entropy_model", config)
         yield train_entropy_model(config, directory, store)
     if "token_model" in stages:
+        begin("token_model", config)
         yield train_token_model(config, directory, store)
     if stages & {"entropies", "blt"} or evaluated == "blt":
+        if "entropies" in stages:
+            begin("entropies", config)
         patched = find_patches(config, directory, store)
         yield describe_patches(config, patched)
     if "blt" in stages:
+        begin("blt", config)
         yield train_blt(config, directory, store, patched)
     if evaluated:
+        begin("evaluate", config)
         yield evaluate_model(config, directory, store, patched, evaluated)
     if "sample" in stages:
+        begin("sample", config)
         yield show_sample(config, directory)
+
+
+def begin(name: str, config: RunConfig):
+    """Prints the headline of a stage."""
+    order = [stage for stage in HEADLINES if stage in config.stages]
+    place = f"{order.index(name) + 1} of {len(order)}"
+    print(f"stage {place}, {name}: {HEADLINES[name]}", flush=True)
 
 
 def train_entropy_model(config: RunConfig, directory: RunDirectory, store: Store) -> dict:
@@ -117,7 +140,7 @@ def train_entropy_model(config: RunConfig, directory: RunDirectory, store: Store
     reported = watch(config, stage, layout)._replace(
         held_out=validation(config, directory, store, None, stage)
     )
-    trained = train_stage(stage, data, reported)
+    trained = train_stage(stage, identified(data, store), reported)
     return dict(parameters=parameters, compilations={stage.name: trained.compilations})
 
 
@@ -145,6 +168,9 @@ def train_blt(config: RunConfig, directory: RunDirectory, store: Store, patched:
     reported = watch(config, stage, layout, patched.mean_patch_bytes)._replace(
         held_out=validation(config, directory, store, patched, stage)
     )
+    data = identified(data, store, row_bytes=layout.row_bytes, row_patches=layout.row_patches)
+    if needs_entropies(config.patching):
+        data.identity["threshold"] = patched.patching.threshold
     trained = train_stage(stage, data, reported, in_step)
     return filled | dict(
         parameters=parameters,
@@ -167,7 +193,7 @@ def train_token_model(config: RunConfig, directory: RunDirectory, store: Store) 
         metadata=reported.metadata | dict(tokenizer=tokenizer.digest),
         held_out=validation(config, directory, store, None, stage),
     )
-    trained = train_stage(stage, data, reported)
+    trained = train_stage(stage, identified(data, store, tokenizer=tokenizer.digest), reported)
     return dict(
         parameters=parameters,
         compilations={stage.name: trained.compilations},
@@ -175,10 +201,20 @@ def train_token_model(config: RunConfig, directory: RunDirectory, store: Store) 
     )
 
 
+def identified(data: TrainingData, store: Store, **others) -> TrainingData:
+    """Returns training data with what tells it apart, beside `others` the corpus."""
+    return data._replace(identity=dict(corpus=store.digest()) | others)
+
+
 def train_stage(
     stage: Stage, data: TrainingData, reporting: Reporting, in_step: InStep | None = None
 ):
-    """Trains the model of a stage in its directory; returns a TrainResult."""
+    """Trains the model of a stage in its directory; returns a TrainResult.
+
+    Raises UnwritableError where the working directory is not there any more.
+    """
+    with writing(stage.directory):
+        stage.directory.mkdir(exist_ok=True)
     return train(stage.name, stage.model, stage.training, data, stage.directory, in_step, reporting)
 
 

@@ -27,14 +27,21 @@ from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
 
 IN_FLIGHT = 2  # steps that the devices have been given whose metrics the host has not read
+KEPT_IN = dict(  # what identifies the data of a run
+    corpus="the records",
+    threshold="patching.json",
+    tokenizer="tokenizer.json",
+    row_bytes="the records and patching.json",
+    row_patches="the records and patching.json",
+)
 MAX_SKIPPED = 20  # skipped updates in a row before the run counts as lost
 
 
 class TrainingData(NamedTuple):
     """Documents in their order (`data.batches.order`), and the layout of the rows made of them.
 
-    identity: JSON values that tell the data apart, by name. They are saved in the position, and a
-    run that goes on with others is refused.
+    identity: JSON values that tell the data apart, by the names of KEPT_IN. They are saved in the
+    position, and a run that goes on with others is refused.
     """
 
     documents: Any  # places -> (source number, document)
@@ -128,8 +135,8 @@ def _check_data(position: dict, identity: dict, directory: Path):
         trained = position.get(name, here)
         if trained != here:
             raise ValueError(
-                f"the checkpoints in {directory} were trained with {name} {trained}, and the run "
-                f"has {here} now: put the files of the run back, or choose a new --workdir"
+                f"the checkpoints in {directory} are of the {name} {trained}, and that of the run "
+                f"is {here} now: put {KEPT_IN[name]} back, or choose a new --workdir"
             )
 
 

@@ -80,8 +80,8 @@ class MetricsLog:
     """Writes each logged step to `metrics.jsonl`, TensorBoard and the console.
 
     Opened at step s it drops what an interrupted run wrote of s and later, so that a resumed run
-    leaves the same lines as one that never stopped. Only the first process writes; all keep time. flops_per_byte and peak_flops (FLOP/s of all devices) give the utilisation, which
-    needs both.
+    leaves the same lines as one that never stopped. Only the first process writes; all keep time.
+    flops_per_byte and peak_flops (FLOP/s of all devices) give the utilisation, which needs both.
     """
 
     def __init__(
