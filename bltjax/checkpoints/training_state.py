@@ -20,6 +20,7 @@ hold the size and CRC-32 of every file too (FILES.json), which is ignored: it ca
 
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
@@ -75,6 +77,19 @@ class _Manager(ocp.CheckpointManager):
             raise
 
 
+class _StepNames(ocp.path.step.NameFormat):
+    """Names of checkpoints for Orbax, which takes any number for a step and keeps the largest."""
+
+    def build_name(self, step: int) -> str:
+        return str(step)
+
+    def find_all(self, base_path):
+        return (self.find_step(base_path, step) for step in saved_steps(Path(base_path)))
+
+    def find_step(self, base_path, step: int):
+        return ocp.path.step.Metadata(step=step, path=epath.Path(base_path) / str(step))
+
+
 class _Damaged(Exception):
     """Raised on all processes alike for a checkpoint that is not as it was written."""
 
@@ -90,11 +105,13 @@ class Checkpoints:
         self, directory: Path, keep: int = 1, keep_every: int = 0, about: dict | None = None
     ):
         logging.getLogger("absl").addFilter(_is_not_of_orbax)
+        _forget_late_writes()
         self.directory = Path(directory).absolute()
         self._about = about or {}
         policies = [LatestN(keep)] + [EveryNSteps(keep_every)] * bool(keep_every)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
+            step_name_format=_StepNames(),
             cleanup_tmp_directories=True,
             lightweight_initialize=True,  # garbage in an old checkpoint must not matter
             # Threads that write would wait 20 minutes for directories that cannot be made.
@@ -351,6 +368,23 @@ def _free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
+
+
+@functools.cache  # once for a process
+def _forget_late_writes():
+    """Drops the tracebacks of writes that end after another one has failed.
+
+    Orbax raises the first error and closes its event loop. TensorStore finds the loop closed for
+    each write that was still under way, and each time prints a traceback.
+    """
+    shown = sys.unraisablehook
+
+    def show(unraisable):
+        late = unraisable.object is None and isinstance(unraisable.exc_value, RuntimeError)
+        if not (late and "Event loop is closed" in str(unraisable.exc_value)):
+            shown(unraisable)
+
+    sys.unraisablehook = show
 
 
 def _is_not_of_orbax(message: logging.LogRecord) -> bool:
