@@ -67,7 +67,9 @@ def _append(path: Path, data: bytes):
 def _lines(path: Path) -> list[dict]:
     """Returns the metrics in a file of JSON lines, and tells of lines that are none."""
     found, bad = [], 0
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        if not line.strip():
+            continue
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):  # what a crash cut short, or what is not even text

@@ -217,11 +217,11 @@ def test_metrics_of_an_interrupted_run_are_replaced(tmp_path):
     log = MetricsLog(tmp_path, "toy", 0, 10)
     for step in range(6):
         log.write(step, values)
-    with log.path.open("a") as file:
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # the process died here
     log = MetricsLog(tmp_path, "toy", 4, 10)
     log.write(4, values)
-    lines = [json.loads(line) for line in log.path.open()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[-1]["grad_norm"] is None  # NaN is not JSON
 
@@ -273,7 +273,7 @@ def test_speed_and_eta_leave_out_what_is_no_training(tmp_path, monkeypatch, caps
             now += 10.0  # held-out rows were measured
         log.count(6)
         log.write(step, values | {HELD_OUT: 3.0})
-    lines = [json.loads(line) for line in log.path.open()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [line["seconds_per_step"] for line in lines] == [4.0, 2.0]
     assert [line["bytes_per_second"] for line in lines] == [1.5, 3.0]
     told = capsys.readouterr().out.splitlines()
