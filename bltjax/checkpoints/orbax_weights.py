@@ -10,6 +10,7 @@ not at all, never with other values than were written.
 
 import collections
 import contextlib
+import json
 import logging
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from bltjax.checkpoints.lazy_arrays import Index, LazyArray, blocks
+from bltjax.checkpoints.lazy_arrays import Index, LazyArray, blocks, tree_leaves
 from bltjax.checkpoints.run_directory import saved_steps
+from bltjax.runtime.checked_json import DIGEST, without_digest
 from bltjax.runtime.disk_errors import first_line
 from bltjax.runtime.progress import OnProgress
 
@@ -67,8 +69,9 @@ def open_params(checkpoints_directory: Path) -> dict:
     """Opens the parameters in the newest checkpoint of a training stage, as lazy arrays.
 
     The run may be in progress: nothing there is changed, and no optimizer state is read. A run
-    deletes old checkpoints, and reading from a deleted one raises CheckpointError. Raises
-    FileNotFoundError if there is no checkpoint, CheckpointError if it is damaged.
+    deletes old checkpoints, and reading from a deleted one raises CheckpointError. A leaf has the
+    `fingerprint` of what was saved (`weights.value_problems` compares). Raises FileNotFoundError if
+    there is no checkpoint, CheckpointError if it is damaged.
     """
     directory = Path(checkpoints_directory).absolute()
     if not (steps := saved_steps(directory)):
@@ -77,7 +80,27 @@ def open_params(checkpoints_directory: Path) -> dict:
     params = _open(newest / "state", newest).get("params")
     if not isinstance(params, dict):
         raise _damaged(newest, "it holds no parameters")
+    try:
+        saved = read_record(newest)["arrays"]
+        for path, leaf in tree_leaves(params):
+            leaf.fingerprint = saved[".".join(("params", *path))]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(newest, first_line(error)) from error
     return params
+
+
+def read_record(checkpoint: Path) -> dict:
+    """Reads the record of a checkpoint: its step, position, and dtype and fingerprint of arrays.
+
+    Raises ValueError where it is not as it was written, OSError where it is not there.
+    """
+    record = json.loads((checkpoint / "record" / "metadata").read_bytes())
+    if DIGEST not in record:
+        raise ValueError("its record of position and fingerprints has no digest")
+    record = without_digest(record)
+    if str(record["step"]) != checkpoint.name:
+        raise ValueError(f"it is the checkpoint of step {record['step']} under another name")
+    return record
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -147,6 +170,7 @@ class _Stored:
 
     def __init__(self, store: tensorstore.TensorStore, checkpoint: Path):
         self._store, self._checkpoint = store, checkpoint
+        self.fingerprint: int | None = None  # of what was saved, where that is known
         self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
 
     def __getitem__(self, index: Index) -> np.ndarray:

@@ -21,9 +21,7 @@ hold the size and CRC-32 of every file too (FILES.json), which is ignored: it ca
 import contextlib
 import errno
 import functools
-import hashlib
 import importlib.metadata
-import json
 import logging
 import platform
 import shutil
@@ -44,8 +42,14 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from bltjax import sharding
 from bltjax.checkpoints import placing
 from bltjax.checkpoints.fingerprints import leaf_fingerprints, named_leaves
-from bltjax.checkpoints.orbax_weights import CHUNK_BYTES, CheckpointError, open_weights
+from bltjax.checkpoints.orbax_weights import (
+    CHUNK_BYTES,
+    CheckpointError,
+    open_weights,
+    read_record,
+)
 from bltjax.checkpoints.run_directory import saved_steps
+from bltjax.runtime.checked_json import with_digest
 from bltjax.runtime.disk_errors import first_line, is_of_disk, other_fault, unwritable
 
 DAMAGED = "damaged"
@@ -138,7 +142,6 @@ class Checkpoints:
         record = dict(
             step=step, position=position, about=self._about | _versions(), arrays=_arrays(state)
         )
-        record = json.loads(json.dumps(record))  # as it will be read
         small_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
         with self._disk_errors(step):
             if not self.directory.is_dir():  # Orbax would make another, and others be lost unseen
@@ -148,7 +151,7 @@ class Checkpoints:
                 force=True,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state, save_args=small_chunks),
-                    record=ocp.args.JsonSave(record | dict(digest=_digest(record))),
+                    record=ocp.args.JsonSave(with_digest(record)),
                 ),
             )
         self._saving = step
@@ -276,7 +279,7 @@ def _read(checkpoint: Path, abstract, prefix: str = "") -> tuple[Any, dict]:
     another model.
     """
     wanted = named_leaves(abstract)
-    record = _together(lambda: _checked_record(checkpoint))
+    record = _together(lambda: read_record(checkpoint))
     saved = {k: v for k, v in record["arrays"].items() if k.startswith(prefix)}
     _check_model(checkpoint, saved, wanted)
     arrays = _together(lambda: _placed(checkpoint, wanted))
@@ -289,15 +292,6 @@ def _check_values(found: dict[str, int], saved: dict):
     wrong = [name for name, number in found.items() if number != saved[name]["fingerprint"]]
     if wrong:
         raise ValueError(f"{wrong[0]} has other values than were saved ({len(wrong)} arrays)")
-
-
-def _checked_record(checkpoint: Path) -> dict:
-    record = json.loads((checkpoint / "record" / "metadata").read_bytes())
-    if record.pop("digest", None) != _digest(record):
-        raise ValueError("its record of position and fingerprints is not as it was written")
-    if str(record["step"]) != checkpoint.name:
-        raise ValueError(f"it is the checkpoint of step {record['step']} under another name")
-    return record
 
 
 def _check_model(checkpoint: Path, saved: dict, wanted: dict):
@@ -357,11 +351,6 @@ def _versions() -> dict:
     return dict(versions=versions, processes=jax.process_count(), devices=jax.device_count())
 
 
-def _digest(record: dict) -> str:
-    text = json.dumps(record, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def _free_name(path: Path) -> Path:
     number, free = 1, path
     while free.exists():
@@ -374,9 +363,12 @@ def _free_name(path: Path) -> Path:
 def _forget_late_writes():
     """Drops the tracebacks of writes that end after another one has failed.
 
-    Orbax raises the first error and closes its event loop. TensorStore finds the loop closed for
-    each write that was still under way, and each time prints a traceback.
+    Orbax raises the first error and closes its event loop. For each write that was still under way
+    TensorStore finds the loop closed, or asyncio that nobody asked for its error, and either prints
+    a traceback.
     """
+    never = "exception was never retrieved"
+    logging.getLogger("asyncio").addFilter(lambda message: never not in message.getMessage())
     shown = sys.unraisablehook
 
     def show(unraisable):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bltjax.checkpoints.host_fingerprints import HostFingerprint
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes, num_nonfinite, tree_leaves
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.runtime.progress import OnProgress
@@ -66,7 +67,8 @@ class WeightsError(ValueError):
 def value_problems(tensors: dict[str, LazyArray], on_progress: OnProgress = None) -> list[str]:
     """Names the tensors that are not floating point, or hold NaN or infinite values.
 
-    Reads everything once, piece by piece.
+    A tensor with a `fingerprint`, that of what was saved, must have those values. Reads everything
+    once, piece by piece.
     """
     found = []
     for name, tensor in tensors.items():
@@ -74,14 +76,21 @@ def value_problems(tensors: dict[str, LazyArray], on_progress: OnProgress = None
         if dtype.name not in FLOAT_DTYPES:
             found.append(f"{name} is {dtype.name}: weights must be one of {FLOAT_DTYPES}")
             continue
-        bad = 0
+        bad, saved, total = 0, getattr(tensor, "fingerprint", None), HostFingerprint()
         for index in blocks(tensor):
             piece = np.asarray(tensor[index])
             bad += num_nonfinite(piece)
+            if saved is not None:
+                total.add(piece)
             if on_progress:
                 on_progress(piece.nbytes)
         if bad:
             found.append(f"{name} has {bad} values that are NaN or infinite")
+        elif saved not in (None, total.value):
+            found.append(
+                f"{name} has other values than were saved: its checkpoint is damaged; move it away "
+                "and run its stage again"
+            )
     return found
 
 
