@@ -39,7 +39,7 @@ from bltjax.config import (
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.checked_json import read_checked, without_digest, write_checked
 from bltjax.runtime.disk_errors import UnwritableError, unwritable
-from bltjax.runtime.files import LOCK, OWNER, alone, owning, write_json
+from bltjax.runtime.files import LOCK, OWNER, alone, free_name, owning, place_of, write_json
 
 CONFIG, PATCHING, ROWS = "config.json", "patching.json", "rows.json"
 CHECKPOINTS, WEIGHTS, METRICS = "checkpoints", "weights", "metrics.jsonl"  # of a stage
@@ -196,12 +196,33 @@ class RunDirectory:
                 f"{self.path} is not empty and holds no run (no {CONFIG}): choose a new --workdir"
             )
 
+    @contextlib.contextmanager
     def own(self):
-        """Returns a context in which no other run trains in this directory.
+        """Keeps other runs out of the directory until the block ends.
 
-        Raises BlockingIOError, which names the other run, on entering it.
+        Raises BlockingIOError, which names the other run, on entering it; UnwritableError where the
+        block fails and the directory is not the one it was, whatever error that led to.
         """
-        return owning(self.path)
+        with owning(self.path):
+            before = place_of(self.path)
+            try:
+                yield
+            except Exception as error:
+                if place_of(self.path) == before:
+                    raise
+                raise UnwritableError(
+                    f"{self.path} was moved or deleted while the run wrote into it: put the "
+                    f"directory back and run it again{self._set_aside()}"
+                ) from error
+
+    def _set_aside(self) -> str:
+        """Moves what threads wrote in the place of the directory, so that it can be put back."""
+        if not self.path.exists() or (self.path / CONFIG).exists():
+            return ""
+        aside = free_name(self.path.with_name(f"{self.path.name}.remains"))
+        with contextlib.suppress(OSError):
+            self.path.rename(aside)
+        return f"; what was written since is in {aside}"
 
     def config(self) -> RunConfig:
         """Reads the settings. Raises WeightsError where they are missing or wrong."""

@@ -23,6 +23,7 @@ import errno
 import functools
 import importlib.metadata
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -51,6 +52,7 @@ from bltjax.checkpoints.orbax_weights import (
 from bltjax.checkpoints.run_directory import saved_steps
 from bltjax.runtime.checked_json import with_digest
 from bltjax.runtime.disk_errors import first_line, is_of_disk, other_fault, unwritable
+from bltjax.runtime.files import free_name, place_of
 
 DAMAGED = "damaged"
 PACKAGES = ("bltjax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
@@ -126,6 +128,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 tempfile.TemporaryFile(dir=self.directory).close()
             self._manager = _Manager(self.directory, options=options)
+            self._place = place_of(self.directory)
         except OSError as error:
             raise unwritable(self.directory, error) from error
         self._saving: int | None = None  # the step, until an error of it has been told
@@ -144,8 +147,8 @@ class Checkpoints:
         )
         small_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
         with self._disk_errors(step):
-            if not self.directory.is_dir():  # Orbax would make another, and others be lost unseen
-                raise FileNotFoundError(errno.ENOENT, "the directory has vanished")
+            if place_of(self.directory) != self._place:
+                raise _vanished()  # Orbax would make another, and others be lost unseen
             self._manager.save(
                 step,
                 force=True,
@@ -198,7 +201,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step, reason in damaged.items():
                 source = self.directory / str(step)
-                target = _free_name(self.directory.parent / DAMAGED / str(step))
+                target = free_name(self.directory.parent / DAMAGED / str(step))
                 target.parent.mkdir(exist_ok=True)
                 shutil.move(source, target)
                 print(
@@ -239,7 +242,9 @@ class Checkpoints:
         """Turns errors of the disk into an OSError of one line; TensorStore has ValueErrors."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError):
+            if place_of(self.directory) != self._place:
+                error = _vanished()
             if isinstance(error, ValueError) and not is_of_disk(error):
                 raise
             with contextlib.suppress(OSError):
@@ -351,14 +356,6 @@ def _versions() -> dict:
     return dict(versions=versions, processes=jax.process_count(), devices=jax.device_count())
 
 
-def _free_name(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
 @functools.cache  # once for a process
 def _forget_late_writes():
     """Drops the tracebacks of writes that end after another one has failed.
@@ -377,6 +374,10 @@ def _forget_late_writes():
             shown(unraisable)
 
     sys.unraisablehook = show
+
+
+def _vanished() -> OSError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def _is_not_of_orbax(message: logging.LogRecord) -> bool:

@@ -123,6 +123,24 @@ def owning(directory: Path):
         yield
 
 
+def place_of(path: Path) -> tuple[int, int] | None:
+    """Returns numbers that tell whether a path still leads to the same place; None: to nothing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def free_name(path: Path) -> Path:
+    """Returns the path, or one with a number after it where that is taken."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
 def _in_use(directory: Path) -> str:
     try:
         owner = json.loads((directory / OWNER).read_text())
