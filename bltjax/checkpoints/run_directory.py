@@ -38,11 +38,16 @@ from bltjax.config import (
 )
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.checked_json import read_checked, without_digest, write_checked
-from bltjax.runtime.disk_errors import UnwritableError, unwritable
+from bltjax.runtime.disk_errors import OF_WRITES, UnwritableError, unwritable
 from bltjax.runtime.files import LOCK, OWNER, alone, free_name, owning, place_of, write_json
 
 CONFIG, PATCHING, ROWS = "config.json", "patching.json", "rows.json"
 CHECKPOINTS, WEIGHTS, METRICS = "checkpoints", "weights", "metrics.jsonl"  # of a stage
+REMEDIES = {  # for a damaged file of which there is no copy
+    CONFIG: "",
+    PATCHING: ", or delete it and run bltjax.train again, which finds it anew",
+    ROWS: ", or delete it and run bltjax.train again",
+}
 MODELS = ("entropy_model", "blt", "token_model")
 LAST_STEP = 2**31 - 1  # steps are counted in int32
 
@@ -201,19 +206,21 @@ class RunDirectory:
         """Keeps other runs out of the directory until the block ends.
 
         Raises BlockingIOError, which names the other run, on entering it; UnwritableError where the
-        block fails and the directory is not the one it was, whatever error that led to.
+        block fails since the disk is full, or since the directory is not the one it was.
         """
         with owning(self.path):
             before = place_of(self.path)
             try:
                 yield
             except Exception as error:
-                if place_of(self.path) == before:
-                    raise
-                raise UnwritableError(
-                    f"{self.path} was moved or deleted while the run wrote into it: put the "
-                    f"directory back and run it again{self._set_aside()}"
-                ) from error
+                if place_of(self.path) != before:
+                    raise UnwritableError(
+                        f"{self.path} was moved or deleted while the run wrote into it: put the "
+                        f"directory back and run it again{self._set_aside()}"
+                    ) from error
+                if isinstance(error, OSError) and error.errno in OF_WRITES:
+                    raise unwritable(error.filename or self.path, error) from error
+                raise
 
     def _set_aside(self) -> str:
         """Moves what threads wrote in the place of the directory, so that it can be put back."""
@@ -254,7 +261,9 @@ class RunDirectory:
             try:
                 return without_digest(values)
             except ValueError as error:
-                problems = [f"{name} is damaged ({error}): put the file back as it was written"]
+                problems = [
+                    f"{name} is damaged ({error}): put it back as it was written{REMEDIES[name]}"
+                ]
         raise WeightsError(self.path, problems)
 
     def _number(self, name: str, field: str, kind: type):

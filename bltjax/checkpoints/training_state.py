@@ -235,16 +235,16 @@ class Checkpoints:
             self.wait()
         finally:
             if jax.process_count() == 1 or not self._manager.failure:
-                self._manager.close()
+                with contextlib.suppress(OSError):  # which `save` or `wait` has raised already
+                    self._manager.close()
 
     @contextlib.contextmanager
     def _disk_errors(self, step: int):
         """Turns errors of the disk into an OSError of one line; TensorStore has ValueErrors."""
         try:
             yield
-        except (OSError, ValueError):
-            if place_of(self.directory) != self._place:
-                error = _vanished()
+        except (OSError, ValueError) as failure:
+            error = failure if place_of(self.directory) == self._place else _vanished()
             if isinstance(error, ValueError) and not is_of_disk(error):
                 raise
             with contextlib.suppress(OSError):

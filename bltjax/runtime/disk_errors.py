@@ -20,6 +20,7 @@ REMEDIES = {
     errno.EISDIR: "move the directory that is in the way",
     errno.ENOTEMPTY: "move the directory that is in the way",
 }
+OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no reader gets these
 OF_DAMAGED_FILES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 TENSORSTORE = "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE"  # how its messages begin
 
@@ -53,7 +54,7 @@ def _errno(error: BaseException) -> int | None:
     return getattr(error, "errno", None) or (told and int(told[1]))
 
 
-def unwritable(path: Path, error: BaseException, rest: str = "") -> UnwritableError:
+def unwritable(path: str | Path, error: BaseException, rest: str = "") -> UnwritableError:
     """Returns an error of one line that names the file, the reason and the remedy."""
     code = _errno(error)
     reason = os.strerror(code) if code else first_line(error)
