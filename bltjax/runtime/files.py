@@ -99,8 +99,7 @@ def alone(directory: Path):
     Raises UnwritableError where there is no such directory, or nothing can be written into it.
     """
     with writing(directory):
-        if not directory.is_dir():  # the lock would make it
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        _must_exist(directory)
         lock = FileLock(directory / LOCK, fallback_to_soft=False).acquire()
     with lock:
         yield
@@ -114,6 +113,7 @@ def owning(directory: Path):
     """
     path = directory / OWNER
     with writing(directory):
+        _must_exist(directory)
         lock = _held(path)
     if lock is None:
         raise BlockingIOError(_in_use(directory))
@@ -139,6 +139,11 @@ def free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
+
+
+def _must_exist(directory: Path):
+    if not directory.is_dir():  # a lock in it would make it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def _in_use(directory: Path) -> str:

@@ -5,18 +5,28 @@ was stopped at step 15 of 24 of the byte latent transformer. The numbers below w
 version 0.1 (commit b30c7b7) from the same files.
 """
 
+import contextlib
+import dataclasses
+import errno
 import json
+import os
+import random
 import tarfile
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import bltjax
 from bltjax import sharding
-from bltjax.checkpoints.run_directory import RunDirectory
+from bltjax.checkpoints import orbax_weights
+from bltjax.checkpoints.run_directory import RunDirectory, saved_steps
+from bltjax.checkpoints.weights import WeightsError
+from bltjax.config import PatchingConfig, RunConfig, TrainingConfig
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.stages import run
+from bltjax.runtime.disk_errors import UnwritableError
 
 RUN = Path(__file__).parents[1] / "golden_data" / "run_of_0_1.tar.xz"
 TEXT = "The entropy of a text is high where the next byte is hard to guess."
@@ -50,3 +60,150 @@ def test_it_opens_goes_on_and_is_evaluated(directory):
     steps = [json.loads(line)["step"] for line in directory.metrics("blt").open()]
     assert steps == list(range(config.blt_training.steps))
     assert nats(directory) == pytest.approx(NATS_AT_END, rel=1e-6)
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    """In the settings, the threshold and the rows: an error, or the same values."""
+    directory = RunDirectory(tmp_path)
+    config = RunConfig(stages=("blt",))
+    directory.claim(config)
+    directory.write_patching(PatchingConfig(threshold=5.27))
+    directory.write_rows(dict(row_bytes=8192, row_patches=1024))
+    chance = random.Random(0)
+    readers = {"config.json": directory.config, "patching.json": directory.threshold}
+    readers["rows.json"] = directory.row_bytes
+    for name, read in readers.items():
+        path, value = tmp_path / name, read()
+        good, noticed = path.read_bytes(), 0
+        for bit in chance.sample(range(8 * len(good)), 150):
+            path.write_bytes(flipped(good, bit))
+            try:
+                assert read() == value
+            except WeightsError as error:
+                noticed += 1
+                assert name in str(error)
+            if name == "config.json":
+                with contextlib.suppress(ValueError):  # another value would be "another config"
+                    directory.claim(config)
+        assert noticed > 50
+        path.write_bytes(good)
+
+
+def test_a_damaged_config_is_not_another_config(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.claim(RunConfig())
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"dim": ', '"dim": 9', 1))
+    assert text != (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"config.json is damaged \(its digest.*put the file back"):
+        directory.claim(RunConfig())
+
+
+def other_config() -> RunConfig:
+    return dataclasses.replace(RunConfig(), blt_training=TrainingConfig(steps=7))
+
+
+def test_a_directory_that_never_trained_takes_other_settings(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(RunConfig())
+    (directory.path / "records").mkdir()
+    (directory.path / "error.log").touch()
+    directory.claim(other_config())
+    assert directory.config() == other_config()
+    with directory.own(), pytest.raises(ValueError, match="holds a run of another config"):
+        directory.claim(RunConfig())  # that run has only begun
+    (directory.path / "blt" / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"another config \(config.blt_training.steps"):
+        directory.claim(RunConfig())
+
+
+ODD_NAMES = [
+    "99999999999",
+    "2147483648",
+    "007",
+    "-3",
+    "+5",
+    "1_0",
+    " 5",
+    "5 ",
+    "tmp",
+    "²",
+    "٣",
+    "1e3",
+]
+
+
+def test_only_names_of_steps_are_checkpoints(tmp_path):
+    for name in [*ODD_NAMES, "0", "12", "2147483647"]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "9").touch()
+    (tmp_path / "16").symlink_to(tmp_path / "gone")
+    assert saved_steps(tmp_path) == [0, 12, 2**31 - 1]
+
+
+def test_what_else_lies_beside_checkpoints_does_no_harm(directory):
+    for name in ODD_NAMES:
+        (directory.path / "blt" / "checkpoints" / name).mkdir()
+    (directory.path / "blt" / "checkpoints" / "23").touch()
+    (directory.path / "result.json").write_bytes(b'\xff{"a')
+    assert nats(directory) == pytest.approx(NATS, rel=1e-6)
+
+
+def test_another_value_of_a_parameter_is_noticed_when_a_run_is_loaded(directory, monkeypatch):
+    """Orbax stores them without checksums: the fingerprints of the checkpoint tell."""
+    read, pieces = orbax_weights._Stored.__getitem__, []
+
+    def damaged(stored, index):
+        piece = np.array(read(stored, index))
+        if len(pieces) == 5:
+            bits = piece.reshape(-1).view(np.uint8)
+            bits[len(bits) // 2] ^= 1  # of the smallest there are
+        pieces.append(piece)
+        return piece
+
+    monkeypatch.setattr(orbax_weights._Stored, "__getitem__", damaged)
+    with pytest.raises(WeightsError, match="has other values than were saved: its checkpoint"):
+        bltjax.load(directory.path)
+    assert nats(directory) == pytest.approx(NATS, rel=1e-6)
+
+
+def test_flipped_bits_of_the_stored_parameters_are_noticed(directory):
+    for file in directory.path.glob("blt/checkpoints/*/state/**/d/*"):
+        data = file.read_bytes()
+        for bit in random.Random(0).sample(range(8 * len(data)), len(data) // 100):
+            data = flipped(data, bit)
+        file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"cannot be read|other values than were saved"):
+        bltjax.load(directory.path)
+
+
+def test_a_directory_that_was_moved_away_can_be_put_back(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(RunConfig())
+    away = tmp_path / "away"
+    told = (
+        "was moved or deleted while the run wrote into it: put the directory back and run it again"
+    )
+    with pytest.raises(UnwritableError, match=told), directory.own():
+        directory.path.rename(away)
+        (directory.path / "blt").mkdir(parents=True)  # as threads of Orbax do
+        raise ValueError("whatever that leads to")
+    assert (tmp_path / "run.remains" / "blt").is_dir()
+    away.rename(directory.path)
+    with directory.own():
+        directory.claim(RunConfig())
+    with pytest.raises(KeyError), directory.own():
+        raise KeyError("an error that is not about the directory")
+
+
+def test_a_full_disk_is_one_line_whatever_wrote(tmp_path):
+    directory = RunDirectory(tmp_path)
+    told = r"No space left on device\): free some disk space"
+    with pytest.raises(UnwritableError, match=told), directory.own():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

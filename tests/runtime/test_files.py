@@ -1,6 +1,10 @@
 """Tasks are shared by whoever is there, done once, and taken over from the dead."""
 
+import errno
+import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bltjax.runtime import files
+from bltjax.runtime.disk_errors import UnwritableError
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,3 +128,71 @@ os.kill(children[0], 9)
 def test_a_child_that_outlives_its_task_does_not_hold_it(tmp_path):
     command = [sys.executable, "-c", FORKING, str(tmp_path / "lock")]
     subprocess.run(command, cwd=ROOT, check=True, timeout=20)
+
+
+OWNER = """
+import pathlib, sys, time
+from bltjax.runtime import files
+with files.owning(pathlib.Path(sys.argv[1])):
+    print("owned", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_directory_has_one_owner_until_that_dies(tmp_path):
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout.readline() == "owned\n"
+    told = f"{tmp_path} is in use by process {owner.pid} on {socket.gethostname()}: wait for it"
+    for _ in range(2):
+        with pytest.raises(BlockingIOError, match=re.escape(told)), files.owning(tmp_path):
+            pass
+    with files.alone(tmp_path):  # others may go on sharing it
+        pass
+    owner.send_signal(signal.SIGKILL)
+    owner.communicate()
+    for _ in range(2):
+        with files.owning(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            '{"host": "far-away", "pid": 7}',
+            r"process 7 on far-away.*for good: delete .*\.lock",
+        ),
+        ("", "in use by another process: wait"),
+        ("[]", "in use by another process: wait"),
+        ("\0", "in use by another process: wait"),
+    ],
+)
+def test_an_owner_elsewhere_or_unknown(tmp_path, content, told):
+    with files.owning(tmp_path):
+        (tmp_path / files.OWNER).write_text(content)
+        with pytest.raises(BlockingIOError, match=told), files.owning(tmp_path):
+            pass
+
+
+def test_a_directory_that_is_gone_is_not_made_anew(tmp_path):
+    gone = tmp_path / "gone"
+    for asked in (files.alone, files.owning):
+        with pytest.raises(UnwritableError, match=r"gone .*put the directory back"), asked(gone):
+            pass
+    assert not gone.exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_json(path, dict(a=1))
+    old = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UnwritableError, match=r"a\.json \(No space left.*\): free some disk space"):
+        files.write_json(path, dict(a=2))
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.json"]
