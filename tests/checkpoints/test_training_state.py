@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -21,8 +22,9 @@ import numpy as np
 import pytest
 
 from bltjax import sharding
-from bltjax.checkpoints import fingerprints, orbax_weights, training_state
+from bltjax.checkpoints import fingerprints, host_fingerprints, orbax_weights, training_state
 from bltjax.checkpoints.fingerprints import digest, leaf_fingerprints
+from bltjax.checkpoints.lazy_arrays import blocks
 from bltjax.checkpoints.training_state import CheckpointError, Checkpoints, load_params
 
 ROOT = Path(__file__).parents[2]
@@ -327,6 +329,19 @@ def test_newest_and_round_steps_are_kept_and_none_is_written_twice(tmp_path):
         assert position == {"step": 11} and same_bits(state, host_state(11))
 
 
+def test_a_directory_with_the_name_of_no_step_does_not_take_the_place_of_checkpoints(tmp_path):
+    for name in ("99999999999", "tmp", "007", "5 "):
+        (tmp_path / name).mkdir()
+    (tmp_path / "9").touch()  # a file is no checkpoint
+    with opened(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.restore(abstract()) is None
+        for step in (1, 2):
+            checkpoints.save(step, placed(host_state(step)), {})
+        checkpoints.wait()
+        assert checkpoints.all_steps() == [2] and checkpoints.restore(abstract()).step == 2
+    assert {p.name for p in tmp_path.iterdir()} >= {"99999999999", "tmp", "007", "5 ", "2", "9"}
+
+
 def test_other_meshes(tmp_path, use_mesh):
     with use_mesh(2, 2, 2):
         numbers = leaf_fingerprints(placed(host_state(1)))
@@ -453,8 +468,9 @@ directory = Path(sys.argv[1])
 jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1]))
 checkpoints = checkpoint.Checkpoints(directory)
 
-def state(step, size):
-    return dict(params=dict(w=jax.random.normal(jax.random.key(step), (size,))))
+def state(step, size, leaves=1):
+    parts = jax.random.normal(jax.random.key(step), (leaves, size // leaves))
+    return dict(params=dict(zip(["w", *map(str, range(1, leaves))], parts)))
 """
 KILLED = """
 checkpoints.save(1, state(1, 1000), {})
@@ -467,7 +483,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 FULL = """
 checkpoints.save(1, state(1, 1000), {})
-checkpoints.save(2, state(2, 3_000_000), {})
+checkpoints.save(2, state(2, 3_000_000, leaves=60), {})  # each of them is a write that may fail
 try:
     checkpoints.wait()
 except OSError as error:
@@ -558,6 +574,20 @@ def test_a_fingerprint_changes_with_any_bit_and_any_exchange():
     assert digest(tree) == digest(dict(reversed(tree.items())))
     assert digest(tree) != digest({"a": tree["b"], "b": tree["a"]})
     assert re.fullmatch("[0-9a-f]{16}", digest(tree))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.int8])
+@pytest.mark.parametrize("shape", [(), (1,), (7, 5), (3, 4, 11), (2, 0)])
+def test_the_host_makes_the_same_fingerprints_of_pieces(monkeypatch, dtype, shape):
+    monkeypatch.setattr(host_fingerprints, "AT_ONCE", 4)
+    rng, size = np.random.default_rng(0), np.dtype(dtype).itemsize
+    values = np.frombuffer(rng.bytes(size * math.prod(shape)), f"u{size}").view(dtype)
+    values = values.reshape(shape)
+    for max_bytes in (1, 40, 1000):
+        total = host_fingerprints.HostFingerprint()
+        for index in blocks(values, max_bytes):
+            total.add(values[index])
+        assert total.value == leaf_fingerprints(jax.device_put(values))[""]
 
 
 def test_no_array_is_gathered_for_its_fingerprint(use_mesh):

@@ -1,11 +1,15 @@
 """What the training command says to wrong input: one line, exit code 2, nothing written."""
 
+import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 
+from bltjax.runtime.files import owning
 from tests.processes import ROOT, environment
 
 # About files and processes, so one interpreter will do.
@@ -132,6 +136,29 @@ def test_a_workdir_whose_claim_was_interrupted_or_damaged(tmp_path):
     (workdir / "config.json").write_text('{"config": {')
     result = run(*arguments)
     assert result.returncode == 2 and "config.json is damaged" in result.stderr
+
+
+def test_a_working_directory_in_use_is_one_line_and_the_end_of_a_run_names_what_is_next(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    arguments = [
+        "--config=tests/configs/tiny.py",
+        f"--workdir={workdir}",
+        small_corpus(tmp_path),
+        "--config.stages=('entropy_model',)",
+        "--config.entropy_training.steps=1",
+    ]
+    with owning(workdir):
+        refused = run(*arguments)
+    told = f"error: {workdir} is in use by process {os.getpid()} on {socket.gethostname()}: wait"
+    assert refused.returncode == 2 and refused.stderr.startswith(told), refused.stderr
+    assert len(refused.stderr.splitlines()) == 1 and not (workdir / "error.log").exists()
+    ended = run(*arguments)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert sum(line.startswith("stage 1 of 1, entropy_model: ") for line in lines) == 1
+    assert lines[-3] == "next:" and f"--workdir={workdir}" in lines[-2]
+    assert json.loads(lines[-1])["workdir"] == str(workdir)
 
 
 @pytest.mark.parametrize("override", [[], ["--config.blt.pooling=mean"]])

@@ -286,3 +286,20 @@ def test_a_run_says_that_it_compiles(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "toy: compiling the training step"
     assert told[1].startswith("toy: compiling the training step took ")
+
+
+def test_a_run_goes_on_with_its_own_data_only(tmp_path):
+    """What tells the data apart is in each checkpoint; earlier ones have it not."""
+    short = dataclasses.replace(TRAINING, steps=2, checkpoint_every=2)
+    longer = dataclasses.replace(short, steps=3)
+    own = dict(corpus="9f86", threshold=1.5)
+    train("toy", MODEL, short, data()._replace(identity=own), tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    for name, value in dict(corpus="d081", threshold=1.5000001).items():
+        others = data()._replace(identity=own | {name: value})
+        told = f"are of the {name} {own[name]}, and that of the run is {value} now: put .* back"
+        with pytest.raises(ValueError, match=told):
+            train("toy", MODEL, longer, others, tmp_path / "run")
+    train("toy", MODEL, longer, data()._replace(identity=own), tmp_path / "same")
+    train("toy", MODEL, short, data(), tmp_path / "earlier")
+    train("toy", MODEL, longer, data()._replace(identity=own), tmp_path / "earlier")
