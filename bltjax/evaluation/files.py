@@ -30,7 +30,7 @@ def evaluate(
     if not isinstance(texts, Texts):
         texts = find_texts(texts, max_bytes=max_bytes)
     bad = []
-    bar = progress_bar("evaluating", sum(file.size for file in texts.files))
+    bar = progress_bar("evaluating", texts.num_bytes())
     options = dict(row_bytes=row_bytes, on_progress=bar.update)
     by_source, by_language, xz_bytes = measure(model, texts, bad, options)
     bar.close()

@@ -43,6 +43,11 @@ class Texts(NamedTuple):
     share: int | None  # bytes of each source at most; None: all
     left_out: list[LeftOut]
 
+    def num_bytes(self) -> int:
+        """Returns the bytes to read, about: compressed files hold more."""
+        size = sum(file.size for file in self.files)
+        return size if self.share is None else min(size, self.share * len(set(self.sources)))
+
     def is_one_text(self) -> bool:
         """Returns whether all there is is one file, which is one document."""
         return len(self.files) == 1 and self.files[0].kind in ("text", "bytes")

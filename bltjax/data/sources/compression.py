@@ -64,11 +64,12 @@ def open_content(raw: BinaryIO, name: str) -> BinaryIO:
     raw.seek(0)
     codec, ending = codec_of(head), compression_ending(name)
     if ending and codec is None:
+        wanted = COMPRESSED[ending.lower()]
         raise Unreadable(
-            "the compressed file is empty"
-            if not head
-            else f"its name ends in {ending} and its content is not {COMPRESSED[ending]}: it is "
-            "damaged, or was decompressed and should lose that ending"
+            f"its name ends in {ending} and its content is not {wanted}: it is damaged, or was "
+            "decompressed and should lose that ending"
+            if head
+            else "the compressed file is empty"
         )
     content, inner = raw, name
     if codec:

@@ -37,7 +37,7 @@ class File(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The files of a source, unordered, and those at its path that are none of it."""
+    """The files of a source, unordered, and what is at its path and not of it."""
 
     files: list[File]
     left_out: list[LeftOut]
@@ -72,21 +72,28 @@ def find_files(source: SourceConfig, data: DataConfig, lenient: bool = False) ->
         )
     names = dict(zip(search.left_out, relative_names(search.left_out, source), strict=True))
     left_out = [
-        LeftOut(names[path], 0 if "://" in path else _size(path), *why)
+        LeftOut(names[path], path, *why)
         for path, why in sorted(search.left_out.items())
         if path not in found
     ]
     if not found:
-        wanted = ENDINGS if source.kind == "auto" else [source.kind]
-        endings = [ending for kind in wanted for ending in ENDINGS.get(kind, ())]
-        endings += data.suffixes if source.kind in ("auto", "text", "bytes") else ()
-        facts = " ".join(described(left_out, source, data)) or "it holds no file at all"
-        raise ValueError(
-            f"source {source.name!r} of kind {source.kind!r}: no file below {location!r} ends in "
-            f"one of {', '.join(endings)}: give another path or kind, or other suffixes ({facts})"
-        )
+        raise _no_file(source, data, location, left_out)
     named = zip(relative_names(found, source), found.items(), strict=True)
     return Listing([File(n, path, kind, _size(path)) for n, (path, kind) in named], left_out)
+
+
+def _no_file(
+    source: SourceConfig, data: DataConfig, location: str, left_out: list[LeftOut]
+) -> ValueError:
+    facts = "; ".join(described(left_out, source, data)) or "there is no file at all"
+    wanted = ENDINGS if source.kind == "auto" else [source.kind]
+    endings = [ending for kind in wanted for ending in ENDINGS.get(kind, ())]
+    endings += data.suffixes if source.kind in ("auto", "text", "bytes") else ()
+    ends = "" if "" in endings else f" ends in one of {', '.join(endings)}"
+    return ValueError(
+        f"source {source.name!r} of kind {source.kind!r}: no file below {location!r}"
+        f"{ends or ' can be read'}: give another path{', kind or suffixes' * bool(ends)} ({facts})"
+    )
 
 
 def relative_names(paths: Iterable[str], source: SourceConfig) -> Iterator[str]:
@@ -152,10 +159,11 @@ class _Search:
         else:
             is_text = path.endswith(suffixes) or without_compression(path).endswith(suffixes)
         if self.kind != "auto":
-            fits = is_text if self.kind in ("text", "bytes") else path.endswith(ENDINGS[self.kind])
+            endings = ENDINGS.get(self.kind, ())
+            fits = is_text if self.kind in ("text", "bytes") else path.lower().endswith(endings)
             return self.kind if explicit or fits else None
         for known, endings in ENDINGS.items():
-            if path.endswith(endings):
+            if path.lower().endswith(endings):
                 return known
         return "text" if explicit or is_text else None
 
@@ -179,13 +187,12 @@ class _Search:
 
     def _unlisted(self, error: OSError):
         if not self.lenient:
-            raise error
+            raise type(error)(f"{error.filename} cannot be listed: {error.strerror}") from error
         self.left_out[error.filename] = BROKEN, f"cannot be listed ({error.strerror})"
 
     def _may_enter(self, path: str, name: str) -> bool:
         if name[:1] == "." or name in self.exclude:
-            rule = (HIDDEN, "") if name[:1] == "." else (EXCLUDED, name)
-            self.left_out.update(dict.fromkeys(_all_below(path), rule))
+            self.left_out[path] = (HIDDEN, "") if name[:1] == "." else (EXCLUDED, name)
         elif os.path.islink(path):
             self.left_out[path] = LINK, "a link to a directory"
         else:
@@ -220,7 +227,9 @@ class _Search:
             target = os.path.realpath(path)
             if not self.lenient and not target.startswith(_below(resolved, "")):
                 self.left_out[path] = LINK, "a link that leads elsewhere"
-            elif target not in seen:
+            elif target in seen:
+                self.left_out[path] = LINK, "a link to a file that is read already"
+            else:
                 taken[path] = links[path]
                 seen.add(target)
         return taken
@@ -253,16 +262,9 @@ class _Search:
                 if not last.endswith(COMPLETE):
                     found[below] = self.kind_of(below, explicit=True)
                 continue
-            self.left_out |= dict.fromkeys(_all_below(below) if is_directory else [below], rule)
+            self.left_out[below] = rule
         # Once each, also where links lead to the same file.
         once = {os.path.realpath(path): path for path in sorted(found, reverse=True)}
+        for path in found.keys() - once.values():
+            self.left_out[path] = LINK, "a link to a file that is read already"
         return {path: found[path] for path in once.values()}
-
-
-def _all_below(directory: str) -> Iterator[str]:
-    """Yields the files below a local directory, and a remote directory itself, which is slow."""
-    if "://" in directory:
-        yield directory
-        return
-    for inner, _, names in os.walk(directory):
-        yield from (_below(inner, name) for name in names)

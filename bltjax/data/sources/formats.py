@@ -98,7 +98,8 @@ def container_of(head: bytes, name: str) -> str | None:
 
 def compression_ending(name: str) -> str:
     """Returns the ending of a name that tells of compression that is read, "" for none."""
-    return next((ending for ending in COMPRESSED if name.endswith(ending)), "")
+    found = next((ending for ending in COMPRESSED if name.lower().endswith(ending)), "")
+    return name[len(name) - len(found) :]
 
 
 def without_compression(name: str) -> str:

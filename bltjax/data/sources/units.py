@@ -17,7 +17,7 @@ from etils import epath
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.sources import readers, tables
 from bltjax.data.sources.files import COMPLETE, File, Listing, find_files, relative_names
-from bltjax.data.sources.left_out import described
+from bltjax.data.sources.left_out import LeftOut, described
 from bltjax.data.sources.readers import Bad, Document, Fields, undecoded
 from bltjax.runtime.terminal import printable
 
@@ -61,23 +61,27 @@ def list_units(source: SourceConfig, data: DataConfig) -> list[Unit]:
     kind, a library is missing or a preprocessed file is unfinished, OSError where a directory
     cannot be listed.
     """
-    return survey(source, data)[0]
+    return _list_units(source, data)[0]
 
 
 def survey(source: SourceConfig, data: DataConfig) -> tuple[list[Unit], list[str]]:
     """Returns `list_units`, and sentences on the files at the source's path that are left out."""
-    sentences = []
+    units, left_out = _list_units(source, data)
+    return units, described(left_out, source, data)
+
+
+def _list_units(source: SourceConfig, data: DataConfig) -> tuple[list[Unit], list[LeftOut]]:
+    left_out = []
     if source.kind == "huggingface":
         units = _dataset_units(source, data)
     else:
         files, left_out = list_files(source, data)
-        sentences = described(left_out, source, data)
         # Not the hash of the split, by which the first files would all be validation documents.
         files.sort(key=lambda file: (_hash(f"order:{data.seed}:{file.name}"), file.name))
         target = min(data.shard_bytes, data.max_bytes or data.shard_bytes)
         units = _about(_cut(files, target), data.max_bytes)
     width = max(5, len(str(len(units) - 1)))
-    return [unit._replace(name=f"{i:0{width}d}") for i, unit in enumerate(units)], sentences
+    return [unit._replace(name=f"{i:0{width}d}") for i, unit in enumerate(units)], left_out
 
 
 def list_files(source: SourceConfig, data: DataConfig, lenient: bool = False) -> Listing:

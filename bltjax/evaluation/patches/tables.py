@@ -47,11 +47,7 @@ def measure(
     model, texts: Texts, patching: PatchingConfig, bad: list[Bad]
 ) -> tuple[Tally, dict[str, Tally]]:
     """Returns a Tally of all documents, and one of each source."""
-    bar, total, tallies = (
-        progress_bar("finding patches", sum(f.size for f in texts.files)),
-        Tally(),
-        {},
-    )
+    bar, total, tallies = progress_bar("finding patches", texts.num_bytes()), Tally(), {}
     documents = read_texts(texts, bad)
     for chunk in in_chunks(documents, lambda document: len(document.data), READ_BYTES):
         views = look(model, [document.data for document in chunk], patching)

@@ -223,6 +223,12 @@ def test_a_file_that_is_gone_is_named(tmp_path, kind):
             list(sources.read_unit(unit, source, data))
 
 
+def test_endings_of_formats_may_be_in_capitals(tmp_path):
+    write(tmp_path, "A.JSONL.GZ", gzip.compress(lines({"text": "t", "id": "in lines"})))
+    pq.write_table(pa.table({"text": ["t"], "id": ["in parquet"]}), tmp_path / "B.PARQUET")
+    assert names(tmp_path) == ["in lines", "in parquet"]
+
+
 def test_bytes_are_kept_as_they_are(tmp_path):
     data = gzip.compress(b"text")
     write(tmp_path, "a.txt.gz", data)
