@@ -158,9 +158,10 @@ def _lines(raw: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
 
 def _parsed(line: bytes, fields: Fields, place: str, number: int) -> Document | Bad:
     where = f"{place} {number}"
-    # Bytes that are not UTF-8 do no harm in an id, or in a field that is not used.
-    text = line.decode("utf-8-sig", "surrogateescape")
-    is_utf8 = not _has_escapes(text)
+    try:
+        text, is_utf8 = line.decode("utf-8-sig"), True
+    except UnicodeDecodeError:  # does no harm in an id, or in a field that is not used
+        text, is_utf8 = line.decode("utf-8-sig", "surrogateescape"), False
     try:
         found = document(json.loads(text), fields, place, number)
     except (ValueError, RecursionError) as error:
@@ -168,13 +169,8 @@ def _parsed(line: bytes, fields: Fields, place: str, number: int) -> Document | 
         return Bad(where, f"not JSON: {getattr(error, 'msg', error)}" if is_utf8 else "not UTF-8")
     if is_utf8 or isinstance(found, Bad):
         return found
-    is_sound = not _has_escapes(found.data.decode("utf-8", "surrogatepass"))
-    return found if is_sound else Bad(where, "not UTF-8")
-
-
-def _has_escapes(text: str) -> bool:
-    """Returns whether `surrogateescape` has put something into a text."""
-    return re.search("[\udc80-\udcff]", text) is not None
+    escapes = re.search("[\udc80-\udcff]", found.data.decode("utf-8", "surrogatepass"))
+    return Bad(where, "not UTF-8") if escapes else found
 
 
 def document(record, fields: Fields, place: str, number) -> Document | Bad:

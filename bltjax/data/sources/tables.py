@@ -4,6 +4,7 @@ Strings are never decoded: no byte of theirs can make a row unreadable. A damage
 (row group, record batch) is a Bad, and the parts behind it are read.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
@@ -26,7 +27,7 @@ _ROWS = 256  # rows of a Parquet file that are decoded at a time
 
 
 def parquet_groups(path: str) -> list[tuple[int, int]] | None:
-    """Returns (bytes in memory, bytes on disk) of each row group; None for a damaged file."""
+    """Returns (bytes in memory, about bytes on disk) of each row group; None for a damaged file."""
     parquet = need("pyarrow.parquet", "data")
     with open_file(path) as raw:
         try:
@@ -34,14 +35,10 @@ def parquet_groups(path: str) -> list[tuple[int, int]] | None:
         except Exception as error:
             _raise_unless_damage(error)
             return None
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        return [
-            (
-                group.total_byte_size,
-                sum(group.column(i).total_compressed_size for i in range(group.num_columns)),
-            )
-            for group in groups
-        ]
+        raw.seek(0, os.SEEK_END)
+        # Not the sizes of the columns: pyarrow ends the process where theirs are damaged.
+        groups = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+        return [(size, raw.tell() * size // max(sum(groups), 1)) for size in groups]
 
 
 def read_parquet(
@@ -145,10 +142,14 @@ def _table_documents(
                         last = numbers[-1] if len(numbers) else last
                 except Exception as error:
                     _raise_unless_damage(error)
-                    yield Bad(file, f"{part} is cut off or damaged{_after(last)}: {error}")
+                    yield Bad(file, f"{part} is cut off or damaged{_after(last)}: {_told(error)}")
         except Exception as error:
             _raise_unless_damage(error)
-            yield Bad(file, f"the file is cut off or damaged{_after(last)}: {error}")
+            yield Bad(file, f"the file is cut off or damaged{_after(last)}: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    return str(error) or "it asks for more memory than there is"
 
 
 def _after(row) -> str:
@@ -178,7 +179,8 @@ def _raise_unless_damage(error: Exception) -> None:
     """Raises errors of the disk or the network again: they may pass, and the file is sound."""
     lib = need("pyarrow", "data").lib
     plain = type(error) is OSError and error.errno is None  # pyarrow's, about content
-    if not plain and not isinstance(error, (lib.ArrowException, UnicodeDecodeError)):
+    # A damaged length may ask for any memory.
+    if not plain and not isinstance(error, (lib.ArrowException, UnicodeDecodeError, MemoryError)):
         raise error
 
 
@@ -222,9 +224,26 @@ def _decoded(kind):
 
 
 def _undecoded(column) -> list[bytes | None]:
-    column = column.cast(need("pyarrow", "data").large_binary())
-    column.validate(full=True)  # offsets of a damaged file may lead anywhere
-    return column.to_pylist()
+    """Returns strings as bytes. Raises ArrowInvalid where offsets of a damaged file lead astray."""
+    pa = need("pyarrow", "data")
+    if pa.types.is_dictionary(column.type):
+        values = _as_binary(column.dictionary)
+        column.indices.validate(full=True)
+        column = pa.DictionaryArray.from_arrays(column.indices, values).dictionary_decode()
+    return _as_binary(column).to_pylist()
+
+
+def _as_binary(column):
+    pa = need("pyarrow", "data")
+    types = pa.types
+    if types.is_string(column.type):
+        column = column.view(pa.binary())
+    elif types.is_large_string(column.type):
+        column = column.view(pa.large_binary())
+    elif types.is_string_view(column.type):
+        column = column.view(pa.binary_view())
+    column.validate(full=True)  # not of strings, whose UTF-8 it would check
+    return column
 
 
 def _identities(column) -> list:
@@ -232,8 +251,10 @@ def _identities(column) -> list:
     types = need("pyarrow", "data").types
     if _is_string(column.type):
         return _undecoded(column)
-    is_number = types.is_integer(column.type) or types.is_boolean(column.type)
-    return column.to_pylist() if is_number else [None] * len(column)
+    if not types.is_integer(column.type) and not types.is_boolean(column.type):
+        return [None] * len(column)
+    column.validate(full=True)
+    return column.to_pylist()
 
 
 def _entropies(batch):

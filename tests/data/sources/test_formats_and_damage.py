@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.sources.units import Bad, Document, list_units, read_unit
@@ -349,3 +351,28 @@ def test_what_survives_is_read_and_what_does_not_is_told(tmp_path, case):
     parts = read(tmp_path, shard_bytes=200)
     assert [document for document in parts if isinstance(document, Document)] == documents
     assert any(isinstance(record, Bad) for record in parts) == bool(bad)
+
+
+WHOLE = [case for case in CASES if case.name.startswith(("whole", "dictionary", "odd ids"))]
+
+
+@settings(max_examples=300, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(WHOLE), st.sampled_from(["flip", "cut", "zero", "insert"]), st.data())
+def test_any_damage_is_told_and_never_an_exception(tmp_path, case, damage, data):
+    """What has checksums never gives another text in silence, apart from a harmless header."""
+    at = data.draw(st.integers(0, len(case.data) - 1))
+    content = bytearray(case.data)
+    if damage == "flip":
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif damage == "cut":
+        del content[at:]
+    elif damage == "zero":
+        content[at : at + 40] = bytes(len(content[at : at + 40]))
+    else:
+        content.insert(at, data.draw(st.integers(0, 255)))
+    (tmp_path / case.name).write_bytes(content)
+    found = read(tmp_path / case.name)
+    (tmp_path / case.name).unlink()
+    texts = [document.data for document in found if isinstance(document, Document)]
+    if case.name.endswith((".gz", ".zst", ".xz", ".bz2", ".array_record")) and texts != case.texts:
+        assert any(isinstance(record, Bad) for record in found)
