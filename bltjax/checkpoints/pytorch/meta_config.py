@@ -24,7 +24,7 @@ from bltjax.config import (
 from bltjax.vocabulary import EOS_ID
 
 ROPE_THETA = 10_000.0  # where a file names none; those of a BLT name 500000 (model.md#rotary)
-WINDOW = 512  # of the entropy model; it is in no published file (model.md#entropy-model)
+WINDOW = 512  # of the entropy model, fixed by the published loader (model.md#entropy-model)
 
 
 def _stack_pairs(stack: str, suffix: str, kv_heads: str, window: str | None) -> list[Pair]:
