@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bltjax.config import OptimizerConfig, TransformerConfig
+from bltjax.config import OptimizerConfig, PatchingConfig, TransformerConfig
 from bltjax.costs.flops import parameter_report
 from bltjax.model import functional
 from bltjax.ops.hashing import PRIMES, ngram_hash_ids
-from bltjax.patching.boundaries import RULES
+from bltjax.patching.boundaries import RULES, lengths_from_starts, patch_starts
 from bltjax.training.optimizer import schedule_multiplier
+from bltjax.vocabulary import encode
 from tests import golden
 from tests.released import released
 from tests.test_docs import PAGES, ROOT, anchors, blocks, rows, section
@@ -89,8 +90,23 @@ def test_its_code_computes_the_published_entropies_and_patches():
         nats = page()["entropies"](logits)
         np.testing.assert_allclose(logits, expected["logits"][row], rtol=0, atol=1e-5)
         np.testing.assert_allclose(nats, expected["entropies"][row], rtol=0, atol=1e-5)
-        lengths = page()["patch_lengths"](nats, float(expected["threshold"]))
+        patching = PatchingConfig(threshold=float(expected["threshold"]))
+        lengths = page()["patch_lengths"](ids, nats, patching)
         np.testing.assert_array_equal(lengths, np.trim_zeros(expected["patch_lengths_next"][row]))
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("rule", sorted({*RULES} - {"script"}))
+def test_its_code_finds_the_patches_of_every_rule(rule, limit):
+    rng = np.random.default_rng(0)
+    chosen = PatchingConfig(rule, threshold=0.3, threshold_add=0.2, max_patch_length=limit)
+    ids = encode("Any 3 words,\n of text \N{EN DASH} é\N{SNOWMAN}!".encode() + bytes(range(256)))
+    ids[::7] = 3
+    for size in (1, 2, 3, len(ids)):
+        nats = rng.random(size, np.float32)
+        starts = patch_starts(chosen, ids[:size], nats)
+        found = page()["patch_lengths"](ids[:size], nats, chosen)
+        assert found == lengths_from_starts(starts).tolist()
 
 
 # Its numbers
