@@ -40,6 +40,13 @@ def test_every_reference_resolves():
         assert name in anchors(target.read_text()), f"{path} names {page}#{name}"
 
 
+def test_pages_that_the_package_names_exist():
+    package = [path for path in CODE if (ROOT / "bltjax") in path.parents]
+    found = {name for path in package for name in re.findall(r"[\w/]+\.md\b", path.read_text())}
+    assert found >= {"model.md", "differences.md"}
+    assert all((ROOT / name).exists() or (ROOT / "docs" / name).exists() for name in found), found
+
+
 def test_references_are_found():
     assert references("(model.md#entropy, #masks) and docs/data.md#rows.") == [
         ("model.md", "entropy"),
