@@ -24,7 +24,7 @@ from bltjax.data.sources.left_out import (
     described,
 )
 
-COMPLETE = ".complete"  # ending of the marker beside each of Meta's finished files (spec 8.4)
+COMPLETE = ".complete"  # ending of the marker beside each of Meta's finished files (model.md#files)
 
 
 class File(NamedTuple):
