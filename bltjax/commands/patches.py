@@ -72,7 +72,7 @@ def run(chosen) -> dict:
     if chosen.input != "-":
         options = dict(kind=chosen.kind, field=chosen.field, max_bytes=chosen.max_bytes)
         texts = find_texts(chosen.input, **options, files_apart=True)
-    is_table = texts is not None and (os.path.isdir(chosen.input) or not texts.is_one_text())
+    is_table = texts is not None and (os.path.isdir(texts.path) or not texts.is_one_text())
     _check_targets(chosen, is_table)
     text = None if is_table else read_shown(chosen, texts, bad)
     model = cli.open_model()

@@ -74,7 +74,7 @@ def find_texts(
     kind, field: see SourceConfig. max_bytes: of all documents together, in equal parts for the
     sources. Raises FileNotFoundError where there is nothing, ValueError where nothing can be read.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     settings = SourceConfig("data", path, kind, field)
     files, left_out = units.list_files(settings, _DATA, lenient=True)
     names = {file.path: _source(file, files, path, files_apart) for file in files}
@@ -103,7 +103,7 @@ def _source(file: File, files: Sequence[File], path: str, apart: bool) -> str:
 def _folder(path: str, others: set[str]) -> str:
     """Returns the name of the folder at a path or a glob, unlike those of its subfolders."""
     directory = path if os.path.isdir(path) else fixed_part(path)
-    name = Path(directory).expanduser().resolve().name or "/"
+    name = Path(directory).resolve().name or "/"
     while name in others:
         name = f"./{name}"
     return name

@@ -103,6 +103,15 @@ def test_bytes_are_read_where_they_are_asked_for(command, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_the_home_directory(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_bytes(b"text")
+    for path in ("~/d", "~/d/a.txt", "~/d/*.txt"):
+        assert command(path, monkeypatch)[0] == [b"text"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_another_field(command, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.jsonl").write_text('{"body": "t", "n": 1}\n' * 5000)
     with pytest.raises(

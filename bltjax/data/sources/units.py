@@ -172,7 +172,8 @@ def grouped(bad: Iterable[Bad]) -> list[str]:
     for record in bad:
         by_reason.setdefault(record.reason, []).append(record)
     sentences = [
-        printable(f"{same[0].name}: {reason}") + (f" ({len(same)} times)" if len(same) > 1 else "")
+        printable(f"{same[0].name}: {' '.join(reason.split())}")
+        + (f" ({len(same)} times)" if len(same) > 1 else "")
         for reason, same in itertools.islice(by_reason.items(), _REASONS)
     ]
     more = len(by_reason) - _REASONS

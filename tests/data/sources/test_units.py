@@ -241,6 +241,13 @@ def test_bytes_are_kept_as_they_are(tmp_path):
     assert {document.data for document in units} == {data}
 
 
+def test_reasons_are_counted_and_are_one_line_each():
+    bad = [Bad(f"a:{i}", "why\nnot") for i in range(3)] + [Bad("b\x1b", "other")]
+    assert sources.grouped(bad) == ["a:0: why not (3 times)", "b\\x1b: other"]
+    many = [Bad("a", f"reason {i}") for i in range(30)]
+    assert len(sources.grouped(many)) == 11 and sources.grouped(many)[-1] == "and 20 more reasons"
+
+
 def test_a_source_without_any_document_is_refused_with_the_field_to_name(tmp_path):
     write(tmp_path, "a.jsonl", lines(*[{"body": f"t{i}", "n": i} for i in range(50)]))
     source, data = SourceConfig("web", str(tmp_path)), DataConfig()
