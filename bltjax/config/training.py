@@ -20,7 +20,7 @@ OF_BLT_PARTS = (
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule of the learning rate (spec 8.1)."""
+    """AdamW with a schedule of the learning rate (model.md#optimizer)."""
 
     learning_rate: float = 4e-4  # the highest, at the end of the warm-up
     schedule: str = "cosine"  # after the warm-up: cosine, linear, inv_sqrt, wsd or constant
