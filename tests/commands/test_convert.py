@@ -79,7 +79,7 @@ def meaning(directory):
 
     weights = formats.read(directory)
     return weights._replace(
-        blt=plain(weights.blt), entropy_model=plain(weights.entropy_model), params={}
+        blt=plain(weights.blt), entropy_model=plain(weights.entropy_model), params={}, notes=()
     )
 
 

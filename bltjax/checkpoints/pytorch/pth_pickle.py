@@ -141,13 +141,10 @@ class _Interpreter:
     def named(self, module: str, name: str) -> Any:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("its pickle has a malformed global")
-        if (module, name) in _OTHER_DTYPES:
-            raise Refused(
-                f"refused tensors in {self.path} that are {_OTHER_DTYPES[module, name]} "
-                f"({name}): cast them to float32 or bfloat16 in torch, and save them again"
-            )
         if (module, name) not in _NAMES:
-            raise self.refusal(f"global {module}.{name}")
+            kind = _OTHER_DTYPES.get((module, name))
+            remedy = kind and f"its tensors are {kind}, cast them to float32 or bfloat16 in torch"
+            raise self.refusal(f"global {module}.{name}", remedy or REMEDY)
         return _NAMES[module, name]
 
     def call(self, function: Any, args: Any) -> Any:
@@ -167,9 +164,9 @@ class _Interpreter:
             raise ValueError(f"storage {key!r} has {entry.size} bytes for {numel} of {dtype}")
         return _Storage(entry.start, numel, dtype)
 
-    def refusal(self, what: str) -> Refused:
+    def refusal(self, what: str, remedy: str = REMEDY) -> Refused:
         printable = "".join(c if c.isprintable() else "?" for c in what)[:200]
-        return Refused(f"refused {printable} in {self.path}: {REMEDY}")
+        return Refused(f"refused {printable} in {self.path}: {remedy}")
 
 
 def _are_counts(numbers) -> bool:

@@ -86,11 +86,13 @@ def open_sharded(directory: Path) -> tuple[dict[str, LazyArray], list[str]]:
     directory = Path(directory)
     if not (directory / INDEX).exists():
         if not (directory / SINGLE).exists():
-            return {}, [f"{directory} has no weights: expected {SINGLE} or {INDEX}"]
+            return {}, [
+                f"{directory} has no weights: expected {SINGLE} or {INDEX}{_but(directory)}"
+            ]
         shards, problems = _open_shards(directory, [SINGLE])
         return shards.get(SINGLE, {}), problems
     try:
-        weight_map = _read_index(directory / INDEX)
+        weight_map = read_index(directory / INDEX)
     except (ValueError, OSError) as error:
         problem = f"{directory / INDEX} is no index ({reason(error)}): download it again"
         return {}, [problem]
@@ -105,7 +107,18 @@ def open_sharded(directory: Path) -> tuple[dict[str, LazyArray], list[str]]:
     return tensors, problems
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _but(directory: Path) -> str:
+    """Returns what is there in the place of weights, for a message."""
+    others = sorted(path.name for path in directory.glob("*.bin"))
+    if (directory / SINGLE).is_symlink() or (directory / INDEX).is_symlink():
+        return ", which is a link to nothing: download it again"
+    if others:
+        return f"; save {others[0]} as safetensors (save_pretrained does so)"
+    return ""
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Reads which file each tensor is in. Raises ValueError for a damaged index, or OSError."""
     index = parse_json(read_bytes(path))
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
