@@ -112,7 +112,7 @@ def target_error(target: Path, sources: list[Path]) -> Exception | None:
 
 def write_new(plan, target: Path, num_bytes: int, progress: bool):
     """Writes a directory that appears as `target` once it is complete."""
-    from bltjax.checkpoints.disk_errors import unwritable
+    from bltjax.checkpoints.disk_errors import is_of_disk, unwritable
 
     bar = progress_bar("writing", 2 * num_bytes, shown=progress)  # then read for the checksums
     try:
@@ -127,10 +127,12 @@ def write_new(plan, target: Path, num_bytes: int, progress: bool):
             for name in plan.inside:
                 write_checksums(partial / name)
             write_checksums(partial, bar.update)
-    except OSError as error:
-        if error.errno is None:  # said in our words already
+    except (OSError, ValueError, RuntimeError) as error:  # Orbax may wrap those of the disk
+        cause = error.__cause__ or error
+        said = isinstance(cause, OSError) and cause.errno is None  # in our words already
+        if said or not is_of_disk(cause):
             raise
-        raise unwritable(target, error) from error
+        raise unwritable(target, cause) from error
 
 
 def tensors_of(plan, directory: str = "") -> dict[str, str]:
