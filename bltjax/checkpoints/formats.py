@@ -138,10 +138,9 @@ def _read_one(
     directory = Path(directory)
     readers = {BLTJAX: _read_bltjax, RUN: _read_run, HF: reading.read_hf, META: reading.read_meta}
     try:
-        reader = readers[detect(directory)]
         if verify and (damaged := checksum_problems(directory, on_progress)):
             raise WeightsError(directory, damaged)
-        return reader(directory, on_progress)
+        return readers[detect(directory)](directory, on_progress)
     except WeightsError as error:
         problems += error.problems
         return None
