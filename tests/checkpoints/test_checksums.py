@@ -74,9 +74,9 @@ def test_load_and_convert_look_at_them_and_load_need_not(made, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1  # the last bit of a weight: the format cannot see it
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match="model.safetensors has sha256"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors has sha256"):
         bltjax.load(copy)
-    with pytest.raises(WeightsError, match="model.safetensors has sha256"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors has sha256"):
         convert(copy, tmp_path / "target", "meta")
     assert bltjax.load(copy, verify=False).config is not None
     (copy / CHECKSUMS).unlink()  # as directories of others come, and those of earlier versions
@@ -115,7 +115,7 @@ def test_an_entropy_model_is_checked_wherever_it_is(made, tmp_path):
     content[-3] ^= 4
     path.write_bytes(content)
     for arguments in ((copy,), (copy / "entropy_model",), (made / "hf", copy / "entropy_model")):
-        with pytest.raises(WeightsError, match="model.safetensors has sha256"):
+        with pytest.raises(WeightsError, match=r"model\.safetensors has sha256"):
             formats.read(*arguments)
 
 

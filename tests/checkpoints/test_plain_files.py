@@ -51,10 +51,9 @@ def no_hang(seconds=20):
 
 
 def make_socket(path):
-    with socket.socket(socket.AF_UNIX) as server:
-        with tempfile.TemporaryDirectory() as short:  # such names must be short
-            server.bind(f"{short}/s")
-            shutil.move(f"{short}/s", path)
+    with socket.socket(socket.AF_UNIX) as server, tempfile.TemporaryDirectory() as short:
+        server.bind(f"{short}/s")  # such names must be short
+        shutil.move(f"{short}/s", path)
 
 
 ODD = {

@@ -1,4 +1,4 @@
-"""Small files that claim to be large: told at once, by names, shapes and sizes, before any value."""
+"""Small files that claim to be large: told by names, shapes and sizes, before any value."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_views_that_repeat_their_storage_without_end_are_refused(tmp_path, shape
 def test_one_tensor_under_many_names_is_refused_where_it_is_too_much(tmp_path):
     one = tensor("Float", "0", 6, 0, (6,), (1,)) + b"q\x05"
     names = b"".join(plain(f"a{i}") + (one if i == 0 else b"h\x05") for i in range(65))
-    with pytest.raises(ValueError, match="refused tensors of 1,560 bytes.*storages have 24"):
+    with pytest.raises(ValueError, match=r"refused tensors of 1,560 bytes.*storages have 24"):
         open_pth(put_pth(tmp_path, b"\x80\x02}(" + names + b"u.", [FLOATS]))
 
 
