@@ -9,8 +9,8 @@ import hashlib
 import os
 from pathlib import Path, PurePosixPath
 
-from bltjax.checkpoints.plain_files import check_regular, parse_json, read_bytes, reason
 from bltjax.runtime.files import UNFINISHED, write_json
+from bltjax.runtime.plain_files import check_regular, parse_json, read_bytes, reason
 from bltjax.runtime.progress import OnProgress
 
 CHECKSUMS = "checksums.json"

@@ -16,7 +16,6 @@ import numpy as np
 from bltjax.checkpoints.checksums import CHECKSUMS, checksum_problems
 from bltjax.checkpoints.lazy_arrays import Cast
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
-from bltjax.checkpoints.plain_files import irregular_files
 from bltjax.checkpoints.pytorch import reading, writing
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
 from bltjax.checkpoints.pytorch.writing import WritePlan
@@ -43,6 +42,7 @@ from bltjax.config.model import DTYPES
 from bltjax.model import functional
 from bltjax.patching.boundaries import check_rule, needs_entropies
 from bltjax.runtime.files import UNFINISHED
+from bltjax.runtime.plain_files import irregular_files
 from bltjax.runtime.progress import OnProgress
 
 VERSION = 1  # of model.json

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from bltjax.checkpoints.checksums import write_checksums
-from bltjax.checkpoints.plain_files import reason
 from bltjax.runtime.files import new_directory
+from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
 
 FORMATS = ("bltjax", "hf", "meta")

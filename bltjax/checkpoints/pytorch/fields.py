@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bltjax.checkpoints.lazy_arrays import insert
-from bltjax.checkpoints.plain_files import parse_json, read_bytes, reason
+from bltjax.runtime.plain_files import parse_json, read_bytes, reason
 
 REQUIRED = object()
 LARGEST = 2**28  # limit of whole numbers; sizes of models are far below

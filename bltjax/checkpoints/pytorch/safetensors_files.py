@@ -11,9 +11,9 @@ import numpy as np
 from safetensors import safe_open
 
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes
-from bltjax.checkpoints.plain_files import MAX_JSON_BYTES, parse_json, read_bytes, reason
 from bltjax.checkpoints.pytorch.stored_array import Refused, StoredArray, parsing
 from bltjax.runtime.files import replacing, write_json
+from bltjax.runtime.plain_files import MAX_JSON_BYTES, parse_json, read_bytes, reason
 from bltjax.runtime.progress import OnProgress
 
 SINGLE = "model.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bltjax.checkpoints.lazy_arrays import BLOCK_BYTES, Index
-from bltjax.checkpoints.plain_files import check_regular, reason
+from bltjax.runtime.plain_files import check_regular, reason
 
 
 class StoredArray:

@@ -11,7 +11,7 @@ from bltjax.checkpoints.pytorch.pth_files import open_pth
 from bltjax.checkpoints.pytorch.safetensors_files import open_safetensors
 from bltjax.checkpoints.weights import WeightsError
 from tests import directories
-from tests.checkpoints.test_plain_files import no_hang
+from tests.checkpoints.test_regular_files import no_hang
 from tests.pth_files import plain, put_pth, tensor
 
 FLOATS = np.arange(6, dtype=np.float32)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bltjax.checkpoints import formats, plain_files
+from bltjax.checkpoints import formats
 from bltjax.checkpoints.pytorch.convert import convert
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
+from bltjax.runtime import plain_files
+from bltjax.runtime.checked_json import read_checked
 from tests import directories
 
 FORMATS = ("hf", "hf in shards", "meta", "meta, pickled", "bltjax", "run")
@@ -113,6 +115,12 @@ def test_links_to_files_are_files(pristine, tmp_path, format):
         path.unlink()
         path.symlink_to(tmp_path / "blobs" / path.relative_to(directory))
     assert formats.read(directory).blt == formats.read(pristine / format).blt
+
+
+def test_checked_json_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "index.json")
+    with no_hang(), pytest.raises(ValueError, match="it is a pipe, must be a file"):
+        read_checked(tmp_path / "index.json")
 
 
 def test_links_to_nothing_are_told(pristine, tmp_path):
