@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 import bltjax
+from bltjax import cli
 from bltjax.checkpoints import formats
 from bltjax.checkpoints.pytorch import hf_config, meta_config
 from bltjax.checkpoints.pytorch.convert import convert
@@ -172,3 +174,15 @@ def test_the_dtype_that_is_said_is_compared(hf, tmp_path, said, told):
     source = directories.hub(tmp_path / "source", "hf_A_1b_like", torch_dtype=said)
     notes = formats.read(source).notes
     assert told in " ".join(notes) and bool(told) == bool(notes)
+
+
+def test_commands_print_a_line_for_each_note(tmp_path, monkeypatch, capsys):
+    source = directories.hub(tmp_path / "half\x1b[31m", "meta_A_1b_like")
+    chosen = SimpleNamespace(
+        checkpoint=str(source), entropy_model=None, dtype=None, bf16_compat=False
+    )
+    monkeypatch.setattr(cli.flags, "FLAGS", chosen)
+    assert cli.open_model().entropy_config is None
+    lines = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    assert len(lines) == 3 and "\x1b" not in "".join(lines)
+    assert "patching_threshold=" in lines[1] and "there is no entropy model" in lines[2]
