@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
+from bltjax.config.data import FILE_KINDS
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import printable
@@ -56,6 +57,23 @@ def define_model_flags():
     )
     flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; default: as they are stored.")
     flags.DEFINE_bool("bf16_compat", False, "Find patches as the published demo does.")
+
+
+def define_text_flags(files: str):
+    """Defines --kind, --field and --max_bytes, for `evaluation.texts`; files: a flag."""
+    flags.DEFINE_enum(
+        "kind",
+        "auto",
+        FILE_KINDS,
+        f"Of the files at --{files}; bytes: as they are, whatever they hold.",
+    )
+    flags.DEFINE_string("field", "", "Field that holds a record's text; default: text or content.")
+    flags.DEFINE_integer(
+        "max_bytes",
+        None,
+        "Bytes of text that are read at most; each source gives an even share, its first bytes.",
+        1,
+    )
 
 
 def define_run_flags():
