@@ -6,6 +6,7 @@
 import ast
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
 from bltjax.config.data import FILE_KINDS
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.progress import progress_bar
+from bltjax.runtime.terminal import printable
 
 flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
 USER_ERROR = 2  # exit code: the command or what it names is at fault
@@ -44,6 +46,9 @@ def main():
 def run(command: Callable, define_flags: Callable[[], None]):
     """Runs a command's main(argv) with the flags that it defines, shown by --help."""
     define_flags()
+    if hasattr(sys.stdout, "reconfigure"):  # what an encoding such as ASCII lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     app.run(command, flags_parser=parse)
 
 
@@ -162,7 +167,8 @@ def open_model():
 
 def fail(error, code: int = USER_ERROR):
     """Ends the command with an error of one line on stderr, or a line for each of its problems."""
-    print(f"error: {error}" if hasattr(error, "problems") else one_line(error), file=sys.stderr)
+    told = f"error: {error}" if hasattr(error, "problems") else one_line(error)
+    print(printable(told), file=sys.stderr)
     sys.exit(code)
 
 
