@@ -46,6 +46,9 @@ def main():
 def run(command: Callable, define_flags: Callable[[], None]):
     """Runs a command's main(argv) with the flags that it defines, shown by --help."""
     define_flags()
+    if hasattr(sys.stdout, "reconfigure"):  # what an encoding such as ASCII lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
     app.run(command, flags_parser=parse)
 
 
@@ -170,7 +173,8 @@ def _print_note(message, *_, **__):
 
 def fail(error, code: int = USER_ERROR):
     """Ends the command with an error of one line on stderr, or a line for each of its problems."""
-    print(f"error: {error}" if hasattr(error, "problems") else one_line(error), file=sys.stderr)
+    told = f"error: {error}" if hasattr(error, "problems") else one_line(error)
+    print(printable(told), file=sys.stderr)
     sys.exit(code)
 
 
