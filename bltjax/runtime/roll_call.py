@@ -5,6 +5,7 @@ Process 0 listens at the address until each of the others has said its number, t
 
 import contextlib
 import json
+import os
 import selectors
 import socket
 import sys
@@ -14,6 +15,7 @@ TELL_SECONDS = 10  # of waiting, after which a process says for what
 HELLO_SECONDS = 5.0  # in which one that connects must have said its number
 RETRY_SECONDS = 0.2
 LINE_BYTES = 4096
+NOT_OURS = "something else answers there"
 
 
 def answer(host: str, port: int, bound: int, count: int, index: int, seconds: float):
@@ -46,7 +48,7 @@ class _Clock:
         """Says once, after a while, what the process is waiting for."""
         if not self.told and self.left() < self.seconds - TELL_SECONDS:
             self.told = True
-            print(f"waiting for {what}, {self.seconds:.0f} seconds at most", file=sys.stderr)
+            print(f"waiting for {what}, {self.seconds:g} seconds at most", file=sys.stderr)
 
 
 def _listen(port: int, count: int) -> socket.socket:
@@ -59,7 +61,8 @@ def _listen(port: int, count: int) -> socket.socket:
                 ("", port), family=family, backlog=count, dualstack_ipv6=dual
             )
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+            number = getattr(error, "errno", None)
+            reason = os.strerror(number) if number else str(error)
     raise ValueError(
         f"process 0 cannot listen on port {port} ({reason}): end what uses it, or choose another"
     )
@@ -73,7 +76,7 @@ def _gather(server, count: int, present: dict, address: str, clock: _Clock):
             names = _named(sorted(set(range(1, count)) - present.keys()), count)
             if clock.left() <= 0:
                 raise ValueError(
-                    f"{names} did not come to {address} within {clock.seconds:.0f} seconds: read "
+                    f"{names} did not come to {address} within {clock.seconds:g} seconds: read "
                     "the logs of all, and start all of them again with the same address"
                 )
             clock.waiting_for(f"{names} at {address}")
@@ -122,28 +125,30 @@ def _tell(present: dict, error: str):
 def _report(name: str, address: tuple, count: int, index: int, clock: _Clock):
     """Says the number of this process to process 0, again until that answers."""
     hello = json.dumps(dict(bltjax_process=index, of=count)).encode() + b"\n"
-    why = "it does not answer"
+    why = "no answer"
     while clock.left() > 0:
         try:
             with socket.create_connection(address, timeout=max(clock.left(), 0.1)) as connection:
                 connection.sendall(hello)
-                connection.settimeout(1.0)
-                said = _answer(connection, name, clock)
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or str(error)
+                error = _answer(connection, name, clock)
+        except (OSError, ValueError, KeyError, TypeError) as failed:
+            # Only what the system says is of use: an answer of something else is not.
+            why = getattr(failed, "strerror", None) or NOT_OURS
             clock.waiting_for(f"process 0 at {name} ({why})")
             time.sleep(RETRY_SECONDS)
             continue
-        if said["error"]:
-            raise ValueError(said["error"])
+        if error:
+            raise ValueError(error)
         return
     raise ValueError(
-        f"process {index} of {count} found no process 0 at {name} within {clock.seconds:.0f} "
+        f"process {index} of {count} found no process 0 at {name} within {clock.seconds:g} "
         f"seconds ({why}): check the address, and the log of process 0"
     )
 
 
-def _answer(connection, name: str, clock: _Clock) -> dict:
+def _answer(connection, name: str, clock: _Clock) -> str:
+    """Returns what process 0 says is wrong, an empty text when all have come."""
+    connection.settimeout(1.0)
     line = b""
     while not line.endswith(b"\n"):
         try:
@@ -153,10 +158,10 @@ def _answer(connection, name: str, clock: _Clock) -> dict:
             if clock.left() < -2 * HELLO_SECONDS:  # process 0 names those that are missing
                 raise
             continue
-        if not part:
-            raise ConnectionError("it closed the connection")
+        if not part or len(line) > LINE_BYTES:
+            raise ValueError(NOT_OURS)
         line += part
-    return dict(json.loads(line))
+    return str(json.loads(line)["error"])
 
 
 def _line(connection) -> bytes:
