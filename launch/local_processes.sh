@@ -40,10 +40,14 @@ is_count() {
     [[ $1 =~ ^[1-9][0-9]{0,2}$ ]]
 }
 
+is_taken() {
+    (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+}
+
 free_port() {
     # Below 32768, where systems begin to take ports for outgoing connections.
     local port=$((10000 + RANDOM % 22768))
-    while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
+    while is_taken "$port"; do
         port=$((10000 + RANDOM % 22768))
     done
     echo "$port"
@@ -73,6 +77,7 @@ command -v "$python" >/dev/null || fail "PYTHON=$python is not there: give an in
 port=${PORT:-$(free_port)}
 [[ $port =~ ^[1-9][0-9]{0,4}$ ]] && [ "$port" -lt 65536 ] ||
     fail "PORT=$port: give a port, from 1 to 65535, or leave it out"
+if is_taken "$port"; then fail "PORT=$port is taken: end what listens there, or leave PORT out"; fi
 
 command=(
     env "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
@@ -144,7 +149,7 @@ done
 
 code=0
 first= # the process that failed first
-differ= # whether another one ended in another way
+differ= # whether another one ended in another way, later
 blamed=
 patience=
 running=$number
@@ -159,7 +164,9 @@ while [ "$running" -gt 0 ]; do
             status=0
             wait "${pids[i]}" || status=$?
             codes[i]=$status
-            [ -z "$first" ] || [ "$status" -eq "$code" ] || differ=1
+            if [ "$code" -ne 0 ] && [ "$code" -ne 75 ] && [ "$status" -ne "$code" ]; then
+                differ=1
+            fi
             # JAX aborts a process that has lost another, perhaps in the same moment.
             if [ "$status" -ne 0 ] && { [ "$code" -eq 0 ] || [ "$code" -eq 75 ] ||
                 { [ "$code" -eq 134 ] && [ "$before" -ne 134 ]; }; }; then

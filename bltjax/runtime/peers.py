@@ -217,9 +217,10 @@ def _tell(error: BaseException) -> dict:
     index, count = place()
     who = f"process {index} of {count}"
     if isinstance(error, SystemExit):  # a command that has said in one line what is wrong
-        said = error.__context__ or f"exit code {error.code}"
-        text = f"{who} ended: {said}\n"
-    elif isinstance(error, Stopped):
+        said = f"ended: {error.__context__ or f'exit code {error.code}'}\n"
+        told = _set_failure(dict(code=_code(error), text=f"{who} {said}"))
+        return told | dict(text="") if told["text"].endswith(said) else told
+    if isinstance(error, Stopped):
         text = f"{who}: {error}\n"
     else:
         text = f"{who} failed:\n{''.join(traceback.format_exception(error))}"
