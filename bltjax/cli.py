@@ -4,6 +4,7 @@
 """
 
 import ast
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from ml_collections import config_flags
 
 from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
 from bltjax.patching.boundaries import check_rule
+from bltjax.runtime.platforms import skip_absent_tpu
 from bltjax.runtime.progress import progress_bar
 
 flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
@@ -43,6 +45,7 @@ def main():
 def run(command: Callable, define_flags: Callable[[], None]):
     """Runs a command's main(argv) with the flags that it defines, shown by --help."""
     define_flags()
+    skip_absent_tpu(os.environ)
     app.run(command, flags_parser=parse)
 
 

@@ -57,6 +57,7 @@ def train(config, workdir):
     peers.agree(facts(config, workdir))
     try:
         checked = check_run(config, workdir)
+        peers.check_shared(checked.directory.path)
     except ValueError as error:
         fail(error)
     except OSError as error:

@@ -9,11 +9,13 @@ JAX's coordination service, in process 0.
 import contextlib
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 from bltjax.runtime.signals import STOPPED, Stopped, handling, say
 
@@ -25,7 +27,9 @@ SUSPECTED_SECONDS = 6.0  # the same, where a collective has failed
 AGREE_SECONDS = 60.0  # in which all must have said what they run
 LINGER_SECONDS = 5.0  # in which process 0, whom all ask, goes on answering after a failure
 FAILURE, FACTS, AGREED = "bltjax/failure", "bltjax/facts", "bltjax/agreed"
-ALIVE = "bltjax/alive"
+ALIVE, MARK = "bltjax/alive", "bltjax/mark"
+SEEN = ".seen_by_all"  # a file in the working directory while processes look whether they see it
+SEEN_SECONDS = 10.0  # in which a network file system shows it
 SUSPECTED = "suspected"  # a name among those that are alive
 
 _together = threading.Event()  # while a failure is told to the others
@@ -83,6 +87,36 @@ def agree(facts: dict[str, str]):
     found = json.loads(client().blocking_key_value_get(AGREED, wait))
     if found:
         leave(DIFFERENT, f"error: {found}\n")
+
+
+def check_shared(directory: Path):
+    """Raises ValueError in a process that does not see the directory of process 0."""
+    index, count = place()
+    if count == 1:
+        return
+    mark, wait = directory / SEEN, int(1000 * AGREE_SECONDS)
+    if index == 0:
+        mark.write_text(secrets.token_hex())
+        client().key_value_set(MARK, mark.read_text())
+    wanted = client().blocking_key_value_get(MARK, wait)
+    until = time.monotonic() + SEEN_SECONDS
+    while not _holds(mark, wanted):
+        if time.monotonic() > until:
+            raise ValueError(
+                f"--workdir={directory} of process {index} is not the directory of process 0 with "
+                "that name: choose one that all machines see"
+            )
+        time.sleep(0.2)
+    client().wait_at_barrier(MARK, wait)
+    if index == 0:
+        mark.unlink()
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
 
 
 def difference(ours: dict[str, str], theirs: dict[str, str], other: int) -> str:
@@ -181,8 +215,8 @@ class _Hearts:
         if not silent:
             return ""
         return (
-            f"process {silent[0]} of {self.count} is lost: it was killed, or its machine is gone or "
-            "does not answer; when it is back, run the same command again"
+            f"process {silent[0]} of {self.count} is lost: it was killed or stopped, or its "
+            "machine is gone: when it is back, run the same command again"
         )
 
 

@@ -116,7 +116,7 @@ def test_what_is_missing_or_wrong_is_named(environ, given, named):
 
 # The victim is a process by its number; the other one waits, in a collective or asleep.
 SCRIPT = """
-import os, signal, sys, threading, time
+import os, pathlib, signal, sys, threading, time
 from bltjax import cli
 from bltjax.runtime import peers, processes, signals
 case, port, index = sys.argv[1], sys.argv[2], sys.argv[3]
@@ -126,6 +126,13 @@ with signals.leaving(peers.stop):
     processes.join(processes.find_cluster({}, f"127.0.0.1:{port}", 2, int(index)))
     with peers.ending_together():
         peers.agree({"same": "a", "--workdir": index if "differs" in case else "runs/a"})
+        if "elsewhere" in case:
+            peers.SEEN_SECONDS = 0.5
+            try:
+                peers.check_shared(pathlib.Path(sys.argv[4]) / index)
+            except ValueError as error:
+                cli.fail(error)
+        peers.check_shared(pathlib.Path(sys.argv[4]))
         import jax
         from jax.experimental.multihost_utils import process_allgather
         if case == "1 has no device" and index == "1":
@@ -156,7 +163,6 @@ with signals.leaving(peers.stop):
         elif what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif what == "sleeps":
-            os.system(f"(sleep 28; kill -KILL {os.getpid()}) >/dev/null 2>&1 &")
             os.kill(os.getpid(), signal.SIGSTOP)
 """
 CASES = (
@@ -169,19 +175,32 @@ CASES = (
     "0 sleeps",
     "1 has no device",
     "1 differs",
+    "1 elsewhere",
 )
 
 
+def ended_each(case, run):
+    if "sleeps" not in case:
+        return ended(run, timeout=150)
+    victim = int(case[0])
+    (survivor,) = ended([run[1 - victim]], timeout=150)
+    run[victim].kill()
+    (killed,) = ended([run[victim]], timeout=150)
+    return [survivor, killed] if victim else [killed, survivor]
+
+
 @pytest.fixture(scope="module")
-def outcomes():
+def outcomes(tmp_path_factory):
     """(exit code, stdout, stderr) of both processes, by case; at once, since they mostly wait."""
     # JAX warns of proxies; a pod's variable must not make it look for the pod.
     env = {k: v for k, v in processes.environment().items() if not k.lower().endswith("_proxy")}
     env["KUBERNETES_SERVICE_HOST"] = "127.0.0.1"
     runs = {case: (free_port(), []) for case in CASES}
     for case, (port, run) in runs.items():
+        directory = tmp_path_factory.mktemp(case)
         for index in "01":
-            command = [sys.executable, "-c", SCRIPT, case, str(port), index]
+            (directory / index).mkdir()
+            command = [sys.executable, "-c", SCRIPT, case, str(port), index, str(directory)]
             run.append(
                 subprocess.Popen(
                     command,
@@ -193,7 +212,7 @@ def outcomes():
                 )
             )
     try:
-        yield {case: ended(run, timeout=60) for case, (_, run) in runs.items()}
+        yield {case: ended_each(case, run) for case, (_, run) in runs.items()}
     finally:
         for _, run in runs.values():
             for process in run:
@@ -248,6 +267,12 @@ def test_processes_that_run_something_else_end_at_once(outcomes):
     line = "error: process 0 has --workdir=0 and process 1 has --workdir=1: start all processes"
     for code, _, err in outcomes["1 differs"]:
         assert code == 2 and err.startswith(line) and err.count("\n") == 1, err
+
+
+def test_processes_on_directories_of_one_name_end(outcomes):
+    for code, _, err in outcomes["1 elsewhere"]:
+        assert code == 2 and "is not the directory of process 0" in err, err
+        assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

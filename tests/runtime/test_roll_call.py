@@ -54,7 +54,7 @@ def test_nobody_at_the_address():
 
 
 def test_a_host_that_is_not_there():
-    with pytest.raises(ValueError, match="at nowhere.invalid:1234 within 0.3 sec"):
+    with pytest.raises(ValueError, match=r"at nowhere\.invalid:1234 within 0\.3 s"):
         roll_call.answer("nowhere.invalid", 1234, 1234, 2, 1, 0.3)
 
 
