@@ -5,6 +5,7 @@ Every process runs the same command. Process 0 alone writes progress and metrics
 
 import importlib.util
 import os
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -154,6 +155,9 @@ def join(cluster: Cluster | None):
         raise ValueError(f"the processes of this run cannot be connected: {error}") from error
     finally:
         late.cancel()
+    if threading.current_thread() is threading.main_thread():
+        # JAX aborts where process 0 is gone: without a dump of all threads, which absl enables.
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
     index, count = peers.place()
     if index:
         sys.stdout.flush()
