@@ -15,7 +15,7 @@ SHARED_TABLE = 4096  # rows; smaller hash tables need not be split over chips
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of transformer layers (spec 5.2)."""
+    """A stack of transformer layers (model.md#block)."""
 
     dim: int = 64  # width of the vectors that go from layer to layer
     num_layers: int = 1  # attention and feed-forward layers, in pairs
@@ -41,7 +41,7 @@ class TransformerConfig:
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden width of the SwiGLU feed-forward, rounded up unless given (spec 5.2)."""
+        """Hidden width of the SwiGLU feed-forward, rounded up unless given (model.md#block)."""
         if self.ffn_width is not None:
             return self.ffn_width
         hidden = int(self.ffn_dim_multiplier * int(2 * 4 * self.dim / 3))
@@ -72,7 +72,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Initial weights, drawn from normal distributions that are cut at 3 sigma (spec 6)."""
+    """Initial weights, drawn from normals that are cut at 3 sigma (model.md#initial-weights)."""
 
     # Scales deeper layers down: by their depth, the depth of the stack, its width, or not at all
     # ("current_depth", "global_depth", "dim_ratio", "disabled").
@@ -82,7 +82,10 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """Attention of patches to bytes in the encoder, of bytes to them in the decoder (spec 5.5)."""
+    """Attention of patches to bytes in the encoder, of bytes to them in the decoder.
+
+    See model.md#cross-attention.
+    """
 
     encoder: bool = True  # off: patches are pooled bytes
     decoder: bool = True  # off: the patch's vector is added to its bytes
@@ -133,7 +136,7 @@ class CrossAttentionConfig:
 
 @dataclass(frozen=True)
 class HashConfig:
-    """Embeddings of the n bytes that end at each position, found by their hash (spec 4)."""
+    """Embeddings of the n bytes that end at each position, found by a hash (model.md#n-grams)."""
 
     sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)  # each n; empty: no tables
     vocab: int = 500_002  # rows of a table
@@ -150,7 +153,7 @@ class HashConfig:
 
 @dataclass(frozen=True)
 class EntropyModelConfig:
-    """A small byte language model whose entropies tell where patches start (spec 7)."""
+    """A small byte model whose entropies tell where patches start (model.md#entropy-model)."""
 
     transformer: TransformerConfig = TransformerConfig(rope_theta=10_000.0, window=512)  # layers
     vocab_size: int = VOCAB_SIZE  # 256 bytes and 4 special ids
@@ -185,7 +188,7 @@ class TokenModelConfig(EntropyModelConfig):
 
 @dataclass(frozen=True)
 class BLTConfig:
-    """A byte latent transformer (spec 5). The defaults are a toy."""
+    """A byte latent transformer (model.md). The defaults are a toy."""
 
     local_encoder: TransformerConfig = TransformerConfig(window=512)  # layers over bytes, before
     global_transformer: TransformerConfig = TransformerConfig(dim=128)  # layers over patches
@@ -214,7 +217,7 @@ class BLTConfig:
 
     @property
     def has_decoder_projection(self) -> bool:
-        """True where patches are projected for the decoder, since widths differ (spec 5.8)."""
+        """True where patches are projected for the decoder: widths differ (model.md#decoder)."""
         widths = {self.global_transformer.dim, self.local_decoder.dim, self.read_width}
         return self.always_project or len(widths) > 1
 

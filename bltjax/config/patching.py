@@ -7,7 +7,7 @@ from bltjax.config.checks import finite, positive
 
 @dataclass(frozen=True)
 class PatchingConfig:
-    """Settings of the patching rule. Spec 2."""
+    """Settings of the patching rule. See model.md#rules."""
 
     rule: str = "entropy"  # a key of RULES in bltjax/patching/boundaries.py
     target_patch_bytes: float | None = 4.5  # entropy rules: calibrate the threshold to this mean
@@ -16,8 +16,8 @@ class PatchingConfig:
     patch_size: int = 4  # static rule
     max_patch_length: int | None = None
     reset_at_newlines: bool = False  # the entropy model forgets at newlines (paper 4.4)
-    published_skip_at_3: bool = False  # replicate "never a start at 3" (spec 2.4)
-    bf16_compat: bool = False  # round as the published demo does (spec 2.9)
+    published_skip_at_3: bool = False  # replicate "never a start at 3" (model.md#rules)
+    bf16_compat: bool = False  # round as the published demo does (model.md#rounding)
     in_step: bool = False  # the training step finds patches, with a frozen entropy model
 
     def problems(self, name: str) -> list[str]:

@@ -24,6 +24,8 @@ FREE_FIELDS = (
     "remat",
     "workers",
     "log_every",
+    "validate_every",
+    "validation_rows",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",

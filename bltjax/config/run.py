@@ -50,6 +50,7 @@ class EvaluationConfig:
 
     batch_size: int = 8  # rows of a batch
     max_bytes: int = 100_000_000  # about how much held-out text is scored
+    validation_rows: int = 64  # held-out rows that validate_every measures, a share of each source
     baselines: bool = True  # compare with n-gram models fitted on the training bytes, and with xz
     prompt: str = "def "  # the sample goes on from it
     sample_bytes: int = 200  # length of the sample, at most
@@ -58,7 +59,7 @@ class EvaluationConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        return positive(self, name, "batch_size", "max_bytes", "sample_bytes")
+        return positive(self, name, "batch_size", "max_bytes", "sample_bytes", "validation_rows")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ OF_BLT_PARTS = (
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule of the learning rate (spec 8.1)."""
+    """AdamW with a schedule of the learning rate (model.md#optimizer)."""
 
     learning_rate: float = 4e-4  # the highest, at the end of the warm-up
     schedule: str = "cosine"  # after the warm-up: cosine, linear, inv_sqrt, wsd or constant
@@ -104,6 +104,7 @@ class TrainingConfig:
     skip_loss_above: float = 0.0  # for the loss; 0: never
     skip_norm_above: float = 0.0  # for the norm of the gradient; 0: never
     log_every: int = 20  # steps between lines of metrics
+    validate_every: int = 0  # steps between measurements of held-out rows, see evaluation; 0: none
     checkpoint_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     keep_every: int = 0  # checkpoints at multiples of this step are kept for good; 0: none
@@ -113,7 +114,7 @@ class TrainingConfig:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(self, name, "steps", "batch_size", "accumulation_steps")
         found += positive(self, name, "log_every", "checkpoint_every", "keep_checkpoints")
-        found += not_negative(self, name, "z_loss", "keep_every")
+        found += not_negative(self, name, "z_loss", "keep_every", "validate_every")
         found += finite(self, name, "skip_loss_above", "skip_norm_above")
         if self.batch_size % max(self.accumulation_steps, 1):
             found.append(
