@@ -1,4 +1,4 @@
-"""What the processes of one run must have in common, to be compared when they start."""
+"""Facts that the processes of one run must have in common, to be compared when they start."""
 
 import hashlib
 import json

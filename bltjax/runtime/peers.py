@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: that they live, what they run, why they end.
+"""Messages between the processes of a run: that they live, what they run, why they end.
 
 A process that fails, or is asked to stop, tells the others, which would otherwise wait for it in a
 collective until a timeout: each process prints the failure last, and ends. One that was killed or

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other; how they end together: `peers`.
+"""Finds and connects the processes of a run; `peers` ends them together.
 
 Every process runs the same command. Process 0 alone writes progress and metrics.
 """

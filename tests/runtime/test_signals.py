@@ -146,14 +146,17 @@ def test_noticing_within_leaving():
 
 
 def test_leaving_keeps_no_file_and_no_thread():
-    before = len(os.listdir("/dev/fd")), threading.active_count()
+    def used():
+        for thread in threading.enumerate():
+            if thread.name.endswith("(_watch)"):
+                thread.join(10)
+        return len(os.listdir("/dev/fd")), threading.active_count()
+
+    before = used()
     for _ in range(3):
         with listening():
             pass
-    for thread in threading.enumerate():
-        if thread.name.endswith("(_watch)"):
-            thread.join(10)
-    assert (len(os.listdir("/dev/fd")), threading.active_count()) == before
+    assert used() == before
 
 
 def test_a_block_that_fails_gives_the_handlers_back():
