@@ -22,7 +22,7 @@ def facts(config: RunConfig, workdir: str | os.PathLike) -> dict[str, str]:
     found |= dict(_settings("--config", to_dict(config)))
     found |= {f"the version of {name}": version(name) for name in ("bltjax", *LIBRARIES)}
     found["the digest of bltjax's code"] = code_digest()
-    found["the version of Python"] = platform.python_version()
+    found["the version of Python"] = ".".join(platform.python_version_tuple()[:2])
     found["the number of processes"] = str(jax.process_count())
     return found
 
