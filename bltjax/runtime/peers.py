@@ -182,7 +182,7 @@ class _Watch:
         """Ends this process when process 0 answers no more, and does not refuse to either."""
         while not self.over.wait(LOOK_SECONDS):
             if time.monotonic() - self.answered > MISSED_SECONDS:
-                leave(CRASHED, f"{_no_answer(f'none in {MISSED_SECONDS:.0f} seconds')}\n")
+                leave(CRASHED, f"{_no_answer(f'nothing for {MISSED_SECONDS} seconds')}\n")
 
     def suspect(self):
         """Waits whether another process is lost: then this one is ended by that."""
