@@ -7,6 +7,7 @@ import ast
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +16,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
+from bltjax.config.data import FILE_KINDS
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.platforms import skip_absent_tpu
 from bltjax.runtime.progress import progress_bar
+from bltjax.runtime.terminal import printable
 
 flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
 USER_ERROR = 2  # exit code: the command or what it names is at fault
@@ -57,6 +60,23 @@ def define_model_flags():
     )
     flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; default: as they are stored.")
     flags.DEFINE_bool("bf16_compat", False, "Find patches as the published demo does.")
+
+
+def define_text_flags(files: str):
+    """Defines --kind, --field and --max_bytes, for `evaluation.texts`; files: a flag."""
+    flags.DEFINE_enum(
+        "kind",
+        "auto",
+        FILE_KINDS,
+        f"Of the files at --{files}; bytes: as they are, whatever they hold.",
+    )
+    flags.DEFINE_string("field", "", "Field that holds a record's text; default: text or content.")
+    flags.DEFINE_integer(
+        "max_bytes",
+        None,
+        "Bytes of text that are read at most; each source gives an even share, its first bytes.",
+        1,
+    )
 
 
 def define_run_flags():
@@ -134,15 +154,21 @@ def open_model():
     chosen = flags.FLAGS
     given = [d for d in (chosen.checkpoint, chosen.entropy_model) if d is not None]
     bar = progress_bar("loading", sum(formats.stored_bytes(Path(d)) for d in given))
-    model = api.load(
-        chosen.checkpoint,
-        entropy_model=chosen.entropy_model,
-        dtype=chosen.dtype,
-        bf16_compat=chosen.bf16_compat,
-        on_progress=bar.update,
-    )
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_note
+        model = api.load(
+            chosen.checkpoint,
+            entropy_model=chosen.entropy_model,
+            dtype=chosen.dtype,
+            bf16_compat=chosen.bf16_compat,
+            on_progress=bar.update,
+        )
     bar.close()
     return model
+
+
+def _print_note(message, *_, **__):
+    print(f"note: {printable(str(message))}", file=sys.stderr)
 
 
 def fail(error, code: int = USER_ERROR):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from bltjax.config.checks import not_negative, one_of, positive
 
 HUB = "hf://"
-SOURCE_KINDS = ("auto", "text", "jsonl", "parquet", "array_record", "arrow", "huggingface")
+FILE_KINDS = ("auto", "text", "bytes", "jsonl", "parquet", "array_record", "arrow")
+SOURCE_KINDS = (*FILE_KINDS, "huggingface")
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class SourceConfig:
     # A file, directory or glob, local or gs://; for kind="huggingface" the name of a dataset, or a
     # directory that `datasets.load_dataset` takes. Empty: the running Python's standard library.
     path: str = ""
-    # text, jsonl, parquet, array_record, arrow or huggingface; auto: told by each file's name.
+    # auto: told by each file's name; text: a file is a document, decompressed if need be; bytes:
+    # the same with its bytes as they are; or jsonl, parquet, array_record, arrow, huggingface.
     kind: str = "auto"
     field: str = ""  # field that holds a record's text; empty: see DataConfig.text_fields
     weight: float = 0.0  # share of the bytes; 0 for all sources: each document once an epoch
