@@ -4,6 +4,7 @@
 """
 
 import ast
+import os
 import runpy
 import sys
 import warnings
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
 from bltjax.config.data import FILE_KINDS
 from bltjax.patching.boundaries import check_rule
+from bltjax.runtime.platforms import skip_absent_tpu
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import printable
 
@@ -49,6 +51,7 @@ def run(command: Callable, define_flags: Callable[[], None]):
     if hasattr(sys.stdout, "reconfigure"):  # what an encoding such as ASCII lacks is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
+    skip_absent_tpu(os.environ)
     app.run(command, flags_parser=parse)
 
 
