@@ -4,8 +4,10 @@
 """
 
 import ast
+import os
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +18,9 @@ from ml_collections import config_flags
 from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
 from bltjax.config.data import FILE_KINDS
 from bltjax.patching.boundaries import check_rule
+from bltjax.runtime.platforms import skip_absent_tpu
 from bltjax.runtime.progress import progress_bar
+from bltjax.runtime.terminal import printable
 
 flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
 USER_ERROR = 2  # exit code: the command or what it names is at fault
@@ -44,6 +48,10 @@ def main():
 def run(command: Callable, define_flags: Callable[[], None]):
     """Runs a command's main(argv) with the flags that it defines, shown by --help."""
     define_flags()
+    if hasattr(sys.stdout, "reconfigure"):  # what an encoding such as ASCII lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
+    skip_absent_tpu(os.environ)
     app.run(command, flags_parser=parse)
 
 
@@ -149,20 +157,27 @@ def open_model():
     chosen = flags.FLAGS
     given = [d for d in (chosen.checkpoint, chosen.entropy_model) if d is not None]
     bar = progress_bar("loading", sum(formats.stored_bytes(Path(d)) for d in given))
-    model = api.load(
-        chosen.checkpoint,
-        entropy_model=chosen.entropy_model,
-        dtype=chosen.dtype,
-        bf16_compat=chosen.bf16_compat,
-        on_progress=bar.update,
-    )
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_note
+        model = api.load(
+            chosen.checkpoint,
+            entropy_model=chosen.entropy_model,
+            dtype=chosen.dtype,
+            bf16_compat=chosen.bf16_compat,
+            on_progress=bar.update,
+        )
     bar.close()
     return model
 
 
+def _print_note(message, *_, **__):
+    print(f"note: {printable(str(message))}", file=sys.stderr)
+
+
 def fail(error, code: int = USER_ERROR):
     """Ends the command with an error of one line on stderr, or a line for each of its problems."""
-    print(f"error: {error}" if hasattr(error, "problems") else one_line(error), file=sys.stderr)
+    told = f"error: {error}" if hasattr(error, "problems") else one_line(error)
+    print(printable(told), file=sys.stderr)
     sys.exit(code)
 
 
