@@ -6,6 +6,7 @@
 import ast
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
 from bltjax.config.data import FILE_KINDS
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.progress import progress_bar
+from bltjax.runtime.terminal import printable
 
 flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
 USER_ERROR = 2  # exit code: the command or what it names is at fault
@@ -149,15 +151,21 @@ def open_model():
     chosen = flags.FLAGS
     given = [d for d in (chosen.checkpoint, chosen.entropy_model) if d is not None]
     bar = progress_bar("loading", sum(formats.stored_bytes(Path(d)) for d in given))
-    model = api.load(
-        chosen.checkpoint,
-        entropy_model=chosen.entropy_model,
-        dtype=chosen.dtype,
-        bf16_compat=chosen.bf16_compat,
-        on_progress=bar.update,
-    )
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_note
+        model = api.load(
+            chosen.checkpoint,
+            entropy_model=chosen.entropy_model,
+            dtype=chosen.dtype,
+            bf16_compat=chosen.bf16_compat,
+            on_progress=bar.update,
+        )
     bar.close()
     return model
+
+
+def _print_note(message, *_, **__):
+    print(f"note: {printable(str(message))}", file=sys.stderr)
 
 
 def fail(error, code: int = USER_ERROR):
