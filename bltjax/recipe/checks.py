@@ -9,7 +9,13 @@ import jax
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import RunConfig
-from bltjax.data.records.store import ENTROPIES, has_entropies, open_store
+from bltjax.data.records.store import (
+    ENTROPIES,
+    NoRecords,
+    Unfinished,
+    has_entropies,
+    open_store,
+)
 from bltjax.data.sources.units import list_units, refuse_without_document
 from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
 
@@ -76,7 +82,7 @@ def has_all_entropies(config: RunConfig, directory: RunDirectory) -> bool:
         return False
     try:
         store = open_store(directory.records(config))
-    except (FileNotFoundError, ValueError):  # none yet, or not whole yet
+    except (NoRecords, Unfinished):
         return False
     return all(has_entropies(shard) for shard in store.all_shards)
 

@@ -186,8 +186,9 @@ def _do_alone(task: Task, is_done, do, path: Path) -> bool:
     """Returns whether the task is done; False while another process holds its lock."""
     if is_done(task):
         return True
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _held(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _held(path)
     if lock is None:
         return False
     with lock:
