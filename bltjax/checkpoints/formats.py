@@ -287,6 +287,8 @@ def _read_run(path: Path, on_progress: OnProgress) -> Weights:
         raise WeightsError(path, irregular)
     params = {stage.name: stage.lazy_params() for stage in stages}
     configs = {stage.name: stage.model for stage in stages}
+    if stages[0].name == "blt" and (threshold := directory.threshold()) is not None:
+        stages[0].check_data(threshold=threshold)
     _check(path, configs, params, on_progress)
     return Weights(
         configs.get("blt"),

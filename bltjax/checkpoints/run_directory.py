@@ -43,6 +43,13 @@ from bltjax.runtime.files import LOCK, OWNER, alone, free_name, owning, place_of
 
 CONFIG, PATCHING, ROWS = "config.json", "patching.json", "rows.json"
 CHECKPOINTS, WEIGHTS, METRICS = "checkpoints", "weights", "metrics.jsonl"  # of a stage
+KEPT_IN = dict(  # where that is which identifies the data of a run
+    corpus="the records",
+    threshold=PATCHING,
+    tokenizer="tokenizer.json",
+    row_bytes=f"the records and {PATCHING}",
+    row_patches=f"the records and {PATCHING}",
+)
 REMEDIES = {  # for a damaged file of which there is no copy
     CONFIG: "",
     PATCHING: ", or delete it and run bltjax.train again, which finds it anew",
@@ -61,6 +68,20 @@ def saved_steps(checkpoints: Path) -> list[int]:
     names = (path.name for path in paths if re.fullmatch(r"0|[1-9][0-9]{0,9}", path.name))
     steps = sorted(int(name) for name in names if (checkpoints / name).is_dir())
     return [step for step in steps if step <= LAST_STEP]
+
+
+def check_identity(position: dict, identity: dict, checkpoints: Path):
+    """Raises ValueError where a checkpoint is of other data; earlier ones do not say of which.
+
+    position: that of the checkpoint. identity: values by the names of KEPT_IN.
+    """
+    for name, here in identity.items():
+        trained = position.get(name, here)
+        if trained != here:
+            raise ValueError(
+                f"the checkpoints in {checkpoints} are of the {name} {trained}, and that of the "
+                f"run is {here} now: put {KEPT_IN[name]} back, or choose a new --workdir"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +116,16 @@ class Stage:
         if self.weights.is_dir():
             return placing.put_lazy(orbax_weights.open_weights(self.weights), abstract)
         return training_state.load_params(self.directory / CHECKPOINTS, abstract)
+
+    def check_data(self, **identity):
+        """Raises ValueError where the newest checkpoint is of other data, see `check_identity`."""
+        from bltjax.checkpoints import orbax_weights
+
+        checkpoints, position = self.directory / CHECKPOINTS, {}
+        if steps := saved_steps(checkpoints):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # who reads it tells of damage
+                position = orbax_weights.read_record(checkpoints / str(steps[-1]))["position"]
+        check_identity(position, identity, checkpoints)
 
     def lazy_params(self) -> dict:
         """Opens the newest parameters as lazy arrays; needs no devices. Raises as `params`."""

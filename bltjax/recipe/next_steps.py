@@ -1,4 +1,4 @@
-"""What can be done with a run that is finished."""
+"""Names commands to go on with where a run is finished."""
 
 import shlex
 

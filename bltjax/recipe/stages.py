@@ -285,10 +285,13 @@ def held_out(
     layout = Layout(stage.training.row_bytes)
     if stage.name == "blt":
         shards, layout = patched.validation, blt_layout(config, patched)
+        if needs_entropies(config.patching):
+            stage.check_data(threshold=patched.patching.threshold)
         in_step = in_step_patching(config, directory, patched, layout)
         entropies = bool(layout.row_patches) and needs_entropies(config.patching)
     elif stage.name == "token_model":
         tokenizer = token_corpus.ensure_tokenizer(config, directory, store)
+        stage.check_data(tokenizer=tokenizer.digest)
         layout = layout._replace(tokenizer=tokenizer)
         lengths = tokenizer.byte_lengths(stage.model.vocab_size)
     if shards is None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bltjax import sharding
-from bltjax.checkpoints.run_directory import CHECKPOINTS
+from bltjax.checkpoints.run_directory import CHECKPOINTS, check_identity
 from bltjax.checkpoints.training_state import Checkpoints
 from bltjax.config import ProfileConfig, TrainingConfig
 from bltjax.data.batches.lanes import Layout
@@ -27,21 +27,14 @@ from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
 
 IN_FLIGHT = 2  # steps that the devices have been given whose metrics the host has not read
-KEPT_IN = dict(  # what identifies the data of a run
-    corpus="the records",
-    threshold="patching.json",
-    tokenizer="tokenizer.json",
-    row_bytes="the records and patching.json",
-    row_patches="the records and patching.json",
-)
 MAX_SKIPPED = 20  # skipped updates in a row before the run counts as lost
 
 
 class TrainingData(NamedTuple):
     """Documents in their order (`data.batches.order`), and the layout of the rows made of them.
 
-    identity: JSON values that tell the data apart, by the names of KEPT_IN. They are saved in the
-    position, and a run that goes on with others is refused.
+    identity: JSON values that tell the data apart, by the names of
+    `run_directory.KEPT_IN`. The position holds them, and a run that goes on with others is refused.
     """
 
     documents: Any  # places -> (source number, document)
@@ -103,7 +96,7 @@ def train(
     )
     with contextlib.closing(checkpoints):
         state, position = _start(stage, model_config, config, optimizer, checkpoints)
-        _check_data(position, data.identity, checkpoints.directory)
+        check_identity(position, data.identity, checkpoints.directory)
         first_step = int(state.step)
         if first_step >= config.steps:
             return TrainResult(state.params, compilations=0)
@@ -127,17 +120,6 @@ def _start(stage, model_config, config, optimizer, checkpoints: Checkpoints):
         return create_state(model_config, optimizer, config.seed), {}
     print(f"{stage}: resumed at step {restored.step} of {config.steps}", flush=True)
     return restored.state, restored.position
-
-
-def _check_data(position: dict, identity: dict, directory: Path):
-    """Raises ValueError where a checkpoint is of other data; earlier ones do not say of which."""
-    for name, here in identity.items():
-        trained = position.get(name, here)
-        if trained != here:
-            raise ValueError(
-                f"the checkpoints in {directory} are of the {name} {trained}, and that of the run "
-                f"is {here} now: put {KEPT_IN[name]} back, or choose a new --workdir"
-            )
 
 
 class _Run:

@@ -26,6 +26,7 @@ from bltjax.checkpoints.weights import WeightsError
 from bltjax.config import PatchingConfig, RunConfig, TrainingConfig
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.stages import run
+from bltjax.runtime.checked_json import write_checked
 from bltjax.runtime.disk_errors import UnwritableError
 
 RUN = Path(__file__).parents[1] / "golden_data" / "run_of_0_1.tar.xz"
@@ -153,6 +154,19 @@ def test_what_else_lies_beside_checkpoints_does_no_harm(directory):
     (directory.path / "blt" / "checkpoints" / "23").touch()
     (directory.path / "result.json").write_bytes(b'\xff{"a')
     assert nats(directory) == pytest.approx(NATS, rel=1e-6)
+
+
+def test_the_threshold_of_another_run_is_noticed(tmp_path):
+    """Its digest is right, and the checkpoint knows better."""
+    directory = RunDirectory(tmp_path)
+    stage = directory.stage(RunConfig(), "blt")
+    record = tmp_path / "blt" / "checkpoints" / "4" / "record" / "metadata"
+    write_checked(record, dict(step=4, position=dict(threshold=1.5, corpus="9f86")))
+    stage.check_data(threshold=1.5, row_bytes=64)  # which earlier ones do not say
+    with pytest.raises(ValueError, match=r"threshold 1.5, and .* is 1.6 now: put patching"):
+        stage.check_data(threshold=1.6)
+    record.write_bytes(record.read_bytes().replace(b"9f86", b"9f87"))
+    stage.check_data(threshold=1.6)  # a damaged checkpoint says nothing: reading it is an error
 
 
 def test_another_value_of_a_parameter_is_noticed_when_a_run_is_loaded(directory, monkeypatch):

@@ -105,8 +105,13 @@ def test_another_tokenizer_in_the_place_of_its_own_is_refused(whole, corpus, tmp
     shutil.rmtree(tmp_path / "run" / "token_model" / "checkpoints" / str(STEPS))
     other = tokenizer.train([b"another text"] * 9, 300)
     other.save(tmp_path / "run" / "tokenizer.json")
-    with pytest.raises(ValueError, match=f"and that of the run is {other.digest} now: put"):
+    told = f"and that of the run is {other.digest} now: put tokenizer.json back"
+    with pytest.raises(ValueError, match=told):
         run_in(tmp_path / "run", config_of(corpus))
+    with pytest.raises(ValueError, match=told):
+        run_in(tmp_path / "run", config_of(corpus, stages=("evaluate",)))
+    with pytest.raises(ValueError, match=told):
+        bltjax.load(tmp_path / "run")
 
 
 def test_a_tokenizer_may_be_given(whole, corpus, tmp_path):

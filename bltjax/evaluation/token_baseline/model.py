@@ -55,6 +55,7 @@ def load(
     weights = formats.cast(Weights(None, None, PatchingConfig(), params), dtype)
     lengths = Lengths(row_bytes=stage.training.row_bytes)
     found = load_tokenizer(run.tokenizer)
+    stage.check_data(tokenizer=found.digest)
     return TokenModel(config, weights.params[STAGE], found, lengths, mesh)
 
 
