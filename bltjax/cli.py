@@ -4,6 +4,7 @@
 """
 
 import ast
+import os
 import runpy
 import sys
 import warnings
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
 from bltjax.config.data import FILE_KINDS
 from bltjax.patching.boundaries import check_rule
+from bltjax.runtime.platforms import skip_absent_tpu
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import printable
 
@@ -46,6 +48,10 @@ def main():
 def run(command: Callable, define_flags: Callable[[], None]):
     """Runs a command's main(argv) with the flags that it defines, shown by --help."""
     define_flags()
+    if hasattr(sys.stdout, "reconfigure"):  # what an encoding such as ASCII lacks is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
+    skip_absent_tpu(os.environ)
     app.run(command, flags_parser=parse)
 
 
@@ -170,7 +176,8 @@ def _print_note(message, *_, **__):
 
 def fail(error, code: int = USER_ERROR):
     """Ends the command with an error of one line on stderr, or a line for each of its problems."""
-    print(f"error: {error}" if hasattr(error, "problems") else one_line(error), file=sys.stderr)
+    told = f"error: {error}" if hasattr(error, "problems") else one_line(error)
+    print(printable(told), file=sys.stderr)
     sys.exit(code)
 
 

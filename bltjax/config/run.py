@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from bltjax.config.checks import positive
+from bltjax.config.checks import not_negative, positive
 from bltjax.config.data import DataConfig
 from bltjax.config.model import BLTConfig, EntropyModelConfig, TokenModelConfig
 from bltjax.config.patching import PatchingConfig
@@ -59,7 +59,8 @@ class EvaluationConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        return positive(self, name, "batch_size", "max_bytes", "sample_bytes", "validation_rows")
+        names = "batch_size", "max_bytes", "sample_bytes", "validation_rows"
+        return positive(self, name, *names) + not_negative(self, name, "temperature")
 
 
 @dataclass(frozen=True)
