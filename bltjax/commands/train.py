@@ -70,10 +70,7 @@ def train(config, workdir):
         result = run(checked)
     except NonFiniteLoss as error:
         fail(error, DIVERGED)
-    except (
-        CheckpointError,
-        BlockingIOError,
-    ) as error:  # the same in all processes, or of the first
+    except (CheckpointError, BlockingIOError) as error:
         fail(error)
     except (ValueError, OSError) as error:
         if jax.process_count() > 1:  # perhaps in this one alone: its traceback ends every log
