@@ -45,10 +45,12 @@ MODULES_WITHOUT_JAX = [
     "data/tokenizer",
     "patching/boundaries",
     "patching/calibrate",
+    "runtime/endings",
     "runtime/files",
     "runtime/processes",
     "runtime/progress",
     "runtime/signals",
+    "runtime/system_errors",
     "runtime/terminal",
     "vocabulary",
 ]

@@ -15,6 +15,7 @@ error.log         the traceback of the last error
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -110,7 +111,8 @@ class RunDirectory:
 
     def records(self, config: RunConfig) -> Path:
         """Returns the directory of the corpus."""
-        return Path(config.data.records) if config.data.records else self.path / "records"
+        given = os.path.expanduser(config.data.records)
+        return Path(given) if given else self.path / "records"
 
     def stage(self, config: RunConfig, name: str) -> Stage:
         """Returns the stage entropy_model, blt or token_model."""

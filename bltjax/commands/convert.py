@@ -1,7 +1,7 @@
 """Converts weights: `bltjax convert --source=DIR --target=DIR --format=hf`.
 
 Detects the format of the source. The target appears when it is complete: a conversion that fails or
-is killed leaves none.
+is stopped leaves none.
 """
 
 import json
@@ -13,6 +13,7 @@ from absl import flags
 from bltjax import cli
 from bltjax.checkpoints.pytorch.convert import FORMATS, convert
 from bltjax.config.model import DTYPES
+from bltjax.runtime import endings
 
 
 def main(argv):
@@ -22,15 +23,16 @@ def main(argv):
         cli.fail("give --source=DIR, --target=DIR and --format=bltjax, hf or meta")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: leave accelerators to others
     try:
-        result = convert(
-            chosen.source,
-            chosen.target,
-            chosen.format,
-            entropy_model=chosen.entropy_model,
-            dtype=chosen.dtype,
-            progress=True,
-            dry_run=chosen.dry_run,
-        )
+        with endings.unwinding():
+            result = convert(
+                chosen.source,
+                chosen.target,
+                chosen.format,
+                entropy_model=chosen.entropy_model,
+                dtype=chosen.dtype,
+                progress=True,
+                dry_run=chosen.dry_run,
+            )
     except (ValueError, OSError) as error:
         cli.fail(error)
     for note in result["notes"]:
@@ -47,12 +49,10 @@ def main(argv):
 
 
 def define_flags():
-    flags.DEFINE_string("source", None, "Weights: bltjax's, a run's, Hugging Face's or Meta's.")
-    flags.DEFINE_string("target", None, "A directory that is not there yet.")
+    cli.define_path("source", "Weights: bltjax's, a run's, Hugging Face's or Meta's.")
+    cli.define_path("target", "A directory that is not there yet.")
     flags.DEFINE_enum("format", None, FORMATS, "Of the target.")
-    flags.DEFINE_string(
-        "entropy_model", None, "A directory with the entropy model, where the source has none."
-    )
+    cli.define_path("entropy_model", "A directory with the entropy model, if the source has none.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Cast the parameters; default: as in the source.")
     flags.DEFINE_bool("dry_run", False, "Only check, and list what would be written.")
 

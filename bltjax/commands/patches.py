@@ -117,9 +117,9 @@ def _colour(when: str) -> bool:
 
 def define_flags():
     cli.define_model_flags()
-    flags.DEFINE_string("input", None, "A file, a folder of files, or - for standard input.")
-    flags.DEFINE_string("png", None, "Draw the entropy of each byte, with patches and threshold.")
-    flags.DEFINE_string("html", None, "Write a page with coloured patches and their values.")
+    cli.define_path("input", "A file, a folder of files, or - for standard input.")
+    cli.define_path("png", "Draw the entropy of each byte, with patches and threshold.")
+    cli.define_path("html", "Write a page with coloured patches and their values.")
     flags.DEFINE_float("threshold", None, "Nats; instead of the model's own threshold.")
     flags.DEFINE_integer("max_bytes", None, "Only the beginning of a text, or of each file.", 0)
     flags.DEFINE_enum("color", "auto", ("auto", "always", "never"), "Colours in the terminal.")

@@ -72,7 +72,7 @@ def evaluate(
 
 def chosen_files(path: str | Path, max_bytes: int | None, unreadable: list[str]) -> list[File]:
     """Returns the files at `path`, up to `max_bytes` together; ValueError where there is none."""
-    files = list_files(Path(path), unreadable)
+    files = list_files(Path(os.path.expanduser(path)), unreadable)
     if max_bytes is not None:
         totals = itertools.accumulate(file.num_bytes for file in files)
         files = files[: sum(total <= max_bytes for total in totals)]

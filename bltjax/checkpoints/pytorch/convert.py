@@ -1,6 +1,7 @@
 """Converts weights from any known format to any other."""
 
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -38,7 +39,9 @@ def convert(
     from bltjax.checkpoints.weights import flat
 
     started = time.perf_counter()
-    source, target = Path(source), Path(target).absolute()
+    source = Path(os.path.expanduser(source))
+    target = Path(os.path.expanduser(target)).absolute()
+    entropy_model = entropy_model and os.path.expanduser(entropy_model)
     formats.check_dtype(dtype)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         weights = read_and_check(source, target, entropy_model, progress)
