@@ -183,12 +183,14 @@ def open_model():
 
 def fail(error, code: int = USER_ERROR):
     """Ends the command with an error of one line on stderr, or a line for each of its problems."""
-    print(f"error: {error}" if hasattr(error, "problems") else one_line(error), file=sys.stderr)
+    many = f"error: {without_numbers(str(error))}" if hasattr(error, "problems") else None
+    print(many or one_line(error), file=sys.stderr)
     sys.exit(code)
 
 
 def one_line(error) -> str:
     """Returns an error as one line of text."""
-    reason = error.args[0] if isinstance(error, KeyError) and error.args else error
-    reason = in_words(error) if isinstance(error, OSError) else without_numbers(str(reason))
+    reason = in_words(error) if isinstance(error, BaseException) else without_numbers(str(error))
+    if isinstance(error, KeyError) and error.args:
+        reason = str(error.args[0])  # without the quotes of a key
     return "error: " + " ".join(reason.split())

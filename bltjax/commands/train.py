@@ -16,6 +16,7 @@ from absl import flags
 from bltjax import cli
 from bltjax.cli import fail
 from bltjax.runtime import processes, signals
+from bltjax.runtime.system_errors import in_words
 
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 
@@ -70,7 +71,7 @@ def train(config, workdir):
         log = checked.directory.error_log
         with contextlib.suppress(OSError):  # the disk may be what is full
             log.write_text(traceback.format_exc())
-        fail(f"{error} (traceback in {log})")
+        fail(f"{in_words(error)} (traceback in {log})")
     print(json.dumps(result))
 
 

@@ -19,6 +19,8 @@ from bltjax.runtime.system_errors import in_words
 WRITE_FAILED = 2  # exit code: what is printed cannot be written, since the disk is full, say
 GRACE_SECONDS = 0.5  # in which the main thread ends the process, unless it is inside compiled code
 
+AGAIN_SECONDS = 0.01  # until a signal is sent again that Python has dropped
+
 _stderr = 2  # where the last line goes; aot turns the real one into a file for a while
 _installed = False
 
@@ -64,13 +66,28 @@ def install():
 
 @contextlib.contextmanager
 def unwinding():
-    """Raises Interrupted in the block when a signal comes, so that it can remove what it began."""
+    """Raises Interrupted in the block when a signal comes, so that it can remove what it began.
+
+    Where Python drops the exception, as in JAX's callback of the garbage collector, the signal is
+    sent again.
+    """
 
     def interrupt(number, frame):
         raise Interrupted(number)
 
-    with handling(interrupt):
-        yield
+    def dropped(unraisable):
+        if isinstance(unraisable.exc_value, Interrupted):
+            again = os.getpid(), unraisable.exc_value.number
+            threading.Timer(AGAIN_SECONDS, os.kill, again).start()
+        else:
+            before(unraisable)
+
+    before, sys.unraisablehook = sys.unraisablehook, dropped
+    try:
+        with handling(interrupt):
+            yield
+    finally:
+        sys.unraisablehook = before
 
 
 def leave(number: int):

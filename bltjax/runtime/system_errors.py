@@ -31,14 +31,14 @@ WORDS = {
 }
 
 
-def in_words(error: OSError, name: str | None = None) -> str:
-    """Returns a line without numbers of errors: the path, what is wrong with it, a remedy.
+def in_words(error: BaseException, name: str | None = None) -> str:
+    """Returns an error of the system as a path, what is wrong with it, and a remedy.
 
-    name: stands for the path of an error that has none. An error whose message is a text already
-    keeps it.
+    name: stands for the path of an error that has none. Other errors keep their message, but for
+    the numbers of errors of the system inside it.
     """
-    if error.errno is None:
-        return str(error)
+    if not isinstance(error, OSError) or error.errno is None:
+        return without_numbers(str(error))
     path = error.filename if error.filename is not None else name
     paths = [shown(p) for p in (path, error.filename2) if p is not None]
     words = WORDS.get(error.errno)
@@ -46,8 +46,8 @@ def in_words(error: OSError, name: str | None = None) -> str:
     # A library may put a sentence of its own into the place of the system's.
     if words is None or reason != os.strerror(error.errno):
         return f"{' and '.join(paths)}: {without_numbers(reason)}" if paths else reason
-    if not paths:
-        return words.replace("{path}", "a file or stream")
+    if not paths:  # only standard input can be closed, see endings.py
+        paths = ["standard input" if error.errno == errno.EBADF else "a file"]
     return words.replace("{path}", " or ".join(paths))
 
 
