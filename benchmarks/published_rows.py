@@ -1,4 +1,4 @@
-"""Packs rows as the published training code does, to compare padding with ours. Spec 8.4.
+"""Packs rows as the published training code does, to compare padding with ours (model.md#rows).
 
 The patches of all documents form one stream, which is cut into sequences of a fixed number of
 patches. Each sequence is then cut or padded to a static number of bytes, which `Batch` counts.

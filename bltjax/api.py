@@ -45,7 +45,7 @@ def load(
       compute_dtype: of activations; None is float32, or what a bltjax model was trained with. The
         entropy model of a BLT is not touched.
       bf16_compat: find patches as the published demo does, with the entropy model in bfloat16 and
-        entropies and threshold rounded to it (spec 2.9). Boundaries near the threshold move.
+        entropies and threshold rounded to it (model.md#rounding). Boundaries near it move.
       mesh: devices to shard over, see `sharding.make_mesh`; None: the mesh that is set, else one
         device.
       on_progress: told the bytes that have been read and checked.
@@ -97,7 +97,7 @@ class Model(TextModel):
     def logits(self, tokens, patch_lengths=None) -> np.ndarray:
         """Returns float32 [B, N, 260]: next-byte logits of ids int [B, N].
 
-        patch_lengths: int [B, P], rows sum to N + 1 (spec 2.1), zeros on the right; None: those of
+        patch_lengths: int [B, P], rows sum to N + 1 (model.md#patches), zeros right; None: those of
         `patch_lengths(tokens)`. An entropy model alone takes none. Each shape is compiled once.
         """
         tokens = self._tokens(tokens)
@@ -113,7 +113,7 @@ class Model(TextModel):
     def entropies(self, tokens) -> np.ndarray:
         """Returns float32 [B, N] in nats: how uncertain the byte after each of ids int [B, N] is.
 
-        Rows do not see each other, nor do documents that an EOS divides (spec 2.2, 5.9).
+        Rows do not see each other, nor do documents that an EOS divides (model.md#entropy, #masks).
         """
         if self.entropy_config is None:
             raise ValueError(
@@ -123,7 +123,7 @@ class Model(TextModel):
         return self._run(_entropies, settings, "entropy_model", self._tokens(tokens))
 
     def patch_lengths(self, tokens) -> np.ndarray:
-        """Returns int32 [B, P]: patch lengths of ids int [B, N]; rows sum to N + 1 (spec 2.1).
+        """Returns int32 [B, P]: patch lengths of ids int [B, N], sums N + 1 (model.md#patches).
 
         The last position is the byte to come. P is the largest number of patches in a row; shorter
         rows end in zeros.

@@ -1,4 +1,4 @@
-"""Converts bytes to ids and back: four special ids, then the 256 byte values. Spec section 1."""
+"""Converts bytes to ids and back: four special ids, then 256 byte values (model.md#bytes)."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ def is_drawable(ids, num_ids: int = VOCAB_SIZE):
 
 
 def encode(text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.ndarray:
-    """Returns the ids int32 [S] of a document. Spec 1.2.
+    """Returns the ids int32 [S] of a document.
 
     Any bytes are valid text. A str is encoded as UTF-8; characters that UTF-8 cannot hold (lone
     surrogates) are dropped, as published.
@@ -28,7 +28,7 @@ def encode(text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.
 
 
 def decode(ids, cut_at_eos: bool = False) -> bytes:
-    """Returns the bytes of ids [S], special and negative ids dropped; inverts `encode`. Spec 1.2.
+    """Returns the bytes of ids [S], special and negative ids dropped; inverts `encode`.
 
     With `cut_at_eos`, ids after the first EOS are ignored. Raises ValueError for ids past the
     vocabulary.

@@ -28,7 +28,7 @@ def get_config():
     entropy.compute_dtype, entropy.remat = "bfloat16", "full"
     training = config.entropy_training
     training.steps, training.batch_size, training.row_bytes = 100_000, 64, 8192
-    training.checkpoint_every = 1000
+    training.checkpoint_every = training.validate_every = 1000
     optimizer = training.optimizer
     optimizer.learning_rate, optimizer.warmup_steps = 4e-4, 500
     optimizer.min_ratio, optimizer.clip_norm = 0.1, 10.0
@@ -51,7 +51,7 @@ def get_config():
     training.steps = 268_000  # 4.50 TB of text
     training.batch_size, training.row_bytes = 1024, 16_384
     training.accumulation_steps = 4
-    training.checkpoint_every = 1000
+    training.checkpoint_every = training.validate_every = 1000
     optimizer = training.optimizer
     optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps = 4e-4, "cosine", 2000
     optimizer.min_ratio, optimizer.beta2 = 0.0, 0.95

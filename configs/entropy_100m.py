@@ -26,7 +26,7 @@ def get_config():
 
     training = config.entropy_training
     training.steps, training.batch_size, training.row_bytes = 100_000, 64, 8192
-    training.checkpoint_every = 1000
+    training.checkpoint_every = training.validate_every = 1000
     optimizer = training.optimizer
     optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps = 4e-4, "cosine", 500
     optimizer.min_ratio, optimizer.beta2 = 0.1, 0.95

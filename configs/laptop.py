@@ -19,7 +19,7 @@ def get_config():
     entropy.window, entropy.ffn_multiple_of = 128, 32
     training = config.entropy_training
     training.steps, training.batch_size, training.row_bytes = 600, 4, 1024
-    training.checkpoint_every = 200
+    training.checkpoint_every = training.validate_every = 200
     training.optimizer.learning_rate, training.optimizer.warmup_steps = 6e-3, 50
 
     blt = config.blt
@@ -34,6 +34,6 @@ def get_config():
 
     training = config.blt_training
     training.steps, training.batch_size, training.row_bytes = 3000, 4, 1024
-    training.checkpoint_every = 300
+    training.checkpoint_every = training.validate_every = 300
     training.optimizer.learning_rate, training.optimizer.warmup_steps = 4e-3, 100
     return config

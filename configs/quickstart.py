@@ -19,7 +19,7 @@ def get_config():
     entropy.window, entropy.ffn_multiple_of = 64, 32
     training = config.entropy_training
     training.steps, training.batch_size, training.row_bytes = 300, 4, 1024
-    training.checkpoint_every = 100
+    training.checkpoint_every = training.validate_every = 100
     training.optimizer.learning_rate = 1e-2
     training.optimizer.warmup_steps = 20
 
@@ -33,7 +33,7 @@ def get_config():
     blt.hash.vocab = 32_768
     training = config.blt_training
     training.steps, training.batch_size, training.row_bytes = 1000, 2, 1024
-    training.checkpoint_every = 200
+    training.checkpoint_every = training.validate_every = 200
     training.optimizer.learning_rate = 1e-2
     training.optimizer.warmup_steps = 50
     return config

@@ -23,7 +23,7 @@ def get_config():
     training = config.token_training
     # Tokens, of 3.2 bytes: rows of about as many bytes as the quickstart's.
     training.steps, training.batch_size, training.row_bytes = 1000, 2, 320
-    training.checkpoint_every = 200
+    training.checkpoint_every = training.validate_every = 200
     training.optimizer.learning_rate = 2e-3
     training.optimizer.warmup_steps = 50
     return config

@@ -116,7 +116,7 @@ def test_shards_with_an_index_are_one_model(tmp_path, model):
 
 @pytest.mark.long
 def test_rows_do_not_depend_on_their_batch(model):
-    """Meta's patcher lets rows of a batch see each other (spec 2.8)."""
+    """Meta's patcher lets rows of a batch see each other (differences.md)."""
     tokens = golden.arrays("hf_A_1b_like")["tokens"]
     together, lengths = model.logits(tokens), model.patch_lengths(tokens)
     for i, row in enumerate(tokens):

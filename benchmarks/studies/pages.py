@@ -80,16 +80,19 @@ def curves(path: Path, series: dict[str, list[tuple]], x: str, y: str, log_x: bo
     _finish(figure, axes, path, x, y)
 
 
-def bars(path: Path, groups: dict[str, dict[str, float]], y: str, level: float | None = None):
-    """Bars side by side as a PNG; groups: name of a colour -> {place: value}. level: a line."""
+def bars(path: Path, groups: dict[str, dict[str, float]], y: str, chance: float | None = None):
+    """Bars side by side as a PNG; groups: name of a colour -> {place: value}.
+
+    chance: what guessing would attain, drawn as a line.
+    """
     places = list(dict.fromkeys(place for values in groups.values() for place in values))
     figure, axes = _figure(width=max(6.5, min(12, 0.4 * len(places))))
     wide = 0.8 / len(groups)
     for i, (name, values) in enumerate(groups.items()):
         at = [places.index(place) + wide * (i - (len(groups) - 1) / 2) for place in values]
         axes.bar(at, list(values.values()), wide, label=name, color=COLOURS[i % len(COLOURS)])
-    if level is not None:
-        axes.axhline(level, color="#555555", ls="--", lw=1)
+    if chance is not None:
+        axes.axhline(chance, color="black", ls="--", lw=1.5, label=f"chance, {chance:g}")
     axes.set_xticks(range(len(places)), places, rotation=45, ha="right")
     _finish(figure, axes, path, "", y)
 
@@ -112,7 +115,7 @@ def changes(path: Path, groups: dict[str, dict[str, float]], x: str):
     axes.set_xscale("symlog", linthresh=0.1)
     axes.margins(x=0.1)
     axes.axvline(0, color="#555555", lw=1)
-    _finish(figure, axes, path, x, "", outside=True)
+    _finish(figure, axes, path, x, "")
 
 
 def _figure(width: float = 6.5, height: float = 4.2):
@@ -122,12 +125,10 @@ def _figure(width: float = 6.5, height: float = 4.2):
     return figure, figure.add_subplot()
 
 
-def _finish(figure, axes, path: Path, x: str, y: str, outside: bool = False):
+def _finish(figure, axes, path: Path, x: str, y: str):
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    if outside:
-        figure.legend(fontsize=8, loc="outside upper center", ncols=4)
-    else:
-        axes.legend(fontsize=8)
+    axes.set_axisbelow(True)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=130)

@@ -43,7 +43,8 @@ QUESTIONS, ITEMS = 100, 200
 ACCURACY = "accuracy_mutual"
 ITEMS_SAID = (
     f"{ITEMS} held-out passages, each with its own continuation and three of others. An answer is "
-    "right if its prompt adds most to the likelihood of its own continuation; chance is 0.25."
+    "right if its prompt adds most to the likelihood of its own continuation. `chance` is what "
+    "guessing would attain."
 )
 
 
@@ -125,8 +126,8 @@ def report(rows: Sequence[dict], found: dict[str, dict], out: Path):
         pages.bars(
             out / "noise.png",
             {family: noise_accuracies(f["noise"]) for family, f in plain.items()},
-            "right of four",
-            level=0.25,
+            "share of right answers",
+            chance=_chance(plain),
         )
         pages.bars(
             out / "bits.png",
@@ -157,6 +158,12 @@ def noise_accuracies(robustness: dict) -> dict[str, float]:
     return found | {"mean with noise": robustness["mean"][ACCURACY]}
 
 
+def _chance(plain: dict[str, dict]) -> float:
+    """Accuracy of guessing; the items of all families are the same."""
+    (chance,) = {f["noise"]["clean"]["chance"] for f in plain.values()}
+    return chance
+
+
 def noise_table(plain: dict[str, dict]) -> str:
     rows = []
     for kind in noise_accuracies(next(iter(plain.values()))["noise"]):
@@ -165,13 +172,14 @@ def noise_table(plain: dict[str, dict]) -> str:
             row[f"{family}_accuracy"] = noise_accuracies(f["noise"])[kind]
             row[f"{family}_bits_per_byte"] = f["noise"]["bits_per_byte"].get(kind)
         rows.append(row)
+    rows.append(dict(noise="chance") | {f"{family}_accuracy": _chance(plain) for family in plain})
     return pages.table(rows, {name: "" if name == "noise" else ".3f" for name in rows[0]})
 
 
 def task_table(families: dict[str, dict[str, dict]]) -> str:
     rows = []
     for task in next(iter(families.values())):
-        row = dict(task=task)
+        row = dict(task=task, chance=characters.chance(task))
         for family, tasks in families.items():
             row[f"{family}_exact_match"] = tasks[task]["exact_match"]
             row[f"{family}_bits_per_byte"] = tasks[task]["bits_per_byte"]

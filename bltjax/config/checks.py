@@ -55,7 +55,10 @@ def one_of(config, name: str, attribute: str, allowed: tuple[str, ...]) -> list[
 
 def shown(value) -> str:
     """Returns a value for a message, cut where it is longer than a line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__} too long to show"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

@@ -16,7 +16,7 @@ SHARED_TABLE = 4096  # rows; smaller hash tables need not be split over chips
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A stack of transformer layers (spec 5.2)."""
+    """A stack of transformer layers (model.md#block)."""
 
     dim: int = 64  # width
     num_layers: int = 1  # blocks
@@ -47,7 +47,7 @@ class TransformerConfig:
 
     @property
     def ffn_dim(self) -> int:
-        """Hidden width of the SwiGLU feed-forward, rounded up unless given (spec 5.2)."""
+        """Hidden width of the SwiGLU feed-forward, rounded up unless given (model.md#block)."""
         if self.ffn_width is not None:
             return self.ffn_width
         hidden = int(self.ffn_dim_multiplier * int(2 * 4 * self.dim / 3))
@@ -85,7 +85,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Initial weights, drawn from normal distributions that are cut at 3 sigma (spec 6)."""
+    """Initial weights, drawn from normals that are cut at 3 sigma (model.md#initial-weights)."""
 
     # how the standard deviation shrinks: `"current_depth"` (with the depth of the layer),
     # `"global_depth"` (with the number of layers), `"dim_ratio"` (with the width), `"disabled"`
@@ -97,7 +97,10 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """Attention of patches to bytes in the encoder, of bytes to them in the decoder (spec 5.5)."""
+    """Attention of patches to bytes in the encoder, of bytes to them in the decoder.
+
+    See model.md#cross-attention.
+    """
 
     encoder: bool = True  # whether the encoder has it; without it a patch is its pooled bytes
     decoder: bool = True  # whether the decoder has it
@@ -150,7 +153,7 @@ class CrossAttentionConfig:
 
 @dataclass(frozen=True)
 class HashConfig:
-    """Embeddings of the n bytes that end at each position, found by their hash (spec 4)."""
+    """Embeddings of the n bytes that end at each position, found by a hash (model.md#n-grams)."""
 
     # lengths of the n-grams, one table each, from 1 to 16
     sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
@@ -170,7 +173,7 @@ class HashConfig:
 
 @dataclass(frozen=True)
 class EntropyModelConfig:
-    """A small byte language model whose entropies tell where patches start (spec 7)."""
+    """A small byte model whose entropies tell where patches start (model.md#entropy-model)."""
 
     # its stack; `window` is required
     transformer: TransformerConfig = TransformerConfig(rope_theta=10_000.0, window=512)
@@ -208,7 +211,7 @@ class TokenModelConfig(EntropyModelConfig):
 
 @dataclass(frozen=True)
 class BLTConfig:
-    """A byte latent transformer (spec 5). The defaults are a toy."""
+    """A byte latent transformer (model.md). The defaults are a toy."""
 
     # bytes to patches; `window` is required
     local_encoder: TransformerConfig = TransformerConfig(window=512)
@@ -244,7 +247,7 @@ class BLTConfig:
 
     @property
     def has_decoder_projection(self) -> bool:
-        """True where patches are projected for the decoder, since widths differ (spec 5.8)."""
+        """True where patches are projected for the decoder: widths differ (model.md#decoder)."""
         widths = {self.global_transformer.dim, self.local_decoder.dim, self.read_width}
         return self.always_project or len(widths) > 1
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from bltjax.config.run import RunConfig
 
-MOST_NAMED = 6  # names in a message: so many stacks of layers have num_heads
+MOST_NAMED = 8  # names in a message: seven parts of models have num_heads
 LEVEL = 1.5  # cost of a level that is missing or too many, in letters
 PART_OF_NAME = 1.5  # cost of "training" in the place of "blt_training"
 
@@ -114,7 +114,7 @@ def nearest(name: str) -> list[str]:
     costs = {known: _levels_cost(typed, _levels(known)) for known in (*settings(), *groups())}
     least = min(costs.values())
     for known, cost in costs.items():  # a letter of another kind: a dot
-        if len(typed) != known.count(".") + 1 and abs(len(name) - len(known)) <= least < cost:
+        if len(typed) != known.count(".") + 1 and abs(len(name) - len(known)) <= least:
             costs[known] = min(cost, letters(".".join(typed), known))
             least = min(least, costs[known])
     return [known for known, cost in costs.items() if cost == least]

@@ -7,7 +7,7 @@ from bltjax.config.checks import MOST_ROW, between, finite, positive
 
 @dataclass(frozen=True)
 class PatchingConfig:
-    """Settings of the patching rule. Spec 2."""
+    """Settings of the patching rule. See model.md#rules."""
 
     rule: str = "entropy"  # name of the patching rule; the table of rules has them all
     # rules by entropy: the threshold is calibrated to this mean patch, in bytes; None: `threshold`

@@ -14,6 +14,7 @@ from pathlib import Path
 import ml_collections
 from ml_collections import config_dict
 
+from bltjax.config.checks import shown
 from bltjax.config.names import groups, unknown
 from bltjax.config.names import settings as known_settings
 from bltjax.config.run import RunConfig
@@ -27,6 +28,8 @@ FREE_FIELDS = (
     "remat",
     "workers",
     "log_every",
+    "validate_every",
+    "validation_rows",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
@@ -91,7 +94,7 @@ def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> Run
                 config.update_from_flattened_dict({name: value})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error.args[0] if error.args else error).split())
-            raise ValueError(f"config.{name}={value!r} cannot be set: {reason}") from error
+            raise ValueError(f"config.{name}={shown(value)} cannot be set: {reason}") from error
     return from_config_dict(RunConfig, config)
 
 
@@ -169,24 +172,25 @@ def _unknown_key(cls, fields: set[str], name: str, key: str) -> str:
 def _coerce(hint, value, name: str):
     if dataclasses.is_dataclass(hint):
         if not hasattr(value, "keys"):
-            raise ValueError(f"{name}={value!r} must be a group of settings, not a value")
+            raise ValueError(f"{name}={shown(value)} must be a group of settings, not a value")
         return from_config_dict(hint, value, name)
     if value is None and _is_optional(hint):
         return None
     plain = _plain_type(hint)
     if plain is tuple:
         if not isinstance(value, (tuple, list)):
-            raise ValueError(f"{name}={value!r} must be a tuple")
+            raise ValueError(f"{name}={shown(value)} must be a tuple")
         return tuple(
             _coerce(typing.get_args(hint)[0], v, f"{name}[{i}]") for i, v in enumerate(value)
         )
     if type(value) is int and abs(value) >= 2**63:
-        number = f"{value:d}" if value.bit_length() < 100 else f"{value:#x}"[:20] + "..."
-        raise ValueError(f"{name}={number} must be less than 2**63")
+        raise ValueError(f"{name}={shown(value)} must be less than 2**63")
     if plain is float and type(value) is int:
         return float(value)
     if type(value) is not plain:
-        raise ValueError(f"{name}={value!r} is {type(value).__name__}, must be {plain.__name__}")
+        raise ValueError(
+            f"{name}={shown(value)} is {type(value).__name__}, must be {plain.__name__}"
+        )
     return value
 
 

@@ -52,6 +52,8 @@ class EvaluationConfig:
 
     batch_size: int = 8  # rows of an evaluation batch, over all devices
     max_bytes: int = 100_000_000  # bytes of held-out documents, approximately
+    # held-out rows that `validate_every` measures, an even share of each source
+    validation_rows: int = 64
     # fit n-gram models on the training bytes, for comparison; switch it off for large corpora,
     # whose counts do not fit in memory
     baselines: bool = True
@@ -64,7 +66,8 @@ class EvaluationConfig:
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(self, name, "max_bytes", most=MOST_BYTES)
-        found += positive(self, name, "batch_size") + not_negative(self, name, "temperature")
+        found += positive(self, name, "batch_size", "validation_rows")
+        found += not_negative(self, name, "temperature")
         return found + positive(self, name, "sample_bytes", most=MOST_ROW)
 
 

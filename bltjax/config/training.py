@@ -29,7 +29,7 @@ OF_BLT_PARTS = (
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule of the learning rate (spec 8.1)."""
+    """AdamW with a schedule of the learning rate (model.md#optimizer)."""
 
     learning_rate: float = 4e-4  # peak learning rate
     # `"cosine"`, `"linear"`, `"inv_sqrt"`, `"wsd"` (warm-up, stable, decay) or `"constant"`, after
@@ -121,7 +121,10 @@ class TrainingConfig:
     # skip an update whose gradient has a norm above this many times its running mean; 0: never,
     # otherwise above 1
     skip_norm_above: float = 0.0
-    log_every: int = 20  # steps between lines of metrics
+    log_every: int = 20  # steps between lines of metrics; a line holds means over these steps
+    # steps between measurements of a fixed sample of held-out rows (`evaluation.validation_rows`),
+    # for the progress line, `metrics.jsonl` and TensorBoard; 0: none
+    validate_every: int = 0
     checkpoint_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     # checkpoints at multiples of this step are kept for good; a multiple of `checkpoint_every`; 0:
@@ -134,7 +137,7 @@ class TrainingConfig:
         found = positive(self, name, "steps", "batch_size", "accumulation_steps")
         found += positive(self, name, "log_every", "checkpoint_every", "keep_checkpoints")
         found += not_negative(self, name, "row_bytes", "row_patches", most=MOST_ROW)
-        found += not_negative(self, name, "z_loss", "keep_every")
+        found += not_negative(self, name, "z_loss", "keep_every", "validate_every")
         found += not_negative(self, name, "seed", most=MOST_SEED)
         found += finite(self, name, "skip_loss_above", "skip_norm_above")
         if self.batch_size % max(self.accumulation_steps, 1):

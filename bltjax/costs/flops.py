@@ -59,7 +59,7 @@ def flops_per_byte(
 
 
 def stack_flops(stack: TransformerConfig, keys: float) -> float:
-    """Returns the FLOPs of a position in a stack whose queries see `keys` positions (spec 5.2)."""
+    """Returns the FLOPs of a position in a stack whose queries see `keys` positions."""
     q_dim, kv_dim = (n * stack.head_width for n in (stack.num_heads, stack.kv_heads))
     attention = 2 * _matrix(stack.dim, q_dim) + 2 * _matrix(stack.dim, kv_dim) + 4 * q_dim * keys
     return stack.num_layers * (attention + 3 * _matrix(stack.dim, stack.ffn_dim))
@@ -77,8 +77,8 @@ def parameter_report(
     """Counts the parameters of each top-level part, their `total`, and `without_hash_tables`.
 
     abstract_params: nested dict whose leaves have a `size`: arrays or ShapeDtypeStructs. Hash
-    tables hold most of a BLT's parameters and cost no FLOPs, hence two totals (spec 5.1). Rows of
-    the tables beyond the configured ones are not counted, since no hash leads to them.
+    tables hold most of a BLT's parameters and cost no FLOPs, hence two totals (model.md#sizes).
+    Rows of the tables beyond the configured ones are not counted, since no hash leads to them.
     """
     counts = {name: _size(part) for name, part in abstract_params.items()}
     hash_tables = counts.pop(HASH_TABLES, 0)
@@ -116,7 +116,7 @@ def _cross_attention(
 
 
 def _projections(config: BLTConfig) -> int:
-    """Returns the FLOPs per patch of the projections between stacks (spec 5.6-5.8)."""
+    """Returns the FLOPs per patch of the projections between stacks (model.md#forward-pass)."""
     local, trunk = config.local_encoder.dim, config.global_transformer.dim
     cross, total = config.cross_attention, 0
     if cross.encoder:

@@ -114,7 +114,7 @@ def training_examples(
 
 
 def evaluate(model, asked: Sequence[Question]) -> dict[str, dict]:
-    """Returns for each task: questions, exact_match and bits_per_byte of the answers.
+    """Returns for each task: questions, exact_match, its `chance`, bits_per_byte of the answers.
 
     exact_match: share of questions whose answer greedy decoding writes. bits_per_byte: of the
     answer with the space before and the newline after it; it falls long before a small model is
@@ -135,6 +135,7 @@ def evaluate(model, asked: Sequence[Question]) -> dict[str, dict]:
         results[task] = dict(
             questions=len(own),
             exact_match=right / len(own),
+            chance=chance(task),
             bits_per_byte=nats / math.log(2) / num_bytes,
         )
     return results
@@ -250,6 +251,12 @@ TASKS: dict[str, Callable] = {
     for change in (insert, delete, substitute, swap)
     for kind, take in (("char", _of_word), ("word", _of_sentence))
 }
+
+
+def chance(task: str) -> float:
+    """Returns the exact match of guessing: questions of some tasks name two possible answers."""
+    two = ("contains_char", "contains_word", "orthography", "semantics")
+    return 0.5 if task in two else 0.0
 
 
 def edits(a: str, b: str) -> int:

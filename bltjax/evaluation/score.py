@@ -110,7 +110,7 @@ class BLTScoring(ByteScoring):
                 yield Packed(ids, int(starts.sum()), rows)
 
     def _find_starts(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns bool [S] for each document's ids [S]: patch starts, the first S of spec 2.1."""
+        """Returns bool [S] for each document's ids [S]: its patch starts, without the one at S."""
         patching, entropies = self.patching, [None] * len(documents)
         if needs_entropies(patching):
             if self.entropy_config is None:

@@ -30,11 +30,13 @@ def character_suite(model, words: str | None, count: int | None, seed: int = 0) 
     ]
     result = characters.evaluate(model, asked)
     mean = sum(found["exact_match"] for found in result.values()) / len(result)
-    keys = ("questions", "exact_match", "bits_per_byte")
+    guessed = sum(found["chance"] for found in result.values()) / len(result)
+    keys = ("questions", "exact_match", "chance", "bits_per_byte")
     rows = [(task, *map(found.get, keys)) for task, found in result.items()]
     print()
     print_table(
-        ("characters", "questions", "exact match", "bits/byte"), [*rows, ("mean", "", mean, "")]
+        ("characters", "questions", "exact match", "chance", "bits/byte"),
+        [*rows, ("mean", "", mean, guessed, "")],
     )
     return dict(tasks=result, exact_match=mean)
 
@@ -42,8 +44,8 @@ def character_suite(model, words: str | None, count: int | None, seed: int = 0) 
 def noise_suite(model, documents: Sequence[bytes], count: int | None, seed: int = 0) -> dict:
     """Measures multiple choice made of documents, and their bits per byte, with and without noise.
 
-    count: items, ITEMS by default. The table shows accuracy_mutual; the result also has the other
-    accuracies, see `multiple_choice.accuracy`.
+    count: items, ITEMS by default. The table shows accuracy_mutual, and the accuracy of guessing in
+    its last row; the result also has the other accuracies, see `multiple_choice.accuracy`.
     """
     items = multiple_choice.items_from_documents(documents, count or ITEMS, seed=seed)
     result = noise.robustness(model, items, seed)
@@ -54,8 +56,9 @@ def noise_suite(model, documents: Sequence[bytes], count: int | None, seed: int 
     ]
     clean = ("clean", "", "", result["clean"][key], bits["clean"])
     mean = ("mean with noise", "", "", result["mean"][key], "")
+    chance = ("chance", "", "", result["clean"]["chance"], "")
     print()
-    print_table(("accuracy", *noise.WHERE, "bits/byte"), [clean, *rows, mean])
+    print_table(("accuracy", *noise.WHERE, "bits/byte"), [clean, *rows, mean, chance])
     return result
 
 

@@ -1,4 +1,4 @@
-"""Generation on the device: the loop that reads prompts and the loop that writes ids (spec 9.2).
+"""Generation on the device: loops that read prompts and write ids (model.md#generation).
 
 The global stack runs once per patch. Rows of a batch close patches at different times, so a row
 whose patch is complete waits while the others go on, until a quorum of rows waits; one call of the

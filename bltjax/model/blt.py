@@ -1,4 +1,4 @@
-"""The byte latent transformer: embedding, encoder, global transformer, decoder (spec 0)."""
+"""The byte latent transformer: embed, encode, global stack, decode (model.md#forward-pass)."""
 
 import chex
 import jax
@@ -35,7 +35,7 @@ class BLT(nnx.Module):
           tokens: int32 [B, L] byte ids.
           patches: PatchBuffers over L bytes and P patches.
           document_ids: int32 [B, L]; bytes see only their own document. None: a document ends
-            with its EOS (spec 5.9).
+            with its EOS (model.md#masks).
           ngrams: [B, L, E], the sum of each byte's hash n-gram rows. None: a lookup finds it.
         Returns:
           dict of `embedded` [B, L, E], `byte_states` [B, L, E], `patch_states` [B, P, patch_width],
@@ -67,7 +67,7 @@ class BLT(nnx.Module):
 
 
 def patch_documents(tokens, document_ids, starts):
-    """Returns the document of each patch [B, P], which is that of its first byte (spec 5.9).
+    """Returns the document of each patch [B, P], which is that of its first byte (model.md#masks).
 
     Patches past the last byte belong to the last document, or to a new one after its EOS.
     """

@@ -1,4 +1,4 @@
-"""Caches of generation: arrays of static shape for the positions that were read (spec 9.2).
+"""Caches of generation: static arrays for the positions that were read (model.md#generation).
 
 Local stacks keep keys and values of their window in a ring: position p in slot p modulo the number
 of slots. The global stack keeps those of all patches. Byte states, pooled bytes of the open patch

@@ -1,4 +1,4 @@
-"""Cross-attention between bytes and patches (spec 5.5).
+"""Cross-attention between bytes and patches (model.md#cross-attention).
 
 Both directions have parameters of the same names and shapes: pre-norm on queries and keys/values,
 no rotary embedding, heads of the local width, residual on the un-normalised queries. A patch is K
@@ -76,7 +76,7 @@ class CrossAttention(nnx.Module):
 def make_cross_layers(config: TransformerConfig, heads, init, all_layers, key) -> CrossAttention:
     """Makes stacked cross-attention layers beside a stack of blocks: a single one, or for all.
 
-    heads: the numbers of query heads and of key/value heads. Spec 6.
+    heads: the numbers of query heads and of key/value heads. See model.md#initial-weights.
     """
 
     def make(index, key):
@@ -87,7 +87,7 @@ def make_cross_layers(config: TransformerConfig, heads, init, all_layers, key) -
 
 
 def add_residual(x, read, doubled: bool):
-    """Returns x + read, or 2x + read as published, where layer and caller both add x (spec 5.5)."""
+    """Returns x + read, or 2x + read as published, where layer and caller both add x."""
     return 2 * x + read if doubled else x + read
 
 

@@ -1,4 +1,4 @@
-"""Byte embeddings and the hash n-gram embeddings added to them (spec 4, 5.6)."""
+"""Byte embeddings and the hash n-gram embeddings added to them (model.md#n-grams, #encoder)."""
 
 import jax.numpy as jnp
 
@@ -6,7 +6,7 @@ from bltjax.ops.hashing import ngram_hash_ids
 
 
 def embed_bytes(tokens, byte_embedding, hash_tables, config, ngrams=None, before=None):
-    """Adds to each byte's embedding the rows of all its n-grams, without normalisation (spec 4.2).
+    """Adds to each byte's embedding the rows of all its n-grams, without normalisation.
 
     tokens int32 [B, L] -> [B, L, E] in the compute dtype. `hash_tables` is None without n-grams.
     ngrams: [B, L, E], the sum of the n-gram rows where it is known. before: int32 [B, n], the ids

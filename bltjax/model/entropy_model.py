@@ -1,4 +1,4 @@
-"""The small byte language model whose entropies place the patches (spec 7)."""
+"""The small byte language model whose entropies place the patches (model.md#entropy-model)."""
 
 import chex
 import jax

@@ -19,9 +19,10 @@ from bltjax.patching.entropy import next_byte_entropy
 
 
 def init(config: BLTConfig | EntropyModelConfig, key: jax.Array) -> dict:
-    """Draws initial parameters (spec 6): nested dict of float32 arrays, sharded over the mesh.
+    """Draws initial parameters: nested dict of float32 arrays, sharded over the mesh.
 
-    Paths are the published names, with layers stacked on a leading axis.
+    Paths are the published names, with layers stacked on a leading axis. The distributions are
+    those of model.md#initial-weights.
     """
     return jax.jit(lambda key: _parameters(config, key))(key)
 
@@ -53,7 +54,7 @@ def entropies(config: EntropyModelConfig, params: dict, tokens, reset_at_newline
     """Returns entropies float32 [B, L], nats, of the byte after each of tokens int32 [B, L].
 
     The model sees the document of a byte, or its line where `reset_at_newlines`. document_ids:
-    int32 [B, L], for rows where a document may be cut and has no EOS to end it. Spec 2.2, 2.10.
+    int32 [B, L], for rows where a document may be cut and has no EOS to end it (model.md#entropy).
     """
     tokens = sharding.shard_rows(tokens)
     segments = entropy_segments(tokens, reset_at_newlines) + document_ids

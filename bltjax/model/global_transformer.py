@@ -1,4 +1,4 @@
-"""The large transformer that runs once per patch (spec 5.7)."""
+"""The large transformer that runs once per patch (model.md#global-transformer)."""
 
 import chex
 import jax

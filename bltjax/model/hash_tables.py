@@ -10,7 +10,7 @@ from bltjax.ops import row_exchange
 
 
 class HashTables(nnx.Module):
-    """The n-gram tables of all sizes and functions in one array [T, rows, dim] (spec 4.2)."""
+    """The n-gram tables of all sizes and functions in one [T, rows, dim] (model.md#n-grams)."""
 
     def __init__(self, num_tables, rows, dim, *, std, key):
         self.weight = nnx.Param(

@@ -1,4 +1,4 @@
-"""The models on a few positions at a time, with caches; together they equal a full pass (spec 9.2).
+"""The models a few positions at a time, on caches, equal to a full pass (model.md#generation).
 
 `read_tokens` and `read_bytes` take positions as they come, `close_patches` runs the global stack on
 patches that are complete, and `predict` gives the logits of positions whose patches are closed.

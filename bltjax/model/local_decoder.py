@@ -1,4 +1,4 @@
-"""Patches back to bytes: cross-attention before windowed blocks, then logits (spec 5.8)."""
+"""Patches back to bytes: cross-attention before windowed blocks, then logits (model.md#decoder)."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ class LocalDecoder(nnx.Module):
             self.patch_embedding_projection = Linear(
                 config.read_width, dim, std=dim**-0.5, axes=(None, "embed"), key=key_patch
             )
-        # base_std reaches the global stack only (spec 6).
+        # base_std reaches the global stack only (model.md#initial-weights).
         init = dataclasses.replace(config.init, base_std=None)
         self.layers = make_blocks(local, init, key_blocks)
         if cross.decoder:

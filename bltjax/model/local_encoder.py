@@ -1,4 +1,4 @@
-"""Bytes to patches: a few windowed blocks, pooling, and cross-attention (spec 5.6)."""
+"""Bytes to patches: a few windowed blocks, pooling, and cross-attention (model.md#encoder)."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ class LocalEncoder(nnx.Module):
         key_embed, key_blocks, key_cross, key_patch = jax.random.split(key, 4)
         std = local.dim**-0.5
         self.tok_embeddings = Embedding(config.vocab_size, local.dim, std=std, key=key_embed)
-        # base_std reaches the global stack only (spec 6).
+        # base_std reaches the global stack only (model.md#initial-weights).
         init = dataclasses.replace(config.init, base_std=None)
         self.layers = make_blocks(local, init, key_blocks)
         if cross.encoder:

@@ -1,4 +1,4 @@
-"""Parameters and the layers that own them, under the published names (spec 10.2).
+"""Parameters and the layers that own them, under the published names (model.md#parameters).
 
 Matrices keep the published layout [out, in] and compute y = x W^T, so published weights need no
 transpose. Parameters are float32, and are cast to the activations' dtype where they are used.
@@ -16,7 +16,7 @@ from bltjax.ops.norm import rms_norm
 
 
 def truncated_normal(key, shape, std, spec):
-    """Draws from a normal cut at 3 sigma, the published initialiser (spec 6); created sharded."""
+    """Draws from a normal cut at 3 sigma, created sharded (model.md#initial-weights)."""
     return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec)
 
 
@@ -38,7 +38,7 @@ def _project(axes, x, weight):
 
     The backward pass gathers the weight again rather than keep it whole, and adds up its gradient
     in float32, over the positions of a chip and over chips, whatever the precision of x: JAX's own
-    derivative would add bfloat16 numbers of all chips (spec 8.2).
+    derivative would add bfloat16 numbers of all chips (model.md#precision).
     """
     split = axes[0] if axes[0] in ("heads", "ffn") else None
     whole = sharding.gather_weight(weight.astype(x.dtype))

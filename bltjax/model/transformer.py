@@ -1,4 +1,4 @@
-"""The transformer block of all stacks: rotary attention and SwiGLU, pre-norm (spec 5.2)."""
+"""The transformer block of all stacks: rotary attention and SwiGLU, pre-norm (model.md#block)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,10 @@ from bltjax.ops.swiglu import swiglu
 
 
 def depth_factor(init: InitConfig, dim: int, index, num_layers: int):
-    """Returns the divisor of an initial standard deviation; `index` may be traced (spec 6)."""
+    """Returns the divisor of a standard deviation; `index` may be traced.
+
+    See model.md#initial-weights.
+    """
     if init.std_factor == "current_depth":
         return jnp.sqrt(2.0 * (index + 1))
     if init.std_factor == "global_depth":
@@ -22,7 +25,7 @@ def depth_factor(init: InitConfig, dim: int, index, num_layers: int):
 
 
 def initial_std(init: InitConfig, fan_in: int, factor):
-    """Returns fan_in^-0.5 / factor; a base_std replaces both, as published (spec 6)."""
+    """Returns fan_in^-0.5 / factor; a base_std replaces both, as published."""
     return fan_in**-0.5 / factor if init.base_std is None else init.base_std
 
 

@@ -23,7 +23,7 @@ def self_attention(
     """Attends from each position to itself and `window` - 1 before it (None: all) in its segment.
 
     Shapes: q [B, L, H, D]; k, v [B, L, G, D] with G dividing H; segments int32 [B, L]
-    -> [B, L, H, D]. With a window, cost is linear in L. Spec 5.9.
+    -> [B, L, H, D]. With a window, cost is linear in L. See model.md#masks.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device  # None: a mesh of shapes alone
     on_tpu = device is not None and device.platform == "tpu"
@@ -34,7 +34,7 @@ def self_attention(
 def patches_from_bytes_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, patch_ids: jax.Array, window: int | None = None
 ) -> jax.Array:
-    """Attends from the K queries of each patch to the patch's bytes (spec 3.3, encoder).
+    """Attends from the K queries of each patch to the patch's bytes (model.md#cross-attention).
 
     With a window w, patch j sees the bytes of patches j-w+1 .. j. A query with nothing to see
     gives 0. Shapes: q [B, P, K, H, D]; k, v [B, L, H, D]; patch_ids int32 [B, L], sorted
@@ -60,7 +60,7 @@ def patches_from_bytes_attention(
 def bytes_from_patches_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, patch_ids: jax.Array, window: int | None = None
 ) -> jax.Array:
-    """Attends from each byte to the K vectors of one patch (spec 3.3, decoder).
+    """Attends from each byte to the K vectors of one patch (model.md#cross-attention).
 
     With a window w, a byte of patch j sees patches j-w+1 .. j; patches before the first are
     invisible, and a byte with nothing to see gives 0. Shapes: q [B, L, H, D];

@@ -2,7 +2,7 @@
 
 The published hash of an n-gram w is `sum_i w_i * p^i` (i = 0 is the oldest byte) in wrapping int64,
 then floor-mod V. Accelerators have no fast int64 and JAX disables it by default, so the sum is kept
-as four 16-bit limbs in uint32. Spec section 4.
+as four 16-bit limbs in uint32. See model.md#n-grams.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 
 Array = jax.Array
 
-# One prime per hash function, in the published order. Spec 4.1.
+# One prime per hash function, in the published order.
 PRIMES = (
     1000000007,
     5915587277,
@@ -32,7 +32,7 @@ MAX_VOCAB = 1 << 28
 
 
 def ngram_hash_ids(tokens: Array, sizes: Sequence[int], num_functions: int, vocab: int) -> Array:
-    """Returns the hash table row of every n-gram, one column per (function, size). Spec 4.1-4.3.
+    """Returns the hash table row of every n-gram, one column per (function, size).
 
     tokens: integers [..., L] in [0, 4096); the n-gram at t is tokens[t-n+1..t], with zeros before
     position 0. Result: int32 [..., L, F*N] in [0, vocab), functions in the outer loop and sizes in

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Returns x / rms(x) * weight over the last axis, in float32, rounded once (spec 5.3).
+    """Returns x / rms(x) * weight over the last axis, in float32, rounded once (model.md#rmsnorm).
 
     Shapes: x [..., E], weight [E] -> [..., E] in x's dtype. The backward pass keeps x alone.
     """

@@ -16,7 +16,7 @@ def segment_sum(x: jax.Array, ids: jax.Array, num_patches: int) -> jax.Array:
 def segment_max(x: jax.Array, ids: jax.Array, num_patches: int) -> jax.Array:
     """Returns the maximum of x [B, L, ...] over the bytes of each patch -> [B, P, ...].
 
-    -inf without bytes. Equal maxima share the gradient evenly, as published (spec 3.5).
+    -inf without bytes. Equal maxima share the gradient evenly, as published (model.md#pooling).
     """
     return _reduce(x, ids, num_patches, "max", -jnp.inf)
 
@@ -29,7 +29,7 @@ def take_patches(x: jax.Array, ids: jax.Array) -> jax.Array:
 def pool_patches(h: jax.Array, ids: jax.Array, num_patches: int, mode: str) -> jax.Array:
     """Pools byte states h [B, L, E] into a vector for each patch [B, P, E]; 0 for empty patches.
 
-    mode: "max", "min" or "mean" (spec 5.10).
+    mode: "max", "min" or "mean" (model.md#pooling).
     """
     if mode == "mean":
         h32 = h.astype(jnp.float32)  # half precision cannot count to 257

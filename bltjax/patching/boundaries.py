@@ -1,10 +1,11 @@
 """Patching rules: where patches start. One table, one code for NumPy and JAX.
 
 `RULES` holds all that is known of each rule, and everything else asks it. A new rule is one entry
-there: a function that says after which positions a patch starts.
+there: a function that says after which positions a patch starts. They are defined in
+model.md#rules.
 
 Starts are bool [..., S+1] for S tokens: starts[..., s] says that a patch starts at position s, and
-position S is the byte that follows the last token ("N+1" convention of spec 2.1).
+position S is the byte that follows the last token ("N+1" convention of model.md#patches).
 `starts[..., :S]` are the starts of a whole document. A start at s depends on tokens[..., :s] and
 entropies[..., :s] only, so the starts of a prefix are a prefix of the starts.
 
@@ -75,7 +76,7 @@ def _rise(entropies):
 
 
 def _above_thresholds(config, context):
-    """Starts a patch where each score of the entropy is above its threshold. Spec 2.3, 2.4."""
+    """Starts a patch where each score of the entropy is above its threshold."""
     scores = rule_of(config).scores
     above = [score(context.entropies) > getattr(config, name) for score, name in scores]
     return functools.reduce(operator.and_, above)
@@ -93,7 +94,7 @@ def _above_two_thresholds(config, context):
 
 
 def _word_ends(config, context):
-    """Starts a patch after each byte that ends a word, and each special token. Spec 2.6.
+    """Starts a patch after each byte that ends a word, and each special token.
 
     A byte ends a word if it is neither an ASCII letter or digit nor a UTF-8 continuation byte, and
     the byte before it is either.
@@ -107,7 +108,7 @@ def _word_ends(config, context):
 
 
 def _every_patch_size(config, context):
-    """Starts a patch every `patch_size` bytes, whatever they are. Spec 2.7.
+    """Starts a patch every `patch_size` bytes, whatever they are.
 
     Byte 0 is a patch of its own, so lengths are 1, p-1, p, p, ... Raises ValueError for a patch
     size that is not a positive whole number.
@@ -119,12 +120,12 @@ def _every_patch_size(config, context):
 
 
 def _every_byte(config, context):
-    """Starts a patch at every byte. Spec 2.7."""
+    """Starts a patch at every byte."""
     return context.positions >= 0
 
 
 def _delimiters(config, context):
-    """Starts a patch after each BPE delimiter. Spec 2.7.
+    """Starts a patch after each BPE delimiter.
 
     The published code never starts a patch at position S, which would make a boundary depend on
     later bytes; here a delimiter that comes last does open one there.
@@ -222,7 +223,7 @@ def check_rule(config):
 
 
 def patch_starts(config, tokens, entropies=None):
-    """Returns bool starts [..., S+1] of whole documents under a PatchingConfig. Spec 2.
+    """Returns bool starts [..., S+1] of whole documents under a PatchingConfig.
 
     tokens: integers [..., S]. entropies: nats [..., S], entropies[..., i] being the uncertainty
     after tokens[..., :i+1]; only rules that need them look at them. Raises ValueError where they
@@ -264,7 +265,7 @@ def starts_after(config, tokens, entropies, positions, from_start=True):
 
 
 def limit_patch_length(starts, max_patch_length):
-    """Cuts longer patches every `max_patch_length` bytes, from their left end. Spec 2.5.
+    """Cuts longer patches every `max_patch_length` bytes, from their left end.
 
     starts: bool [..., S+1], with position 0 set. Raises ValueError for a limit below 1.
     """
@@ -285,9 +286,9 @@ def lengths_from_starts(starts: np.ndarray) -> np.ndarray:
 
 
 def document_segments(tokens):
-    """Returns int32 [..., S], the number of documents that ended before each token. Spec 5.9.
+    """Returns int32 [..., S], the number of documents that ended before each token.
 
-    An EOS belongs to the document that it ends.
+    See model.md#masks. An EOS belongs to the document that it ends.
     """
     return _segments(tokens == EOS_ID)
 
@@ -295,8 +296,8 @@ def document_segments(tokens):
 def newline_segments(tokens):
     """Returns int32 [..., S], the number of lines and documents that ended before each token.
 
-    For an entropy model whose context is reset at newlines (paper 4.4, spec 2.10). A newline byte
-    belongs to the line that it ends, as an EOS does.
+    For an entropy model whose context is reset at newlines (paper 4.4). A newline byte belongs
+    to the line that it ends, as an EOS does.
     """
     return _segments((tokens == EOS_ID) | (tokens == NEWLINE_ID))
 
@@ -312,7 +313,7 @@ def _segments(ends):
 
 
 def _bf16(x):
-    """Rounds to bfloat16: the published demo compares in it, threshold included. Spec 2.9."""
+    """Rounds to bfloat16: the published demo compares in it, threshold too (model.md#rounding)."""
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Patches as arrays of static shape, so that a step compiles once whatever the text. Spec 3.1."""
+"""Patches as static arrays, so that a step compiles once whatever the text (model.md#patches)."""
 
 import functools
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class PatchBuffers(NamedTuple):
 
 
 def buffers_from_lengths(lengths: Array, num_bytes: int) -> PatchBuffers:
-    """Returns the buffers of patch lengths [B, P], whose rows sum to num_bytes + 1. Spec 3.1.
+    """Returns the buffers of patch lengths [B, P], whose rows sum to num_bytes + 1.
 
     Zero lengths stand on the right only.
     """

@@ -112,7 +112,7 @@ class ScoreHistogram:
 
         It is a multiple of 1 / 4096, and `mean_patch_bytes` there is exact. Among equally near ones
         it is the middle one: midway between neighbouring float16 numbers, entropies that were
-        stored in float16 and those fresh from the model fall on the same side. Spec 2.3, 2.4.
+        stored in float16 and those fresh from the model fall on the same side. See model.md#rules.
 
         Raises ValueError for another rule, without documents, for a target that no threshold
         attains, and if equal entropies (a constant entropy model, say) keep the nearest mean

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 
 
 def next_byte_entropy(logits: jax.Array) -> jax.Array:
-    """Returns the entropy, float32 [...] in nats, of softmax(logits [..., V]). Spec 2.2.
+    """Returns the entropy, float32 [...] in nats, of softmax(logits [..., V]).
 
     Computed in float32 whatever the logits are. A logit of -inf is an impossible byte and adds 0.
+    See model.md#entropy.
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     p = jnp.exp(log_p)

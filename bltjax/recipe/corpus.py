@@ -7,7 +7,7 @@ source its share.
 import numpy as np
 
 from bltjax.checkpoints.run_directory import RunDirectory
-from bltjax.config import RunConfig, TrainingConfig
+from bltjax.config import TRAINING, RunConfig, TrainingConfig
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.batches.order import InOrder, Mixture, Shuffled
 from bltjax.data.records import store as records
@@ -25,13 +25,16 @@ def open_corpus(config: RunConfig, directory: RunDirectory) -> Store:
         store = records.open_store(config.data.records)
     else:
         store = records.build(directory.records(config), config.data)
-    wanted = ["train"] + ["validation"] * ("evaluate" in config.stages)
+    measured = any(
+        config.trained(name)[1].validate_every for name in TRAINING if name in config.stages
+    )
+    wanted = ["train"] + ["validation"] * ("evaluate" in config.stages or measured)
     for part in wanted:
         if not store.num_bytes(part):
             raise ValueError(
                 f"the records in {store.directory} have no text for {part}: give more, or another "
                 "data.validation_fraction or data.seed in a new --workdir, or leave the stage "
-                "'evaluate' out"
+                "'evaluate' out and validate_every 0"
             )
     check_external_entropies(config, directory, store)
     return store

@@ -17,11 +17,10 @@ a BLT is measured against; a run of it wants stages of its own.
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import RunDirectory, Stage
@@ -45,6 +44,7 @@ from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches, in_step_patches
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
+from bltjax.training.metrics import HELD_OUT
 from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.step import make_eval_step
 from bltjax.vocabulary import encode
@@ -103,7 +103,10 @@ def train_entropy_model(config: RunConfig, directory: RunDirectory, store: Store
     shards = corpus.select(config, store, corpus.needed_bytes(config, stage.training))
     layout = Layout(stage.training.row_bytes)
     data = corpus.training_data(config, store, shards, layout, entropies=False)
-    trained = train_stage(stage, data, watch(config, stage, layout))
+    reported = watch(config, stage, layout)._replace(
+        held_out=validation(config, directory, store, None, stage)
+    )
+    trained = train_stage(stage, data, reported)
     return dict(parameters=parameters, compilations={stage.name: trained.compilations})
 
 
@@ -128,7 +131,9 @@ def train_blt(config: RunConfig, directory: RunDirectory, store: Store, patched:
     data = corpus.training_data(config, store, patched.train, layout, entropies=stored)
     filled = measure_rows(data)
     in_step = in_step_patching(config, directory, patched, layout)
-    reported = watch(config, stage, layout, patched.mean_patch_bytes)
+    reported = watch(config, stage, layout, patched.mean_patch_bytes)._replace(
+        held_out=validation(config, directory, store, patched, stage)
+    )
     trained = train_stage(stage, data, reported, in_step)
     return filled | dict(
         parameters=parameters,
@@ -149,6 +154,7 @@ def train_token_model(config: RunConfig, directory: RunDirectory, store: Store) 
     reported = reported._replace(
         flops_per_byte=reported.flops_per_byte / mean,
         metadata=reported.metadata | dict(tokenizer=tokenizer.digest),
+        held_out=validation(config, directory, store, None, stage),
     )
     trained = train_stage(stage, data, reported)
     return dict(
@@ -210,28 +216,61 @@ def measure_rows(data: TrainingData) -> dict:
 
 
 class HeldOut(NamedTuple):
-    """Held-out documents as a model reads them."""
+    """Held-out documents as a model reads them, and the step that measures it on their rows."""
 
     layout: Layout
     shards: list[Shard]
-    in_step: InStep | None = None
-    byte_lengths: np.ndarray | None = None  # of tokens
+    eval_step: Any
+    frozen: list  # further arguments of the step
+    entropies: bool = False  # of the records, which rows with patches are made of
+
+    def rows(self, store: Store, shards: list[Shard]) -> Lane:
+        """Returns the rows of shards, which each document begins with as much context as it can."""
+        documents = corpus.in_order(store, shards, self.entropies)
+        return Lane(documents, self.layout._replace(pool=1), 0, 1)
 
 
 def held_out(
     config: RunConfig, directory: RunDirectory, store: Store, patched: Patched | None, stage: Stage
 ) -> HeldOut:
     """Returns the held-out documents for the model of a stage; `patched` for a BLT alone."""
+    shards, in_step, lengths, entropies = None, None, None, False
+    layout = Layout(stage.training.row_bytes)
     if stage.name == "blt":
-        layout = blt_layout(config, patched)
+        shards, layout = patched.validation, blt_layout(config, patched)
         in_step = in_step_patching(config, directory, patched, layout)
-        return HeldOut(layout, patched.validation, in_step)
-    shards = corpus.select(config, store, config.evaluation.max_bytes, "validation")
-    if stage.name == "entropy_model":
-        return HeldOut(Layout(stage.training.row_bytes), shards)
-    tokenizer = token_corpus.ensure_tokenizer(config, directory, store)
-    layout = Layout(stage.training.row_bytes, tokenizer=tokenizer)
-    return HeldOut(layout, shards, byte_lengths=tokenizer.byte_lengths(stage.model.vocab_size))
+        entropies = bool(layout.row_patches) and needs_entropies(config.patching)
+    elif stage.name == "token_model":
+        tokenizer = token_corpus.ensure_tokenizer(config, directory, store)
+        layout = layout._replace(tokenizer=tokenizer)
+        lengths = tokenizer.byte_lengths(stage.model.vocab_size)
+    if shards is None:
+        shards = corpus.select(config, store, config.evaluation.max_bytes, "validation")
+    finder, frozen = (in_step.find_patches, [in_step.entropy_params]) if in_step else (None, [])
+    eval_step = make_eval_step(stage.model, finder, len(store.sources), lengths)
+    return HeldOut(layout, shards, eval_step, frozen, entropies)
+
+
+def validation(
+    config: RunConfig, directory: RunDirectory, store: Store, patched: Patched | None, stage: Stage
+) -> Callable[[dict], dict] | None:
+    """Returns what measures parameters on a fixed sample of held-out rows; None if not wanted."""
+    if not stage.training.validate_every:
+        return None
+    held = held_out(config, directory, store, patched, stage)
+    share = -(-config.evaluation.validation_rows // len(store.sources))
+    of_source = ([s for s in held.shards if s.source == name] for name in store.sources)
+    parts = (itertools.islice(held.rows(store, own), share) for own in of_source if own)
+    rows = itertools.chain.from_iterable(parts)
+    batches = list(whole_batches(rows, config.evaluation.batch_size))
+
+    def measure(params: dict) -> dict:
+        found = evaluate(held.eval_step, params, batches, store.sources, *held.frozen)
+        by_source = found["sources"].items()
+        values = {f"{HELD_OUT}/{name}": source["bits_per_byte"] for name, source in by_source}
+        return {HELD_OUT: found["bits_per_byte"]} | values
+
+    return measure
 
 
 def evaluate_model(
@@ -239,16 +278,9 @@ def evaluate_model(
 ) -> dict:
     """Measures the bits per byte of held-out documents, beside n-gram models and xz."""
     stage = directory.stage(config, name)
-    layout, shards, in_step, byte_lengths = held_out(config, directory, store, patched, stage)
-    stored = bool(layout.row_patches) and needs_entropies(config.patching)
-    # One document after the other, so that each has as much context as its rows can give.
-    documents = corpus.in_order(store, shards, stored)
-    rows = Lane(documents, layout._replace(pool=1), 0, 1)
-    finder = in_step and in_step.find_patches
-    eval_step = make_eval_step(stage.model, finder, len(store.sources), byte_lengths)
-    batches = whole_batches(rows, config.evaluation.batch_size)
-    frozen = [in_step.entropy_params] if in_step else []
-    sums = evaluate(eval_step, stage.params(), batches, store.sources, *frozen)
+    held = held_out(config, directory, store, patched, stage)
+    batches = whole_batches(held.rows(store, held.shards), config.evaluation.batch_size)
+    sums = evaluate(held.eval_step, stage.params(), batches, store.sources, *held.frozen)
     print(
         f"held out: {sums['bits_per_byte']:.4f} bits per byte over {sums['bytes']:.0f} bytes",
         flush=True,
@@ -260,13 +292,13 @@ def evaluate_model(
         bits_per_byte=sums["bits_per_byte"],
         validation_bytes=int(sums["bytes"]),
         sources=sums["sources"],
-        compilations=dict(evaluate=eval_step._cache_size()),
+        compilations=dict(evaluate=held.eval_step._cache_size()),
     )
     if "tokens" in sums:
         result["mean_token_bytes"] = sums["bytes"] / sums["tokens"]
     if config.evaluation.baselines and jax.process_index() == 0:
         result["baselines"] = measure_baselines(
-            corpus.select(config, store, BASELINE_BYTES), shards
+            corpus.select(config, store, BASELINE_BYTES), held.shards
         )
     return result
 

@@ -1,7 +1,9 @@
-"""Progress bars for long jobs, on stderr."""
+"""Progress of long jobs: bars on stderr, lines around what is silent, durations."""
 
+import contextlib
 import shutil
 import sys
+import time
 from collections.abc import Callable
 
 from tqdm import tqdm
@@ -34,3 +36,21 @@ def progress_bar(label: str, total: int, shown: bool = True) -> tqdm:
         columns, lines = shutil.get_terminal_size()  # tqdm shows nothing where both are 0
         return tqdm(**bar, file=sys.stderr, ncols=columns, nrows=lines)
     return tqdm(**bar, file=_Log(), mininterval=LOG_SECONDS, delay=LOG_SECONDS)
+
+
+@contextlib.contextmanager
+def announced(what: str):
+    """Prints what begins, for work that is silent until it is done, and then how long it took."""
+    began = time.perf_counter()
+    print(what, flush=True)
+    yield
+    print(f"{what} took {format_seconds(time.perf_counter() - began)}", flush=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """Formats a duration: 45s, 3m07s, 2h05m."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes}m{seconds:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

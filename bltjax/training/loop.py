@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ from bltjax.checkpoints.training_state import Checkpoints
 from bltjax.config import ProfileConfig, TrainingConfig
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.batches.loader import as_batch, batches
+from bltjax.runtime.progress import announced
 from bltjax.runtime.signals import Stopped, noticing
-from bltjax.training.metrics import MetricsLog, SourceMeter
+from bltjax.training.metrics import MetricsLog, SourceMeter, StepMeans
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.profiling import Profiler, memory
-from bltjax.training.sparse_hash_updates import finish_missed_updates
+from bltjax.training.sparse_hash_updates import current_params, finish_missed_updates
 from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
 
@@ -51,6 +53,7 @@ class Reporting(NamedTuple):
     peak_flops: float | None = None  # FLOP/s of the mesh
     profile: ProfileConfig | None = None
     metadata: dict | None = None  # stored in each checkpoint: the resolved config
+    held_out: Callable[[dict], dict] | None = None  # params -> values of a line, see validate_every
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -98,7 +101,8 @@ def train(
         flops = reporting.flops_per_byte, reporting.peak_flops
         log = MetricsLog(workdir, stage, first_step, config.steps, *flops)
         profiler = Profiler(reporting.profile, stage, workdir / "profile")
-        run = _Run(stage, config, data, checkpoints, log, profiler, position, first_step)
+        held_out = reporting.held_out if config.validate_every else None
+        run = _Run(stage, config, data, checkpoints, log, profiler, position, first_step, held_out)
         with contextlib.closing(run):
             state = run.steps(step_fn, state, [in_step.entropy_params] if in_step else [])
         return TrainResult(state.params, step_fn._cache_size(), log.data_wait_fraction)
@@ -125,17 +129,22 @@ def _check_tokenizer(position: dict, tokenizer, directory: Path):
 class _Run:
     """Steps of a stage from `first_step` on, with their log and checkpoints."""
 
-    def __init__(self, stage, config, data, checkpoints, log, profiler, position, first_step):
+    def __init__(
+        self, stage, config, data, checkpoints, log, profiler, position, first_step, held_out
+    ):
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
+        self.held_out = held_out
         self.log, self.profiler, self.first_step = log, profiler, first_step
         self.sources = SourceMeter(data.sources, position.get("sources"))
+        self.means = StepMeans(position.get("means"))
         self.tokenizer = data.layout.tokenizer
         rows = sharding.rows_of_process(config.batch_size)
         states = np.array(position["lanes"])[rows] if position else None
         self.stream = batches(
             data.documents, data.layout, config.batch_size, states, rows, data.workers
         )
-        # (step, metrics on the device) of steps in flight: the host never waits for the newest.
+        # (step, metrics on the device, held-out values) of steps in flight: the host never waits
+        # for the newest metrics.
         self.pending = collections.deque()
 
     def steps(self, step_fn, state, frozen):
@@ -143,10 +152,10 @@ class _Run:
         with noticing() as notice:
             for step in range(self.first_step, self.config.steps):
                 batch, lanes = self.next_batch(notice.received is not None)
-                with self.profiler.step(step, state.step):
+                with self.profiler.step(step, state.step), self.compiling(step):
                     state, metrics = step_fn(state, batch, *frozen)
-                self.pending.append((step, metrics))
                 done = step + 1
+                self.pending.append((step, metrics, self.measure(done, state)))
                 due = done == self.config.steps or done % self.config.checkpoint_every == 0
                 # A stop of any process comes with the metrics, so all see it in the same step.
                 stop = self.drain(step_fn, 0 if due else IN_FLIGHT)
@@ -167,6 +176,24 @@ class _Run:
             )
         return state
 
+    def compiling(self, step: int):
+        """Returns the context to run a step in; that of the first tells that it compiles."""
+        return self._first_step() if step == self.first_step else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _first_step(self):
+        with announced(f"{self.stage}: compiling the training step"):
+            yield
+        self.log.restart(self.first_step)
+
+    def measure(self, done: int, state) -> dict:
+        """Returns what the model makes of held-out rows, after steps where that is due; or {}."""
+        every = self.config.validate_every
+        if self.held_out is None or (done % every and done != self.config.steps):
+            return {}
+        with self.log.paused():
+            return self.held_out(current_params(self.config, state))
+
     def next_batch(self, stop: bool):
         """Returns the next batch, on the devices, and the lanes' state after it."""
         asked = time.perf_counter()
@@ -180,19 +207,20 @@ class _Run:
         """Reads the metrics of all but the newest steps; True where a process was told to stop."""
         stop = False
         while len(self.pending) > in_flight:
-            step, metrics = self.pending.popleft()
+            step, metrics, held_out = self.pending.popleft()
             metrics = jax.device_get(metrics)
             stop |= bool(metrics.pop("stop"))
             self.check(step, metrics)
             self.log.count(metrics["bytes"])
+            self.means.count({k: v for k, v in metrics.items() if not k.startswith("source_")})
             by_source = metrics.pop("source_nats"), metrics.pop("source_bytes")
             if not metrics.get("skipped_in_a_row"):  # else it may be NaN
                 self.sources.count(*by_source)
-            if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps:
+            due = (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps
+            if due or held_out:
+                values = self.means.values() | self.sources.values() | held_out
                 compiled = dict(compilations=step_fn._cache_size())
-                self.log.write(step, metrics | self.sources.values() | compiled | memory())
-            elif step == self.first_step:
-                self.log.restart(step + 1)  # the first step includes compilation
+                self.log.write(step, values | compiled | memory())
         return stop
 
     def check(self, step: int, metrics: dict):
@@ -220,7 +248,8 @@ class _Run:
 
     def save(self, step: int, state, lanes: np.ndarray):
         lanes = sharding.gather_rows(lanes).tolist()
-        position = dict(lanes=lanes, sources=copy.deepcopy(self.sources.state))
+        meters = dict(sources=self.sources.state, means=self.means.state)
+        position = dict(lanes=lanes, **copy.deepcopy(meters))
         if self.tokenizer is not None:  # the lanes count its ids
             position["tokenizer"] = self.tokenizer.digest
         self.checkpoints.save(step, state, position)

@@ -1,5 +1,6 @@
 """Metrics of a run: a progress line, JSON lines, TensorBoard."""
 
+import contextlib
 import json
 import math
 import time
@@ -11,7 +12,10 @@ import numpy as np
 
 from bltjax.checkpoints.run_directory import METRICS
 from bltjax.runtime.files import replacing
+from bltjax.runtime.progress import format_seconds
 from bltjax.training.profiling import num_chips
+
+HELD_OUT = "held_out_bits_per_byte"  # name in a line; with /NAME it is that of a source
 
 
 class SourceMeter:
@@ -38,6 +42,40 @@ class SourceMeter:
                 found[f"bits_per_byte/{name}"] = self.state["nats"][name] / num_bytes / math.log(2)
             self.state["nats"][name] = self.state["bytes"][name] = 0.0
         return found
+
+
+class StepMeans:
+    """Means of the metrics of the steps since the last log line.
+
+    Bits per byte are those of all bytes of these steps, and the other values plain means. What only
+    the newest step can tell is its own. Updates that were left out count in nothing else. A resumed
+    run goes on from `state`.
+    """
+
+    NEWEST = ("learning_rate", "skipped", "skipped_in_a_row")
+
+    def __init__(self, state: dict | None = None):
+        self.state = state or dict(steps=0, sums={})
+        self._newest = {}
+
+    def count(self, metrics: dict):
+        self._newest = {key: float(value) for key, value in metrics.items()}
+        if metrics.get("skipped_in_a_row"):
+            return
+        self.state["steps"] += 1
+        for key, value in self._newest.items():
+            weight = self._newest["bytes"] if key == "bits_per_byte" else 1.0
+            self.state["sums"][key] = self.state["sums"].get(key, 0.0) + weight * value
+
+    def values(self) -> dict[str, float]:
+        """Returns the next line's values; those of the newest step where all were left out."""
+        sums, steps = self.state["sums"], self.state["steps"]
+        means = {key: total / steps for key, total in sums.items()} if steps else {}
+        if means.get("bytes"):
+            means["bits_per_byte"] = sums["bits_per_byte"] / sums["bytes"]
+        newest = {key: self._newest[key] for key in self.NEWEST if key in self._newest}
+        self.state.update(steps=0, sums={})
+        return self._newest | means | newest
 
 
 class MetricsLog:
@@ -73,7 +111,8 @@ class MetricsLog:
 
     def restart(self, step: int):
         """Starts the clock again, so that the next line leaves out the time to compile."""
-        self._last_step, self._last_time, self._bytes = step, time.perf_counter(), 0.0
+        self._first_step = self._last_step = step
+        self._last_time, self._bytes = time.perf_counter(), 0.0
         self._waited, self._all_waited, self._started = 0.0, 0.0, self._last_time
 
     def waited(self, seconds: float):
@@ -86,8 +125,15 @@ class MetricsLog:
         """Share of the time since the log was opened, or restarted, that waited for data."""
         return self._all_waited / (time.perf_counter() - self._started)
 
+    @contextlib.contextmanager
+    def paused(self):
+        """Leaves the time of its body out of the speed of the next line."""
+        began = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - began
+
     def write(self, step: int, values: dict):
-        """Logs the metrics of `step`, counted from 0."""
+        """Logs the metrics of the steps since the last line, up to `step`, counted from 0."""
         now = time.perf_counter()
         seconds = now - self._last_time
         speed = self._bytes / seconds
@@ -110,11 +156,14 @@ class MetricsLog:
         for key, value in stored.items():
             if key != "step" and value is not None:
                 self._tensorboard.add_scalar(f"{self.stage}/{key}", value, step)
-        eta = (self.num_steps - step - 1) * line["seconds_per_step"]
+        # Of all steps so far: those of one line, the first above all, may be unusual ones.
+        mean_seconds = (now - self._started) / (step + 1 - self._first_step)
+        eta = (self.num_steps - step - 1) * mean_seconds
+        held_out = f" held out {line[HELD_OUT]:.3f}" if HELD_OUT in line else ""
         utilisation = f" mfu {line['flops_utilisation']:.0%}" if self._flops else ""
         print(
             f"{self.stage} step {step + 1}/{self.num_steps} ({(step + 1) / self.num_steps:.0%}) "
-            f"loss {line['loss']:.3f} bits/byte {line['bits_per_byte']:.3f} "
+            f"loss {line['loss']:.3f} bits/byte {line['bits_per_byte']:.3f}{held_out} "
             f"lr {line['learning_rate']:.1e} grad {line['grad_norm']:.2f} | "
             f"{speed / 1e3:.1f} KB/s {line['seconds_per_step']:.2f} s/step"
             f"{utilisation} | eta {format_seconds(eta)}",
@@ -124,15 +173,6 @@ class MetricsLog:
     def close(self):
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-
-def format_seconds(seconds: float) -> str:
-    """Formats a duration: 45s, 3m07s, 2h05m."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    minutes, seconds = divmod(seconds, 60)
-    return f"{minutes}m{seconds:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def _lines(path: Path) -> list[dict]:

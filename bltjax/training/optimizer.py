@@ -1,4 +1,4 @@
-"""AdamW with the published schedules and clipping (spec 8.1), and a rate for each part of a model.
+"""AdamW with the published schedules and clipping, and a rate for each part (model.md#optimizer).
 
 Names of parameters are the published ones, such as `local_encoder.layers.ffn_norm.weight`.
 """
@@ -29,7 +29,7 @@ def schedule_multiplier(config: OptimizerConfig, step, num_steps: int):
     """Returns the share of the peak learning rate after `step` steps, so 0 at the first step.
 
     step: int or traced int32. The wsd schedule decays to `min_ratio` within `decay_fraction`;
-    the published one is meant to, but stops short (spec 8.1).
+    the published one is meant to, but stops short.
     """
     warmup, ratio = config.warmup_steps, config.min_ratio
     if config.schedule == "constant":
@@ -59,7 +59,7 @@ def learning_rate(config: OptimizerConfig, step, num_steps: int):
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Makes clipping by global norm, then AdamW, with rates and decay by part (spec 8.1).
+    """Makes clipping by global norm, then AdamW, with rates and decay by part.
 
     The defaults are as published. All gradients count in the norm, those of frozen parts too. The
     state of a parameter is sharded as the parameter is.

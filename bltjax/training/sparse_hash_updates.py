@@ -136,6 +136,18 @@ def finish_missed_updates(config: TrainingConfig, state: TrainState) -> TrainSta
     return apply_missed_updates(config, state)
 
 
+def current_params(config: TrainingConfig, state: TrainState) -> dict:
+    """Returns the parameters as they are to be used: no row of a table misses an update."""
+    if config.optimizer.hash_updates != "touched":
+        return state.params
+    return _finished_params(config, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finished_params(config: TrainingConfig, state: TrainState) -> dict:
+    return apply_missed_updates(config, state).params
+
+
 def _flat(x):
     return x.reshape(-1, *x.shape[2:])
 

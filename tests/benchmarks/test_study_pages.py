@@ -1,11 +1,16 @@
 """What the studies make of results: files, fits, pictures and pages."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks.studies import ablations, fixed_inference, multilingual, pages, robustness, scaling
 from bltjax.evaluation.noise import KINDS, WHERE
+from tests.figures import collisions
 
-pytest.importorskip("matplotlib", reason="pictures need pip install 'bltjax[plots]'")
+reason = "pictures need pip install 'bltjax[plots]'"
+Figure = pytest.importorskip("matplotlib.figure", reason=reason).Figure
 
 
 def row(family, level, bits, **more):
@@ -93,7 +98,7 @@ def test_the_page_of_languages(tmp_path):
 def test_the_page_of_robustness(tmp_path):
     choice = {robustness.ACCURACY: 0.5}
     noise = dict(
-        clean={robustness.ACCURACY: 0.9},
+        clean={robustness.ACCURACY: 0.9, "chance": 0.25},
         noisy={kind: dict.fromkeys(WHERE, choice) for kind in KINDS},
         mean=choice,
         bits_per_byte=dict.fromkeys(["clean", *KINDS], 2.0),
@@ -107,4 +112,23 @@ def test_the_page_of_robustness(tmp_path):
     robustness.report(rows, found, tmp_path)
     page = check_page(tmp_path, "noise.png", "bits.png", "spelling.png")
     assert "| clean | 0.900 | 2.000 | 0.900 | 2.000 |" in page
-    assert page.count("| spelling | 0.990 | 0.100 | 0.990 | 0.100 |") == 2
+    assert "| chance | 0.250 |  | 0.250 |  |" in page
+    assert page.count("| spelling | 0.000 | 0.990 | 0.100 | 0.990 | 0.100 |") == 2
+
+
+def test_what_is_kept_is_what_the_studies_make(tmp_path, monkeypatch):
+    """The pages follow from the results beside them; legends of their pictures hide nothing."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    for study in (ablations, fixed_inference, multilingual, robustness, scaling):
+        kept = Path(study.__file__).parent / "results" / study.__name__.rpartition(".")[2]
+        rows, more = pages.read_csv(kept / "results.csv"), []
+        if study is multilingual:
+            more = [pages.read_csv(kept / "languages.csv")]
+        if study is robustness:
+            more = [json.loads((kept / "robustness.json").read_text())]
+        study.report(rows, *more, tmp_path)
+        assert (tmp_path / "README.md").read_text() == (kept / "README.md").read_text()
+    assert len(figures) == 8
+    for figure in figures:
+        assert not collisions(figure)

@@ -371,7 +371,7 @@ def test_command_line_overrides(argument, path, expected):
 
 
 def test_ffn_dim_is_the_published_width():
-    widths = {2048: 5632, 1024: 2816, 4096: 11008, 1280: 3584, 768: 2048}  # spec 5.1, 7
+    widths = {2048: 5632, 1024: 2816, 4096: 11008, 1280: 3584, 768: 2048}  # model.md#sizes
     for dim, width in widths.items():
         assert config_lib.TransformerConfig(dim).ffn_dim == width
 

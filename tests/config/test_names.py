@@ -7,7 +7,7 @@ import pytest
 
 from bltjax.config import RunConfig, default_config, from_config_dict, read_config
 from bltjax.config.command_line import take_settings
-from bltjax.config.names import groups, letters, nearest, settings
+from bltjax.config.names import MOST_NAMED, groups, letters, nearest, settings
 
 LEVELS = {name.split(".")[-1]: name for name in settings()}
 
@@ -49,10 +49,10 @@ def test_mistyped_settings_get_the_nearest_real_one():
         found = re.findall(r"--config\.([\w.]+)", proposed)
         assert found and {*found} <= {*settings(), *groups()}
         near = nearest(typed)
-        assert found == near[:6]
+        assert found == near[:MOST_NAMED]
         meant += name in near
         if name not in near:  # another one is as near
-            assert letters(typed, near[0]) <= letters(typed, name) or len(near) > 6
+            assert letters(typed, near[0]) <= letters(typed, name) or len(near) > MOST_NAMED
     assert meant >= 0.98 * seen
 
 

@@ -153,13 +153,22 @@ def test_training_examples_hold_training_words_only():
     assert named <= set(training) and len(named) > 5
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_chance_is_half_where_a_question_has_two_answers(task):
+    asked = questions(task, WORDS_OF_ALL, 40, shots=0)
+    two = [
+        q.answer in ("Yes", "No") or bool(re.search(r': "\S+" or "\S+"\?', q.prompt)) for q in asked
+    ]
+    assert set(two) == {characters.chance(task) == 0.5}
+
+
 def test_exact_match_and_bits_of_answers():
     pair = [Question("spelling", "ab:", "a b"), Question("spelling", "b a:", "b a")]
     model = Speller({b"ab:": b" a b", b"b a:": b" b aa"})
     found = characters.evaluate(model, [*pair, Question("delete_char", "de:", "dé")])
     assert found["spelling"]["questions"] == 2 and found["spelling"]["exact_match"] == 0.5
     assert found["delete_char"] == dict(
-        questions=1, exact_match=0.0, bits_per_byte=pytest.approx(8 / np.log(2) / 5)
+        questions=1, exact_match=0.0, chance=0.0, bits_per_byte=pytest.approx(8 / np.log(2) / 5)
     )
     # " a b\n" after "ab:": the spaces and the newline are new; after "b a:" the newline alone.
     assert found["spelling"]["bits_per_byte"] == pytest.approx((6 + 2) / np.log(2) / 10)

@@ -86,8 +86,9 @@ def test_suite_of_noise_on_any_text(answers, tmp_path, capsys):
     assert result["documents"] == 1 and result["noise"]["clean"]["items"] == 5
     assert list(result["noise"]["noisy"]) == list(KINDS)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].split()[:3] == ["mean", "with", "noise"]
-    assert lines[-6].split()[0] == "antspeak" and len(lines[-6].split()) == 5
+    assert lines[-1].split() == ["chance", "0.2500"]
+    assert lines[-2].split()[:3] == ["mean", "with", "noise"]
+    assert lines[-7].split()[0] == "antspeak" and len(lines[-7].split()) == 5
 
 
 def test_samples_and_tasks_of_the_harness(answers, monkeypatch, capsys):

@@ -50,7 +50,7 @@ TINY = BLTConfig(
 
 
 def released(local, num_encoder, local_heads, dim, num_global, num_heads, num_decoder, k):
-    """Spec 5.1."""
+    """Those of model.md#sizes."""
     return BLTConfig(
         local_encoder=stack(local, num_encoder, local_heads, window=512),
         global_transformer=stack(dim, num_global, num_heads),
@@ -78,7 +78,7 @@ def count(tree):
     ids=["1b", "7b", "entropy"],
 )
 def test_released_parameter_counts(config, total, tables):
-    """Spec 5.1 and 7, without a single weight in memory."""
+    """Those of model.md#sizes, without a single weight in memory."""
     params = functional.abstract_params(config)
     unused = 0 if config is ENTROPY_100M else (501_760 - 500_002) * 6 * config.local_encoder.dim
     assert count(params) - unused == total
@@ -99,7 +99,7 @@ def test_released_parts():
 
 
 def expected_stds(config):
-    """Spec 6: sigma of every matrix, [layers] for stacked ones, by path."""
+    """model.md#initial-weights: sigma of every matrix, [layers] for stacked ones, by path."""
     local, glob = config.local_encoder, config.global_transformer
     expected = {
         "encoder_hash_tok_embedding.weight": local.dim**-0.5,
@@ -151,7 +151,7 @@ def expected_stds(config):
     ids=["current_depth", "global_depth, base_std"],
 )
 def test_initial_weights(init):
-    """Spec 6: truncated normals (their std is 0.98658 sigma), norms 1, depth factors per layer."""
+    """Truncated normals (std 0.98658 sigma), norms 1, depth factors (model.md#initial-weights)."""
     config = BLTConfig(
         local_encoder=stack(64, 2, window=6),
         global_transformer=stack(96, 3),
@@ -285,7 +285,7 @@ def logits_of(config, params):
 
 @pytest.mark.long
 def test_grouped_cross_heads_are_repeated_heads():
-    """Each key/value head serves the query heads that follow each other (as in spec 5.2)."""
+    """Each key/value head serves the query heads that follow each other (as in model.md#block)."""
     local = dataclasses.replace(TINY.local_encoder, dim=16, num_heads=2)
     cross = CrossAttentionConfig(num_heads=4, num_kv_heads=2, num_heads_decoder=2)
     grouped = dataclasses.replace(
@@ -308,7 +308,7 @@ def test_grouped_cross_heads_are_repeated_heads():
 
 @pytest.mark.long
 def test_a_projection_between_equal_widths_may_be_there():
-    """Published models have none (spec 5.8); with the identity it changes nothing."""
+    """Published models have none (model.md#decoder); with the identity it changes nothing."""
     same = dataclasses.replace(
         TINY,
         global_transformer=stack(8, 1, ffn_multiple_of=8),

@@ -49,7 +49,7 @@ def test_hash_ids(name):
 
 @pytest.mark.parametrize("name", golden.MODELS[:3])
 def test_patch_ids_and_cross_attention_masks(name):
-    """The ids, with the windows, say who sees whom as the published masks do (spec 3.3)."""
+    """The ids, with the windows, say who sees whom, as published (model.md#cross-attention)."""
     config, expected, patches, _ = computed(name)
     encoder, decoder = (np.asarray(x) for x in (patches.encoder_ids, patches.decoder_ids))
     np.testing.assert_array_equal(encoder, expected["patch_ids_enc"])

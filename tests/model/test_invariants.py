@@ -238,8 +238,8 @@ def packed_rows(rng, rows, split):
 def test_packed_documents_do_not_see_each_other(name):
     """Neither bytes nor boundaries of the document before reach the next one.
 
-    Without n-grams, which span documents as published (spec 4.2), and without cross-attention
-    windows past one patch, which do so too (spec 3.3).
+    Without n-grams, which span documents as published (model.md#n-grams), and without
+    cross-attention windows past one patch, which do so too (model.md#cross-attention).
     """
     name = unlinked(name)
     rng, split = np.random.default_rng(5), 8
@@ -265,7 +265,7 @@ def unlinked(name):
 
 
 def test_documents_end_with_their_eos():
-    """Spec 5.9: an EOS ends its document, and a patch belongs to that of its first byte."""
+    """model.md#masks: an EOS ends its document, and a patch belongs to that of its first byte."""
     tokens = jnp.array([[1, 9, EOS_ID, 1, 9, 9, EOS_ID], [1, 9, 9, EOS_ID, EOS_ID, 9, 9]])
     documents = document_segments(tokens)
     assert documents.tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 2, 2]]
@@ -274,7 +274,7 @@ def test_documents_end_with_their_eos():
 
 
 def test_ngrams_span_documents():
-    """Spec 4.2: only the first max(n) - 1 bytes of a document are embedded with bytes before it."""
+    """Only max(n) - 1 bytes of a document see n-grams of the one before it (model.md#n-grams)."""
     rng, split = np.random.default_rng(7), 8
     tokens, starts = packed_rows(rng, L, split)
     documents = np.broadcast_to(np.arange(L) >= split, (L, L)).astype(np.int32)

@@ -84,7 +84,7 @@ def normal(rng, *shape, scale=1.0):
     ],
 )
 def test_self_attention(length, window, heads, kv_heads):
-    """Spec 5.9: s is seen from t iff t - window < s <= t and both are in one document."""
+    """model.md#masks: s is seen from t iff t - window < s <= t and both are in one document."""
     run = with_gradients(functools.partial(self_attention, window=window))
     t, s = np.arange(length)[:, None], np.arange(length)[None, :]
     for seed in range(SEEDS):
@@ -104,7 +104,7 @@ def test_self_attention(length, window, heads, kv_heads):
     [(None, 1, 2, 1), (None, 5, 4, 4), (1, 1, 2, 1), (17, 1, 2, 1), (40, 5, 4, 2), (200, 1, 2, 2)],
 )
 def test_tiles(window, batch, heads, kv_heads):
-    """Several tiles of queries and of keys, a few or many of them at a time (spec 5.9)."""
+    """Several tiles of queries and of keys, a few or many of them at a time (model.md#masks)."""
     run = with_gradients(functools.partial(tiled_attention, window=window, tile=16))
     t, s = np.arange(77)[:, None], np.arange(77)[None, :]
     rng = np.random.default_rng(heads)
@@ -152,7 +152,7 @@ def test_tiles_add_up_in_float32(window):
 @pytest.mark.long
 @pytest.mark.parametrize("window, heads, kv_heads", [(None, 4, 2), (130, 2, 2)])
 def test_splash_kernels(window, heads, kv_heads, use_mesh):
-    """The TPU's kernels, interpreted, over rows that fill no block (spec 5.9)."""
+    """The TPU's kernels, interpreted, over rows that fill no block (model.md#masks)."""
     attention = functools.partial(splash_attention, window=window, interpret=True)
     rng = np.random.default_rng(0)
     shape = 8, 150, heads, 32
@@ -180,7 +180,7 @@ WINDOWS = [None, 1, 2, 3, 100]
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_patches_from_bytes(window):
-    """Spec 3.3: query (j, r) sees byte t iff ids(t) <= j < ids(t) + window."""
+    """model.md#cross-attention: query (j, r) sees byte t iff ids(t) <= j < ids(t) + window."""
     run = with_gradients(functools.partial(patches_from_bytes_attention, window=window))
     num_blind = 0
     for seed in range(SEEDS):
@@ -204,7 +204,7 @@ def test_patches_from_bytes(window):
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_bytes_from_patches(window):
-    """Spec 3.3: byte t sees vector (j, r) iff j <= ids(t) < j + window; nothing where ids is -1."""
+    """model.md#cross-attention: byte t sees vector (j, r) iff 0 <= j <= ids(t) < j + window."""
     run = with_gradients(functools.partial(bytes_from_patches_attention, window=window))
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ RELEASED = {"sizes": (3, 4, 5, 6, 7, 8), "num_functions": 1, "vocab": 500002}
 
 
 def oracle(tokens, sizes, num_functions, vocab):
-    """The definition of spec 4.1 in Python integers, for tokens [L]."""
+    """The definition of model.md#n-grams in Python integers, for tokens [L]."""
     columns = []
     for prime in hashing.PRIMES[:num_functions]:
         for size in sizes:

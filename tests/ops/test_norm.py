@@ -26,7 +26,7 @@ def test_against_float64():
 
 
 def test_bfloat16_is_rounded_once():
-    """Spec 5.3: float32 throughout, one rounding; a second one would move many of the outputs."""
+    """model.md#rmsnorm: float32 throughout, one rounding; a second would move many outputs."""
     x, weight = random_case(0)
     x = jnp.asarray(x, jnp.bfloat16)
     result = norm(x, weight, EPS)

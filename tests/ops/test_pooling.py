@@ -35,7 +35,7 @@ def oracle(h, ids, mode, cotangent):
 
 @pytest.mark.parametrize("mode", REDUCTIONS)
 def test_pool_patches(mode):
-    """Spec 3.5: 0 and no gradient for empty patches; equal extremes share the gradient evenly."""
+    """model.md#pooling: 0 and no gradient for empty patches; equal extremes share it evenly."""
 
     @jax.jit
     def pool(h, ids, cotangent):

@@ -16,7 +16,7 @@ def rotate(x, theta):
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 def test_against_complex_numbers(theta):
-    """Spec 5.4: pairs (2i, 2i+1), frequency theta^(-2i/D)."""
+    """model.md#rotary: pairs (2i, 2i+1), frequency theta^(-2i/D)."""
     x = np.random.default_rng(0).normal(size=(B, L, H, D)).astype(np.float32)
     turns = np.exp(1j * np.arange(L)[:, None] * theta ** (-np.arange(0, D, 2) / D))
     expected = (x[..., ::2] + 1j * x[..., 1::2]) * turns[:, None]

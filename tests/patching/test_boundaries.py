@@ -116,7 +116,7 @@ def test_numpy_and_jax_agree(name, tokens, entropies):
 @settings(max_examples=50, deadline=None)
 @given(entropies=ENTROPIES, threshold=st.sampled_from([0.0, 0.5, 1.0, 1.5]))
 def test_entropy_rules_against_loops(entropies, threshold):
-    """The table of spec 2.4, position by position."""
+    """The table of model.md#rules, position by position."""
     h = np.array(entropies, np.float32)
     rest = range(3, S + 1)
     expected = [h[s - 1] > threshold for s in range(2, S + 1)]
@@ -291,7 +291,7 @@ assert "jax" not in sys.modules
 
 @given(st.lists(st.floats(0, 6, width=32), min_size=1, max_size=40))
 def test_bf16_compat_compares_as_the_published_demo_does(values):
-    """Both sides rounded: at the released threshold that is H >= 1.34375 in bfloat16 (spec 2.9)."""
+    """Both sides rounded: the released threshold means H >= 1.34375 there (model.md#rounding)."""
     entropies = np.array([1.3354420, 1.3359375, 1.340, 1.3437, 1.344, *values], np.float32)
     config = PatchingConfig(target_patch_bytes=None, bf16_compat=True)
     tokens = np.full(entropies.shape, 65, np.int32)

@@ -22,6 +22,7 @@ from bltjax.recipe.checks import CheckedRun, check_stages, used_models
 from bltjax.recipe.corpus import open_corpus
 from bltjax.recipe.stages import run
 from bltjax.sharding import check_batch_sizes
+from bltjax.training.metrics import HELD_OUT
 from tests import processes
 from tests.configs.tiny import get_config
 
@@ -188,8 +189,17 @@ def test_other_families_are_a_matter_of_config(rule, corpus, tmp_path):
     config = get_config()
     config.data.root, config.patching.rule = str(corpus), rule
     config.stages, config.blt_training.steps = ("blt", "evaluate"), 8
+    config.blt_training.validate_every, config.evaluation.validation_rows = 3, 10**6
+    if rule == "space":
+        config.blt_training.optimizer.hash_updates = "touched"
     result = run_in(tmp_path / "run", from_config_dict(RunConfig, config))
     lines = [json.loads(line) for line in (tmp_path / "run/blt/metrics.jsonl").open()]
     assert lines[-1]["loss"] < lines[0]["loss"] and 0 < result["bits_per_byte"] < 9
+    # After steps 3, 6 and the last; of all held-out rows, so the last is what `evaluate` finds.
+    measured = [(line["step"], line[HELD_OUT]) for line in lines if HELD_OUT in line]
+    assert [step for step, _ in measured] == [2, 5, 7]
+    assert measured[0][1] > 1.01 * measured[2][1]
+    assert measured[2][1] == pytest.approx(result["bits_per_byte"], rel=1e-5)
+    assert lines[-1][f"{HELD_OUT}/text"] == pytest.approx(measured[2][1])
     means = dict(byte=(1, 1), space=(2, 9), static=(3, 4))[rule]
     assert means[0] <= result["mean_patch_bytes"] <= means[1]

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bltjax.runtime import progress
-from bltjax.runtime.progress import progress_bar
+from bltjax.runtime.progress import format_seconds, progress_bar
 
 
 class Terminal(io.StringIO):
@@ -51,3 +51,7 @@ def test_a_bar_that_is_not_wanted_shows_nothing(monkeypatch, capsys):
     with progress_bar("writing", 10, shown=False) as bar:
         bar.update(10)
     assert capsys.readouterr().err == ""
+
+
+def test_durations():
+    assert [format_seconds(s) for s in (9.9, 187, 7500)] == ["9s", "3m07s", "2h05m"]

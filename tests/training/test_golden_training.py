@@ -167,13 +167,13 @@ def test_final_weights():
     [(0, 0.0), (1000, 0.5), (2000, 1.0), (60_000, 0.86187913), (121_000, 0.505), (239_999, 0.01)],
 )
 def test_published_schedule(step, multiplier):
-    """Spec 8.1, the released settings."""
+    """model.md#optimizer, the released settings."""
     config = OptimizerConfig(warmup_steps=2000, min_ratio=0.01)
     np.testing.assert_allclose(schedule_multiplier(config, step, 240_000), multiplier, rtol=1e-5)
 
 
 def oracle(c, s, n):
-    """Spec 8.1 in plain Python, with the wsd schedule decaying over its own length."""
+    """model.md#optimizer in plain Python, with the wsd schedule decaying over its own length."""
     if c.schedule == "constant":
         return 1.0
     if s < c.warmup_steps:
@@ -218,7 +218,7 @@ def test_schedules(config):
 
 
 def test_schedule_stays_down_after_the_last_step():
-    """At s = n the published cosine jumps back to 1 (spec 8.1)."""
+    """At s = n the published cosine jumps back to 1 (model.md#optimizer)."""
     config = OptimizerConfig(warmup_steps=10)
     last = schedule_multiplier(config, 99, 100)
     assert schedule_multiplier(config, 100, 100) == schedule_multiplier(config, 500, 100) == last

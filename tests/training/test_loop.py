@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from bltjax.data.sources.units import Document
 from bltjax.runtime.signals import Stopped
 from bltjax.training import loop
 from bltjax.training.loop import MAX_SKIPPED, NonFiniteLoss, TrainingData, train
-from bltjax.training.metrics import MetricsLog, format_seconds
+from bltjax.training.metrics import HELD_OUT, MetricsLog, StepMeans
 from bltjax.training.optimizer import learning_rate
 from bltjax.vocabulary import BYTE_OFFSET
 
@@ -227,5 +228,64 @@ def test_metrics_of_an_interrupted_run_are_replaced(tmp_path):
     assert lines[-1]["grad_norm"] is None  # NaN is not JSON
 
 
-def test_format_seconds():
-    assert [format_seconds(s) for s in (9.9, 187, 7500)] == ["9s", "3m07s", "2h05m"]
+def test_a_line_is_about_all_steps_since_the_last_one(tmp_path):
+    """A run that logs each step is the oracle of one that logs every third."""
+    for every in (1, 3):
+        config = dataclasses.replace(TRAINING, log_every=every)
+        train("toy", MODEL, config, data(), tmp_path / str(every))
+    single, lines = (
+        [json.loads(line) for line in (tmp_path / every / "metrics.jsonl").open()] for every in "13"
+    )
+    assert [line["step"] for line in lines] == [2, 5, 7]
+    for line, steps in zip(lines, (single[:3], single[3:6], single[6:]), strict=True):
+        for name in ("loss", "grad_norm", "byte_utilisation"):
+            assert line[name] == pytest.approx(np.mean([step[name] for step in steps]))
+        weights = [step["bytes"] for step in steps]
+        bits = np.average([step["bits_per_byte"] for step in steps], weights=weights)
+        assert line["bits_per_byte"] == pytest.approx(bits)
+        assert line["learning_rate"] == steps[-1]["learning_rate"]
+
+
+def test_means_leave_out_skipped_updates_and_go_on_from_a_state():
+    def metrics(loss, skipped=0):
+        return dict(loss=loss, bits_per_byte=loss, bytes=2.0, skipped_in_a_row=skipped)
+
+    means = StepMeans()
+    means.count(metrics(1.0))
+    means = StepMeans(json.loads(json.dumps(means.state)))
+    means.count(metrics(3.0))
+    means.count(metrics(float("nan"), skipped=1))
+    assert means.values() == metrics(2.0, skipped=1)
+    means.count(metrics(float("nan"), skipped=2))
+    assert np.isnan(means.values()["loss"])
+    means.count(metrics(5.0))
+    assert means.values() == metrics(5.0)
+
+
+def test_speed_and_eta_leave_out_what_is_no_training(tmp_path, monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    values = dict(loss=1.0, bits_per_byte=2.0, learning_rate=0.1, grad_norm=1.0)
+    log = MetricsLog(tmp_path, "toy", 0, 100)
+    now = 1000.0  # compiled
+    log.restart(0)
+    for step, seconds in enumerate((4.0, 2.0)):
+        now += seconds
+        with log.paused():
+            now += 10.0  # held-out rows were measured
+        log.count(6)
+        log.write(step, values | {HELD_OUT: 3.0})
+    log.close()
+    lines = [json.loads(line) for line in log.path.open()]
+    assert [line["seconds_per_step"] for line in lines] == [4.0, 2.0]
+    assert [line["bytes_per_second"] for line in lines] == [1.5, 3.0]
+    told = capsys.readouterr().out.splitlines()
+    # 98 steps of 13 seconds, since also the measurements will take their time.
+    assert told[1].endswith("eta 21m14s") and "held out 3.000" in told[1]
+
+
+def test_a_run_says_that_it_compiles(tmp_path, capsys):
+    train("toy", MODEL, dataclasses.replace(TRAINING, steps=2), data(), tmp_path)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "toy: compiling the training step"
+    assert told[1].startswith("toy: compiling the training step took ")

@@ -1,4 +1,4 @@
-"""Finds the settings that give feed-forward widths by the published formula (spec 5.2)."""
+"""Finds the settings that give feed-forward widths by the published formula (model.md#block)."""
 
 import dataclasses
 import math

@@ -268,7 +268,7 @@ def _check_supported(fields: Fields, blt: dict):
 
 
 def notes(blt: BLTConfig, patching: PatchingConfig) -> tuple[str, ...]:
-    """Returns notes on what transformers computes differently with these weights (spec 11.3)."""
+    """Returns what transformers computes differently with these weights (differences.md)."""
     found = []
     if blt.cross_attention.all_layers_encoder and blt.local_encoder.num_layers > 1:
         found.append(

@@ -1,6 +1,6 @@
 """Converts Meta's settings (ByteLatentTransformerArgs, LMTransformerArgs, PatcherArgs) and ours.
 
-Spec 2.1, 5.1, 5.10, 5.12, 7 and 10.1 list the fields, those without effect, and the defaults.
+What the fields mean is in model.md#sizes and what files hold in model.md#files.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from bltjax.config import (
 )
 from bltjax.vocabulary import EOS_ID
 
-ROPE_THETA = 10_000.0  # default of the published settings; files of a BLT have 500000 (spec 7)
-WINDOW = 512  # hard-coded in the published code that loads the entropy model (spec 7)
+ROPE_THETA = 10_000.0  # where a file names none; those of a BLT name 500000 (model.md#rotary)
+WINDOW = 512  # of the entropy model, fixed by the published loader (model.md#entropy-model)
 
 
 def _stack_pairs(stack: str, suffix: str, kv_heads: str, window: str | None) -> list[Pair]:
@@ -276,7 +276,7 @@ def write_patcher(patching: PatchingConfig, problems: list[str]) -> dict:
 
 
 def notes(patching: PatchingConfig) -> tuple[str, ...]:
-    """Returns notes on patches that Meta's code finds elsewhere with these settings (spec 2.4)."""
+    """Returns notes on patches that Meta's code finds elsewhere (differences.md)."""
     if patching.rule == "global_monotonic" and not patching.published_skip_at_3:
         return ("Meta's code never starts a patch at position 3 under threshold_add, bltjax may",)
     return ()

@@ -20,7 +20,7 @@ from bltjax.runtime.progress import OnProgress
 
 ENTROPY_MODEL_DIRECTORY = "entropy_model"
 PATCHER = "model.patcher."  # prefix of the entropy model's tensors in Hugging Face's files
-# Tables for rotary positions, which some checkpoints contain and nobody needs (spec 10.1).
+# Tables for rotary positions, which some checkpoints contain and nobody needs (model.md#files).
 _TABLES = re.compile(r"(.*\.)?rope\w*\.freqs_cis|freqs_cis")
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # left by data parallelism and compilation
 

@@ -4,7 +4,7 @@ A row ends at a patch boundary when the next patch would exceed either budget, a
 document goes into a later row. No byte is dropped and no boundary moves, except that
 
 * the first patch of a row that begins inside a document is split in [1, length - 1], since the
-  published model expects every row to begin with a patch of one byte (spec 8.4);
+  published model expects every row to begin with a patch of one byte (model.md#rows);
 * a patch longer than a whole row is cut at the end of its row.
 
 Documents differ in bytes per patch (languages, code, tables), and a row of one kind runs out of

@@ -38,6 +38,11 @@ class Shard(NamedTuple):
     file_bytes: int
     languages: dict[str, list[int]]  # [documents, bytes] of each
 
+    def identity(self, directory: Path) -> dict:
+        """Returns what is in the shard, whatever the size of its file, and its place below."""
+        fields = self._asdict() | {"stem": os.path.relpath(self.stem, directory)}
+        return {name: value for name, value in fields.items() if name != "file_bytes"}
+
     @property
     def path(self) -> Path:
         return Path(f"{self.stem}.array_record")

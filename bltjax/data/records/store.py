@@ -29,6 +29,7 @@ from bltjax.data.records.shards import write_entropies as write_entropies
 from bltjax.data.records.writing import NAMED_BAD, PARTS, below, load
 from bltjax.data.sources import units as sources
 from bltjax.data.sources.units import Bad, Unit
+from bltjax.runtime.checked_json import digest
 from bltjax.runtime.files import share, write_json
 from bltjax.runtime.progress import progress_bar
 
@@ -62,6 +63,10 @@ class Store(NamedTuple):
 
     def num_bytes(self, part: str = "train") -> int:
         return sum(shard.num_bytes for shard in self.shards(part=part))
+
+    def digest(self) -> str:
+        """Returns 32 hexadecimal digits that tell corpora apart, wherever their files are."""
+        return digest([shard.identity(self.directory) for shard in self.all_shards])
 
     def lock(self, shard: Shard) -> Path:
         """Returns the lock file of a shard, for `files.share`."""

@@ -25,7 +25,7 @@ ENDINGS = {
     "array_record": (".array_record", ".arrayrecord"),
     "arrow": (".arrow",),
 }
-COMPLETE = ".complete"  # ending of the marker beside each of Meta's finished files (spec 8.4)
+COMPLETE = ".complete"  # ending of the marker beside each of Meta's finished files (model.md#files)
 
 
 class File(NamedTuple):

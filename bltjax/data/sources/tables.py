@@ -8,7 +8,7 @@ import numpy as np
 from bltjax.data.sources.readers import Bad, Document, Fields, document, end_of, need, open_file
 from bltjax.patching.calibrate import MAX_NATS
 
-ENTROPIES = "entropies"  # column of Meta's preprocessed files (spec 8.4)
+ENTROPIES = "entropies"  # column of Meta's preprocessed files (model.md#files)
 _ROWS = 256  # rows of a Parquet file that are decoded at a time
 
 
@@ -66,7 +66,7 @@ def arrow_layout(path: str) -> tuple[int, bool] | None:
 def read_arrow(
     path: str, file: str, start: int, stop: int, fields: Fields
 ) -> Iterator[Document | Bad]:
-    """Yields the rows of record batches [start, stop) of an Arrow file; -1 is the end (spec 8.4).
+    """Yields the rows of record batches [start, stop) of an Arrow file; stop -1: to the end.
 
     Reads the file format, which Meta's preprocessing writes, and the stream format, which Hugging
     Face's `datasets` writes and which is always read whole.

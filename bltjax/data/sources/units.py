@@ -164,7 +164,7 @@ def _about(units: Iterable[Unit], max_bytes: int | None) -> list[Unit]:
 
 
 def _refuse_unfinished(files: Iterable[File]) -> None:
-    """Raises for a preprocessed file without its marker beside files that have one (spec 8.4)."""
+    """Raises for a preprocessed file without marker beside files that have one (model.md#files)."""
     paths = sorted(file.path for file in files if file.kind == "arrow")
     for directory, inside in itertools.groupby(paths, lambda path: path.rpartition("/")[0]):
         names = {path.name for path in epath.Path(directory).iterdir()}

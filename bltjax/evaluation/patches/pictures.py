@@ -3,6 +3,7 @@
 import html
 import re
 from collections import Counter
+from textwrap import wrap
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from bltjax.runtime.terminal import printable
 
 ROW_BYTES = 80  # bytes in a row of the PNG
 MAX_ROWS = 12
+_WIDE, _NARROW = 80, 160  # characters in a line of its title: of any script, of ASCII
 _COLOURS = ("\x1b[30;46m", "\x1b[30;43m")  # black on cyan and on yellow: legible on any background
 _PLAIN = "\x1b[0m"
 _BAR = 40  # characters of the longest bar
@@ -153,8 +155,11 @@ def figure(view: PatchView, name: str, facts: list[str]):
 
     size = len(view.text)
     num_rows = min(max(1, -(-size // ROW_BYTES)), MAX_ROWS)
-    left_out = max(0, size - num_rows * ROW_BYTES)
-    result = Figure(figsize=(16, 1.5 * num_rows + 3.4), dpi=100)
+    title = [*wrap(f"Patches of {name}", _WIDE), *wrap("; ".join(facts), _NARROW)]
+    if left_out := max(0, size - num_rows * ROW_BYTES):
+        title.append(f"the first {size - left_out} bytes are drawn, {left_out} more are left out")
+    head = 0.5 + 0.19 * len(title)  # inches: the legend, and the lines of the title
+    result = Figure(figsize=(16, 1.5 * num_rows + 2.6 + head), dpi=100)
     grid = result.add_gridspec(
         num_rows + 1,
         1,
@@ -163,12 +168,10 @@ def figure(view: PatchView, name: str, facts: list[str]):
         left=0.045,
         right=0.985,
         bottom=0.5 / result.get_figheight(),
-        top=1 - 0.8 / result.get_figheight(),
+        top=1 - head / result.get_figheight(),
     )
-    title = f"Patches of {name}: {'; '.join(facts)}"
-    if left_out:
-        title += f"\nthe first {size - left_out} bytes are drawn, {left_out} more are left out"
-    result.suptitle(title, fontsize=11, parse_math=False, wrap=True)
+    above = 1 - 0.1 / result.get_figheight()
+    result.suptitle("\n".join(title), y=above, va="top", fontsize=11, parse_math=False)
     labels = _byte_labels(view.text[: num_rows * ROW_BYTES + 3])  # 3: the rest of a character
     drawn = [x[: num_rows * ROW_BYTES] for x in (view.entropies, view.levels) if x is not None]
     top = 1.08 * max((float(x.max()) for x in drawn if x.size), default=1.0)
@@ -203,7 +206,7 @@ def _draw_row(axes, view: PatchView, first: int, labels: list[str], top: float):
     axes.set_ylim(0, top)
     axes.set_xticks(at, labels[first:stop], family="DejaVu Sans Mono", fontsize=8, parse_math=False)
     axes.tick_params(axis="x", length=0)
-    axes.text(*(0, 1.02, f"byte {first}"), transform=axes.transAxes, fontsize=8, color="#555555")
+    axes.text(*(0, 1.04, f"byte {first}"), transform=axes.transAxes, fontsize=8, color="#555555")
 
 
 def _draw_histogram(axes, lengths: Counter):

@@ -1,7 +1,7 @@
 """transformers' BltForCausalLM as a live oracle, called and never read.
 
-Where it departs from the published model (spec 11.3), the draw leaves it out, and a test of its own
-below says what it does instead.
+Where it departs from the published model (differences.md), the draw leaves it out, and a test of
+its own below says what it does instead.
 """
 
 import dataclasses
@@ -129,8 +129,8 @@ def oracle_lengths(model, tokens):
     """transformers' lengths in the published convention.
 
     Its rows sum to N, a patch that opens at N has length 0, and where another row of the batch has
-    more patches a row ends in a length one too long, then -1 (spec 11.3). Row by row there is only
-    the zero.
+    more patches a row ends in a length one too long, then -1 (differences.md). Row by row
+    there is only the zero.
     """
     rows = []
     for row in tokens:
@@ -273,7 +273,7 @@ def test_ours_in_transformers_where_it_has_one_matrix_more(tmp_path):
     assert formats.read(tmp_path / "hf").blt.always_project
 
 
-# What follows are departures of transformers from the published model (spec 11.3).
+# What follows are departures of transformers from the published model (differences.md).
 
 
 def test_departure_documents_see_each_other_across_eos(tmp_path):

@@ -193,3 +193,14 @@ def test_one_model_gives_all_entropies(store):
         ValueError, match=r"another model: model.config.dim: 64 there, 32 here; use that"
     ):
         records.claim_entropies(store, other)
+
+
+def test_the_digest_of_a_store_tells_its_documents_apart(corpus, whole, store):
+    assert store.digest() == whole.digest()  # in another directory
+    index = json.loads((store.directory / "index.json").read_bytes())
+    index["shards"][0]["documents"] += 1
+    changed = store._replace(
+        all_shards=[records.below(store.directory, s) for s in index["shards"]]
+    )
+    assert changed.digest() != whole.digest()
+    assert store._replace(all_shards=store.all_shards[1:]).digest() != whole.digest()

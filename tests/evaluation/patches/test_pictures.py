@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.view import PatchView, histogram
 from bltjax.runtime.terminal import printable
+from tests.figures import collisions
 
 FACTS = ["5 bytes", "threshold < 2 & more"]
 
@@ -187,6 +188,15 @@ def test_long_texts_are_cut_and_the_title_says_so(draw, monkeypatch):
     assert len(figure.axes) == 3
     assert "first 160 bytes are drawn, 40 more are left out" in figure.get_suptitle()
     assert "left out" not in draw(view_of(b"x" * 160)).get_suptitle()
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # the font that is there draws a box
+@pytest.mark.parametrize("name", ["a.txt", "n" * 250, "漢字" * 80])
+@pytest.mark.parametrize("size", [0, 60, 300])
+def test_titles_and_legend_lie_over_nothing(draw, monkeypatch, name, size):
+    monkeypatch.setattr(pictures, "MAX_ROWS", 2)
+    figure = pictures.figure(view_of(b"x" * size), name, ["some long fact"] * 12)
+    assert not collisions(figure)
 
 
 def test_every_byte_has_a_label(draw):
