@@ -69,8 +69,8 @@ def ending():
             yield
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt as interrupt:
-        endings.leave(getattr(interrupt, "number", signal.SIGINT))
+    except KeyboardInterrupt:
+        endings.leave(signal.SIGINT)
     except OSError as error:
         fail(error)
 

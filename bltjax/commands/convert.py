@@ -13,7 +13,6 @@ from absl import flags
 from bltjax import cli
 from bltjax.checkpoints.pytorch.convert import FORMATS, convert
 from bltjax.config.model import DTYPES
-from bltjax.runtime import endings
 
 
 def main(argv):
@@ -23,16 +22,15 @@ def main(argv):
         cli.fail("give --source=DIR, --target=DIR and --format=bltjax, hf or meta")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: leave accelerators to others
     try:
-        with endings.unwinding():
-            result = convert(
-                chosen.source,
-                chosen.target,
-                chosen.format,
-                entropy_model=chosen.entropy_model,
-                dtype=chosen.dtype,
-                progress=True,
-                dry_run=chosen.dry_run,
-            )
+        result = convert(
+            chosen.source,
+            chosen.target,
+            chosen.format,
+            entropy_model=chosen.entropy_model,
+            dtype=chosen.dtype,
+            progress=True,
+            dry_run=chosen.dry_run,
+        )
     except (ValueError, OSError) as error:
         cli.fail(error)
     for note in result["notes"]:

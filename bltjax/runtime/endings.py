@@ -12,25 +12,18 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
-from bltjax.runtime.signals import handling
 from bltjax.runtime.system_errors import in_words
 
 WRITE_FAILED = 2  # exit code: what is printed cannot be written, since the disk is full, say
 GRACE_SECONDS = 0.5  # in which the main thread ends the process, unless it is inside compiled code
 
-AGAIN_SECONDS = 0.01  # until a signal is sent again that Python has dropped
 
 _stderr = 2  # where the last line goes; aot turns the real one into a file for a while
 _installed = False
-
-
-class Interrupted(KeyboardInterrupt):
-    """Raised by a signal inside `unwinding`."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+_once = threading.Lock()
+_undone: list[Callable[[], None]] = []
 
 
 def is_command() -> bool:
@@ -65,33 +58,26 @@ def install():
 
 
 @contextlib.contextmanager
-def unwinding():
-    """Raises Interrupted in the block when a signal comes, so that it can remove what it began.
+def undoing(undo: Callable[[], None]):
+    """Has `undo()` called where a signal ends the command in the block.
 
-    Where Python drops the exception, as in JAX's callback of the garbage collector, the signal is
-    sent again.
+    An exception could undo as well, but one that a signal raises comes up inside callbacks too,
+    such as JAX's for the garbage collector: Python drops it there, or C++ aborts.
     """
-
-    def interrupt(number, frame):
-        raise Interrupted(number)
-
-    def dropped(unraisable):
-        if isinstance(unraisable.exc_value, Interrupted):
-            again = os.getpid(), unraisable.exc_value.number
-            threading.Timer(AGAIN_SECONDS, os.kill, again).start()
-        else:
-            before(unraisable)
-
-    before, sys.unraisablehook = sys.unraisablehook, dropped
+    _undone.append(undo)
     try:
-        with handling(interrupt):
-            yield
+        yield
     finally:
-        sys.unraisablehook = before
+        _undone.remove(undo)
 
 
 def leave(number: int):
-    """Ends the process as one that a signal stopped."""
+    """Ends the process as one that a signal stopped; returns where that is under way."""
+    if not _once.acquire(blocking=False):
+        return
+    for undo in _undone:
+        with contextlib.suppress(Exception):
+            undo()
     line = f"stopped by {signal.Signals(number).name}\n"
     with contextlib.suppress(OSError):
         os.write(_stderr, ("\n" + line if os.isatty(_stderr) else line).encode())
@@ -105,10 +91,15 @@ def _stop(number, frame):
 
 
 def _watch(pipe: int):
+    asked = 0
     while number := os.read(pipe, 1):
+        if signal.getsignal(number[0]) is not _stop:
+            continue
+        asked += 1
+        if asked > 1:
+            os._exit(128 + number[0])  # asked twice: without undoing
         time.sleep(GRACE_SECONDS)
-        if signal.getsignal(number[0]) is _stop:
-            leave(number[0])
+        leave(number[0])
 
 
 def _forget():

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from bltjax.runtime import endings
+
 Task = TypeVar("Task")
 
 PARTIAL = ".partial"  # the suffix of files that are being written
@@ -61,7 +63,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise BlockingIOError(
             f"another process is writing {target}: wait for it, or choose another target"
         )
-    with lock:
+    with lock, endings.undoing(lambda: shutil.rmtree(partial, ignore_errors=True)):
         for left in partial.iterdir():
             if left.name != UNFINISHED:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

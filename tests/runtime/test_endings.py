@@ -1,50 +1,58 @@
-"""A signal inside a block that removes what it began, wherever it comes."""
+"""A command that a signal ends: what it began is undone, wherever the signal comes."""
 
-import gc
-import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from bltjax.runtime import endings
+from tests.processes import ROOT
+
+# Begins a directory, says so, and then does what the test wants.
+COMMAND = """
+import gc, hashlib, os, sys, time
+from pathlib import Path
+from bltjax.runtime import endings
+from bltjax.runtime.files import new_directory
+endings.install()
+with new_directory(Path(sys.argv[1])) as directory:
+    (directory / "half").write_text("half")
+    print("begun", flush=True)
+    exec(sys.argv[2])
+print("done")
+"""
+DOING = {
+    "in Python": "time.sleep(60)",
+    "inside compiled code, which returns late": "hashlib.pbkdf2_hmac('sha512', b'', b'', 10**8)",
+    "inside a callback of the garbage collector": (
+        "gc.callbacks.append(lambda *_: time.sleep(60)); gc.collect()"
+    ),
+    "swallowing exceptions": "\\nwhile True:\\n  try: time.sleep(1)\\n  except BaseException: pass",
+    "writing to a reader that sleeps": "\\nwhile True: print('x' * 999)",
+}
 
 
-def wait():
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        time.sleep(0.001)
-
-
+@pytest.mark.parametrize("doing", DOING)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_unwinds_the_block(number):
-    removed = []
-    with pytest.raises(endings.Interrupted) as error, endings.unwinding():
-        try:
-            os.kill(os.getpid(), number)
-            wait()
-        finally:
-            removed.append("what was begun")
-    assert error.value.number == number and removed
-
-
-def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost():
-    """Python prints exceptions of these callbacks, and drops them."""
-    sent = []
-
-    def callback(phase, info):
-        if not sent:
-            sent.append(phase)
-            signal.raise_signal(signal.SIGINT)
-
-    gc.callbacks.append(callback)
-    try:
-        with pytest.raises(endings.Interrupted), endings.unwinding():
-            gc.collect()
-            wait()
-    finally:
-        gc.callbacks.remove(callback)
-    assert sent
+def test_what_was_begun_is_undone(doing, number, tmp_path):
+    code = DOING[doing].replace("\\n", "\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, tmp_path / "target", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"begun\n"
+    assert [path.name for path in tmp_path.iterdir()] == [".target.partial"]
+    time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 128 + number
+    assert process.stderr.read().decode() == f"stopped by {signal.Signals(number).name}\n"
+    assert list(tmp_path.iterdir()) == []
+    process.stdout.close()
+    process.stderr.close()
 
 
 def test_what_is_a_command(monkeypatch):
