@@ -26,7 +26,7 @@ def positive(config, name: str, *names: str, most: int = MOST) -> list[str]:
 
 def not_negative(config, name: str, *names: str, most: int = MOST) -> list[str]:
     """Returns the problems of settings that must be finite numbers, 0 or more."""
-    wanted = f"at least 0, at most {most}", f"0, or finite and from {TINY} to {HUGE}"
+    wanted = f"at least 0, at most {most}", f"at least 0, and finite: 0, or from {TINY} to {HUGE}"
     is_right = lambda x: x == 0 or _is_usual(x)  # noqa: E731
     return _problems(config, name, names, wanted, lambda x: 0 <= x <= most, is_right)
 

@@ -75,7 +75,7 @@ def test_bytes_alone_and_prompts_from_files(tmp_path):
     [
         ([], "give --checkpoint=DIR and one of --prompt=TEXT and --prompt_file=FILE"),
         (["--prompt=a", "--prompt_file=b"], "give --checkpoint=DIR and one of"),
-        (["--prompt_file=missing"], "No such file or directory: 'missing'"),
+        (["--prompt_file=missing"], "missing is not there: check the path"),
         (["--prompt=a", "--temperature=10"], "temperature is too high: lower it"),
         (["--prompt=a", "--max_new_bytes=-1"], "max_new_bytes"),
     ],
