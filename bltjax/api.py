@@ -34,6 +34,7 @@ def load(
     bf16_compat: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     on_progress: OnProgress = None,
+    verify: bool = True,
 ) -> "Model | TokenModel":
     """Loads the model in a directory: bltjax's, a training run's, Hugging Face's or Meta's.
 
@@ -49,6 +50,7 @@ def load(
       mesh: devices to shard over, see `sharding.make_mesh`; None: the mesh that is set, else one
         device.
       on_progress: told the bytes that have been read and checked.
+      verify: compare the files with checksums.json, where `convert` wrote one.
 
     Raises FileNotFoundError, and ValueError that lists every problem of the directory.
     """
@@ -66,7 +68,7 @@ def load(
             raise ValueError(f"{path} holds a token model: give no entropy_model, no bf16_compat")
         return token_model.load(path, mesh, dtype, compute_dtype, on_progress)
     with jax.set_mesh(mesh):
-        weights = formats.cast(formats.read(path, entropy_model, on_progress), dtype)
+        weights = formats.cast(formats.read(path, entropy_model, on_progress, verify), dtype)
         for name in weights.params:
             sharding.check_model(getattr(weights, name), name, mesh)
         for note in weights.notes:
@@ -160,7 +162,8 @@ class Model(TextModel):
     def _check_patches_can_be_found(self):
         if needs_entropies(self.patching) and self.entropy_config is None:
             raise ValueError(
-                "patches need an entropy model: load with entropy_model=, a directory that has one"
+                "patches need an entropy model, and there is none: name a directory that has one "
+                "with --entropy_model=DIR, in Python load(entropy_model=)"
             )
 
     def _tokens(self, tokens) -> np.ndarray:

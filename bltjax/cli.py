@@ -9,6 +9,7 @@ import os
 import runpy
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +19,13 @@ from absl import app, flags, logging
 from bltjax.config import DTYPES, RunConfig
 from bltjax.config import read_config as read_config_file
 from bltjax.config.command_line import take_settings
+from bltjax.config.data import FILE_KINDS
 from bltjax.config.names import letters, settings, unknown
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime import endings
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.system_errors import in_words, without_numbers
+from bltjax.runtime.terminal import printable
 
 flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
 USER_ERROR = 2  # exit code: the command or what it names is at fault
@@ -91,6 +94,23 @@ def define_model_flags():
     define_path("entropy_model", "A directory with the entropy model, if the checkpoint has none.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; default: as they are stored.")
     flags.DEFINE_bool("bf16_compat", False, "Find patches as the published demo does.")
+
+
+def define_text_flags(files: str):
+    """Defines --kind, --field and --max_bytes, for `evaluation.texts`; files: a flag."""
+    flags.DEFINE_enum(
+        "kind",
+        "auto",
+        FILE_KINDS,
+        f"Of the files at --{files}; bytes: as they are, whatever they hold.",
+    )
+    flags.DEFINE_string("field", "", "Field that holds a record's text; default: text or content.")
+    flags.DEFINE_integer(
+        "max_bytes",
+        None,
+        "Bytes of text that are read at most; each source gives an even share, its first bytes.",
+        1,
+    )
 
 
 def define_run_flags():
@@ -170,15 +190,21 @@ def open_model():
     chosen = flags.FLAGS
     given = [d for d in (chosen.checkpoint, chosen.entropy_model) if d is not None]
     bar = progress_bar("loading", sum(formats.stored_bytes(Path(d)) for d in given))
-    model = api.load(
-        chosen.checkpoint,
-        entropy_model=chosen.entropy_model,
-        dtype=chosen.dtype,
-        bf16_compat=chosen.bf16_compat,
-        on_progress=bar.update,
-    )
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_note
+        model = api.load(
+            chosen.checkpoint,
+            entropy_model=chosen.entropy_model,
+            dtype=chosen.dtype,
+            bf16_compat=chosen.bf16_compat,
+            on_progress=bar.update,
+        )
     bar.close()
     return model
+
+
+def _print_note(message, *_, **__):
+    print(f"note: {printable(str(message))}", file=sys.stderr)
 
 
 def fail(error, code: int = USER_ERROR):
@@ -193,4 +219,4 @@ def one_line(error) -> str:
     reason = in_words(error) if isinstance(error, BaseException) else without_numbers(str(error))
     if isinstance(error, KeyError) and error.args:
         reason = str(error.args[0])  # without the quotes of a key
-    return "error: " + " ".join(reason.split())
+    return "error: " + printable(" ".join(reason.split()).encode("utf-8", "backslashreplace"))

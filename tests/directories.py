@@ -79,6 +79,16 @@ def shard(directory, count=3):
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def shard_with_dots(directory):
+    """Split model.safetensors into shards, which the index names with "./" before them."""
+    shard(directory)
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {name: f"./{file}" for name, file in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    return directory
+
+
 def contents(directory):
     """Every file below a directory, with its bytes."""
     return {

@@ -68,15 +68,15 @@ class FakeSources:
     def __init__(self, units: list[list[Document | Bad]]):
         self.units = units
 
-    def list_units(self, source, data):
-        return [Unit(f"u{i}", "text", (), 0, -1, 10) for i in range(len(self.units))]
+    def survey(self, source, data):
+        return [Unit(f"u{i}", "text", (), 0, -1, 10) for i in range(len(self.units))], []
 
     def read_unit(self, unit, source, data):
         yield from self.units[int(unit.name[1:])]
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(sources, "list_units", self.list_units)
+        self.patch.setattr(sources, "survey", self.survey)
         self.patch.setattr(sources, "read_unit", self.read_unit)
 
     def __exit__(self, *_):

@@ -5,12 +5,15 @@ working directory of a training run opens too, with the newest checkpoint of eac
 """
 
 import dataclasses
+import json
 import os
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from bltjax.checkpoints.checksums import CHECKSUMS, checksum_problems
 from bltjax.checkpoints.lazy_arrays import Cast
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
@@ -39,6 +42,7 @@ from bltjax.config.model import DTYPES
 from bltjax.model import functional
 from bltjax.patching.boundaries import check_rule, needs_entropies
 from bltjax.runtime.files import UNFINISHED
+from bltjax.runtime.plain_files import irregular_files
 from bltjax.runtime.progress import OnProgress
 
 VERSION = 1  # of model.json
@@ -52,6 +56,8 @@ def detect(directory: Path) -> str:
     Raises FileNotFoundError without a directory, WeightsError where it is none of these.
     """
     directory = Path(directory)
+    if directory.is_file():
+        raise NotADirectoryError(f"{directory} is a file: give the directory that it is in")
     if not directory.is_dir():
         raise FileNotFoundError(
             f"no directory {directory}: give one with weights (config.json, params.json or "
@@ -83,33 +89,57 @@ def read(
     directory: str | os.PathLike,
     entropy_model: str | os.PathLike | None = None,
     on_progress: OnProgress = None,
+    verify: bool = True,
 ) -> Weights:
     """Reads the model in a directory of any format, its parameters lazy; needs a mesh to be set.
 
-    entropy_model: a directory whose entropy model is taken. Raises WeightsError, which lists every
-    problem found, FileNotFoundError, or CheckpointError for a damaged checkpoint.
+    entropy_model: a directory whose entropy model is taken. verify: compare the files with
+    checksums.json, where there is one. Raises WeightsError, which lists every problem found,
+    FileNotFoundError, or CheckpointError for a damaged checkpoint.
     """
     problems: list[str] = []
-    weights = _read_one(directory, problems, on_progress)
+    weights = _read_one(directory, problems, on_progress, verify)
     if entropy_model is not None:
         in_other: list[str] = []
-        other = _read_one(entropy_model, in_other, on_progress)
+        other = _read_one(entropy_model, in_other, on_progress, verify)
         problems += [f"{entropy_model}: {problem}" for problem in in_other]
         if other is not None and other.entropy_model is None:
             problems.append(f"{entropy_model} has no entropy model: give a directory that has one")
         elif other is not None and weights is not None:
-            weights = weights.with_entropy_model(other)
-    if problems:
+            weights = _with_another(weights, other, entropy_model)
+    if problems or weights is None:
         raise WeightsError(directory, problems)
-    return weights
+    return weights._replace(notes=(*weights.notes, *_notes_on_half(weights)))
+
+
+def _with_another(weights: Weights, other: Weights, directory) -> Weights:
+    """Returns weights with the entropy model of another directory, and a note on what it means."""
+    notes = [f"{directory}: {note}" for note in other.notes]
+    if weights.entropy_model is not None:
+        notes.append(
+            f"the entropy model is that of {directory}, instead of its own, and the threshold "
+            f"stays {weights.patching.threshold:.4f} nats"
+        )
+    return weights.with_entropy_model(other._replace(notes=tuple(notes)))
+
+
+def _notes_on_half(weights: Weights) -> tuple[str, ...]:
+    if weights.blt is None or weights.entropy_model or not needs_entropies(weights.patching):
+        return ()
+    return (
+        "there is no entropy model, and patches start where it is uncertain: without one nothing "
+        "can be generated or scored; name a directory that has one with --entropy_model=DIR",
+    )
 
 
 def _read_one(
-    directory: str | os.PathLike, problems: list[str], on_progress: OnProgress
+    directory: str | os.PathLike, problems: list[str], on_progress: OnProgress, verify: bool
 ) -> Weights | None:
     directory = Path(directory)
     readers = {BLTJAX: _read_bltjax, RUN: _read_run, HF: reading.read_hf, META: reading.read_meta}
     try:
+        if verify and (damaged := checksum_problems(directory, on_progress)):
+            raise WeightsError(directory, damaged)
         return readers[detect(directory)](directory, on_progress)
     except WeightsError as error:
         problems += error.problems
@@ -119,8 +149,22 @@ def _read_one(
 def stored_bytes(directory: Path) -> int:
     """Returns about how many bytes `read` goes through, for progress bars."""
     weights = ("*.safetensors", "*.pth") if detect(directory) in (HF, META) else ("*",)
-    files = (path for pattern in weights for path in directory.rglob(pattern))
-    return sum(path.stat().st_size for path in files if path.is_file())
+    files = [path for pattern in weights for path in directory.rglob(pattern)]
+    times = 2 if (directory / CHECKSUMS).exists() else 1  # once for the checksums
+    return times * sum(os.path.getsize(path) for path in files if path.is_file())
+
+
+def left_behind(directory: Path) -> list[str]:
+    """Returns a note on the files of published weights that are not part of what `read` reads."""
+    found = detect(directory)
+    if found == RUN:
+        return []
+    read = {MODEL, WEIGHTS} if found == BLTJAX else reading.files(directory, found == META)
+    there = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    others = sorted(there - read - {CHECKSUMS})
+    if not others:
+        return []
+    return [f"these files of the source are neither read nor copied: {', '.join(others)}"]
 
 
 def plan(weights: Weights, format: str) -> WritePlan:
@@ -175,8 +219,9 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
             "wrote it, or a newer one"
         )
     names = dict(blt=BLTConfig, entropy_model=EntropyModelConfig, patching=PatchingConfig)
+    parts = {name: described.pop(name, None) for name in names}
     blt, entropy_model, patching = (
-        _config(cls, described.pop(name, None), name, problems) for name, cls in names.items()
+        _config(cls, parts[name], name, problems) for name, cls in names.items()
     )
     fields = Fields("lengths", {"lengths": described.pop("lengths", {})})
     lengths = Lengths(*(fields.take(f"lengths.{f}", int) for f in Lengths._fields))
@@ -184,12 +229,29 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
     problems += [f"{MODEL}: {key} is a field that nobody knows: remove it" for key in described]
     if not problems and blt is None and entropy_model is None:
         problems.append(f"{MODEL} has neither blt nor entropy_model")
-    if problems:
+    if problems := problems + irregular_files(directory / WEIGHTS):
         raise WeightsError(directory, problems)
     params = open_weights(directory / WEIGHTS)
     _check(directory, dict(blt=blt, entropy_model=entropy_model), params, on_progress)
     patching = patching or PatchingConfig(target_patch_bytes=None)
-    return Weights(blt, entropy_model, patching, params, lengths)
+    read = dict(blt=blt, entropy_model=entropy_model, patching=blt and patching)
+    assumed = [
+        setting
+        for name, config in read.items()
+        if config is not None
+        for setting in _not_said(parts[name] or {}, to_dict(config), name)
+    ]
+    told = f"{MODEL} does not say, so it is assumed: {', '.join(assumed)}"
+    return Weights(blt, entropy_model, patching, params, lengths, (told,) if assumed else ())
+
+
+def _not_said(values: dict, whole: dict, name: str) -> Iterator[str]:
+    """Yields the settings of the whole group `name` that are not among the values of a file."""
+    for key, value in whole.items():
+        if key not in values:
+            yield f"{name}.{key}={json.dumps(value)}"
+        elif isinstance(value, dict):
+            yield from _not_said(values[key], value, f"{name}.{key}")
 
 
 def _config(cls, values, name: str, problems: list[str]):
@@ -215,9 +277,14 @@ def _read_run(path: Path, on_progress: OnProgress) -> Weights:
     config = directory.config()
     patching, notes = _run_patching(directory, config)
     names = [name for name in ("blt", "entropy_model") if directory.is_trained(name)]
+    if not names and directory.is_trained("token_model"):
+        problem = "it is a run of a token model, which no other format has: convert runs of a BLT"
+        raise WeightsError(path, [problem])
     if not names:
         raise WeightsError(path, ["it is a run without a checkpoint yet: train it first"])
     stages = [directory.stage(config, name) for name in names]
+    if irregular := [p for stage in stages for p in irregular_files(stage.directory)]:
+        raise WeightsError(path, irregular)
     params = {stage.name: stage.lazy_params() for stage in stages}
     configs = {stage.name: stage.model for stage in stages}
     _check(path, configs, params, on_progress)
@@ -227,8 +294,14 @@ def _read_run(path: Path, on_progress: OnProgress) -> Weights:
         patching,
         params,
         Lengths(row_bytes=stages[0].training.row_bytes or directory.row_bytes()),
-        notes if "blt" in names else (),
+        notes if "blt" in names else _without_blt(config),
     )
+
+
+def _without_blt(config: RunConfig) -> tuple[str, ...]:
+    if "blt" not in config.stages:
+        return ()
+    return ("the BLT has no checkpoint yet: this is the entropy model alone",)
 
 
 def _run_patching(

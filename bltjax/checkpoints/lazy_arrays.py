@@ -138,6 +138,8 @@ def blocks(
     in order are the array's in C order.
     """
     shape, itemsize = array.shape, np.dtype(array.dtype).itemsize
+    if 0 in shape:  # there is nothing to cover, be other axes ever so long
+        return
     block = list(chunk or [1] * len(shape))
     # Inner axes first: an axis is cut only where all axes inside it are whole.
     for axis in reversed(range(len(shape))):

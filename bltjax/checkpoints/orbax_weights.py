@@ -114,18 +114,25 @@ class _LazyHandler(ocp.type_handlers.TypeHandler):
 
     async def serialize(self, values: list[LazyArray], infos, args=None):
         writes, held = collections.deque(), 0
-        for value, info in zip(values, infos, strict=True):
-            store = _create(info, value)
-            chunk = chunk_shape(store.shape, value.dtype.itemsize)  # none is written twice
-            for index in blocks(value, SLAB_BYTES, chunk):
-                slab = np.asarray(value[index])
-                while writes and held + slab.nbytes > IN_FLIGHT_BYTES:
-                    held -= self._finish(*writes.popleft())
-                write = store[index].write(slab, can_reference_source_data_indefinitely=True)
-                writes.append((write, slab.nbytes, info.parent_dir))
-                held += slab.nbytes
-        for entry in writes:
-            self._finish(*entry)
+        try:
+            for value, info in zip(values, infos, strict=True):
+                store = _create(info, value)
+                chunk = chunk_shape(store.shape, value.dtype.itemsize)  # none is written twice
+                for index in blocks(value, SLAB_BYTES, chunk):
+                    slab = np.asarray(value[index])
+                    while writes and held + slab.nbytes > IN_FLIGHT_BYTES:
+                        held -= self._finish(*writes[0])
+                        writes.popleft()
+                    write = store[index].write(slab, can_reference_source_data_indefinitely=True)
+                    writes.append((write, slab.nbytes, info.parent_dir))
+                    held += slab.nbytes
+            for entry in writes:
+                self._finish(*entry)
+        except BaseException:  # what is under way would write into a directory that is removed
+            for write, *_ in writes:
+                with contextlib.suppress(Exception):
+                    write.result()
+            raise
         return []
 
     def _finish(self, write: tensorstore.WriteFutures, num_bytes: int, directory: Path) -> int:

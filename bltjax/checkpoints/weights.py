@@ -8,8 +8,10 @@ import numpy as np
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes, num_nonfinite, tree_leaves
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.runtime.progress import OnProgress
+from bltjax.runtime.terminal import printable
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+MOST_TOLD = 100  # problems in a message
 
 
 class Lengths(NamedTuple):
@@ -46,6 +48,7 @@ class Weights(NamedTuple):
             entropy_model=other.entropy_model,
             params=self.params | {"entropy_model": other.params["entropy_model"]},
             lengths=self.lengths._replace(entropy_bytes=other.lengths.entropy_bytes),
+            notes=self.notes + other.notes,
         )
 
     def num_bytes(self) -> int:
@@ -54,13 +57,21 @@ class Weights(NamedTuple):
 
 
 class WeightsError(ValueError):
-    """Raised for weights that cannot be used as they are; lists every problem found."""
+    """Raised for weights that cannot be used as they are; `problems` lists every one found."""
 
     def __init__(self, path, problems: Iterable[str]):
         self.problems = list(problems)
-        lines = "".join(f"\n  - {problem}" for problem in self.problems)
         count = len(self.problems)
+        told = [_one_line(problem) for problem in self.problems[:MOST_TOLD]]
+        if count > MOST_TOLD:
+            told.append(f"and {count - MOST_TOLD} more")
+        lines = "".join(f"\n  - {problem}" for problem in told)
         super().__init__(f"{path}: {count} problem{'s' if count > 1 else ''}{lines}")
+
+
+def _one_line(problem: str) -> str:
+    """Returns text of one line that steers no terminal, whatever names a file has inside."""
+    return printable(problem.encode("utf-8", "surrogatepass")).replace("\n", "\\n")
 
 
 def value_problems(tensors: dict[str, LazyArray], on_progress: OnProgress = None) -> list[str]:
@@ -68,11 +79,9 @@ def value_problems(tensors: dict[str, LazyArray], on_progress: OnProgress = None
 
     Reads everything once, piece by piece.
     """
-    found = []
+    found = dtype_problems(tensors)
     for name, tensor in tensors.items():
-        dtype = np.dtype(tensor.dtype)
-        if dtype.name not in FLOAT_DTYPES:
-            found.append(f"{name} is {dtype.name}: weights must be one of {FLOAT_DTYPES}")
+        if np.dtype(tensor.dtype).name not in FLOAT_DTYPES:
             continue
         bad = 0
         for index in blocks(tensor):
@@ -83,6 +92,25 @@ def value_problems(tensors: dict[str, LazyArray], on_progress: OnProgress = None
         if bad:
             found.append(f"{name} has {bad} values that are NaN or infinite")
     return found
+
+
+def dtype_problems(tensors: Mapping[str, LazyArray]) -> list[str]:
+    """Names the tensors that are not of FLOAT_DTYPES, a line for each dtype; reads nothing."""
+    by_dtype: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_dtype.setdefault(np.dtype(tensor.dtype).name, []).append(name)
+    found = []
+    for dtype in by_dtype.keys() - set(FLOAT_DTYPES):
+        first, *others = by_dtype[dtype]
+        which = f"{first} and {len(others)} more are" if others else f"{first} is"
+        remedy = "cast them with .float() in PyTorch and save them again"
+        if not dtype.startswith("float64"):
+            remedy = (
+                "if they are quantized, dequantize them to bfloat16 or float32 with the program "
+                "that made them, and save them again"
+            )
+        found.append(f"{which} {dtype}, weights must be one of {FLOAT_DTYPES}: {remedy}")
+    return sorted(found)
 
 
 def shape_problems(

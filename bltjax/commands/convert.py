@@ -13,6 +13,7 @@ from absl import flags
 from bltjax import cli
 from bltjax.checkpoints.pytorch.convert import FORMATS, convert
 from bltjax.config.model import DTYPES
+from bltjax.runtime.terminal import printable
 
 
 def main(argv):
@@ -34,12 +35,12 @@ def main(argv):
     except (ValueError, OSError) as error:
         cli.fail(error)
     for note in result["notes"]:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     for name, kind in result.pop("tensors", {}).items():
         print(f"{name:72} {kind}")
     done = "would write" if chosen.dry_run else "wrote"
     print(
-        f"{done} {result['target']} in {result['format']} format: "
+        f"{done} {printable(result['target'])} in {result['format']} format: "
         f"{' and '.join(result['models'])}, {result['parameters']:,} parameters, "
         f"{result['bytes'] / 1e9:.2f} GB ({', '.join(result['dtypes'])}), {result['seconds']} s"
     )

@@ -1,9 +1,10 @@
 """Measures a model: `bltjax evaluate --checkpoint=DIR --data=PATH`, and named tasks.
 
-PATH is a file, or a directory of which every file that is not hidden is a document, or holds one
-in each line (.jsonl, .ndjson, also .gz and .zst). Its top-level directories, and files of lines
-beside them, are the sources, with a result each; so are languages, where lines name theirs. Prints
-a table of bits per byte, with xz for scale. Further parts, with --data or without:
+PATH is a file, a glob, or a directory of which every file that is not hidden is read: as a text,
+decompressed if need be, or, where it holds records (.jsonl, .parquet and others), as one for each.
+Top-level directories, and files of records beside them, are the sources, with a result each; so are
+languages, where records name theirs. Prints a table of bits per byte, with xz for scale. Further
+parts, with --data or without:
 
     --suites=characters,noise   questions about characters; multiple choice from --data, with noise
     --samples=N                 how much of what the model writes is valid UTF-8
@@ -14,28 +15,29 @@ The last line is all of it as JSON.
 
 import json
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from bltjax import cli
 from bltjax.evaluation import suites
-from bltjax.evaluation.files import chosen_files, evaluate, read_documents
+from bltjax.evaluation.files import evaluate
+from bltjax.evaluation.texts import find_texts, read_texts
 from bltjax.runtime.terminal import json_number
 
 
 def run(chosen) -> dict:
     """Runs the measurements that the flags ask for; returns their results."""
-    if chosen.data is not None:
-        Path(chosen.data).stat()  # a wrong path shows before the model is loaded
+    texts = None
+    if chosen.data is not None:  # a wrong path shows before the model is loaded
+        options = dict(kind=chosen.kind, field=chosen.field, max_bytes=chosen.max_bytes)
+        texts = find_texts(chosen.data, **options)
     model, result = cli.open_model(), {}
-    if chosen.data is not None:
-        result |= evaluate(model, chosen.data, chosen.max_bytes, chosen.row_bytes)
+    if texts is not None:
+        result |= evaluate(model, texts, row_bytes=chosen.row_bytes)
     if "characters" in chosen.suites:
         result["characters"] = suites.character_suite(model, chosen.words, chosen.limit)
     if "noise" in chosen.suites:
-        files = chosen_files(chosen.data, chosen.max_bytes, [])
-        documents = [document.data for document in read_documents(files, [])]
+        documents = [document.data for document in read_texts(texts, [])]
         result["noise"] = suites.noise_suite(model, documents, chosen.limit)
     if chosen.samples:
         result["samples"] = suites.sample_suite(model, chosen.samples)
@@ -72,7 +74,8 @@ def _without_nan(value):
 
 def define_flags():
     cli.define_model_flags()
-    cli.define_path("data", "A file, or a directory of files.")
+    cli.define_text_flags("data")
+    cli.define_path("data", "A file, a directory of files, or a glob.")
     flags.DEFINE_list("suites", [], f"Further parts, see above: {', '.join(suites.SUITES)}.")
     flags.DEFINE_integer("samples", 0, "Texts to draw from the model.", 0)
     flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (pip install 'bltjax[eval]').")
@@ -80,7 +83,6 @@ def define_flags():
     flags.DEFINE_string("noise", None, "Noise in --tasks: drop, or drop:prompt, and so on.")
     flags.DEFINE_integer("limit", None, "Questions of a task, at most.", 1)
     cli.define_path("words", "A file of words for --suites=characters.")
-    flags.DEFINE_integer("max_bytes", None, "Read no more than this; files are not cut.", 0)
     flags.DEFINE_integer("row_bytes", None, "Bytes that the model sees at a time.", 8)
 
 

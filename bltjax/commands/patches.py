@@ -1,8 +1,8 @@
 """Shows the patches of a text: `bltjax patches --checkpoint=DIR --input=FILE`.
 
 Prints the text with its patches, their lengths, and, with --png and --html, the entropy of each
-byte. For a folder it prints a table: bytes per patch of each subfolder (a language, a source) and
-file. Any bytes are text. The last line is all of it as JSON.
+byte. For a folder, a glob or a file of records it prints a table: bytes per patch of each subfolder
+(a language, a source) and file. Any bytes are text. The last line is all of it as JSON.
 """
 
 import dataclasses
@@ -17,10 +17,18 @@ from absl import flags
 
 from bltjax import cli
 from bltjax.config import PatchingConfig
-from bltjax.evaluation.files import read_beginning
 from bltjax.evaluation.patches import pictures
-from bltjax.evaluation.patches.tables import result_of, show_folder, show_text
+from bltjax.evaluation.patches.tables import result_of, show_table, show_text
 from bltjax.evaluation.patches.view import PatchView
+from bltjax.evaluation.texts import (
+    Bad,
+    Texts,
+    find_texts,
+    read_input,
+    read_stdin,
+    told,
+    unreadable,
+)
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.files import replacing
 from bltjax.runtime.terminal import printable
@@ -28,13 +36,20 @@ from bltjax.runtime.terminal import printable
 MAX_SHOWN_BYTES = 1_000_000  # of a text that is shown: pages of more are slow to look at
 
 
-def read_shown(path: str, max_bytes: int | None) -> bytes:
-    """The text to show. Raises ValueError where it is longer than MAX_SHOWN_BYTES."""
+def read_shown(chosen, texts: Texts | None, bad: list[Bad]) -> bytes:
+    """The text to show, of a file or, without `texts`, of standard input.
+
+    Raises ValueError where it is longer than MAX_SHOWN_BYTES.
+    """
     most = MAX_SHOWN_BYTES + 1
-    text = read_beginning(path, most if max_bytes is None else min(max_bytes, most))
+    limit = most if chosen.max_bytes is None else min(chosen.max_bytes, most)
+    if texts is None:
+        text = read_stdin(chosen.kind, limit, bad)
+    else:
+        (text,) = read_input(texts._replace(share=limit), bad)
     if len(text) > MAX_SHOWN_BYTES:
         raise ValueError(
-            f"{path} has more than the {MAX_SHOWN_BYTES} bytes that can be shown: give "
+            f"{chosen.input} has more than the {MAX_SHOWN_BYTES} bytes that can be shown: give "
             f"--max_bytes={MAX_SHOWN_BYTES} for its beginning, or a folder for a table only"
         )
     return text
@@ -53,24 +68,28 @@ def with_threshold(patching: PatchingConfig, threshold: float) -> PatchingConfig
 
 def run(chosen) -> dict:
     """Shows what the flags ask for; returns the content of the last line."""
-    is_folder = chosen.input != "-" and Path(chosen.input).is_dir()
-    _check_targets(chosen, is_folder)
-    text = None if is_folder else read_shown(chosen.input, chosen.max_bytes)
+    texts, bad = None, []
+    if chosen.input != "-":
+        options = dict(kind=chosen.kind, field=chosen.field, max_bytes=chosen.max_bytes)
+        texts = find_texts(chosen.input, **options, files_apart=True)
+    is_table = texts is not None and (os.path.isdir(texts.path) or not texts.is_one_text())
+    _check_targets(chosen, is_table)
+    text = None if is_table else read_shown(chosen, texts, bad)
     model = cli.open_model()
     patching = model.patching
     if chosen.threshold is not None:
         patching = with_threshold(patching, chosen.threshold)
-    if is_folder:
-        found = show_folder(model, Path(chosen.input), chosen.max_bytes, patching)
-        total, rows, unreadable = found["total"], found["rows"], found["unreadable"]
+    if is_table:
+        total, rows = show_table(model, texts, patching, bad)
     else:
         name = "standard input" if chosen.input == "-" else printable(Path(chosen.input).name)
         view, total, facts = show_text(model, text, patching, _colour(chosen.color))
-        rows, unreadable = [dict(name=chosen.input) | total.report()], []
+        rows = [dict(name=chosen.input) | total.report()]
     print("\n".join(["", "bytes of a patch", *pictures.histogram_lines(total.lengths)]))
-    if not is_folder:
+    if not is_table:
         save(view, name, facts, chosen.png, chosen.html)
-    return result_of(total, patching, model.patching) | dict(files=rows, unreadable=unreadable)
+    told(texts, bad)
+    return result_of(total, patching, model.patching) | dict(files=rows, **unreadable(texts, bad))
 
 
 def save(view: PatchView, name: str, facts: list[str], png: str | None, page: str | None):
@@ -95,14 +114,14 @@ def main(argv):
     print(json.dumps(result))
 
 
-def _check_targets(chosen, is_folder: bool):
+def _check_targets(chosen, is_table: bool):
     """A picture that cannot be written shows before the model is loaded."""
     for flag in ("png", "html"):
         target = getattr(chosen, flag)
         if target is None:
             continue
-        if is_folder:
-            raise ValueError(f"--{flag} shows one text, {chosen.input} is a folder: give a file")
+        if is_table:
+            raise ValueError(f"--{flag} shows one text, {chosen.input} is more: give a file")
         if not Path(target).parent.is_dir():
             raise ValueError(f"--{flag}={target} is in no folder: make {Path(target).parent}")
     if chosen.png is not None and importlib.util.find_spec("matplotlib") is None:
@@ -117,11 +136,11 @@ def _colour(when: str) -> bool:
 
 def define_flags():
     cli.define_model_flags()
-    cli.define_path("input", "A file, a folder of files, or - for standard input.")
+    cli.define_text_flags("input")
+    cli.define_path("input", "A file, a folder, a glob, or - for standard input.")
     cli.define_path("png", "Draw the entropy of each byte, with patches and threshold.")
     cli.define_path("html", "Write a page with coloured patches and their values.")
     flags.DEFINE_float("threshold", None, "Nats; instead of the model's own threshold.")
-    flags.DEFINE_integer("max_bytes", None, "Only the beginning of a text, or of each file.", 0)
     flags.DEFINE_enum("color", "auto", ("auto", "always", "never"), "Colours in the terminal.")
 
 

@@ -1,7 +1,9 @@
 """Scores texts: `bltjax score --checkpoint=DIR --input=FILE`.
 
 Prints nats, bits per byte, bytes and patches of each document, and all of it as JSON in the last
-line. Documents are any bytes; a document's score does not depend on the others.
+line. A file is a document, decompressed if need be, or, where it holds records (.jsonl, .parquet
+and others), each of them is one. Documents are any bytes; a document's score does not depend on the
+others.
 """
 
 import json
@@ -11,9 +13,9 @@ import sys
 from absl import flags
 
 from bltjax import cli
-from bltjax.evaluation.files import read_beginning
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.view import look
+from bltjax.evaluation.texts import Bad, Texts, find_texts, read_input, read_stdin, told, unreadable
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import json_number, print_table
 
@@ -49,28 +51,43 @@ def score(model, documents: list[bytes], show_patches: bool = False) -> dict:
     )
 
 
-def read_documents(path: str, lines: bool = False) -> list[bytes]:
-    """Reads a file (`-`: stdin) as one document, or each of its lines as one, without newline."""
-    data = read_beginning(path, None)
-    if not lines:
-        return [data]
-    return data.removesuffix(b"\n").split(b"\n") if data else []
+def read_documents(chosen) -> tuple[list[bytes], Texts | None, list[Bad]]:
+    """Reads the documents that the flags name, or each of their lines as one, without newline.
+
+    Returns them, the files that they are of (None: standard input), and what could not be read.
+    """
+    bad: list[Bad] = []
+    if chosen.input == "-":
+        texts = None
+        documents = [read_stdin(chosen.kind, chosen.max_bytes, bad)]
+    else:
+        kind = "text" if chosen.lines and chosen.kind == "auto" else chosen.kind
+        options = dict(kind=kind, field=chosen.field, max_bytes=chosen.max_bytes)
+        texts = find_texts(chosen.input, **options)
+        documents = read_input(texts, bad)
+    if chosen.lines:
+        lines = (document.removesuffix(b"\n").split(b"\n") for document in documents if document)
+        documents = [line for several in lines for line in several]
+    return documents, texts, bad
 
 
 def main(argv):
     cli.check_checkpoint_and_input(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
+    chosen = flags.FLAGS
     try:
-        documents = read_documents(flags.FLAGS.input, flags.FLAGS.lines)
-        result = score(cli.open_model(), documents, flags.FLAGS.show_patches)
+        documents, texts, bad = read_documents(chosen)
+        result = score(cli.open_model(), documents, chosen.show_patches)
+        told(texts, bad)
     except (ValueError, KeyError, OSError) as error:
         cli.fail(error)
-    print(json.dumps(result))
+    print(json.dumps(result | unreadable(texts, bad)))
 
 
 def define_flags():
     cli.define_model_flags()
-    cli.define_path("input", "A file, which is one document; - is standard input.")
+    cli.define_text_flags("input")
+    cli.define_path("input", "A file, a folder or a glob; - is standard input.")
     flags.DEFINE_bool("lines", False, "Each line is a document, without its newline.")
     flags.DEFINE_bool("show_patches", False, "Print each text too, cut with | at its patches.")
 

@@ -16,7 +16,8 @@ from bltjax.config.checks import (
 )
 
 HUB = "hf://"
-SOURCE_KINDS = ("auto", "text", "jsonl", "parquet", "array_record", "arrow", "huggingface")
+FILE_KINDS = ("auto", "text", "bytes", "jsonl", "parquet", "array_record", "arrow")
+SOURCE_KINDS = (*FILE_KINDS, "huggingface")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class SourceConfig:
     # a file, a directory or a glob, local or `gs://`; for `kind="huggingface"` a dataset on the
     # hub, or a directory that `datasets.load_dataset` takes
     path: str = ""
-    # `"auto"` decides by the name of each file; or one of `"text"`, `"jsonl"`, `"parquet"`,
+    # `"auto"` decides by the name of each file; `"text"`: a file is a document, decompressed if
+    # need be; `"bytes"`: the same with its bytes as they are; or one of `"jsonl"`, `"parquet"`,
     # `"array_record"`, `"arrow"`, `"huggingface"`
     kind: str = "auto"
     field: str = ""  # field of a record that holds its text; empty: the first of `data.text_fields`
@@ -58,7 +60,8 @@ class DataConfig:
     # running Python
     root: str = ""
     sources: tuple[SourceConfig, ...] = ()  # named sources, instead of `root`
-    # endings of the text files that are read in directories
+    # endings of the text files that are read in directories, also with `.gz`, `.zst`, `.xz` or
+    # `.bz2` behind them; `('',)`: any
     suffixes: tuple[str, ...] = (".py", ".rst", ".txt", ".md")
     exclude: tuple[str, ...] = (  # names of directories that are skipped
         "site-packages",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bltjax.data.sources.readers import need
+from bltjax.data.sources.libraries import need
 from bltjax.runtime.files import replacing
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE
 

@@ -10,7 +10,7 @@ from bltjax import sharding
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import RunConfig
 from bltjax.data.records.store import ENTROPIES, has_entropies, open_store
-from bltjax.data.sources.units import list_units
+from bltjax.data.sources.units import list_units, refuse_without_document
 from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
 
 
@@ -99,3 +99,5 @@ def check_sources(config: RunConfig, directory: RunDirectory):
                     f"the files at {source.path!r} (source {source.name!r}) hold no bytes: choose "
                     "another path"
                 )
+            if source.kind != "huggingface":
+                refuse_without_document(units, source, config.data)

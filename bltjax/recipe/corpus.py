@@ -12,6 +12,7 @@ from bltjax.data.batches.lanes import Layout
 from bltjax.data.batches.order import InOrder, Mixture, Shuffled
 from bltjax.data.records import store as records
 from bltjax.data.records.store import Documents, Shard, Store
+from bltjax.data.sources.units import no_document
 from bltjax.training.loop import TrainingData
 
 
@@ -28,6 +29,10 @@ def open_corpus(config: RunConfig, directory: RunDirectory) -> Store:
     measured = any(
         config.trained(name)[1].validate_every for name in TRAINING if name in config.stages
     )
+    bad = [record for of_source in store.bad.values() for record in of_source.first]
+    if bad and not any(map(store.documents, records.PARTS)):
+        reason = no_document(bad, f"the sources of {store.directory}")
+        raise ValueError(f"{reason}; then delete that directory")
     wanted = ["train"] + ["validation"] * ("evaluate" in config.stages or measured)
     for part in wanted:
         if not store.num_bytes(part):

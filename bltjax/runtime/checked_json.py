@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from bltjax.runtime.files import write_json
+from bltjax.runtime.plain_files import check_regular
 
 DIGEST = "digest"  # the key beside the others
 
@@ -26,6 +27,7 @@ def read_checked(path: Path) -> dict:
     A file without a digest, of an earlier version, is taken as it is. Raises ValueError that says
     what is wrong with the content, OSError where the file cannot be read.
     """
+    check_regular(path)
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

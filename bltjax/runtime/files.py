@@ -57,25 +57,25 @@ def new_directory(target: Path) -> Iterator[Path]:
     if partial.is_symlink() or (partial.exists() and not _was_ours(partial)):
         raise FileExistsError(f"{partial} is in the way: move it, or choose another target")
     missing = [parent for parent in partial.parents if not parent.exists()]
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = _held(partial / UNFINISHED)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = _held(partial / UNFINISHED)
+    except BaseException:
+        _remove_empty(partial, *missing)
+        raise
     if lock is None:
         raise BlockingIOError(
             f"another process is writing {target}: wait for it, or choose another target"
         )
-    with lock, endings.undoing(lambda: shutil.rmtree(partial, ignore_errors=True)):
-        for left in partial.iterdir():
-            if left.name != UNFINISHED:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with lock, endings.undoing(lambda: _remove_begun(partial, missing)):
         try:
+            _empty(partial)
             yield partial
             _refuse_existing(target)
             (partial / UNFINISHED).unlink()
             os.rename(partial, target)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            for parent in missing:
-                parent.rmdir()
+            _remove_begun(partial, missing)
             raise
 
 
@@ -126,6 +126,38 @@ def _held(path: Path):
         return FileLock(path, fallback_to_soft=False).acquire(blocking=False)
     except Timeout:
         return None
+
+
+def _empty(partial: Path):
+    """Removes all but the file that says that a directory is being filled."""
+    for left in partial.iterdir():
+        if left.name != UNFINISHED:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _remove(partial: Path, patience_seconds: float = 5.0):
+    """Removes a directory that threads of what was interrupted may still write, or make again."""
+    deadline = time.monotonic() + patience_seconds
+    while partial.exists() and time.monotonic() < deadline:
+        try:
+            _empty(partial)
+            (partial / UNFINISHED).unlink(missing_ok=True)
+            partial.rmdir()
+        except OSError:
+            with contextlib.suppress(OSError):
+                (partial / UNFINISHED).touch()  # so that the next attempt may empty it
+        time.sleep(0.1)
+
+
+def _remove_begun(partial: Path, missing: list[Path]):
+    _remove(partial)
+    _remove_empty(*missing)
+
+
+def _remove_empty(*directories: Path):
+    with contextlib.suppress(OSError):
+        for directory in directories:
+            directory.rmdir()
 
 
 def _was_ours(partial: Path) -> bool:

@@ -6,6 +6,8 @@ import json
 import pytest
 
 from bltjax.checkpoints import formats
+from bltjax.checkpoints.pytorch.convert import convert
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.weights import WeightsError
 from bltjax.config import BLTConfig, PatchingConfig, RunConfig, to_dict
 
@@ -21,3 +23,15 @@ def test_an_unknown_patching_rule(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(described))
     with pytest.raises(WeightsError, match=rf"{name}: .*'words' is unknown: choose one of entropy"):
         formats.read(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["bltjax", "hf", "meta"])
+def test_a_run_of_a_token_model_has_no_other_format(tmp_path, format):
+    run = RunDirectory(tmp_path / "run")
+    run.claim(dataclasses.replace(RunConfig(), stages=("token_model", "evaluate")))
+    with pytest.raises(WeightsError, match="without a checkpoint yet: train it first"):
+        convert(run.path, tmp_path / "target", format)
+    (run.path / "token_model" / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(WeightsError, match="token model, which no other format has") as raised:
+        convert(run.path, tmp_path / "target", format)
+    assert "train it" not in str(raised.value)

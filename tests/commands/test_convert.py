@@ -79,7 +79,7 @@ def meaning(directory):
 
     weights = formats.read(directory)
     return weights._replace(
-        blt=plain(weights.blt), entropy_model=plain(weights.entropy_model), params={}
+        blt=plain(weights.blt), entropy_model=plain(weights.entropy_model), params={}, notes=()
     )
 
 
@@ -537,8 +537,11 @@ def large_model(directory):
 
 def test_command_prints_a_line_of_json(tmp_path):
     source = directories.hub(tmp_path / "source", "hf_A_1b_like")
+    (source / "LICENSE\x1b[31m").touch()
     done = run(f"--source={source}", f"--target={tmp_path / 'target'}", "--format=meta")
     assert done.returncode == 0, done.stderr
+    assert "note: config.json does not say dtype: the tensors keep theirs" in done.stderr
+    assert "neither read nor copied: LICENSE\\x1b[31m" in done.stderr and "\x1b" not in done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["parameters"] == 292_688 and result["models"] == ["blt", "entropy_model"]
     listed = run(f"--source={source}", f"--target={tmp_path / 'other'}", "--format=hf", "--dry_run")

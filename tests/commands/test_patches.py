@@ -50,6 +50,7 @@ def model(loaded, monkeypatch):
 
 def chosen(path, **flags):
     unset = dict(png=None, html=None, threshold=None, max_bytes=None, color="never")
+    unset |= dict(kind="auto", field="")
     return SimpleNamespace(**unset | dict(input=str(path)) | flags)
 
 
@@ -163,9 +164,11 @@ def test_a_folder_is_a_table(model, folder, max_bytes, read_bytes, monkeypatch, 
     monkeypatch.setattr(tables, "READ_BYTES", read_bytes)
     result = patches.run(chosen(folder, max_bytes=max_bytes))
     counted = {}
-    for name in ("de/one", "de/deep/two", "bin/x", "top.txt", "empty"):
-        text = (folder / name).read_bytes()[:max_bytes]
+    share = max_bytes and max_bytes // 4
+    for name in ("de/deep/two", "de/one", "bin/x", "top.txt", "empty"):
+        text = (folder / name).read_bytes()
         seen = counted.setdefault(name.split("/")[0], SimpleNamespace(files=0, patches=[], nats=[]))
+        text = text[: share and share - sum(map(len, seen.patches))]
         seen.files += 1
         seen.patches += cut(model, text)
         seen.nats += model.entropies(row(text))[0, : len(text)].tolist()
@@ -185,7 +188,7 @@ def test_a_folder_is_a_table(model, folder, max_bytes, read_bytes, monkeypatch, 
     everything = [patch for seen in counted.values() for patch in seen.patches]
     assert result["patches"] == len(everything) == sum(result["histogram"].values())
     assert result["bytes"] == sum(map(len, everything))
-    assert result["unreadable"] == [str(folder / "bin" / "gone")]
+    assert result["unreadable"] == ["bin/gone: a link that leads nowhere"]
     printed = capsys.readouterr()
     table = [line.split() for line in printed.out.splitlines()[:6]]
     assert table[0] == ["source", "files", "bytes", "patches", "bytes/patch", "nats/byte"]
@@ -202,8 +205,8 @@ def test_what_cannot_be_done_is_told(model, folder, tmp_path, monkeypatch):
     told("--html shows one text", path=folder, html=str(tmp_path / "x"))
     told("--png=.*: make .*/none", png=str(tmp_path / "none" / "x.png"))
     told("--threshold=nan must be a finite number", threshold=float("nan"))
-    told("no file can be read at .*empty_folder", path=_made(tmp_path / "empty_folder"))
-    told("No such file", OSError, path=tmp_path / "missing")
+    told("no file below .*empty_folder", path=_made(tmp_path / "empty_folder"))
+    told("nothing at .*missing", OSError, path=tmp_path / "missing")
     monkeypatch.setattr(patches, "MAX_SHOWN_BYTES", 5)
     told("more than the 5 bytes that can be shown: give --max_bytes=5")
     assert patches.run(chosen(folder / "top.txt", max_bytes=5))["bytes"] == 5

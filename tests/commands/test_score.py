@@ -1,6 +1,7 @@
 """The commands score and evaluate: what they print, read and refuse, around a model of ours."""
 
 import functools
+import gzip
 import json
 import lzma
 import math
@@ -8,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,14 +112,23 @@ def test_score_prints_a_table_and_json_in_the_last_line():
 
 def test_a_file_is_one_document_unless_its_lines_are(tmp_path, monkeypatch):
     path = tmp_path / "text"
-    path.write_bytes(b"one\r\n\ntwo")
-    assert score_command.read_documents(str(path)) == [b"one\r\n\ntwo"]
-    assert score_command.read_documents(str(path), lines=True) == [b"one\r", b"", b"two"]
-    path.write_bytes(b"\n")
-    assert score_command.read_documents(str(path), lines=True) == [b""]
-    path.write_bytes(b"")
-    assert score_command.read_documents(str(path)) == [b""]
-    assert score_command.read_documents(str(path), lines=True) == []
+
+    def read(text, lines=False, **flags):
+        path.write_bytes(text)
+        options = dict(kind="auto", field="", max_bytes=None) | flags
+        chosen = SimpleNamespace(input=str(path), lines=lines, **options)
+        return score_command.read_documents(chosen)[0]
+
+    assert read(b"one\r\n\ntwo") == [b"one\r\n\ntwo"]
+    assert read(b"one\r\n\ntwo", lines=True) == [b"one\r", b"", b"two"]
+    assert read(b"one\r\n\ntwo", lines=True, max_bytes=7) == [b"one\r", b"", b"t"]
+    assert read(gzip.compress(b"one\ntwo"), lines=True) == [b"one", b"two"]
+    assert read(b"\n", lines=True) == [b""]
+    assert read(b"") == [b""]
+    assert read(b"", lines=True) == []
+    path = tmp_path / "a.jsonl"
+    assert read(b'{"text": "t"}\n{}') == [b"t"]
+    assert read(b'{"text": "t"}\n{}', lines=True) == [b'{"text": "t"}', b"{}"]
     result = score_command.score(FakeModel(), [])
     assert result == dict(documents=[], nats=0.0, num_bytes=0, bits_per_byte=None)
 
@@ -157,27 +168,32 @@ def corpus(tmp_path):
 def test_evaluate_measures_every_source(corpus, capsys):
     model = FakeModel()
     result = evaluate_command.evaluate(model, corpus, row_bytes=64)
-    assert list(result["sources"]) == [".", "a", "b"]
+    assert list(result["sources"]) == ["a", "b", "corpus"]
     assert [s["documents"] for s in result["sources"].values()] == [2, 2, 2]
-    assert [s["num_bytes"] for s in result["sources"].values()] == [8, 100, 4500]
+    assert [s["num_bytes"] for s in result["sources"].values()] == [100, 4500, 8]
     assert result["documents"] == 6 and result["num_bytes"] == 4608
     assert result["nats"] == pytest.approx(2304 * math.log(2))
     assert result["bits_per_byte"] == pytest.approx(0.5)
     contents = [b"level", b"top"]
-    assert model.calls[0][0][:2] == contents and model.calls[0][1] == dict(row_bytes=64)
+    assert model.calls[0][0][4:] == contents and model.calls[0][1] == dict(row_bytes=64)
     patches = sum(int(space_starts(encode(data))[:-1].sum()) for data in contents)
-    assert result["sources"]["."]["mean_patch_bytes"] == (8 + 4) / patches
-    xz = len(lzma.compress(b"".join(model.calls[0][0][4:]), preset=9))
+    assert result["sources"]["corpus"]["mean_patch_bytes"] == (8 + 4) / patches
+    xz = len(lzma.compress(b"".join(model.calls[0][0][2:4]), preset=9))
     assert result["sources"]["b"]["xz_bits_per_byte"] == 8 * xz / 4500
     sizes = [s["num_bytes"] * s["xz_bits_per_byte"] for s in result["sources"].values()]
     assert result["xz_bits_per_byte"] == pytest.approx(sum(sizes) / 4608)
-    assert result["unreadable"] == [str(corpus / "a" / "gone")]
+    gone, pipe = "a/gone: a link that leads nowhere", "b/pipe: no regular file, but a pipe,"
+    assert result["unreadable"][0] == gone and result["unreadable"][1].startswith(pipe)
+    assert len(result["unreadable"]) == 2
     printed = capsys.readouterr()
     rows = [line.split() for line in printed.out.splitlines()]
     assert rows[0] == ["source", "documents", "bytes", "bits/byte", "bytes/patch", "xz"]
-    assert [row[0] for row in rows[1:]] == [".", "a", "b", "all"]
-    assert rows[3][1:4] == ["2", "4500", "0.5000"]
-    assert printed.err == f"1 could not be read: {corpus / 'a' / 'gone'}\n"
+    assert [row[0] for row in rows[1:]] == ["a", "b", "corpus", "all"]
+    assert rows[2][1:4] == ["2", "4500", "0.5000"]
+    told, hidden = printed.err.splitlines()
+    assert told.startswith(f"could not be read: {gone}; {pipe}")
+    assert hidden.startswith("left out of data: 2 files, 19998 bytes whose names")
+    assert result["left_out"] == [hidden]
 
 
 def test_evaluate_reads_a_part_of_the_files_at_a_time(corpus, monkeypatch, capsys):
@@ -185,7 +201,7 @@ def test_evaluate_reads_a_part_of_the_files_at_a_time(corpus, monkeypatch, capsy
     monkeypatch.setattr(evaluate_command, "READ_BYTES", 100)
     model = FakeModel()
     assert evaluate_command.evaluate(model, corpus) == whole
-    assert len(model.calls) == 3
+    assert len(model.calls) == 4
 
 
 def test_files_that_vanish_while_others_are_read_are_named(corpus, monkeypatch, capsys):
@@ -196,26 +212,39 @@ def test_files_that_vanish_while_others_are_read_are_named(corpus, monkeypatch, 
     monkeypatch.setattr(evaluate_command, "READ_BYTES", 1)
     monkeypatch.setattr(FakeModel, "score", score)
     result = evaluate_command.evaluate(FakeModel(), corpus)
-    assert result["documents"] == 5 and result["unreadable"][1:] == [str(corpus / "b" / "two")]
-    assert "2 could not be read" in capsys.readouterr().err
+    gone = f"b/two: {corpus / 'b' / 'two'} is gone since the files were listed: put it back"
+    assert result["documents"] == 5 and result["unreadable"][2].startswith(gone)
+    assert gone in capsys.readouterr().err
 
 
-def test_max_bytes_leaves_files_out_and_cuts_none(corpus, capsys):
-    sizes = [5, 3, 0, 100, 3000, 1500]
-    for limit in (5, 8, 107, 108, 3107, 4608):
+def test_max_bytes_is_stated(corpus, capsys):
+    sizes = dict(a=100, b=4500, corpus=8)
+    for limit in (3, 20, 300, 14_000):
         result = evaluate_command.evaluate(FakeModel(), corpus, max_bytes=limit)
-        taken = int(np.searchsorted(np.cumsum(sizes), limit, side="right"))
-        assert (result["documents"], result["num_bytes"]) == (taken, sum(sizes[:taken]))
-    with pytest.raises(ValueError, match="within max_bytes=4 "):
-        evaluate_command.evaluate(FakeModel(), corpus, max_bytes=4)
+        read = {name: found["num_bytes"] for name, found in result["sources"].items()}
+        assert read == {name: min(size, limit // 3) for name, size in sizes.items()}
+        assert result["bytes_per_source"] == limit // 3
+        assert f"at most {limit // 3} bytes of each source" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"max_bytes=2 is less than a byte for each of 3 sources"):
+        evaluate_command.evaluate(FakeModel(), corpus, max_bytes=2)
+
+
+def test_files_beside_folders_have_the_name_of_the_folder(corpus, monkeypatch, capsys):
+    (corpus / "corpus").mkdir()
+    (corpus / "corpus" / "x").write_bytes(b"inside")
+    monkeypatch.chdir(corpus)
+    for path in (corpus, ".", "./", f"{corpus}/*", "*", "../corpus"):
+        result = evaluate_command.evaluate(FakeModel(), path)
+        sizes = {name: found["num_bytes"] for name, found in result["sources"].items()}
+        assert sizes == {"a": 100, "b": 4500, "corpus": 6, "./corpus": 8}
 
 
 def test_evaluate_of_one_file_and_of_none(corpus, capsys):
     result = evaluate_command.evaluate(FakeModel(), corpus / "z.txt")
     assert list(result["sources"]) == ["z.txt"] and result["num_bytes"] == 3
-    result = evaluate_command.evaluate(FakeModel(), corpus / "a" / "empty")
-    assert result["bits_per_byte"] is None and result["xz_bits_per_byte"] is None
-    with pytest.raises(ValueError, match=r"no file can be read at .*\.git.* hidden files"):
+    with pytest.raises(ValueError, match=r"a/empty' hold no bytes"):
+        evaluate_command.evaluate(FakeModel(), corpus / "a" / "empty")
+    with pytest.raises(ValueError, match=r"no file below .*\.git.* 1 file, .* begin with a dot"):
         (corpus / "a" / ".git" / "config").rename(corpus / "a" / ".git" / ".config")
         evaluate_command.evaluate(FakeModel(), corpus / "a" / ".git")
 
@@ -226,8 +255,8 @@ def test_evaluate_prints_json_in_the_last_line(corpus):
     (corpus / name / "x").write_bytes(b"")
     code, out, err = run("evaluate", "--checkpoint=DIR", f"--data={corpus}", "--row_bytes=64")
     assert code == 0 and err[0] == "loaded DIR None None" and "could not" in err[1]
-    assert err[2:] == ["[{'row_bytes': 64}]"]
-    assert out[4].split()[:3] == ["caf\\xe9", "1", "0"]
+    assert "left out of data: 2 files" in err[2] and err[3:] == ["[{'row_bytes': 64}]"]
+    assert out[3].split()[:3] == ["caf\\xe9", "1", "0"]
     result = json.loads(out[-1], parse_constant=pytest.fail)
     assert result["documents"] == 7 and result["sources"][name]["bits_per_byte"] is None
 

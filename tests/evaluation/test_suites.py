@@ -21,7 +21,9 @@ from tests.evaluation.fakes import Speller
 
 space_starts = functools.partial(patch_starts, PatchingConfig("space"))
 
-ASKED = dict(data=None, suites=[], samples=0, tasks=[], row_bytes=None, max_bytes=None)
+ASKED = dict(
+    kind="auto", field="", data=None, suites=[], samples=0, tasks=[], row_bytes=None, max_bytes=None
+)
 ASKED |= dict(limit=None, words=None, tasks_path=None, noise=None)
 
 
@@ -52,7 +54,7 @@ def test_lines_are_documents_with_a_source_and_a_language(tmp_path, capsys):
     (tmp_path / "plain.txt").write_text("plain")
     result = files.evaluate(FakeModel(), tmp_path)
     sizes = {n: (s["documents"], s["num_bytes"]) for n, s in result["sources"].items()}
-    assert sizes == {"mixed": (3, 10), ".": (1, 5), "deep": (1, 5)}
+    assert sizes == {"mixed": (3, 10), tmp_path.name: (1, 5), "deep": (1, 5)}
     assert (result["documents"], result["num_bytes"]) == (5, 20)
     sizes = {n: (s["documents"], s["num_bytes"]) for n, s in result["languages"].items()}
     assert sizes == {"en": (1, 3), "fr": (3, 12)}
@@ -61,10 +63,10 @@ def test_lines_are_documents_with_a_source_and_a_language(tmp_path, capsys):
     texts = (b"un deux", b"trois", b"")
     patches = sum(int(space_starts(encode(text))[:-1].sum()) for text in texts)
     assert french["mean_patch_bytes"] == pytest.approx((12 + 2 * 3) / patches)
-    assert result["unreadable"] == ["mixed.jsonl.gz: not JSON: Expecting value"]
+    assert result["unreadable"] == ["mixed.jsonl.gz:line 2: not JSON: Expecting value"]
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out if line] == [
-        "source", "mixed", ".", "deep", "all", "language", "en", "fr",
+        "source", "deep", "mixed", tmp_path.name, "all", "language", "en", "fr",
     ]  # fmt: skip
 
 

@@ -180,3 +180,19 @@ def test_rows_follow_from_the_mean_patch(in_step):
     run = dataclasses.replace(run, blt_training=given)
     assert entropies.blt_layout(run, patched).row_patches == (0 if in_step else 912)
     assert 912 < entropies.in_step_patches(run, patched, 4096) <= 1152
+
+
+def test_sources_without_a_document_are_told_with_the_fields_there(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "t"}\n' * 30)
+    settings = get_config()
+    settings.data.root = str(tmp_path)
+    run, directory = from_config_dict(RunConfig, settings), RunDirectory(tmp_path / "run")
+    message = r"none of the 30 records .*'body' \(30 times\).*data.text_fields"
+    with pytest.raises(ValueError, match=message):
+        check_sources(run, directory)  # before anything is written
+    assert not directory.path.exists()
+    message = r"none of the 20 records .*'body' \(20 times\).*; then delete that directory"
+    with pytest.raises(ValueError, match=message):
+        corpus.open_corpus(run, directory)
+    settings.data.text_fields = ("body",)
+    check_sources(from_config_dict(RunConfig, settings), RunDirectory(tmp_path / "other"))

@@ -6,7 +6,9 @@ import shutil
 import time
 from pathlib import Path
 
+from bltjax.checkpoints.checksums import write_checksums
 from bltjax.runtime.files import new_directory
+from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
 
 FORMATS = ("bltjax", "hf", "meta")
@@ -25,9 +27,10 @@ def convert(
     """Writes the weights in `source` to a new directory `target` in `format`, one of FORMATS.
 
     The whole source is checked first, every value included. Then tensors are copied block by block,
-    so memory does not grow with the model. Raises WeightsError, which lists all problems of the
-    source or all that the format cannot express, or OSError; the target then does not exist.
-    dry_run: only checks, and returns the tensors that would be written. Returns a summary for JSON.
+    so memory does not grow with the model, and checksums.json is written. Raises WeightsError,
+    which lists all problems of the source or all that the format cannot express, ValueError, or
+    OSError; the target then does not exist. dry_run: only checks, and returns the tensors that
+    would be written. Returns a summary for JSON, with a note on all that had to be assumed.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
@@ -39,14 +42,14 @@ def convert(
     from bltjax.checkpoints.weights import flat
 
     started = time.perf_counter()
-    source = Path(os.path.expanduser(source))
+    sources = [Path(os.path.expanduser(p)) for p in (source, entropy_model) if p is not None]
     target = Path(os.path.expanduser(target)).absolute()
-    entropy_model = entropy_model and os.path.expanduser(entropy_model)
     formats.check_dtype(dtype)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
-        weights = read_and_check(source, target, entropy_model, progress)
+        weights = read_and_check(sources, target, progress)
         weights = formats.cast(weights, dtype)
         plan = formats.plan(weights, format)
+        notes = [*weights.notes, *plan.notes, *formats.left_behind(sources[0])]
         if not dry_run:
             write_new(plan, target, weights.num_bytes(), progress)
     leaves = flat(weights.params).values()
@@ -58,45 +61,78 @@ def convert(
         parameters=sum(math.prod(leaf.shape) for leaf in leaves),
         bytes=weights.num_bytes(),
         dtypes=sorted({leaf.dtype.name for leaf in leaves}),
-        notes=list(dict.fromkeys([*weights.notes, *plan.notes])),
+        notes=list(dict.fromkeys(notes)),
         seconds=round(time.perf_counter() - started, 1),
         **(dict(tensors=tensors_of(plan)) if dry_run else {}),
     )
 
 
-def read_and_check(source: Path, target: Path, entropy_model, progress: bool):
-    """Reads the source. Raises one error for all problems with it and with the target."""
+def read_and_check(sources: list[Path], target: Path, progress: bool):
+    """Reads the source, and the directory of its entropy model if there is a second one.
+
+    Raises one error for all problems with them and with the target.
+    """
     from bltjax.checkpoints import formats
     from bltjax.checkpoints.weights import WeightsError
 
-    problems = []
-    if target.exists() or target.is_symlink():
-        problems.append(f"the target {target} exists: choose another, or delete it")
-    paths = [Path(path) for path in (source, entropy_model) if path is not None]
+    wrong = target_error(target, sources)
     try:
-        total = sum(map(formats.stored_bytes, paths))
+        total = sum(map(formats.stored_bytes, sources))
         with progress_bar("checking", total, shown=progress) as bar:
-            weights = formats.read(source, entropy_model, bar.update)
+            weights = formats.read(*sources, on_progress=bar.update)
     except WeightsError as error:
-        if not problems:
+        if wrong is None:
             raise
-        raise WeightsError(source, [*problems, *error.problems]) from error
-    if problems:
-        raise FileExistsError(problems[0])
+        raise WeightsError(sources[0], [str(wrong), *error.problems]) from error
+    if wrong is not None:
+        raise wrong
     return weights
+
+
+def target_error(target: Path, sources: list[Path]) -> Exception | None:
+    """Returns what is wrong with a place for a new directory, None where nothing is seen yet."""
+    try:
+        place = target.resolve()
+        for source in (source.resolve() for source in sources):
+            if place == source:
+                return FileExistsError(f"the target {target} is the source: choose another")
+            if source in place.parents:
+                return ValueError(f"the target {target} is inside of {source}: choose another")
+        if target.exists() or target.is_symlink():
+            return FileExistsError(f"the target {target} exists: choose another, or delete it")
+        parent = next(parent for parent in target.parents if parent.exists())
+        if not parent.is_dir():
+            return NotADirectoryError(f"{parent} is a file, so {target} cannot be: choose another")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            return PermissionError(f"{parent} is not writable: choose another target")
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
+        return OSError(f"the target {target} cannot be ({reason(error)}): choose another")
+    return None
 
 
 def write_new(plan, target: Path, num_bytes: int, progress: bool):
     """Writes a directory that appears as `target` once it is complete."""
-    bar = progress_bar("writing", num_bytes, shown=progress)
-    with new_directory(target) as partial, bar:
-        free = shutil.disk_usage(partial).free
-        if free < num_bytes:
-            raise OSError(
-                f"{target} needs {num_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
-                "free: make room, or choose another target"
-            )
-        plan.write(partial, bar.update)
+    from bltjax.checkpoints.disk_errors import is_of_disk, unwritable
+
+    bar = progress_bar("writing", 2 * num_bytes, shown=progress)  # then read for the checksums
+    try:
+        with new_directory(target) as partial, bar:
+            free = shutil.disk_usage(partial).free
+            if free < num_bytes:
+                raise OSError(
+                    f"{target} needs {num_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
+                    "free: make room, or choose another target"
+                )
+            plan.write(partial, bar.update)
+            for name in plan.inside:
+                write_checksums(partial / name)
+            write_checksums(partial, bar.update)
+    except (OSError, ValueError, RuntimeError) as error:  # Orbax may wrap those of the disk
+        cause = error.__cause__ or error
+        said = isinstance(cause, OSError) and cause.errno is None  # in our words already
+        if said or not is_of_disk(cause):
+            raise
+        raise unwritable(target, cause) from error
 
 
 def tensors_of(plan, directory: str = "") -> dict[str, str]:

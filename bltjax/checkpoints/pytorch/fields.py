@@ -5,6 +5,7 @@ noticed.
 """
 
 import difflib
+import itertools
 import json
 import math
 import operator
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bltjax.checkpoints.lazy_arrays import insert
+from bltjax.runtime.plain_files import parse_json, read_bytes, reason
 
 REQUIRED = object()
 LARGEST = 2**28  # limit of whole numbers; sizes of models are far below
 DEEPEST = 20  # limit of nesting
+MOST_UNKNOWN = 20  # fields that are named, since looking for the nearest one takes time
 
 
 class Pair(NamedTuple):
@@ -34,40 +37,38 @@ class Pair(NamedTuple):
 def read_json(path: Path, problems: list[str]) -> dict:
     """Reads the JSON object in a file; returns {} and adds a problem where there is none."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        values = json.loads(text, object_pairs_hook=_object_without_twins)
+        values = parse_json(read_bytes(path))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path.name} cannot be read as JSON ({error})")
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name} cannot be read as JSON ({reason(error)})")
         return {}
     if not isinstance(values, dict):
         problems.append(f"{path.name} holds a {type(values).__name__}, must be an object")
         return {}
-    level = [values]
+    level: list = [values]
     for _ in range(DEEPEST):
-        level = [v for group in level for v in group.values() if isinstance(v, dict)]
+        level = [v for group in level for v in _values(group) if isinstance(v, (dict, list))]
     if level:
-        problems.append(f"{path.name} holds objects more than {DEEPEST} deep: correct it")
+        problems.append(f"{path.name} holds values more than {DEEPEST} deep: correct it")
         return {}
     return values
 
 
-def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twins = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"{', '.join(twins)} is there twice")
-    return found
+def _values(group: dict | list) -> Iterable:
+    return group.values() if isinstance(group, dict) else group
 
 
 class Fields:
-    """Fields of a JSON object, taken by dotted path; `problems` lists what is wrong with them."""
+    """Fields of a JSON object, taken by dotted path.
+
+    problems: what is wrong with them. assumed: defaults by path, where the object says nothing.
+    """
 
     def __init__(self, name: str, values: dict):
         self.name, self.values, self.problems = name, values, []
+        self.assumed: dict[str, Any] = {}
         self._taken: set[str] = set()
 
     def take(self, path: str, kind: type, default=REQUIRED):
@@ -80,6 +81,7 @@ class Fields:
         value = self._get(path)
         if value is None:
             if default is not REQUIRED:
+                self._assume(path, default)
                 return default
             self._problem(f"{self.name}.{path} is missing")
             return None
@@ -102,19 +104,28 @@ class Fields:
             return None
         return value
 
-    def must_be(self, path: str, allowed: Collection, why: str):
-        """Checks that a field is absent, null, or one of the allowed values."""
+    def must_be(self, path: str, allowed: Collection, why: str, assume=None):
+        """Checks that a field is absent, null, or one of the allowed values.
+
+        assume: what an absent field is taken for, where nothing else tells.
+        """
         self._taken.add(path)
         value = self._get(path)
+        if value is None and assume is not None:
+            self._assume(path, assume)
         if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
             self._problem(f"{self.name}.{path}={_short(value)} is not supported: {why}")
 
     def must_not_be_null(self, path: str, why: str):
         """Checks that a field whose null does not mean its default is not null."""
-        *groups, last = path.split(".")
-        group = self._get(".".join(groups)) if groups else self.values
-        if isinstance(group, dict) and last in group and group[last] is None:
+        if self._says(path) and self._get(path) is None:
             self._problem(f"{self.name}.{path}=null is not supported: {why}")
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns a note that names all values that were assumed, or none."""
+        values = (f"{path}={json.dumps(value)}" for path, value in self.assumed.items())
+        told = ", ".join(values)
+        return (f"{self.name} does not say, so it is assumed: {told}",) if told else ()
 
     def ignore(self, paths: Iterable[str]):
         """Accepts fields that change nothing here, whatever their value."""
@@ -122,17 +133,21 @@ class Fields:
 
     def check_all_known(self):
         """Adds a problem for each field that was neither taken nor ignored."""
-        for path in _paths(self.values):
-            groups = {known for known in self._taken if known.startswith(f"{path}.")}
-            if groups and not self._get(path):  # a group that says nothing
-                continue
-            if not any(path == known or path.startswith(f"{known}.") for known in self._taken):
-                near = difflib.get_close_matches(path, self._taken, n=1)
-                hint = f"did you mean {near[0]}?" if near else "remove it if it changes nothing"
-                self._problem(
-                    f"{self.name}.{path}={_short(self._get(path))} is a field that nobody knows: "
-                    f"{hint}"
-                )
+        groups = {group for known in self._taken for group in _prefixes(known)}
+        unknown = [
+            path
+            for path in _paths(self.values)
+            if self._taken.isdisjoint(_prefixes(path))
+            and (self._get(path) or path not in groups)  # not a group that says nothing
+        ]
+        for path in unknown[:MOST_UNKNOWN]:
+            near = difflib.get_close_matches(path, self._taken, n=1)
+            hint = f"did you mean {near[0]}?" if near else "remove it if it changes nothing"
+            self._problem(
+                f"{self.name}.{path}={_short(self._get(path))} is a field that nobody knows: {hint}"
+            )
+        if (more := len(unknown) - MOST_UNKNOWN) > 0:
+            self._problem(f"{self.name} has {more} more fields that nobody knows: remove them")
 
     def _get(self, path: str):
         value = self.values
@@ -141,6 +156,16 @@ class Fields:
                 return None
             value = value.get(key)
         return value
+
+    def _says(self, path: str) -> bool:
+        """Returns whether a field is there, be it null."""
+        *groups, last = path.split(".")
+        group = self._get(".".join(groups)) if groups else self.values
+        return isinstance(group, dict) and last in group
+
+    def _assume(self, path: str, value):
+        if value not in (None, ()) or not self._says(path):  # else null says it
+            self.assumed[path] = value
 
     def _problem(self, text: str):
         if text not in self.problems:  # several of our settings may share a field
@@ -196,10 +221,16 @@ def merged(*trees: dict) -> dict:
 
 def _paths(values: dict, prefix: str = "") -> Iterable[str]:
     for key, value in values.items():
+        path = prefix + (repr(key) if "." in key else key)  # a dot is no way into a group
         if isinstance(value, dict) and value:
-            yield from _paths(value, f"{prefix}{key}.")
+            yield from _paths(value, f"{path}.")
         else:
-            yield f"{prefix}{key}"
+            yield path
+
+
+def _prefixes(path: str) -> Iterable[str]:
+    """Yields a, a.b and a.b.c for a.b.c."""
+    return itertools.accumulate(path.split("."), "{}.{}".format)
 
 
 def _short(value) -> str:

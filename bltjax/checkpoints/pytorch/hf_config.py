@@ -128,6 +128,10 @@ def read(config: dict, problems: list[str]) -> Weights | None:
         ),
     )
     _check_supported(fields, blt)
+    if not with_patcher:
+        unused = [path for path in fields.assumed if path.startswith(f"{_PATCHER.group}.")]
+        for path in unused:
+            del fields.assumed[path]
     fields.check_all_known()
     problems += fields.problems
     if fields.problems:
@@ -149,7 +153,8 @@ def read(config: dict, problems: list[str]) -> Weights | None:
     problems += impossible
     if impossible:
         return None
-    return Weights(model, entropy_model, patching, {}, lengths, notes(model, patching))
+    found = (*fields.notes(), *notes(model, patching))
+    return Weights(model, entropy_model, patching, {}, lengths, found)
 
 
 def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
@@ -222,8 +227,7 @@ def _ignore_what_changes_nothing(fields: Fields):
 def _complete_stack(fields: Fields, values: dict, stack: _Stack):
     """Adds values that may have older names, and checks fields that have one supported value."""
     group = stack.group
-    legacy_theta = fields.take(f"{group}.rope_theta", float, stack.rope_theta)
-    values["rope_theta"] = fields.take(f"{group}.rope_parameters.rope_theta", float, legacy_theta)
+    values["rope_theta"] = _theta(fields, group, stack.rope_theta)
     fields.must_be(
         f"{group}.norm_eps",
         (values["norm_eps"],),
@@ -232,7 +236,9 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
     fields.must_be(f"{group}.rope_parameters.rope_type", ("default",), "only plain rotary is known")
     plain = ({"rope_type": "default"}, {"type": "default"}, {})
     fields.must_be(f"{group}.rope_scaling", plain, "only plain rotary embedding is known")
-    fields.must_be(f"{group}.hidden_act", ("silu",), "feed-forward layers are SwiGLU")
+    fields.must_be(
+        f"{group}.hidden_act", ("silu",), "feed-forward layers are SwiGLU", assume="silu"
+    )
     fields.must_be(f"{group}.tie_word_embeddings", (False,), "the output layer is its own")
     for name in ("attention_bias", "mlp_bias"):
         fields.must_be(f"{group}.{name}", (False,), "layers have no biases")
@@ -251,8 +257,21 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
         values["ffn_width"] = None
 
 
+def _theta(fields: Fields, group: str, default: float) -> float:
+    """Takes the base of rotary positions under its newer or its older name."""
+    newer, older = f"{group}.rope_parameters.rope_theta", f"{group}.rope_theta"
+    theta = fields.take(newer, float, fields.take(older, float, default))
+    if not {newer, older} <= fields.assumed.keys():  # one of the two says it
+        fields.assumed.pop(newer, None)
+    fields.assumed.pop(older, None)
+    return theta
+
+
 def _check_supported(fields: Fields, blt: dict):
-    fields.must_be("patching_mode", ("entropy",), "transformers knows entropy patching only")
+    fields.must_be(
+        "patching_mode", ("entropy",), "transformers knows entropy patching only", assume="entropy"
+    )
+    fields.must_be("quantization_config", (), "save the weights in bfloat16 or float32 instead")
     fields.must_be("tie_word_embeddings", (False,), "the output layer is its own")
     for field in ("local_attention_window_len", "patcher_config.sliding_window"):
         fields.must_not_be_null(field, "local stacks need a window, set one")

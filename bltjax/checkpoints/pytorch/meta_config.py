@@ -149,7 +149,7 @@ def read_blt(args: dict, patcher_args: dict, problems: list[str]) -> Weights | N
     fields, patcher = Fields("args", args), Fields("patcher_args", patcher_args)
     fields.ignore([*_BLT_IGNORED, "cross_attn_init_by_pooling"])
     for key, (allowed, why) in _LIMITED.items():
-        fields.must_be(key, allowed, why)
+        fields.must_be(key, allowed, why, assume=EOS_ID if key in _EOS else None)
     fields.must_not_be_null("local_attention_window_len", "local stacks need a window, set one")
     ours = read_pairs(fields, _BLT)
     cross = ours["cross_attention"]
@@ -158,6 +158,9 @@ def read_blt(args: dict, patcher_args: dict, problems: list[str]) -> Weights | N
     if cross["encoder"] or cross["decoder"]:  # then there is no default
         fields.take("cross_attn_nheads", int)
         fields.take("cross_attn_k", int)
+    else:  # without effect
+        fields.assumed.pop("cross_attn_nheads", None)
+        fields.assumed.pop("cross_attn_k", None)
     ours["pooling"] = _POOLING.get(ours["pooling"])
     lengths = Lengths(
         bytes=fields.take("max_encoder_seq_length", int, Lengths().bytes),
@@ -172,7 +175,9 @@ def read_blt(args: dict, patcher_args: dict, problems: list[str]) -> Weights | N
         config = from_config_dict(BLTConfig, ours)
         found = problems_in_their_words(config, "args", _BLT) + patching.problems("patcher_args")
     problems += found
-    return None if found else Weights(config, None, patching, {}, lengths)
+    if found:
+        return None
+    return Weights(config, None, patching, {}, lengths, fields.notes())
 
 
 def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
@@ -181,6 +186,10 @@ def _read_patching(fields: Fields, patcher: Fields) -> PatchingConfig:
     for theirs, models, kind, default in _PATCHING:
         fallback = fields.take(models, kind, default)
         values[theirs] = patcher.take(theirs, kind, fallback)
+        if theirs in patcher.assumed:
+            del patcher.assumed[theirs]  # then the model's field says it, or is assumed
+        else:
+            fields.assumed.pop(models, None)
     rule = values["patching_mode"]
     if rule == "entropy" and values["monotonicity"]:
         rule = "monotonic"
@@ -202,7 +211,7 @@ def read_entropy_model(args: dict, problems: list[str]) -> Weights | None:
     fields = Fields("entropy_model", args)
     fields.ignore(_IGNORED)
     for key, (allowed, why) in _EOS.items():
-        fields.must_be(key, allowed, why)
+        fields.must_be(key, allowed, why, assume=EOS_ID)
     ours = read_pairs(fields, _ENTROPY_MODEL)
     lengths = Lengths(entropy_bytes=fields.take("max_seqlen", int, Lengths().entropy_bytes))
     fields.check_all_known()
@@ -212,7 +221,7 @@ def read_entropy_model(args: dict, problems: list[str]) -> Weights | None:
         found = problems_in_their_words(config, "entropy_model", _ENTROPY_MODEL)
     problems += found
     patching = PatchingConfig(target_patch_bytes=None)
-    return None if found else Weights(None, config, patching, {}, lengths)
+    return None if found else Weights(None, config, patching, {}, lengths, fields.notes())
 
 
 def write_blt(weights: Weights, problems: list[str]) -> dict:

@@ -18,14 +18,25 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from bltjax.checkpoints.lazy_arrays import num_bytes
 from bltjax.checkpoints.pytorch.stored_array import Refused, StoredArray
 
 MAX_DEPTH = 100  # so that readers of the tree can recurse
 MAX_NODES = 2**22  # shared entries can make an endless tree of a small pickle
+MAX_REPEATS = 64  # bytes of all tensors to bytes of all storages: views may repeat them, up to this
 
 REMEDY = (
     "a weight file holds tensors only; re-save it with torch.save({'model': model.state_dict()})"
 )
+
+
+_OTHER_DTYPES = {  # what torch.save calls for dtypes that weights cannot have here
+    ("torch._utils", "_rebuild_tensor_v3"): "float8 or of unsigned integers",
+    ("torch._utils", "_rebuild_qtensor"): "quantized",
+    ("torch", "ComplexFloatStorage"): "complex",
+    ("torch", "ComplexDoubleStorage"): "complex",
+    **{("torch", f"{kind}Storage"): "quantized" for kind in ("QInt8", "QInt32", "QUInt8")},
+}
 
 
 class Entry(NamedTuple):
@@ -51,13 +62,20 @@ def read_program(program: bytes, path: Path, storages: Mapping[str, Entry]) -> A
     storages: places of the bytes, by key. Raises Refused for what no weight file needs, and any
     Exception for a damaged pickle.
     """
-    return _checked(_Interpreter(path, storages).run(program), path)
+    limit = MAX_REPEATS * sum(entry.size for entry in storages.values())
+    return _checked(_Interpreter(path, storages).run(program), path, limit)
 
 
-def _checked(tree: Any, path: Path) -> Any:
-    """Returns the tree if it holds only tensors and plain values and is not too deep."""
-    level, num_nodes = [tree], 0
+def _checked(tree: Any, path: Path, max_bytes: int) -> Any:
+    """Returns the tree if it holds only tensors and plain values and is not too deep or large."""
+    level, num_nodes, size = [tree], 0, 0
     for _ in range(MAX_DEPTH):
+        size += sum(num_bytes(node) for node in level if isinstance(node, StoredArray))
+        if size > max_bytes:
+            raise Refused(
+                f"refused tensors of {size:,} bytes in {path}, whose storages have "
+                f"{max_bytes // MAX_REPEATS:,}: views repeat them, save clones of the tensors"
+            )
         children = itertools.chain.from_iterable(_children(node, path) for node in level)
         level = list(itertools.islice(children, MAX_NODES))
         num_nodes += len(level)
@@ -124,7 +142,9 @@ class _Interpreter:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("its pickle has a malformed global")
         if (module, name) not in _NAMES:
-            raise self.refusal(f"global {module}.{name}")
+            kind = _OTHER_DTYPES.get((module, name))
+            remedy = kind and f"its tensors are {kind}, cast them to float32 or bfloat16 in torch"
+            raise self.refusal(f"global {module}.{name}", remedy or REMEDY)
         return _NAMES[module, name]
 
     def call(self, function: Any, args: Any) -> Any:
@@ -144,9 +164,9 @@ class _Interpreter:
             raise ValueError(f"storage {key!r} has {entry.size} bytes for {numel} of {dtype}")
         return _Storage(entry.start, numel, dtype)
 
-    def refusal(self, what: str) -> Refused:
+    def refusal(self, what: str, remedy: str = REMEDY) -> Refused:
         printable = "".join(c if c.isprintable() else "?" for c in what)[:200]
-        return Refused(f"refused {printable} in {self.path}: {REMEDY}")
+        return Refused(f"refused {printable} in {self.path}: {remedy}")
 
 
 def _are_counts(numbers) -> bool:
@@ -162,6 +182,8 @@ def _tensor(machine, storage, offset, shape, strides, requires_grad, hooks, flag
     if 0 not in shape and last >= storage.numel:
         raise ValueError(f"a tensor ends at {last} in a storage of {storage.numel}")
     start = storage.start + offset * storage.dtype.itemsize
+    # The stride of an axis of length 1 is of no use, and may be too large for NumPy.
+    strides = [step if n > 1 else 0 for n, step in zip(shape, strides, strict=True)]
     return StoredArray(machine.path, start, shape, storage.dtype, strides)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 from safetensors import safe_open
 
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes
-from bltjax.checkpoints.pytorch.stored_array import Refused, StoredArray, one_line, parsing
+from bltjax.checkpoints.pytorch.stored_array import Refused, StoredArray, parsing
 from bltjax.runtime.files import replacing, write_json
+from bltjax.runtime.plain_files import MAX_JSON_BYTES, parse_json, read_bytes, reason
 from bltjax.runtime.progress import OnProgress
 
 SINGLE = "model.safetensors"
@@ -51,11 +53,13 @@ def open_safetensors(path: Path) -> dict[str, LazyArray]:
     """
     path = Path(path)
     with parsing(path, "safetensors"):
-        with safe_open(path, framework="np"):  # the library validates sizes and offsets
-            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            if length > min(MAX_JSON_BYTES, path.stat().st_size):
+                raise ValueError(f"its header would have {length} bytes")
+            header = file.read(length)
+        with safe_open(path, framework="np"):  # the library validates sizes and offsets
+            header = parse_json(header)
         header.pop("__metadata__", None)
         return {
             name: _stored(path, 8 + length, name, entry)
@@ -82,13 +86,15 @@ def open_sharded(directory: Path) -> tuple[dict[str, LazyArray], list[str]]:
     directory = Path(directory)
     if not (directory / INDEX).exists():
         if not (directory / SINGLE).exists():
-            return {}, [f"{directory} has no weights: expected {SINGLE} or {INDEX}"]
+            return {}, [
+                f"{directory} has no weights: expected {SINGLE} or {INDEX}{_but(directory)}"
+            ]
         shards, problems = _open_shards(directory, [SINGLE])
         return shards.get(SINGLE, {}), problems
     try:
-        weight_map = _read_index(directory / INDEX)
-    except (ValueError, OSError, RecursionError) as error:
-        problem = f"{directory / INDEX} is no index ({one_line(error)}): download it again"
+        weight_map = read_index(directory / INDEX)
+    except (ValueError, OSError) as error:
+        problem = f"{directory / INDEX} is no index ({reason(error)}): download it again"
         return {}, [problem]
     shards, problems = _open_shards(directory, list(dict.fromkeys(weight_map.values())))
     tensors = {}
@@ -101,15 +107,26 @@ def open_sharded(directory: Path) -> tuple[dict[str, LazyArray], list[str]]:
     return tensors, problems
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    index = json.loads(path.read_bytes())
+def _but(directory: Path) -> str:
+    """Returns what is there in the place of weights, for a message."""
+    others = sorted(path.name for path in directory.glob("*.bin"))
+    if (directory / SINGLE).is_symlink() or (directory / INDEX).is_symlink():
+        return ", which is a link to nothing: download it again"
+    if others:
+        return f"; save {others[0]} as safetensors (save_pretrained does so)"
+    return ""
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Reads which file each tensor is in. Raises ValueError for a damaged index, or OSError."""
+    index = parse_json(read_bytes(path))
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise ValueError("it has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str):
             raise ValueError(f"weight_map puts {name!r} in {file!r}, which is no file name")
-    return weight_map
+    return {name: re.sub(r"^(\./+)+(?=.)", "", file) for name, file in weight_map.items()}
 
 
 def _open_shards(directory: Path, files: list[str]) -> tuple[dict[str, dict], list[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bltjax.checkpoints.lazy_arrays import BLOCK_BYTES, Index
+from bltjax.runtime.plain_files import check_regular, reason
 
 
 class StoredArray:
@@ -56,17 +57,18 @@ class Refused(ValueError):
 
 @contextlib.contextmanager
 def parsing(path: Path, kind: str) -> Iterator[None]:
-    """Raises ValueError where a file is damaged, which may cause any error in the parsers."""
+    """Raises ValueError where a file is damaged, which may cause any error in the parsers.
+
+    Nothing but a regular file is opened.
+    """
     try:
+        check_regular(path)
         yield
     except (FileNotFoundError, Refused):
         raise
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read ({reason(error)}): make it readable") from error
     except Exception as error:
         raise ValueError(
-            f"{path} is not a whole {kind} file ({one_line(error)}): download it again"
+            f"{path} is not a whole {kind} file ({reason(error)}): download it again"
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """Returns the message of an error on one line, shortened."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,6 +7,7 @@ rows that they have in memory, or lose them.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -27,6 +28,21 @@ from bltjax.config import BLTConfig, TransformerConfig
 from bltjax.model import functional
 
 META, HF = "meta", "hf"  # styles of names
+
+
+# Left by data parallelism, compilation, sharding and recomputation, anywhere in a name.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
+def without_wrappers(name: str, style: str) -> str:
+    """Returns the published name of a tensor that was saved from inside of wrappers.
+
+    Besides what PyTorch adds, they may call the model `model`.
+    """
+    bare = re.sub(r"^(model\.)+", "", _WRAPPERS.sub("", name))
+    return bare if style == META or bare.startswith("lm_head.") else f"model.{bare}"
 
 
 class Name(NamedTuple):
@@ -148,6 +164,13 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
         joined = _joined(name, parts, style, leaf.shape)
         insert(params, path, WithRows(joined, leaf.shape[1]) if name == HASH_TABLES else joined)
     return params, problems
+
+
+def expected_shapes(config, style: str, num_tensors: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all published tensors of a config; none of an absurd one."""
+    if _more_than(config, num_tensors):
+        return {}
+    return shapes(to_published(config, functional.abstract_params(config), style))
 
 
 def _more_than(config, num_tensors: int) -> list[str]:

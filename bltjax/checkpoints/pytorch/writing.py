@@ -20,7 +20,12 @@ from bltjax.checkpoints.pytorch.tensor_names import HF, META, to_published
 from bltjax.checkpoints.weights import Weights, WeightsError
 from bltjax.runtime.files import write_json
 from bltjax.runtime.progress import OnProgress
+from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID
 
+_NO_TOKENIZER = (
+    f"no tokenizer is written: ids are bytes + {BYTE_OFFSET}, with BOS {BOS_ID} and EOS {EOS_ID}; "
+    "AutoTokenizer needs the files of the published model"
+)
 _in_one_file = functools.partial(write_sharded, max_shard_bytes=math.inf)
 
 
@@ -62,7 +67,8 @@ def plan_hf(weights: Weights) -> WritePlan:
     if problems:
         raise WeightsError("Hugging Face's format", problems)
     files = {"generation_config.json": hf_config.GENERATION, "config.json": config}
-    return WritePlan(tensors, files, {}, hf_config.notes(weights.blt, weights.patching))
+    notes = (_NO_TOKENIZER, *hf_config.notes(weights.blt, weights.patching))
+    return WritePlan(tensors, files, {}, notes)
 
 
 def plan_meta(weights: Weights) -> WritePlan:

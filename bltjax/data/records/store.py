@@ -107,8 +107,9 @@ def build(directory: str | os.PathLike, data: DataConfig) -> Store:
         bar.close()
         _write_once(directory / INDEX, lambda: _index(directory, tasks))
     store = open_store(directory, data)
+    left_out = load(directory / STORE).get("left_out", {})  # older stores do not tell
     for source in store.sources:
-        print(_summary(store, source), flush=True)
+        print("\n".join([_summary(store, source), *left_out.get(source, [])]), flush=True)
     return store
 
 
@@ -163,11 +164,10 @@ def claim_entropies(store: Store, model: dict):
 
 def _plan(data: DataConfig) -> dict:
     """Returns the content of store.json: settings that select documents, and units of reading."""
-    units = {
-        source.name: [unit._asdict() for unit in sources.list_units(source, data)]
-        for source in data.named_sources()
-    }
-    return {"format": FORMAT, "data": _settings(data), "units": units}
+    surveys = {source.name: sources.survey(source, data) for source in data.named_sources()}
+    units = {name: [unit._asdict() for unit in found] for name, (found, _) in surveys.items()}
+    left_out = {name: sentences for name, (_, sentences) in surveys.items()}
+    return {"format": FORMAT, "data": _settings(data), "units": units, "left_out": left_out}
 
 
 def _settings(data: DataConfig) -> dict:
@@ -218,8 +218,9 @@ def _summary(store: Store, source: str) -> str:
         documents, num_bytes = sum(s.documents for s in shards), sum(s.num_bytes for s in shards)
         parts.append(f"{part} {documents} documents, {num_bytes / 1e6:.1f} MB")
     bad = store.bad[source]
-    named = "; ".join(f"{record.name}: {record.reason}" for record in bad.first[:3])
-    parts.append(f"{bad.count} bad records" + (f" ({named})" if named else ""))
+    named = "; ".join(sources.grouped(bad.first))
+    first = f"the first {len(bad.first)}: " if bad.count > len(bad.first) else ""
+    parts.append(f"{bad.count} bad records" + (f" ({first}{named})" if named else ""))
     return f"records of {source}: " + ", ".join(parts)
 
 

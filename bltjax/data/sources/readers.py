@@ -6,12 +6,9 @@ the whole file, so names do not depend on how a file was cut into parts.
 """
 
 import functools
-import gzip
-import importlib
-import io
 import json
 import os
-import zlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -19,8 +16,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-COMPRESSED = (".gz", ".zst")  # endings of JSON lines files that can be read from the start only
+from bltjax.data.sources.compression import Unreadable, damage_of, open_content
+from bltjax.data.sources.libraries import need
+
 _CHUNK = 1 << 16
+_SHOWN_FIELDS = 12  # of a record without text
 
 
 class Document(NamedTuple):
@@ -63,26 +63,49 @@ def in_chunks(items: Iterable, size: Callable, chunk_size: int) -> Iterator[list
         yield chunk
 
 
-def need(module: str, extra: str):
-    """Imports an optional library; raises ValueError with the remedy where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        library = module.partition(".")[0]
-        raise ValueError(
-            f"{library} is needed and missing ({error}): pip install 'bltjax[{extra}]'"
-        ) from error
-
-
 def open_file(path: str) -> BinaryIO:
     """Opens a local or remote file (gs://, s3://) for reading bytes."""
     return epath.Path(path).open("rb") if "://" in path else open(path, "rb")
 
 
-def read_text(path: str, file: str) -> Document:
-    """Reads a whole file as one document, without decoding it."""
-    with open_file(path) as opened:
-        return Document(file, opened.read())
+def can_be_cut(path: str, file: str) -> bool:
+    """Returns whether parts of a file of lines can be read by themselves: it is not compressed."""
+    with open_file(path) as raw:
+        try:
+            return open_content(raw, file) is raw
+        except Unreadable:
+            return False
+
+
+def read_bytes(path: str, file: str, limit: int | None = None) -> Iterator[Document]:
+    """Yields a file's first `limit` bytes, or all of them, as they are."""
+    with open_file(path) as raw:
+        yield Document(file, raw.read(-1 if limit is None else limit))
+
+
+def read_text(path: str, file: str, limit: int | None = None) -> Iterator[Document | Bad]:
+    """Yields a whole file as one document, undecoded; see `text_of`."""
+    with open_file(path) as raw:
+        yield from text_of(raw, file, limit)
+
+
+def text_of(raw: BinaryIO, file: str, limit: int | None = None) -> Iterator[Document | Bad]:
+    """Yields the text of an opened file, decompressed if need be, or its first `limit` bytes.
+
+    A file that is no text, such as an archive, is a Bad, and one that is damaged its beginning and
+    a Bad.
+    """
+    try:
+        content = open_content(raw, file)
+    except Unreadable as error:
+        yield Bad(file, str(error))
+        return
+    text = content.read(-1 if limit is None else limit)
+    damage = damage_of(content)
+    if text or not damage:
+        yield Document(file, text)
+    if damage:
+        yield Bad(f"{file}:byte {len(text)}", damage)
 
 
 def read_jsonl(
@@ -90,20 +113,27 @@ def read_jsonl(
 ) -> Iterator[Document | Bad]:
     """Yields the records of lines that begin in bytes [start, stop) of a file; -1: to its end.
 
-    A compressed file (.gz, .zst) is always read whole, and its records are named by line numbers.
+    A compressed file is always read whole, and its records are named by line numbers.
     """
-    compressed = path.endswith(COMPRESSED)
-    place = f"{file}:line" if compressed else f"{file}:byte"
-    number = 0
     with open_file(path) as raw:
-        lines = _decompressed(raw, path) if compressed else _lines(raw, start, stop)
         try:
-            for number, line in lines:
-                if not line.isspace():
-                    yield _parsed(line, fields, place, number)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            reason = f"the compressed file is cut off or damaged from here on: {error}"
-            yield Bad(f"{place} {number + 1}", reason)
+            content = open_content(raw, file)
+        except Unreadable as error:
+            yield Bad(file, str(error))
+            return
+        compressed = content is not raw
+        place, number = f"{file}:line" if compressed else f"{file}:byte", 0
+        lines = enumerate(content, 1) if compressed else _lines(raw, start, stop)
+        for number, line in lines:
+            if line.isspace():
+                continue
+            found = _parsed(line, fields, place, number)
+            if isinstance(found, Bad) and not line.endswith(b"\n") and damage_of(content):
+                number -= 1  # cut off by the damage, which is told below
+                continue
+            yield found
+        if damage := damage_of(content):
+            yield Bad(f"{place} {number + 1}", damage)
 
 
 def _lines(raw: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
@@ -126,82 +156,79 @@ def _lines(raw: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
         position += len(line)
 
 
-def _decompressed(raw: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
-    """Yields (number from 1, line) for all members or frames of a compressed file."""
-    if not raw.read(1):
-        raise EOFError("it is empty")
-    raw.seek(0)
-    if path.endswith(".gz"):
-        opened = gzip.GzipFile(fileobj=raw)
-    else:
-        opened = io.BufferedReader(_Blocks(_zstd_blocks(raw)), _CHUNK)
-    yield from enumerate(opened, 1)
-
-
-def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
-    """Decompresses consecutive frames. Unlike zstandard's own reader it notices a cut-off file."""
-    zstandard = need("zstandard", "data")
-    # Frames made with --long ask for windows of up to 2 GB.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame, compressed = None, b""
-    while compressed := compressed or raw.read(_CHUNK):
-        frame = frame or decompressor.decompressobj()
-        try:
-            yield frame.decompress(compressed)
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from error
-        compressed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame:
-        raise EOFError("it ends inside a zstd frame")
-
-
-class _Blocks(io.RawIOBase):
-    """A file of the content of consecutive blocks."""
-
-    def __init__(self, blocks: Iterator[bytes]):
-        self.blocks, self.left = filter(None, blocks), memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        self.left = self.left or memoryview(next(self.blocks, b""))
-        count = min(len(buffer), len(self.left))
-        buffer[:count] = self.left[:count]
-        self.left = self.left[count:]
-        return count
-
-
 def _parsed(line: bytes, fields: Fields, place: str, number: int) -> Document | Bad:
+    where = f"{place} {number}"
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return Bad(f"{place} {number}", "not UTF-8")
+        text, is_utf8 = line.decode("utf-8-sig"), True
+    except UnicodeDecodeError:  # does no harm in an id, or in a field that is not used
+        text, is_utf8 = line.decode("utf-8-sig", "surrogateescape"), False
+    try:
+        found = document(json.loads(text), fields, place, number)
     except (ValueError, RecursionError) as error:
         # Without the position of the error, so that reasons can be counted.
-        return Bad(f"{place} {number}", f"not JSON: {getattr(error, 'msg', error)}")
-    return document(record, fields, place, number)
+        return Bad(where, f"not JSON: {getattr(error, 'msg', error)}" if is_utf8 else "not UTF-8")
+    if is_utf8 or isinstance(found, Bad):
+        return found
+    escapes = re.search("[\udc80-\udcff]", found.data.decode("utf-8", "surrogatepass"))
+    return Bad(where, "not UTF-8") if escapes else found
 
 
 def document(record, fields: Fields, place: str, number) -> Document | Bad:
-    """Makes a document of a record, a dict of fields; place and number: "web/1.jsonl:line", 17."""
+    """Makes a document of a record, a dict of fields; place and number: "web/1.jsonl:line", 17.
+
+    Ids and languages may be bytes that are not UTF-8.
+    """
     where = f"{place} {number}"
     if not isinstance(record, dict):
         return Bad(where, f"a {type(record).__name__} in the place of an object with fields")
     field = next((name for name in fields.text if name in record), None)
     if field is None:
-        return Bad(where, f"no field {' or '.join(map(repr, fields.text))}")
+        return Bad(where, no_field(fields, record))
     text = record[field]
     if isinstance(text, str):
         text = text.encode("utf-8", "surrogatepass")
     if not isinstance(text, bytes):
         return Bad(where, f"field {field!r} holds a {type(text).__name__} instead of a string")
     ids = (record.get(name) for name in fields.id)
-    name = next((str(i) for i in ids if isinstance(i, (str, int)) and i != ""), None)
-    if name is None:
-        name = f"{place.rpartition(':')[0]}:{number}"
+    name = next(
+        (_name(i) for i in ids if isinstance(i, (str, bytes, int)) and i not in ("", b"")), ""
+    )
     language = next((record[name] for name in fields.language if name in record), "")
-    return Document(name, text, language if isinstance(language, str) else "")
+    if isinstance(language, str):
+        language = undecoded(language)
+    known = isinstance(language, bytes)
+    return Document(
+        name or f"{place.rpartition(':')[0]}:{number}",
+        text,
+        language.decode("utf-8", "backslashreplace") if known else "",
+    )
+
+
+def _name(identity: str | bytes | int) -> str:
+    return (
+        identity.decode("utf-8", "surrogateescape")
+        if isinstance(identity, bytes)
+        else str(identity)
+    )
+
+
+def undecoded(text: str) -> bytes:
+    """Returns the bytes of a string that may hold surrogates.
+
+    They stand for bytes that are not UTF-8, as in file names, or were written in JSON.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def no_field(fields: Fields, names: Iterable[str]) -> str:
+    """Returns why a record with fields of other names is no document."""
+    names = [str(name)[:40] for name in names]
+    more = f" and {len(names) - _SHOWN_FIELDS} more" if len(names) > _SHOWN_FIELDS else ""
+    shown = ", ".join(map(repr, names[:_SHOWN_FIELDS])) or "none"
+    return f"no field {' or '.join(map(repr, fields.text))}; the fields there are {shown}{more}"
 
 
 def end_of(stop: int) -> int | None:
@@ -216,8 +243,7 @@ def array_records(path: str) -> int | None:
             f"{path}: array_record files are read from local disks only; copy it, or mount the "
             "bucket (gcsfuse)"
         )
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no file {path!r}")
+    os.stat(path)  # raises where the file is gone
     reader = ArrayRecordReader(path)
     return reader.num_records() if reader.ok() else None
 
@@ -239,8 +265,10 @@ def read_array_record(
         try:
             record = reader.read()
         except RuntimeError as error:
-            yield Bad(f"{file}:record {number}", f"the file is damaged from here on: {error}")
-            return
+            yield Bad(f"{file}:record {number}", f"it is damaged: {error}")
+            reader = ArrayRecordReader(path)  # the old one does not go on
+            reader.seek(number + 1)
+            continue
         if fields is None:
             yield Document(f"{file}:{number}", record)
         else:

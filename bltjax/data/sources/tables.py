@@ -1,11 +1,25 @@
-"""Reads documents from parts of Parquet and Arrow files; see `readers` for the rules."""
+"""Reads documents from parts of Parquet and Arrow files; see `readers` for the rules.
 
-from collections.abc import Iterator
+Strings are never decoded: no byte of theirs can make a row unreadable. A damaged part of a file
+(row group, record batch) is a Bad, and the parts behind it are read.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
 
-from bltjax.data.sources.readers import Bad, Document, Fields, document, end_of, need, open_file
+from bltjax.data.sources.libraries import need
+from bltjax.data.sources.readers import (
+    Bad,
+    Document,
+    Fields,
+    document,
+    end_of,
+    no_field,
+    open_file,
+)
 from bltjax.patching.calibrate import MAX_NATS
 
 ENTROPIES = "entropies"  # column of Meta's preprocessed files (model.md#files)
@@ -13,7 +27,7 @@ _ROWS = 256  # rows of a Parquet file that are decoded at a time
 
 
 def parquet_groups(path: str) -> list[tuple[int, int]] | None:
-    """Returns (bytes in memory, bytes on disk) of each row group; None for a damaged file."""
+    """Returns (bytes in memory, about bytes on disk) of each row group; None for a damaged file."""
     parquet = need("pyarrow.parquet", "data")
     with open_file(path) as raw:
         try:
@@ -21,14 +35,10 @@ def parquet_groups(path: str) -> list[tuple[int, int]] | None:
         except Exception as error:
             _raise_unless_damage(error)
             return None
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        return [
-            (
-                group.total_byte_size,
-                sum(group.column(i).total_compressed_size for i in range(group.num_columns)),
-            )
-            for group in groups
-        ]
+        raw.seek(0, os.SEEK_END)
+        # Not the sizes of the columns: pyarrow ends the process where theirs are damaged.
+        groups = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+        return [(size, raw.tell() * size // max(sum(groups), 1)) for size in groups]
 
 
 def read_parquet(
@@ -37,16 +47,25 @@ def read_parquet(
     """Yields the rows of row groups [start, stop), where -1 is the end; reads needed columns."""
     parquet = need("pyarrow.parquet", "data")
 
-    def batches(raw):
-        opened = parquet.ParquetFile(raw)
-        columns = [name for name in opened.schema_arrow.names if name in sum(fields, ())]
+    def parts(raw):
+        opened = parquet.ParquetFile(raw, page_checksum_verification=True)
+        names = opened.schema_arrow.names
+        columns = [name for name in names if name in sum(fields, ()) and names.count(name) == 1]
         row = sum(opened.metadata.row_group(i).num_rows for i in range(start))
         for group in range(opened.num_row_groups)[start : end_of(stop)]:
-            for batch in opened.iter_batches(_ROWS, row_groups=[group], columns=columns):
-                yield range(row, row + batch.num_rows), batch
-                row += batch.num_rows
+            yield names, f"row group {group}", _numbered(opened, group, columns, row)
+            row += opened.metadata.row_group(group).num_rows
 
-    yield from _table_documents(batches, path, file, fields)
+    yield from _table_documents(parts, path, file, fields)
+
+
+def _numbered(opened, group: int, columns: list[str], row: int) -> Iterator[tuple]:
+    """Yields (row numbers, record batch) for a row group of a Parquet file that begins at `row`."""
+    if not opened.metadata.row_group(group).num_rows:
+        return
+    for batch in opened.iter_batches(_ROWS, row_groups=[group], columns=columns):
+        yield range(row, row + batch.num_rows), batch
+        row += batch.num_rows
 
 
 def arrow_layout(path: str) -> tuple[int, bool] | None:
@@ -72,18 +91,23 @@ def read_arrow(
     Face's `datasets` writes and which is always read whole.
     """
 
-    def batches(raw):
+    def parts(raw):
         reader = _open_arrow(raw)
-        if hasattr(reader, "get_batch"):
-            numbers = range(reader.num_record_batches)[start : end_of(stop)]
-            numbered = ((i, reader.get_batch(i)) for i in numbers)
-        else:
-            numbered = enumerate(reader)
-        for i, batch in numbered:
-            # Counting the rows of earlier batches would mean to read them.
-            yield [f"{i}.{row}" for row in range(batch.num_rows)], batch
+        names = reader.schema.names
+        # Counting the rows of earlier batches would mean to read them: rows count in their batch.
+        if not hasattr(reader, "get_batch"):
+            numbered = (_rows_of(i, batch) for i, batch in enumerate(reader))
+            yield names, "record batches", numbered
+            return
+        for i in range(reader.num_record_batches)[start : end_of(stop)]:
+            # Read when it is asked for, so that its damage is its own.
+            yield names, f"record batch {i}", (_rows_of(i, reader.get_batch(i)) for i in [i])
 
-    yield from _table_documents(batches, path, file, fields)
+    yield from _table_documents(parts, path, file, fields)
+
+
+def _rows_of(number: int, batch) -> tuple:
+    return [f"{number}.{row}" for row in range(batch.num_rows)], batch
 
 
 def _open_arrow(raw: BinaryIO):
@@ -93,57 +117,156 @@ def _open_arrow(raw: BinaryIO):
     return ipc.open_file(raw) if is_file else ipc.open_stream(raw)
 
 
-def _table_documents(batches, path: str, file: str, fields: Fields) -> Iterator[Document | Bad]:
-    """Yields a document for each row; batches(opened file) yields (row numbers, record batch)."""
-    last = None
+def _table_documents(
+    parts: Callable[[BinaryIO], Iterable], path: str, file: str, fields: Fields
+) -> Iterator[Document | Bad]:
+    """Yields a document for each row.
+
+    parts: takes the opened file; yields (column names, name of the part, its batches), and each
+    batch is (row numbers, record batch).
+    """
+    part, last = "", None
     with open_file(path) as raw:
         try:
-            for numbers, batch in batches(raw):
-                entropies = _entropies(batch)
-                for i, (last, record) in enumerate(zip(numbers, _rows(batch, fields), strict=True)):
-                    found = document(record, fields, f"{file}:row", last)
-                    if entropies is not None:
-                        found = _with_entropies(found, entropies[i], f"{file}:row {last}")
-                    yield found
+            for names, part, batches in parts(raw):
+                if twice := _named_twice(names, fields):
+                    reason = (
+                        f"{names.count(twice)} columns are named {twice!r}, so the text is not "
+                        "known: rename them, or name another field"
+                    )
+                    yield Bad(file, reason)
+                    return
+                try:
+                    for numbers, batch in batches:
+                        yield from _batch_documents(numbers, batch, names, file, fields)
+                        last = numbers[-1] if len(numbers) else last
+                except Exception as error:
+                    _raise_unless_damage(error)
+                    yield Bad(file, f"{part} is cut off or damaged{_after(last)}: {_told(error)}")
         except Exception as error:
             _raise_unless_damage(error)
-            after = "its beginning" if last is None else f"row {last}"
-            yield Bad(file, f"the file is cut off or damaged after {after}: {error}")
+            yield Bad(file, f"the file is cut off or damaged{_after(last)}: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    return str(error) or "it asks for more memory than there is"
+
+
+def _after(row) -> str:
+    return " from its beginning on" if row is None else f" after row {row}"
+
+
+def _named_twice(names: list[str], fields: Fields) -> str | None:
+    """Returns the name of the text column where several columns have it."""
+    text = next((name for name in fields.text if name in names), None)
+    return text if names.count(text) > 1 else None
+
+
+def _batch_documents(
+    numbers: Iterable, batch, names: list[str], file: str, fields: Fields
+) -> Iterator[Document | Bad]:
+    reason = _no_text(batch, names, fields)
+    entropies = _entropies(batch)
+    for i, (number, record) in enumerate(zip(numbers, _rows(batch, fields), strict=True)):
+        where = f"{file}:row {number}"
+        found = Bad(where, reason) if reason else document(record, fields, f"{file}:row", number)
+        if entropies is not None:
+            found = _with_entropies(found, entropies[i], where)
+        yield found
 
 
 def _raise_unless_damage(error: Exception) -> None:
     """Raises errors of the disk or the network again: they may pass, and the file is sound."""
     lib = need("pyarrow", "data").lib
     plain = type(error) is OSError and error.errno is None  # pyarrow's, about content
-    if not plain and not isinstance(error, (lib.ArrowException, UnicodeDecodeError)):
+    # A damaged length may ask for any memory.
+    if not plain and not isinstance(error, (lib.ArrowException, UnicodeDecodeError, MemoryError)):
         raise error
 
 
+def _no_text(batch, names: list[str], fields: Fields) -> str | None:
+    """Returns why no row of a batch can be a document, None where they can."""
+    field = next((name for name in fields.text if name in names), None)
+    if field is None:
+        return no_field(fields, names)
+    kind = batch.schema.field(field).type
+    return None if _is_text(kind) else f"field {field!r} is a column of {kind}, not of strings"
+
+
 def _rows(batch, fields: Fields) -> Iterator[dict]:
-    """Yields each row as a dict of the wanted columns; text stays undecoded."""
-    columns = {}
-    for name in batch.schema.names:
-        if name in fields.text:
-            columns[name] = _undecoded(batch.column(name)).to_pylist()
+    """Yields each row as a dict of the wanted columns, strings as bytes."""
+    columns, names = {}, batch.schema.names
+    for name, column in zip(names, batch.columns, strict=True):
+        if names.count(name) > 1:
+            continue
+        if name in fields.text and _is_text(column.type):
+            columns[name] = _undecoded(column)
         elif name in fields.id + fields.language:
-            columns[name] = batch.column(name).to_pylist()
+            columns[name] = _identities(column)
     for i in range(batch.num_rows):
         yield {name: values[i] for name, values in columns.items()}
 
 
-def _undecoded(column):
+def _is_text(kind) -> bool:
+    return _is_string(kind) or any(
+        getattr(need("pyarrow", "data").types, f"is_{name}")(_decoded(kind))
+        for name in ("binary", "large_binary", "binary_view", "fixed_size_binary")
+    )
+
+
+def _is_string(kind) -> bool:
+    types, kind = need("pyarrow", "data").types, _decoded(kind)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _decoded(kind):
+    return kind.value_type if need("pyarrow", "data").types.is_dictionary(kind) else kind
+
+
+def _undecoded(column) -> list[bytes | None]:
+    """Returns strings as bytes. Raises ArrowInvalid where offsets of a damaged file lead astray."""
     pa = need("pyarrow", "data")
-    is_string = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    return column.cast(pa.large_binary()) if is_string else column
+    if pa.types.is_dictionary(column.type):
+        values = _as_binary(column.dictionary)
+        column.indices.validate(full=True)
+        column = pa.DictionaryArray.from_arrays(column.indices, values).dictionary_decode()
+    return _as_binary(column).to_pylist()
+
+
+def _as_binary(column):
+    pa = need("pyarrow", "data")
+    types = pa.types
+    if types.is_string(column.type):
+        column = column.view(pa.binary())
+    elif types.is_large_string(column.type):
+        column = column.view(pa.large_binary())
+    elif types.is_string_view(column.type):
+        column = column.view(pa.binary_view())
+    column.validate(full=True)  # not of strings, whose UTF-8 it would check
+    return column
+
+
+def _identities(column) -> list:
+    """Returns ids or languages: strings as bytes, integers, and None for values of other types."""
+    types = need("pyarrow", "data").types
+    if _is_string(column.type):
+        return _undecoded(column)
+    if not types.is_integer(column.type) and not types.is_boolean(column.type):
+        return [None] * len(column)
+    column.validate(full=True)
+    return column.to_pylist()
 
 
 def _entropies(batch):
     """Returns the column of entropies, a list of numbers in each row; None where there is none."""
     types = need("pyarrow", "data").types
-    if ENTROPIES not in batch.schema.names:
+    if batch.schema.names.count(ENTROPIES) != 1:
         return None
     column = batch.column(ENTROPIES)
-    return column if types.is_list(column.type) or types.is_large_list(column.type) else None
+    if not types.is_list(column.type) and not types.is_large_list(column.type):
+        return None
+    column.validate(full=True)
+    return column
 
 
 def _with_entropies(found: Document | Bad, scalar, where: str) -> Document | Bad:

@@ -16,9 +16,14 @@ from etils import epath
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.sources import readers, tables
-from bltjax.data.sources.files import COMPLETE, File, find_files, relative_names
-from bltjax.data.sources.readers import Bad, Document, Fields
+from bltjax.data.sources.files import COMPLETE, File, Listing, find_files, relative_names
+from bltjax.data.sources.left_out import LeftOut, described
+from bltjax.data.sources.readers import Bad, Document, Fields, undecoded
+from bltjax.runtime.terminal import printable
 
+_WHOLE = ("text", "bytes")  # kinds of files that are one document
+_TRIED = 10_000  # records that are read to see whether a source has a document
+_REASONS = 10  # that are told
 _FOOTERS = 256  # files whose structure is read in parallel, since remote files are slow
 
 
@@ -49,85 +54,184 @@ def is_held_out(name: str, validation_fraction: float, seed: int) -> bool:
 def list_units(source: SourceConfig, data: DataConfig) -> list[Unit]:
     """Returns the units of a source, of about `data.shard_bytes` each and `data.max_bytes` in all.
 
-    Hidden files, hidden directories and those named in `data.exclude` are left out. Linked
-    directories are not entered; a linked file counts if it leads to a file below the root that is
-    not listed otherwise. Raises FileNotFoundError where there is nothing at the path, ValueError
-    where no file is of the kind, a library is missing or a preprocessed file is unfinished, OSError
-    where a directory cannot be listed.
+    Left out are hidden files and directories, directories named in `data.exclude` and, in
+    directories, files of other endings. Linked directories are not entered; a linked file counts if
+    it leads to a file below the root that is not listed otherwise. Only regular files are read.
+    Raises FileNotFoundError where there is nothing at the path, ValueError where no file is of the
+    kind, a library is missing or a preprocessed file is unfinished, OSError where a directory
+    cannot be listed.
     """
+    return _list_units(source, data)[0]
+
+
+def survey(source: SourceConfig, data: DataConfig) -> tuple[list[Unit], list[str]]:
+    """Returns `list_units`, and sentences on the files at the source's path that are left out."""
+    units, left_out = _list_units(source, data)
+    return units, described(left_out, source, data)
+
+
+def _list_units(source: SourceConfig, data: DataConfig) -> tuple[list[Unit], list[LeftOut]]:
+    left_out = []
     if source.kind == "huggingface":
         units = _dataset_units(source, data)
     else:
-        files = find_files(source, data)
-        _refuse_unfinished(files)
+        files, left_out = list_files(source, data)
         # Not the hash of the split, by which the first files would all be validation documents.
         files.sort(key=lambda file: (_hash(f"order:{data.seed}:{file.name}"), file.name))
         target = min(data.shard_bytes, data.max_bytes or data.shard_bytes)
         units = _about(_cut(files, target), data.max_bytes)
     width = max(5, len(str(len(units) - 1)))
-    return [unit._replace(name=f"{i:0{width}d}") for i, unit in enumerate(units)]
+    return [unit._replace(name=f"{i:0{width}d}") for i, unit in enumerate(units)], left_out
+
+
+def list_files(source: SourceConfig, data: DataConfig, lenient: bool = False) -> Listing:
+    """Returns the files of a source; see `list_units`, and `find_files` for `lenient`."""
+    listing = find_files(source, data, lenient)
+    _refuse_unfinished(listing.files)
+    return listing
 
 
 def read_unit(unit: Unit, source: SourceConfig, data: DataConfig) -> Iterator[Document | Bad]:
-    """Yields the documents of a unit in order, with a Bad for each record that is none."""
-    text = (source.field,) if source.field else data.text_fields
-    fields = Fields(text, data.id_fields, data.language_fields)
+    """Yields the documents of a unit in order, with a Bad for each record that is none.
+
+    Raises OSError that names the file where one is gone or the disk fails.
+    """
     if unit.kind == "huggingface":
-        yield from _read_shard(unit, source, data, fields)
+        yield from _read_shard(unit, source, data, fields_of(source, data))
         return
-    files = zip(unit.paths, relative_names(unit.paths, source), strict=True)
-    if unit.kind == "text":
-        yield from (readers.read_text(path, name) for path, name in files)
-        return
-    read = {
-        "jsonl": readers.read_jsonl,
-        "parquet": tables.read_parquet,
-        "arrow": tables.read_arrow,
-        "array_record": readers.read_array_record,
-    }[unit.kind]
-    if unit.kind == "array_record" and not source.field:
-        fields = None
-    yield from read(*next(files), unit.start, unit.stop, fields)
+    for path, name in zip(unit.paths, relative_names(unit.paths, source), strict=True):
+        file = File(name, path, unit.kind, 0)
+        yield from read_file(file, source, data, unit.start, unit.stop)
+
+
+def read_file(
+    file: File,
+    source: SourceConfig,
+    data: DataConfig,
+    start: int = 0,
+    stop: int = -1,
+    limit: int | None = None,
+) -> Iterator[Document | Bad]:
+    """Yields the documents of a file, or of a part of it; see `Unit` for start and stop.
+
+    This is the one reader of all commands. limit: no more bytes of a file that is one text are
+    read.
+    """
+    (name, path, kind, _), fields = file, fields_of(source, data)
+    try:
+        if kind == "text":
+            yield from readers.read_text(path, name, limit)
+        elif kind == "bytes":
+            yield from readers.read_bytes(path, name, limit)
+        elif kind == "array_record":
+            records = fields if source.field else None
+            yield from readers.read_array_record(path, name, start, stop, records)
+        else:
+            read = {
+                "jsonl": readers.read_jsonl,
+                "parquet": tables.read_parquet,
+                "arrow": tables.read_arrow,
+            }[kind]
+            yield from read(path, name, start, stop, fields)
+    except OSError as error:
+        raise _named(error, path) from error
+
+
+def fields_of(source: SourceConfig, data: DataConfig) -> Fields:
+    """Returns the fields of a source's records that are read."""
+    text = (source.field,) if source.field else data.text_fields
+    return Fields(text, data.id_fields, data.language_fields)
+
+
+def refuse_without_document(units: Iterable[Unit], source: SourceConfig, data: DataConfig):
+    """Raises ValueError where the first records of a source, _TRIED at most, are all bad."""
+    records = (found for unit in units for found in read_unit(unit, source, data))
+    tried = []
+    for found in itertools.islice(records, _TRIED):
+        if isinstance(found, Document):
+            return
+        tried.append(found)
+    if tried:
+        raise ValueError(no_document(tried, f"source {source.name!r}"))
+
+
+def no_document(bad: Sequence[Bad], where: str) -> str:
+    """Returns the error for records of which none is a document: reasons, counted, and a remedy."""
+    remedy = "name another path"
+    if any("field" in record.reason for record in bad):
+        remedy += ", or the field of the text (config.data.text_fields, field of a source, --field)"
+    return (
+        f"none of the {len(bad)} records that were read of {where} is a document: "
+        f"{'; '.join(grouped(bad))}; {remedy}"
+    )
+
+
+def grouped(bad: Iterable[Bad]) -> list[str]:
+    """Returns a sentence for each reason: the first record that has it, and how many more do."""
+    by_reason: dict[str, list[Bad]] = {}
+    for record in bad:
+        by_reason.setdefault(record.reason, []).append(record)
+    sentences = [
+        printable(f"{same[0].name}: {' '.join(reason.split())}")
+        + (f" ({len(same)} times)" if len(same) > 1 else "")
+        for reason, same in itertools.islice(by_reason.items(), _REASONS)
+    ]
+    more = len(by_reason) - _REASONS
+    return [*sentences, f"and {more} more reasons"] if more > 0 else sentences
+
+
+def _named(error: OSError, path: str) -> OSError:
+    """Returns an error of a file that names it and the remedy."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(
+            f"{path} is gone since the files were listed: put it back, or begin anew without it"
+        )
+    if error.errno is None:
+        return error
+    return OSError(f"{path} cannot be read: {error.strerror}")
 
 
 def _cut(files: Sequence[File], target: int) -> Iterator[Unit]:
     """Yields units of about `target` bytes, in the order of the files."""
-    texts, size = [], 0
+    texts, size, kind = [], 0, ""
     with ThreadPoolExecutor(16) as pool:
         for first in range(0, len(files), _FOOTERS):
             several = files[first : first + _FOOTERS]
-            others = [file for file in several if file.kind != "text"]
-            parts = pool.map(lambda file: _parts(file, target), others)
+            others = [file for file in several if file.kind not in _WHOLE]
+            parts = pool.map(lambda file: list(_parts(file, target)), others)
             for file in several:
-                if file.kind != "text":
+                if file.kind not in _WHOLE:
                     spans = next(parts)
                     yield from (Unit("", file.kind, (file.path,), *span) for span in spans)
                     continue
                 if texts and size + file.size > target:
-                    yield Unit("", "text", tuple(texts), 0, -1, size)
+                    yield Unit("", kind, tuple(texts), 0, -1, size)
                     texts, size = [], 0
+                kind = file.kind  # one for all: a source has texts or raw bytes
                 texts.append(file.path)
                 size += file.size
     if texts:
-        yield Unit("", "text", tuple(texts), 0, -1, size)
+        yield Unit("", kind, tuple(texts), 0, -1, size)
 
 
 def _parts(file: File, target: int) -> Iterable[tuple[int, int, int]]:
     """Returns (start, stop, bytes on disk) of the parts of a file; a damaged file is one part."""
-    count = 1
-    if file.kind == "parquet":
-        groups = tables.parquet_groups(file.path)
-        if groups is not None:
-            return _grouped(groups, target)
-    elif file.kind == "arrow":
-        count = (tables.arrow_layout(file.path) or (1, False))[0]
-    elif file.kind == "array_record":
-        count = readers.array_records(file.path) or 1
-    elif file.path.endswith(".zst"):
-        readers.need("zstandard", "data")
-    elif not file.path.endswith(readers.COMPRESSED):
-        count = file.size
-    return _even(count, file.size, target)
+    try:
+        if file.kind == "parquet":
+            groups = tables.parquet_groups(file.path)
+            return _even(1, file.size, target) if groups is None else _grouped(groups, target)
+        return _even(_count(file), file.size, target)
+    except OSError as error:
+        raise _named(error, file.path) from error
+
+
+def _count(file: File) -> int:
+    """Returns the number of records or bytes at which a file may be cut; 1 where it may not."""
+    if file.kind == "arrow":
+        return (tables.arrow_layout(file.path) or (1, False))[0]
+    if file.kind == "array_record":
+        return readers.array_records(file.path) or 1
+    return file.size if readers.can_be_cut(file.path, file.name) else 1
 
 
 def _even(count: int, size: int, target: int) -> Iterable[tuple[int, int, int]]:
@@ -207,10 +311,5 @@ def _read_shard(unit: Unit, source: SourceConfig, data: DataConfig, fields: Fiel
 
 def _hash(text: str) -> float:
     """Returns a number in [0, 1) that is the same for the same text on every machine."""
-    try:
-        # POSIX file names may hold bytes that are not UTF-8,
-        encoded = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        # and ids of JSON records other surrogates.
-        encoded = text.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(encoded, digest_size=6).digest(), "big") / 2**48
+    digest = hashlib.blake2b(undecoded(text), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48

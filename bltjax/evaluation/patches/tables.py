@@ -1,19 +1,15 @@
-"""Prints the patches of a text, or a table of the patches of a folder's files."""
-
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+"""Prints the patches of a text, or a table of the patches of many."""
 
 from bltjax.config import PatchingConfig
 from bltjax.data.sources.readers import in_chunks
-from bltjax.evaluation import files
-from bltjax.evaluation.files import File
 from bltjax.evaluation.patches import pictures
 from bltjax.evaluation.patches.view import Tally, look
+from bltjax.evaluation.texts import Bad, Texts, read_texts
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import print_table
 
-READ_BYTES = 2_000_000  # of files in memory at a time
+READ_BYTES = 2_000_000  # of documents in memory at a time
 _COLUMNS = ("source", "files", "bytes", "patches", "bytes/patch", "nats/byte")
 
 
@@ -28,46 +24,37 @@ def show_text(model, text: bytes, patching: PatchingConfig, colour: bool):
     return view, tally, facts
 
 
-def show_folder(model, folder: Path, max_bytes: int | None, patching: PatchingConfig) -> dict:
-    """Prints a table of the subfolders and files of a folder, those with long patches first.
+def show_table(
+    model, texts: Texts, patching: PatchingConfig, bad: list[Bad]
+) -> tuple[Tally, list[dict]]:
+    """Prints a table of sources, those with long patches first.
 
-    max_bytes: only the beginning of each file is read. Returns dict(total=Tally, rows=[...],
-    unreadable=[...]). Raises ValueError where no file can be read.
+    Returns a Tally of all and the rows. Records that are no documents are added to `bad`. Raises
+    ValueError where no document can be read.
     """
-    unreadable = []
-    found = files.list_files(folder, unreadable)
-    total, tallies = measure(model, found, max_bytes, patching, unreadable)
+    total, tallies = measure(model, texts, patching, bad)
     if not tallies:
-        raise files.no_file(folder, unreadable)
+        raise texts.without_text(bad)
     rows = [dict(name=name) | tally.report() for name, tally in tallies.items()]
     rows.sort(key=lambda row: (-(row["mean_patch_bytes"] or 0), row["name"]))
     shown = [*rows, dict(name="all") | total.report()] if len(rows) > 1 else rows
     print_table(_COLUMNS, (row.values() for row in shown), digits=3)
     print("\n" + "\n".join(describe(total, patching, model.patching)))
-    files.warn_of_unreadable(unreadable)
-    return dict(total=total, rows=rows, unreadable=unreadable)
+    return total, rows
 
 
 def measure(
-    model,
-    found: list[File],
-    max_bytes: int | None,
-    patching: PatchingConfig,
-    unreadable: list[str],
+    model, texts: Texts, patching: PatchingConfig, bad: list[Bad]
 ) -> tuple[Tally, dict[str, Tally]]:
-    """Returns a Tally of all files, and one of each subfolder and of each file that is in none.
-
-    Files that cannot be read are added to `unreadable`.
-    """
-    sizes = [f.num_bytes if max_bytes is None else min(f.num_bytes, max_bytes) for f in found]
-    bar, total, tallies = progress_bar("finding patches", sum(sizes)), Tally(), {}
-    named = _texts(found, max_bytes, unreadable)
-    for chunk in in_chunks(named, lambda name_and_text: len(name_and_text[1]), READ_BYTES):
-        names, texts = zip(*chunk, strict=True)
-        for name, view in zip(names, look(model, list(texts), patching), strict=True):
+    """Returns a Tally of all documents, and one of each source."""
+    bar, total, tallies = progress_bar("finding patches", texts.num_bytes()), Tally(), {}
+    documents = read_texts(texts, bad)
+    for chunk in in_chunks(documents, lambda document: len(document.data), READ_BYTES):
+        views = look(model, [document.data for document in chunk], patching)
+        for document, view in zip(chunk, views, strict=True):
             total.add(view)
-            tallies.setdefault(name, Tally()).add(view)
-        bar.update(sum(map(len, texts)))
+            tallies.setdefault(document.source, Tally()).add(view)
+        bar.update(sum(len(document.data) for document in chunk))
     bar.close()
     return total, tallies
 
@@ -112,19 +99,6 @@ def result_of(total: Tally, patching: PatchingConfig, trained: PatchingConfig) -
         ),
         histogram={str(n): count for n, count in sorted(total.lengths.items())},
     )
-
-
-def _texts(
-    found: Iterable[File], max_bytes: int | None, unreadable: list[str]
-) -> Iterator[tuple[str, bytes]]:
-    """Yields the name of the table's row that a file belongs to, and the file's bytes."""
-    for file in found:
-        try:
-            text = files.read_beginning(file.path, max_bytes)
-        except OSError:
-            unreadable.append(str(file.path))
-            continue
-        yield file.path.name if file.source == files.TOP else file.source, text
 
 
 def _number(x: float | None) -> str:

@@ -1,8 +1,11 @@
 """Files are found by one set of rules, stand in a seeded order, and make units of even size."""
 
+import ast
+import gzip
 import hashlib
 import json
 import os
+import socket
 
 import numpy as np
 import pyarrow as pa
@@ -118,10 +121,6 @@ def test_follows_links_to_files_below_root_only(tmp_path):
 
 def test_errors_of_the_disk_are_raised(tmp_path, monkeypatch):
     write(tmp_path, "closed/b.py")
-    (tmp_path / "broken.py").symlink_to("not-fetched")
-    with pytest.raises(OSError, match=r"not-fetched|broken\.py"):
-        read(tmp_path)
-    (tmp_path / "broken.py").unlink()
     scandir = os.scandir
 
     def deny(path):
@@ -132,6 +131,139 @@ def test_errors_of_the_disk_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", deny)  # Modes do not stop root, who may run the tests.
     with pytest.raises(PermissionError, match="closed"):
         read(tmp_path)
+
+
+def left_out(path, **data):
+    """Sentences on what is left out, and names of what is read."""
+    source, settings = SourceConfig("web", str(path)), DataConfig(**data)
+    return sources.survey(source, settings)[1], names(path, **data)
+
+
+def test_what_is_left_out_is_counted_by_rule_and_ending(tmp_path):
+    for name, size in {
+        "a.txt": 1, "b.c": 10, "deep/c.c": 20, "d.html": 5, "Makefile": 3, "e.c.gz": 7, "f.zip": 2,
+        "tests/a.txt": 100, "deep/test/sub/b.py": 200, ".git/config": 4, "deep/.hidden": 5,
+        ".own/test/x.txt": 6,
+    }.items():  # fmt: skip
+        write(tmp_path, name, b"x" * size)
+    (endings, excluded, hidden), read = left_out(tmp_path)
+    assert read == ["a.txt"]
+    assert endings.startswith("left out of web: 6 files, 47 bytes with other endings (")
+    for part in (".c 2 files, 30 bytes", ".html 1 file, 5 bytes", ".c.gz 1 file, 7 bytes"):
+        assert part in endings
+    assert "no ending 1 file, 3 bytes" in endings and ".zip 1 file" in endings
+    assert excluded.startswith("left out of web: 2 files, 300 bytes in directories of excluded")
+    assert "tests 1 file, 100 bytes" in excluded and "test 1 file, 200 bytes" in excluded
+    assert hidden.startswith("left out of web: 3 files, 15 bytes whose names")
+
+    # The settings that are told have the files.
+    def told(sentence, name):
+        return ast.literal_eval(sentence.partition(f'--config.data.{name}="')[2].partition('"')[0])
+
+    suffixes, exclude = told(endings, "suffixes"), told(excluded, "exclude")
+    assert ".zip" not in suffixes and "" not in suffixes
+    more = ["b.c", "d.html", "deep/c.c", "deep/test/sub/b.py", "tests/a.txt"]
+    write(tmp_path, "e.c.gz", gzip.compress(b"int"))
+    (rest, hidden), read = left_out(tmp_path, suffixes=suffixes, exclude=exclude)
+    assert read == sorted(["a.txt", "e.c.gz", *more])
+    assert "2 files, 5 bytes with other endings" in rest
+    (rest, _), read = left_out(tmp_path, suffixes=("",))
+    assert "Makefile" in read and "excluded" in rest
+
+
+def test_a_glob_tells_what_it_leaves_out_too(tmp_path):
+    for name in ("a/x.c", "a/tests/y.c", "tests/z.c", "a/.z/x.c", "b/q.so", "b/r.txt"):
+        write(tmp_path, name)
+    (excluded, hidden), read = left_out(f"{tmp_path}/**/*.c")
+    assert read == ["a/x.c"] and "2 files" in excluded and "1 file" in hidden
+    (endings, excluded, _), read = left_out(f"{tmp_path}/*")
+    assert read == ["b/r.txt"] and ".c 1 file" in endings and ".so 1 file" in endings
+    assert "tests 2 files" in excluded
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """Links that lead nowhere, loops, pipes, sockets and devices are named, and none is opened."""
+    write(tmp_path, "d/a.txt")
+    for name, target in {
+        "gone.txt": "nowhere", "self.txt": "self.txt", "d/loop": "..", "null.txt": "/dev/null",
+    }.items():  # fmt: skip
+        (tmp_path / name).symlink_to(target)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.open(tmp_path, os.O_RDONLY)
+        server.bind(f"/proc/self/fd/{here}/s.txt")  # a short path, whatever the folder's
+        os.close(here)
+        for path in (tmp_path, f"{tmp_path}/*", f"{tmp_path}/**/*.txt"):
+            sentences, found = left_out(path)
+            assert found == ["d/a.txt"]
+            told = " ".join(sentences)
+            for name in ("gone.txt", "self.txt"):
+                assert f"{name}: a link that leads nowhere" in told
+            for name in ("null.txt", "pipe.txt", "s.txt"):
+                assert f"{name}: no regular file" in told
+        for name in ("pipe.txt", "s.txt", "null.txt"):
+            with pytest.raises(ValueError, match=rf"{name}' is no regular file"):
+                read(tmp_path / name)
+    with pytest.raises(ValueError, match=r"no file below.*gone\.txt: a link that leads nowhere"):
+        read(f"{tmp_path}/*.txt")
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes", "jsonl", "parquet", "arrow", "array_record"])
+def test_a_file_that_is_gone_is_named(tmp_path, kind):
+    path = write(tmp_path, "a.txt", b"x")
+    source, data = SourceConfig(path=str(path), kind=kind), DataConfig()
+    unit = sources.Unit("0", kind, (str(path),), 0, -1, 1)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.txt is gone since the files were listed") as e:
+        list(sources.read_unit(unit, source, data))
+    assert "Errno" not in str(e.value)
+    path.mkdir()
+    if kind != "array_record":  # whose library says that it is damaged
+        with pytest.raises(OSError, match=r"a\.txt cannot be read: Is a directory$"):
+            list(sources.read_unit(unit, source, data))
+
+
+def test_endings_of_formats_may_be_in_capitals(tmp_path):
+    write(tmp_path, "A.JSONL.GZ", gzip.compress(lines({"text": "t", "id": "in lines"})))
+    pq.write_table(pa.table({"text": ["t"], "id": ["in parquet"]}), tmp_path / "B.PARQUET")
+    assert names(tmp_path) == ["in lines", "in parquet"]
+
+
+def test_bytes_are_kept_as_they_are(tmp_path):
+    data = gzip.compress(b"text")
+    write(tmp_path, "a.txt.gz", data)
+    write(tmp_path, "a.gz", data)
+    assert read(tmp_path / "a.gz") == [[Document("a.gz", b"text")]]
+    assert read(tmp_path / "a.gz", "bytes") == [[Document("a.gz", data)]]
+    assert names(tmp_path) == names(tmp_path, "text") == ["a.txt.gz"]
+    assert names(tmp_path, "bytes", suffixes=(".gz",)) == ["a.gz", "a.txt.gz"]
+    [units] = read(tmp_path, "bytes", suffixes=(".gz",))
+    assert {document.data for document in units} == {data}
+
+
+def test_reasons_are_counted_and_are_one_line_each():
+    bad = [Bad(f"a:{i}", "why\nnot") for i in range(3)] + [Bad("b\x1b", "other")]
+    assert sources.grouped(bad) == ["a:0: why not (3 times)", "b\\x1b: other"]
+    many = [Bad("a", f"reason {i}") for i in range(30)]
+    assert len(sources.grouped(many)) == 11 and sources.grouped(many)[-1] == "and 20 more reasons"
+
+
+def test_a_source_without_any_document_is_refused_with_the_field_to_name(tmp_path):
+    write(tmp_path, "a.jsonl", lines(*[{"body": f"t{i}", "n": i} for i in range(50)]))
+    source, data = SourceConfig("web", str(tmp_path)), DataConfig()
+
+    def check(source, data):
+        sources.refuse_without_document(sources.list_units(source, data), source, data)
+
+    with pytest.raises(
+        ValueError, match=r"none of the 50 records .*'web'.*'body', 'n' \(50 times"
+    ) as e:
+        check(source, data)
+    assert "data.text_fields" in str(e.value) and "\n" not in str(e.value)
+    check(source, DataConfig(text_fields=("body",)))
+    check(SourceConfig("web", str(tmp_path), field="body"), data)
+    write(tmp_path, "b.jsonl", lines({"text": "t"}))
+    check(source, data)
 
 
 def test_where_there_is_nothing_the_remedy_is_told(tmp_path):
