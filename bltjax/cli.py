@@ -23,6 +23,7 @@ from bltjax.config.data import FILE_KINDS
 from bltjax.config.names import letters, settings, unknown
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime import endings
+from bltjax.runtime.platforms import skip_absent_tpu
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.system_errors import in_words, without_numbers
 from bltjax.runtime.terminal import printable
@@ -60,6 +61,10 @@ def run(command: Callable, define_flags: Callable[[], None]):
     """Runs a command's main(argv) with the flags that it defines, shown by --help."""
     with ending():
         define_flags()
+        if hasattr(sys.stdout, "reconfigure"):  # what an encoding such as ASCII lacks is escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
+        warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
+        skip_absent_tpu(os.environ)
         app.run(command, flags_parser=parse)
 
 
@@ -210,7 +215,7 @@ def _print_note(message, *_, **__):
 def fail(error, code: int = USER_ERROR):
     """Ends the command with an error of one line on stderr, or a line for each of its problems."""
     many = f"error: {without_numbers(str(error))}" if hasattr(error, "problems") else None
-    print(many or one_line(error), file=sys.stderr)
+    print(printable(many or one_line(error)), file=sys.stderr)
     sys.exit(code)
 
 
@@ -219,4 +224,4 @@ def one_line(error) -> str:
     reason = in_words(error) if isinstance(error, BaseException) else without_numbers(str(error))
     if isinstance(error, KeyError) and error.args:
         reason = str(error.args[0])  # without the quotes of a key
-    return "error: " + printable(" ".join(reason.split()).encode("utf-8", "backslashreplace"))
+    return "error: " + " ".join(reason.split())

@@ -1,5 +1,7 @@
 """Converts bytes to ids and back: four special ids, then 256 byte values (model.md#bytes)."""
 
+import re
+
 import numpy as np
 
 PAD_ID = 0  # Published as BOE, "beginning of example", which nothing uses; here it is padding.
@@ -8,6 +10,7 @@ EOS_ID = 2
 BPE_ID = 3  # Ends a patch in the "bpe" patching rule; never emitted by `encode`.
 BYTE_OFFSET = 4  # Byte value b has id b + BYTE_OFFSET.
 VOCAB_SIZE = BYTE_OFFSET + 256
+_NO_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that escape no byte
 
 
 def is_drawable(ids, num_ids: int = VOCAB_SIZE):
@@ -15,15 +18,24 @@ def is_drawable(ids, num_ids: int = VOCAB_SIZE):
     return ((ids >= BYTE_OFFSET) & (ids < num_ids)) | (ids == EOS_ID)
 
 
+def text_bytes(text: bytes | str) -> bytes:
+    """Returns the bytes of a text; a str is encoded as UTF-8.
+
+    Its surrogate escapes (PEP 383) are the bytes that they stand for: in such a str Python gives
+    arguments and file names that are no UTF-8, or all that are not ASCII in a C locale. Other lone
+    surrogates, which stand for nothing, are dropped, as published.
+    """
+    if isinstance(text, str):
+        return _NO_BYTES.sub("", text).encode("utf-8", "surrogateescape")
+    return text if isinstance(text, bytes) else bytes(memoryview(text))
+
+
 def encode(text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.ndarray:
     """Returns the ids int32 [S] of a document.
 
-    Any bytes are valid text. A str is encoded as UTF-8; characters that UTF-8 cannot hold (lone
-    surrogates) are dropped, as published.
+    Any bytes are valid text; a str is that of `text_bytes`.
     """
-    if isinstance(text, str):
-        text = text.encode("utf-8", errors="ignore")
-    ids = np.frombuffer(text, np.uint8).astype(np.int32) + BYTE_OFFSET
+    ids = np.frombuffer(text_bytes(text), np.uint8).astype(np.int32) + BYTE_OFFSET
     return np.pad(ids, (int(add_bos), int(add_eos)), constant_values=(BOS_ID, EOS_ID))
 
 

@@ -30,8 +30,9 @@ fail() {
 dry_run=
 while [ $# -gt 0 ]; do
     case "$1" in
-        --help) usage && exit ;;
+        --help | -h) usage && exit ;;
         --dry-run) dry_run=1 && shift ;;
+        -*) fail "$1 is not an option: see launch/local_mesh.sh --help" ;;
         *) break ;;
     esac
 done
@@ -45,6 +46,7 @@ shift 2
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 [ -n "${PYTHON:-}" ] || [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
+command -v "$python" >/dev/null || fail "PYTHON=$python is not there: give an interpreter"
 devices=--xla_force_host_platform_device_count=$((data * fsdp * tensor))
 
 command=(

@@ -16,11 +16,13 @@ Devices of data * fsdp must divide every batch size, and those of the quickstart
     --config.blt_training.batch_size=8 --config.entropy_training.batch_size=8 \
     --config.evaluation.batch_size=8
 
-Output of process 0 is shown as it is, lines of the others begin with [p1], [p2], ...
-Ctrl-C, TERM and HUP are passed on to all processes: they save the same step and stop.
+Output of process 0 is shown as it is, lines of the others begin with [p1], [p2], ... What JAX
+prints where process 0 is gone is kept in a file, which is named.
+Ctrl-C, TERM and HUP are passed on to all processes: they save the same step and stop. A second
+Ctrl-C ends them at once.
 
-Exit code: 0 if all processes are done, 75 if they stopped and saved, otherwise the code of the
-first process that failed.
+Exit code: 0 if all processes are done, 75 if they stopped and saved, otherwise that of the first
+process that failed, which is named. Others that do not end then are killed, after a minute at most.
 
 --dry-run   print the commands and do nothing
 PYTHON      the interpreter; default: .venv/bin/python of the repository, else python3
@@ -38,10 +40,14 @@ is_count() {
     [[ $1 =~ ^[1-9][0-9]{0,2}$ ]]
 }
 
+is_taken() {
+    (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+}
+
 free_port() {
     # Below 32768, where systems begin to take ports for outgoing connections.
     local port=$((10000 + RANDOM % 22768))
-    while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
+    while is_taken "$port"; do
         port=$((10000 + RANDOM % 22768))
     done
     echo "$port"
@@ -51,9 +57,10 @@ dry_run=
 devices=1
 while [ $# -gt 0 ]; do
     case "$1" in
-        --help) usage && exit ;;
+        --help | -h) usage && exit ;;
         --dry-run) dry_run=1 && shift ;;
         --devices=*) devices=${1#--devices=} && shift ;;
+        -?*) fail "$1 is not an option: see launch/local_processes.sh --help" ;;
         *) break ;;
     esac
 done
@@ -66,7 +73,11 @@ shift 2
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 [ -n "${PYTHON:-}" ] || [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
+command -v "$python" >/dev/null || fail "PYTHON=$python is not there: give an interpreter"
 port=${PORT:-$(free_port)}
+[[ $port =~ ^[1-9][0-9]{0,4}$ ]] && [ "$port" -lt 65536 ] ||
+    fail "PORT=$port: give a port, from 1 to 65535, or leave it out"
+if is_taken "$port"; then fail "PORT=$port is taken: end what listens there, or leave PORT out"; fi
 
 command=(
     env "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
@@ -89,16 +100,34 @@ fi
 
 prefix() {
     trap '' INT TERM HUP # The last lines come after a signal.
-    local line
+    # From these lines on JAX tells at length that process 0 is gone.
+    local line shown=1 log=$pipes/p$1.log noise='^[EFW][0-9]{4} .* (coordination_service|client\.h)'
     while IFS= read -r line || [ -n "$line" ]; do
-        printf '[p%s] %s\n' "$1" "$line" >&2
+        if [[ $line =~ $noise ]]; then shown=; fi
+        if [[ $line =~ ^(process\ [0-9]+\ of\ |error:) ]]; then shown=1; fi
+        if [ "$shown" ]; then
+            printf '[p%s] %s\n' "$1" "$line" >&5
+        else
+            printf '%s\n' "$line" >>"$log"
+        fi
     done
 }
 
+# Says how a process has ended.
+described() {
+    if [ "$2" -gt 128 ] && kill -l $(($2 - 128)) >/dev/null 2>&1; then
+        echo "process $1 was killed by SIG$(kill -l $(($2 - 128)))"
+    else
+        echo "process $1 ended with exit code $2"
+    fi
+}
+
 pids=()
-ended=()
-trap 'kill -INT "${pids[@]}" 2>/dev/null || true' INT
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP
+codes=()
+# Bash tells of killed processes there, with their commands.
+exec 5>&2 2>/dev/null
+trap 'kill -INT "${pids[@]}" || true' INT
+trap 'kill -TERM "${pids[@]}" || true' TERM HUP
 pipes=$(mktemp -d)
 trap 'rm -rf "$pipes"' EXIT
 
@@ -108,31 +137,66 @@ for ((i = 0; i < number; i++)); do
         prefix "$i" <"$pipes/$i" &
         exec 3>"$pipes/$i" 4>&3
     else
-        exec 3>&1 4>&2
+        exec 3>&1 4>&5
     fi
     # With job control a process has its own group: Ctrl-C reaches it once, through this script.
     set -m
-    "${command[@]}" "--process_id=$i" </dev/null >&3 2>&4 3>&- 4>&- &
+    "${command[@]}" "--process_id=$i" </dev/null >&3 2>&4 3>&- 4>&- 5>&- &
     pids+=($!)
     set +m
     exec 3>&- 4>&-
 done
 
 code=0
+first= # the process that failed first
+differ= # whether another one ended in another way, later
+blamed=
+patience=
 running=$number
 while [ "$running" -gt 0 ]; do
     sleep 0.1 || true
+    before=$code
     for ((i = 0; i < number; i++)); do
-        if [ -z "${ended[i]:-}" ] && ! kill -0 "${pids[i]}" 2>/dev/null; then
-            ended[i]=1
+        if [ "${codes[i]:-}" ]; then
+            continue
+        elif ! kill -0 "${pids[i]}"; then
             running=$((running - 1))
             status=0
             wait "${pids[i]}" || status=$?
-            if [ "$status" -ne 0 ] && { [ "$code" -eq 0 ] || [ "$code" -eq 75 ]; }; then
-                code=$status
+            codes[i]=$status
+            if [ "$code" -ne 0 ] && [ "$code" -ne 75 ] && [ "$status" -ne "$code" ]; then
+                differ=1
             fi
+            # JAX aborts a process that has lost another, perhaps in the same moment.
+            if [ "$status" -ne 0 ] && { [ "$code" -eq 0 ] || [ "$code" -eq 75 ] ||
+                { [ "$code" -eq 134 ] && [ "$before" -ne 134 ]; }; }; then
+                code=$status
+                first=$i
+            fi
+        elif [ "$code" -ne 0 ] && [ "$code" -ne 75 ]; then
+            # The others end by themselves: at once where all share a mistake, else in a minute.
+            [ "$patience" ] || patience=$((SECONDS + (code == 2 ? 10 : 60)))
+            state=$(ps -o stat= -p "${pids[i]}" || true)
+            if [ "${state:0:1}" = T ]; then
+                blamed="process $i was stopped (by SIGSTOP, say), and is killed now"
+            elif [ "$SECONDS" -ge "$patience" ]; then
+                echo "process $i does not end: it is killed" >&5
+            else
+                continue
+            fi
+            kill -KILL "${pids[i]}" || true
         fi
     done
 done
 wait # for the last lines
+if [ "$code" -ne 0 ] && [ "$code" -ne 75 ] && [ "$differ" ]; then
+    kept=
+    if ls "$pipes"/*.log >/dev/null; then
+        kept="; what JAX said of it in the others is kept in $pipes"
+        trap - EXIT
+        find "$pipes" -type p -delete || true
+    fi
+    blamed=${blamed:-"$(described "$first" "$code"), before the others"}
+    echo "error: $blamed$kept" >&5
+fi
 exit "$code"

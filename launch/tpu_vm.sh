@@ -155,8 +155,9 @@ delete() {
 dry_run=
 while [ $# -gt 0 ]; do
     case "$1" in
-        --help) usage && exit ;;
+        --help | -h) usage && exit ;;
         --dry-run) dry_run=1 && shift ;;
+        -*) fail "$1 is not an option: see launch/tpu_vm.sh --help" ;;
         *) break ;;
     esac
 done
@@ -166,6 +167,7 @@ case "$command" in
         [ $# -eq 1 ] || fail "$command takes no '$2': see launch/tpu_vm.sh --help"
         ;;
     logs)
+        [ $# -le 2 ] || fail "logs takes no '$3': see launch/tpu_vm.sh --help"
         [[ ${2:-0} =~ ^([0-9]+|all)$ ]] ||
             fail "'$2' is no worker: give logs the number of one, or all"
         ;;
@@ -176,6 +178,10 @@ case "$command" in
     *) fail "'$command' is not a command: see launch/tpu_vm.sh --help" ;;
 esac
 need NAME ZONE PROJECT
+[[ ${SPOT:-} =~ ^[01]?$ ]] || fail "SPOT=$SPOT: give 1 for spot machines, or leave it out"
+[[ ${POLL_SECONDS:-60} =~ ^[0-9.]+$ ]] || fail "POLL_SECONDS=$POLL_SECONDS: give a number of seconds"
+[ "$dry_run" ] || command -v gcloud >/dev/null ||
+    fail "gcloud is not installed: install it, or use --dry-run"
 slice=$NAME
 where=("--zone=$ZONE" "--project=$PROJECT")
 root=$(cd "$(dirname "$0")/.." && pwd)

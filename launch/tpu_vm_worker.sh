@@ -120,8 +120,9 @@ wait_until_stopped() {
 dry_run=
 while [ $# -gt 0 ]; do
     case "$1" in
-        --help) usage && exit ;;
+        --help | -h) usage && exit ;;
         --dry-run) dry_run=1 && shift ;;
+        -*) fail "$1 is not an option: see launch/tpu_vm_worker.sh --help" ;;
         *) break ;;
     esac
 done

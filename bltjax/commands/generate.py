@@ -1,10 +1,11 @@
 """Generates text: `bltjax generate --checkpoint=DIR --prompt=TEXT`.
 
-Prints the continuation while it is written, in whole characters; then bytes per second and how
-often each stack ran. The last line is JSON. `--raw` writes the bytes and nothing else.
+Prints the prompt and the continuation while it is written; then bytes per second and how often each
+stack ran. The last line is JSON. A terminal shows control characters and bytes that are not UTF-8
+as \\xNN; files and pipes get the text as it is. `--raw` writes the bytes of the continuation and
+nothing else.
 """
 
-import codecs
 import json
 import sys
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 from absl import flags
 
 from bltjax import cli
-from bltjax.runtime.terminal import printable
+from bltjax.runtime.terminal import byte_writer, printable
+from bltjax.vocabulary import text_bytes
 
 OPTIONS = (  # of Model.generate, which explains them
     "temperature",
@@ -28,10 +30,13 @@ OPTIONS = (  # of Model.generate, which explains them
 )
 
 
-def generate(model, prompt: bytes, show, **options) -> dict:
+def generate(model, prompt: bytes, show, with_prompt: bool = False, **options) -> dict:
     """Passes the continuation to `show` in pieces, and returns it with what it took."""
     text, first_bytes, started, first = b"", 0, time.perf_counter(), None
-    for piece, so_far in model.stream(prompt, **options):
+    pieces = model.stream(prompt, **options)  # what it refuses is refused before the prompt shows
+    if with_prompt:
+        show(prompt)
+    for piece, so_far in pieces:
         first, counts = first or time.perf_counter(), so_far
         show(piece)
         text += piece
@@ -59,7 +64,9 @@ def summary(found: dict) -> str:
         + (f"then {speed:.0f} bytes/s" if speed else "and no more"),
         f"entropy model, encoder and decoder: {found['steps']} steps; "
         f"global stack: {found['global_calls']} calls"
-        + (f", a patch of {per_patch:.2f} bytes on average" if per_patch else ""),
+        + (f", a patch of {per_patch:.2f} bytes on average" if per_patch else "")
+        if found["patches"]
+        else f"{found['steps']} steps",  # a model of tokens
     ]
     if found["drafted"]:
         share = found["accepted"] / found["drafted"]
@@ -73,34 +80,24 @@ def main(argv):
     if chosen.checkpoint is None or (chosen.prompt is None) == (chosen.prompt_file is None):
         cli.fail("give --checkpoint=DIR and one of --prompt=TEXT and --prompt_file=FILE")
     sys.stdout.reconfigure(errors="backslashreplace")
-    text = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def show(piece: bytes):
-        if chosen.raw:
-            sys.stdout.buffer.write(piece)
-        else:
-            sys.stdout.write(text.decode(piece))
-        sys.stdout.flush()
-
+    show = byte_writer(chosen.raw)
     try:
         prompt = _prompt(chosen)
         options = {name: chosen[name].value for name in OPTIONS}
         options |= dict(max_new_bytes=chosen.max_new_bytes, seed=chosen.seed)
-        model = cli.open_model()
-        if not chosen.raw:
-            sys.stdout.write(prompt.decode("utf-8", "replace"))
-        found = generate(model, prompt, show, **options)
+        found = generate(cli.open_model(), prompt, show, with_prompt=not chosen.raw, **options)
     except (ValueError, KeyError, OSError) as error:
         cli.fail(error)
     if not chosen.raw:
-        print(text.decode(b"", final=True))
+        show(b"")
+        print()
         print(summary(found))
         print(json.dumps(found))
 
 
 def _prompt(chosen) -> bytes:
     if chosen.prompt is not None:
-        return chosen.prompt.encode("utf-8", "surrogateescape")  # any bytes, as they were typed
+        return text_bytes(chosen.prompt)  # any bytes, as they were typed
     if chosen.prompt_file == "-":
         return sys.stdin.buffer.read()
     return Path(chosen.prompt_file).read_bytes()

@@ -31,7 +31,7 @@ from bltjax.evaluation.texts import (
 )
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.files import replacing
-from bltjax.runtime.terminal import printable
+from bltjax.runtime.terminal import printable_name
 
 MAX_SHOWN_BYTES = 1_000_000  # of a text that is shown: pages of more are slow to look at
 
@@ -82,7 +82,7 @@ def run(chosen) -> dict:
     if is_table:
         total, rows = show_table(model, texts, patching, bad)
     else:
-        name = "standard input" if chosen.input == "-" else printable(Path(chosen.input).name)
+        name = "standard input" if chosen.input == "-" else printable_name(Path(chosen.input).name)
         view, total, facts = show_text(model, text, patching, _colour(chosen.color))
         rows = [dict(name=chosen.input) | total.report()]
     print("\n".join(["", "bytes of a patch", *pictures.histogram_lines(total.lengths)]))
@@ -97,11 +97,11 @@ def save(view: PatchView, name: str, facts: list[str], png: str | None, page: st
     if png is not None:
         with replacing(Path(png)) as file:
             pictures.figure(view, name, facts).savefig(file, format="png")
-        print(f"wrote {printable(png)}")
+        print(f"wrote {printable_name(png)}")
     if page is not None:
         with replacing(Path(page)) as file:
             file.write(pictures.html_page(view, name, facts).encode())
-        print(f"wrote {printable(page)}")
+        print(f"wrote {printable_name(page)}")
 
 
 def main(argv):

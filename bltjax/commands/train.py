@@ -15,7 +15,7 @@ from absl import flags
 
 from bltjax import cli
 from bltjax.cli import fail
-from bltjax.runtime import processes, signals
+from bltjax.runtime import peers, processes, signals
 from bltjax.runtime.system_errors import in_words
 
 DIVERGED = 3  # exit code: the loss became NaN or infinite
@@ -32,9 +32,12 @@ def main(argv):
     except ValueError as error:
         fail(error)
     try:
-        with signals.interrupting():
-            processes.join(cluster)
-            with processes.ending_together():
+        with signals.leaving(peers.stop):
+            try:
+                processes.join(cluster)
+            except ValueError as error:
+                fail(error)
+            with peers.ending_together():
                 train(config, workdir)
     except signals.Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -48,11 +51,14 @@ def train(config, workdir):
 
     from bltjax.checkpoints.training_state import CheckpointError
     from bltjax.recipe.checks import check_run
+    from bltjax.recipe.facts import facts
     from bltjax.recipe.stages import run
     from bltjax.training.loop import NonFiniteLoss
 
+    peers.agree(facts(config, workdir))
     try:
         checked = check_run(config, workdir)
+        peers.check_shared(checked.directory.path)
     except ValueError as error:
         fail(error)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Makes devices to compile for, not to run on, from names such as v5e:16x16 or h100:1x2x8."""
 
 import importlib.util
+import math
 import re
 
 from bltjax.costs.chips import CHIPS, Chip
@@ -15,6 +16,7 @@ EXAMPLES = {
     "h100": "h100:1x2x8",
     "h200": "h200:1x2x8",
 }
+_POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}  # chips, at most
 _WRAPPED = ("v4", "v5p", "tpu7x")  # three-dimensional: cubes of 4 close to a torus
 # What XLA must know of a GPU: (compute capability, SMs, shared memory of a block and of an SM, L2,
 # GHz), as NVIDIA publishes them.
@@ -40,6 +42,11 @@ def chip_and_sizes(name: str) -> tuple[str, tuple[int, ...]]:
             f"--topology={name} has {len(sizes)} sizes, {chip} takes {wanted} from 1: for example "
             f"{EXAMPLES[chip]}"
         )
+    if math.prod(sizes) > _POD.get(chip, math.inf):
+        raise ValueError(
+            f"--topology={name} has {math.prod(sizes)} chips, and a pod of {chip} at most "
+            f"{_POD[chip]}: give a smaller one, and --slices"
+        )
     return chip, sizes
 
 
@@ -63,8 +70,8 @@ def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list]:
     except Exception as error:  # of several types, by version
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"--topology={name} cannot be made ({reason}): sizes of TPUs are multiples of 2x2 (or "
-            "all 1), of no more chips than there are in a pod"
+            f"--topology={name} cannot be made ({reason}): the first two sizes of TPUs are even, "
+            "or all are 1"
         ) from error
     return CHIPS[chip], list(found.devices)
 

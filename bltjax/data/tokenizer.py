@@ -20,7 +20,7 @@ import numpy as np
 
 from bltjax.data.sources.libraries import need
 from bltjax.runtime.files import replacing
-from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE
+from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE, text_bytes
 
 # No merge can produce these, since letters are cut from the characters around them.
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|spare|>")
@@ -79,10 +79,8 @@ class Tokenizer:
 
     def encode(self, text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.ndarray:
         """Returns the ids int32 [S] of a document. A str is encoded as in `vocabulary.encode`."""
-        if isinstance(text, str):
-            text = text.encode("utf-8", errors="ignore")
         # Stretches of UTF-8 and of other bytes alternate; the first is UTF-8, maybe empty.
-        stretches = _INVALID.split(bytes(text).decode("utf-8", "surrogateescape"))
+        stretches = _INVALID.split(text_bytes(text).decode("utf-8", "surrogateescape"))
         ids = [BOS_ID] * add_bos
         for i, stretch in enumerate(stretches):
             if i % 2:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bltjax.evaluation.related_words import RELATED
+from bltjax.vocabulary import text_bytes
 
 MAX_WORDS = 6  # of a sentence that is made of words
 _CANDIDATES = 20  # words that are drawn to find one that differs from another, or resembles it
@@ -123,13 +124,13 @@ def evaluate(model, asked: Sequence[Question]) -> dict[str, dict]:
     if not asked:
         raise ValueError("there are no questions: ask for at least one")
     prompts = [question.prompt for question in asked]
-    longest = max(len(question.completion.encode("utf-8", "ignore")) for question in asked)
+    longest = max(len(text_bytes(question.completion)) for question in asked)
     lines = model.generate(prompts, max_new_bytes=longest, stop="\n")
     scores = model.score_continuations([(q.prompt, q.completion) for q in asked])
     results = {}
     for task in dict.fromkeys(question.task for question in asked):
         own = [i for i, question in enumerate(asked) if question.task == task]
-        answers = [asked[i].answer.encode("utf-8", "ignore") for i in own]
+        answers = [text_bytes(asked[i].answer) for i in own]
         right = sum(lines[i].strip() == answer for i, answer in zip(own, answers, strict=True))
         nats, num_bytes = (sum(getattr(scores[i], f) for i in own) for f in ("nats", "num_bytes"))
         results[task] = dict(

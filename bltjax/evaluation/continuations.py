@@ -25,7 +25,7 @@ from bltjax.evaluation.score import (
 )
 from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.runtime.progress import OnProgress
-from bltjax.vocabulary import is_drawable
+from bltjax.vocabulary import is_drawable, text_bytes
 
 
 class ContinuationScore(NamedTuple):
@@ -85,7 +85,7 @@ def _bytes_of(i: int, pair) -> tuple[bytes, ...]:
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
     if not (is_pair and all(isinstance(x, TEXT) for x in pair)):
         raise ValueError(f"pairs[{i}] is {pair!r}: give (context, continuation), str or bytes")
-    return tuple(x.encode("utf-8", "ignore") if isinstance(x, str) else bytes(x) for x in pair)
+    return tuple(map(text_bytes, pair))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -93,6 +93,7 @@ def _row_sums(num_ids: int, config, params, batch):
     """Returns nats of each row's targets float32 [B], and whether all are greedy, bool [B]."""
     logits, counts = batch_logits(config, params, batch), raw_targets(batch)
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-    best = jnp.argmax(jnp.where(is_drawable(ids, num_ids), logits, -jnp.inf), axis=-1)
-    nats = jnp.sum(next_byte_nats(logits, batch["targets"]) * counts, axis=1)
+    can_be_drawn = jnp.where(is_drawable(ids, num_ids), logits, -jnp.inf)
+    best = jax.lax.argmax(can_be_drawn, 2, jnp.int32)
+    nats = jnp.sum(next_byte_nats(logits, batch["targets"]), axis=1, where=counts)
     return nats, jnp.all((best == batch["targets"]) | ~counts, axis=1)

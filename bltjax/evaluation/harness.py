@@ -12,6 +12,7 @@ import bltjax
 from bltjax.evaluation.harness_requests import generate_until
 from bltjax.evaluation.noise import check_where, noisy
 from bltjax.runtime.progress import progress_bar
+from bltjax.vocabulary import text_bytes
 
 try:
     import lm_eval
@@ -63,7 +64,7 @@ class HarnessModel(LM):
             (self._noisy(context, "prompt"), self._noisy(continuation, "completion"))
             for context, continuation in (request.args for request in requests)
         ]
-        bar = progress_bar("scoring", sum(len(c.encode("utf-8", "ignore")) for _, c in pairs))
+        bar = progress_bar("scoring", sum(len(text_bytes(c)) for _, c in pairs))
         scores = self.model.score_continuations(pairs, on_progress=bar.update)
         bar.close()
         found = [(-score.nats, score.is_greedy) for score in scores]
@@ -71,7 +72,7 @@ class HarnessModel(LM):
 
     def loglikelihood_rolling(self, requests) -> list[float]:
         texts = [request.args[0] for request in requests]
-        bar = progress_bar("scoring", sum(len(t.encode("utf-8", "ignore")) for t in texts))
+        bar = progress_bar("scoring", sum(len(text_bytes(t)) for t in texts))
         scores = self.model.score(texts, on_progress=bar.update)
         bar.close()
         return self._kept("loglikelihood_rolling", requests, [-score.nats for score in scores])

@@ -5,6 +5,8 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 
+from bltjax.vocabulary import text_bytes
+
 BYTES_PER_TOKEN = 4  # for limits in tokens: about the mean length of a token in English text
 DEFAULT_MAX_TOKENS = 256
 _PASSED_ON = ("top_k", "top_p", "min_p", "repetition_penalty")
@@ -28,8 +30,8 @@ def generate_until(model, requests: Sequence[tuple[str, Mapping]]) -> list[str]:
     texts = [""] * len(requests)
     for (settings, repetition), members in groups.items():
         options = json.loads(settings)
-        stop = [_encoded(s) for s in options.pop("stop")]
-        prompts = [_encoded(requests[i][0]) for i in members]
+        stop = [text_bytes(s) for s in options.pop("stop")]
+        prompts = [text_bytes(requests[i][0]) for i in members]
         found = model.generate(prompts, **options, stop=stop, seed=repetition)
         for i, text in zip(members, found, strict=True):
             texts[i] = text.decode("utf-8", "replace")
@@ -58,7 +60,7 @@ def generation_options(given: Mapping) -> dict:
     options = dict(
         max_new_bytes=BYTES_PER_TOKEN * tokens,
         temperature=temperature,
-        stop=[s for s in until if _encoded(s)],
+        stop=[s for s in until if text_bytes(s)],
     )
     if temperature:
         options |= {n: rest[n] for n in _PASSED_ON if rest.get(n) is not None}
@@ -67,8 +69,3 @@ def generation_options(given: Mapping) -> dict:
     if unknown := sorted(rest.keys() - set(_PASSED_ON)):
         warnings.warn(f"generation options {unknown} are not known, and left out", stacklevel=3)
     return options
-
-
-def _encoded(text: str) -> bytes:
-    """Encodes text as UTF-8, without characters that UTF-8 cannot hold."""
-    return text.encode("utf-8", "ignore")

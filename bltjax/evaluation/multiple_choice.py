@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bltjax.runtime.progress import OnProgress
+from bltjax.vocabulary import text_bytes
 
 ACCURACIES = ("accuracy", "accuracy_per_byte", "accuracy_mutual")
 _SPACE = b" \n\t"
@@ -86,7 +87,7 @@ def items_from_documents(
     """
     passages = {}  # by completion, so that no two choices are equal
     for document in documents:
-        data = document.encode("utf-8", "ignore") if isinstance(document, str) else bytes(document)
+        data = text_bytes(document)
         for prompt, completion in _passages(data, prompt_bytes, completion_bytes):
             passages.setdefault(completion, prompt)
     if len(passages) < max(num_items, num_choices):

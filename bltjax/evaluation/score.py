@@ -190,7 +190,7 @@ _entropy_fn = functools.lru_cache(make_entropy_fn)  # one per model, so that it 
 def _row_nats(config, params, batch):
     """Returns the nats of the targets with bytes of each row of a batch: float32 [B]."""
     nats = next_byte_nats(batch_logits(config, params, batch), batch["targets"])
-    return jnp.sum(nats * raw_targets(batch), axis=1)
+    return jnp.sum(nats, axis=1, where=raw_targets(batch))
 
 
 def batch_logits(config, params, batch):
@@ -310,6 +310,6 @@ def _batch_size(length: int) -> int:
 
 
 def check_row(row_bytes: int):
-    """Raises ValueError for rows that are too short."""
-    if row_bytes < 8:
-        raise ValueError(f"row_bytes={row_bytes} must be at least 8")
+    """Raises ValueError for rows that are too short, or no number."""
+    if isinstance(row_bytes, bool) or not isinstance(row_bytes, (int, np.integer)) or row_bytes < 8:
+        raise ValueError(f"row_bytes={row_bytes!r} must be at least 8, a whole number")

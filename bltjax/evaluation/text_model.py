@@ -130,7 +130,7 @@ class TextModel(abc.ABC):
         """Returns what `generate` returns, and the work it took: steps, patches, drafts."""
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, valid_utf8)
         decoding = Decoding(batch_size, max_drafts, quorum, min_patch_bytes)
-        decoder, stops = configure(self._decoder(), sampling, stop, threshold)
+        decoder, stops = configure(self._decoder(), sampling, stop, threshold, max_drafts)
         requests = make_requests(decoder, prompts, max_new_bytes, seed, self.lengths.row_bytes)
         with jax.set_mesh(self.mesh):
             params = self._generation_params
@@ -160,7 +160,7 @@ class TextModel(abc.ABC):
         if not isinstance(prompt, (str, bytes)):
             raise ValueError(f"prompt is a {type(prompt).__name__}: stream takes one str or bytes")
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, valid_utf8)
-        decoder, stops = configure(self._decoder(), sampling, stop, threshold)
+        decoder, stops = configure(self._decoder(), sampling, stop, threshold, max_drafts)
         (request,) = make_requests(decoder, [prompt], max_new_bytes, seed, self.lengths.row_bytes)
         with jax.set_mesh(self.mesh):
             params, decoding = self._generation_params, Decoding(max_drafts=max_drafts)

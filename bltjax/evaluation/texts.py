@@ -19,7 +19,7 @@ from bltjax.data.sources.files import File, fixed_part
 from bltjax.data.sources.formats import HEAD, codec_of
 from bltjax.data.sources.left_out import BROKEN, LeftOut, described
 from bltjax.data.sources.readers import Bad, Document, text_of
-from bltjax.runtime.terminal import printable
+from bltjax.runtime.terminal import printable_name
 
 _DATA = DataConfig(suffixes=("",), exclude=())
 _SHOWN = 10  # reasons on stderr
@@ -189,7 +189,7 @@ def told(texts: Texts | None, bad: Sequence[Bad]):
         print(f"\nat most {texts.share} bytes of each source were read, its first (--max_bytes)")
     if lines := found["unreadable"]:
         more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        shown = "; ".join(map(printable, lines[:_SHOWN]))
+        shown = "; ".join(map(printable_name, lines[:_SHOWN]))
         print(f"could not be read: {shown}{more}", file=sys.stderr)
     for line in found["left_out"]:
-        print(line, file=sys.stderr)
+        print(printable_name(line), file=sys.stderr)

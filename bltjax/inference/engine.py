@@ -4,25 +4,29 @@ Caches come in few sizes, powers of two, so that few programs are compiled: a se
 cache is of the same size compiles nothing.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bltjax import sharding
 from bltjax.inference.decoders import Decoder
 from bltjax.inference.loops import decode, prefill
-from bltjax.inference.row_state import ProgramShape, RequestArrays
-from bltjax.inference.sampling import Sampling, sampling_arrays
+from bltjax.inference.row_state import NEVER, ProgramShape, RequestArrays
+from bltjax.inference.sampling import Sampling, check_number, is_whole, make_plain, sampling_arrays
 from bltjax.model.cache import CacheSize
 from bltjax.ops.cached_attention import BLOCK
+from bltjax.runtime.free_memory import free_bytes
 from bltjax.vocabulary import PAD_ID, encode
 
 CHUNK = 128  # positions of a prompt that are read at once
 MIN_POSITIONS = 64
+GIB = 2**30
 STREAM_STEPS = 16  # between looks at what has been written
 
 
@@ -36,16 +40,17 @@ class Decoding:
     min_patch_bytes: float = 1.0  # mean length of patches that there is room for; 1: of any
 
     def __post_init__(self):
+        make_plain(self)
         for name, least in (("batch_size", 1), ("max_drafts", 0)):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= least):
+            if not (is_whole(value) and value >= least):
                 raise ValueError(f"{name}={value!r} must be a whole number from {least}")
         if self.max_drafts >= CHUNK:
             raise ValueError(f"max_drafts={self.max_drafts} must be less than {CHUNK}")
-        if not 1 <= self.min_patch_bytes < np.inf:
-            raise ValueError(f"min_patch_bytes={self.min_patch_bytes!r} must be 1 or more")
-        if not 0 < self.quorum <= 1:
-            raise ValueError(f"quorum={self.quorum!r} must be above 0 and at most 1")
+        check_number(
+            "min_patch_bytes", self.min_patch_bytes, lambda n: 1 <= n < math.inf, "1 or more"
+        )
+        check_number("quorum", self.quorum, lambda share: 0 < share <= 1, "above 0 and at most 1")
 
 
 class Request(NamedTuple):
@@ -59,6 +64,9 @@ class Request(NamedTuple):
     def max_length(self) -> int:
         """Positions of a row whose every new id is a single byte."""
         return len(self.ids) + self.max_new_bytes
+
+    def __str__(self):
+        return f"max_new_bytes={self.max_new_bytes} after a prompt of {len(self.ids)} ids"
 
 
 class Counts(NamedTuple):
@@ -140,9 +148,16 @@ class _Batch:
         shards = sharding.num_row_shards(self.mesh)
         # Few numbers of rows, too, so that few are compiled.
         num_rows = -(-min(_power_of_two(len(requests)), decoding.batch_size) // shards) * shards
-        longest = max(request.max_length for request in requests)
-        capacity = num_positions(longest + decoding.max_drafts)
+        longest = max(requests, key=lambda request: request.max_length)
+        needed = longest.max_length + decoding.max_drafts
+        if needed > NEVER:
+            raise ValueError(
+                f"{longest} needs a row of {needed} ids, and one has {NEVER} at most: lower "
+                "max_new_bytes"
+            )
+        capacity = num_positions(needed)
         self.shape = make_shape(decoder, num_rows, capacity, decoding)
+        _check_memory(self.shape, longest)
         self.params, self.requests, self.stops = params, requests, stops
         empty = Request(decoder.encode(b""), 0, 0)
         filled = [*requests, *[empty] * (num_rows - len(requests))]
@@ -173,7 +188,7 @@ class _Batch:
         """Steps to make at once: of ids that are not bytes the host looks for stop strings."""
         if self.stops and not self.shape.decoder.ids_are_bytes:
             return STREAM_STEPS
-        return self.shape.size.positions * (self.shape.max_drafts + 2)
+        return min(self.shape.size.positions * (self.shape.max_drafts + 2), NEVER - 1)
 
     def advance(self, steps: int):
         """Makes at most so many steps."""
@@ -246,6 +261,28 @@ def make_shape(decoder: Decoder, rows: int, positions: int, decoding: Decoding) 
         max_rewind=decoding.max_drafts + 1,  # the drafts, and the byte that they follow
     )
     return ProgramShape(decoder, size, decoding.max_drafts, decoding.quorum)
+
+
+def _check_memory(shape: ProgramShape, longest: Request):
+    """Raises ValueError where the caches are larger than the memory that the devices have left."""
+    mesh, size = jax.sharding.get_mesh(), shape.size
+    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    free = free_bytes(here[0])
+    rows = jax.NamedSharding(mesh, sharding.batch_spec(2))
+    tokens = jax.ShapeDtypeStruct((size.rows, size.positions), jnp.int32, sharding=rows)
+    state = jax.eval_shape(functools.partial(shape.decoder.new_state, size), tokens)
+    needed = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+    )
+    if here[0].platform == "cpu":  # these share the memory of the machine
+        needed *= len(here)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{longest} needs {needed / GIB:.1f} GiB for the caches of {size.rows} rows, and "
+            f"{free / GIB:.1f} GiB are free: lower max_new_bytes or batch_size, or raise "
+            "min_patch_bytes"
+        )
 
 
 def num_positions(needed: int) -> int:

@@ -108,5 +108,5 @@ def _plain_step(shape: ProgramShape, params, request, progress: Progress) -> Pro
         state=state,
         next_log_p=next_distributions(shape, request, state, progress.length, logits, seen)[:, 0],
         done=done,
-        num_global_calls=progress.num_global_calls + calls,
+        num_global_calls=progress.num_global_calls + calls.astype(jnp.int32),
     )

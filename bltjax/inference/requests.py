@@ -1,6 +1,7 @@
 """Requests as callers make them, checked: options by name, and numbers for each prompt."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -8,8 +9,10 @@ import numpy as np
 
 from bltjax.inference.decoders import Decoder
 from bltjax.inference.engine import Request
-from bltjax.inference.sampling import Sampling
+from bltjax.inference.sampling import LARGEST, Sampling, check_number, is_whole, plain
 from bltjax.patching.boundaries import needs_entropies
+
+TEXT = str, bytes, bytearray, memoryview
 
 
 def configure(
@@ -17,6 +20,7 @@ def configure(
     sampling: Sampling,
     stop: str | bytes | Sequence[str | bytes] = (),
     threshold: float | None = None,
+    max_drafts: int = 0,
 ) -> tuple[Decoder, list[bytes]]:
     """Returns the decoder, with `threshold` in the place of its own, and the stop strings.
 
@@ -24,27 +28,44 @@ def configure(
     """
     if threshold is not None:
         decoder = _with_threshold(decoder, threshold)
+    if max_drafts and not decoder.ids_are_bytes:
+        raise ValueError(f"max_drafts={max_drafts}: a model of tokens has no patches to draft past")
     if sampling.valid_utf8 and not decoder.ids_are_bytes:
         raise ValueError(
             "valid_utf8=True needs a model of bytes, as tokens may hold half a character: decode "
             'the text with errors="replace" instead'
         )
-    stops = [stop] if isinstance(stop, (str, bytes)) else stop
-    stops = [s.encode("utf-8", "ignore") if isinstance(s, str) else s for s in stops]
-    if b"" in stops:
+    if not isinstance(stop, (*TEXT, Sequence)):
+        raise ValueError(f"stop is a {type(stop).__name__}: give bytes, str, or a list of them")
+    stops = [stop] if isinstance(stop, TEXT) else stop
+    return decoder, [_stop_bytes(text) for text in stops]
+
+
+def _stop_bytes(text) -> bytes:
+    """Returns the bytes of a stop string. Raises ValueError for one that no text can hold."""
+    if not isinstance(text, TEXT):
+        raise ValueError(f"stop holds a {type(text).__name__}: give bytes or str")
+    try:
+        found = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"stop holds {text!r}, of which no bytes can be made: give bytes"
+        ) from None
+    if not found:
         raise ValueError("stop holds an empty string, with which every text ends: leave it out")
-    return decoder, stops
+    return found
 
 
 def _with_threshold(decoder: Decoder, threshold: float) -> Decoder:
     patching = getattr(decoder, "patching", None)
     if patching is None:
         raise ValueError(f"threshold={threshold}: a model of tokens has no patches")
+    threshold = plain(threshold)
+    check_number("threshold", threshold, lambda t: abs(t) < math.inf, "finite, a number of nats")
+    threshold = float(max(-LARGEST, min(threshold, LARGEST)))
     if not needs_entropies(patching):
         raise ValueError(f"threshold={threshold}: the patching rule {patching.rule!r} has none")
     patching = dataclasses.replace(patching, threshold=threshold)
-    if problems := patching.problems("patching"):
-        raise ValueError("; ".join(problems))
     return dataclasses.replace(decoder, patching=patching)
 
 
@@ -63,7 +84,7 @@ def make_requests(
     if isinstance(prompts, (str, bytes)):
         raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, (str, bytes, bytearray, memoryview)):
+        if not isinstance(prompt, TEXT):
             raise ValueError(f"prompts[{i}] is {type(prompt).__name__}: give bytes or str")
     limits = _each("max_new_bytes", max_new_bytes, len(prompts), 2**30)
     seeds = _each("seed", seed, len(prompts), 2**32)
@@ -85,10 +106,13 @@ def make_requests(
 
 def _each(name: str, value, count: int, limit: int) -> list[int]:
     """Returns a number below `limit` for each prompt, from one for all or one for each."""
-    values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * count
+    if hasattr(value, "dtype"):  # arrays, and NumPy's numbers
+        value = np.asarray(value).tolist()
+    is_list = isinstance(value, Sequence) and not isinstance(value, TEXT)
+    values = list(value) if is_list else [value] * count
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} values for {count} prompts: give one for each")
     for number in values:
-        if not (isinstance(number, (int, np.integer)) and 0 <= number < limit):
+        if not (is_whole(number) and 0 <= number < limit):
             raise ValueError(f"{name}={number!r} must be a whole number from 0, below {limit}")
     return [int(number) for number in values]

@@ -78,8 +78,10 @@ def append(shape: ProgramShape, params, request, progress: Progress, rows) -> Pr
     tokens = progress.state.tokens
     positions = jnp.where(rows, length, tokens.shape[1])
     tokens = write_positions(tokens, ids[:, None], positions[:, None])
-    occurs = rows[:, None] & (jnp.arange(shape.decoder.num_ids)[None] == ids[:, None])
-    state, length = progress.state.with_tokens(tokens), length + rows
+    occurs = rows[:, None] & (
+        jnp.arange(shape.decoder.num_ids, dtype=jnp.int32)[None] == ids[:, None]
+    )
+    state, length = progress.state.with_tokens(tokens), length + rows.astype(length.dtype)
     return progress._replace(
         state=shape.decoder.read(params, state, length - 1, jnp.ones_like(length), 1),
         length=length,
@@ -147,14 +149,15 @@ def close_all(shape: ProgramShape, params, state, last, max_patches, rows=None):
 
 def enough_wait(shape: ProgramShape, waits, done):
     """Returns whether so many rows wait that the global stack should run."""
-    return waits.any() & (waits.sum() >= shape.quorum * (~done).sum())
+    num_at_work = (~done).sum().astype(jnp.float32)
+    return waits.any() & (waits.sum().astype(jnp.float32) >= shape.quorum * num_at_work)
 
 
 def find_first_seen(tokens, lengths, num_ids: int):
     """Returns int32 [B, num_ids]: first positions of ids in tokens [B, C] of lengths int32 [B]."""
 
     def of_row(tokens, length):
-        positions = jnp.arange(len(tokens))
+        positions = jnp.arange(len(tokens), dtype=jnp.int32)
         positions = jnp.where(positions < length, positions, NEVER)
         return jnp.full(num_ids, NEVER, jnp.int32).at[tokens].min(positions)
 

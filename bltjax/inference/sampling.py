@@ -5,67 +5,113 @@ the distribution with all its mass on one id, so drawing and verifying drafts ha
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bltjax.vocabulary import BYTE_OFFSET, is_drawable
+from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, is_drawable
 
 ALL = 2**30  # more ids than any vocabulary has
+# Temperatures below it are greedy: float32 logits divided by them tell little but their order, and
+# overflow. vLLM draws the line there too.
+GREEDY_BELOW = 1e-5
+PENALTIES = (1e-6, 1e6)  # products and quotients of logits stay far from the ends of float32
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Options of sampling, in the order of their steps; the defaults are greedy."""
+    """Options of sampling, in the order of their steps; the defaults are greedy.
+
+    Raises ValueError for a value out of range. A value in range has the effect that its exact value
+    has, also where float32 does not hold it.
+    """
 
     repetition_penalty: float = 1.0  # logits of ids that occurred, in the prompt too: /p or *p
-    temperature: float = 0.0  # 0: the most probable id, always
+    temperature: float = 0.0  # below GREEDY_BELOW: the most probable id, always
     top_k: int | None = None  # the k most probable
     top_p: float | None = None  # the most probable that together have this probability
     min_p: float | None = None  # those at least this share of the most probable
     valid_utf8: bool = False  # text is UTF-8, without half a character at its end
 
     def __post_init__(self):
-        _check_number(
-            "temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"
+        make_plain(self)
+        check_number(
+            "temperature",
+            self.temperature,
+            lambda t: 0 <= t < math.inf,
+            "a number 0 or more, and finite",
         )
-        positive = 0 < self.repetition_penalty < math.inf
-        _check_number("repetition_penalty", self.repetition_penalty, positive, "above 0")
+        least, most = PENALTIES
+        check_number(
+            "repetition_penalty",
+            self.repetition_penalty,
+            lambda penalty: least <= penalty <= most,
+            f"a number above 0, from {least:g} to {most:g}",
+        )
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None:
-                _check_number(name, value, 0 < value <= 1, "above 0, at most 1")
-        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
-            raise ValueError(f"top_k={self.top_k!r} must be a whole number from 1, or None")
+                check_number(
+                    name, value, lambda p: 0 < p <= 1, "a number above 0, at most 1, or None"
+                )
+        top_k = self.top_k
+        if not (top_k is None or (is_whole(top_k) and top_k >= 1)):
+            raise ValueError(f"top_k={top_k!r} must be a whole number from 1, or None")
+        if not isinstance(self.valid_utf8, bool):
+            raise ValueError(f"valid_utf8={self.valid_utf8!r} must be True or False")
 
 
-def _check_number(name, value, valid, range_text):
-    if not valid:
-        raise ValueError(f"{name}={value!r} must be a number {range_text}")
+def make_plain(options):
+    """Puts Python's numbers in the place of NumPy's, and of arrays without axes."""
+    for field in fields(options):
+        object.__setattr__(options, field.name, plain(getattr(options, field.name)))
+
+
+def plain(value):
+    """Returns the number in an array without axes, or the value as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def is_whole(value) -> bool:
+    """Returns whether a value is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_number(name: str, value, is_valid, wanted: str):
+    """Raises ValueError for an option that is no number, or for which is_valid(value) is false."""
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and is_valid(value)):
+        raise ValueError(f"{name}={value!r} must be {wanted}")
 
 
 class SamplingArrays(NamedTuple):
-    """`Sampling` as arrays, so that other values compile nothing."""
+    """`Sampling` as arrays, so that other values compile nothing.
+
+    Probabilities are in the form that float32 holds exactly enough: what top_p leaves out, and the
+    logarithm of min_p.
+    """
 
     repetition_penalty: jax.Array
     temperature: jax.Array
     top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
+    tail: jax.Array  # 1 - top_p; -1 for all ids
+    log_min_p: jax.Array  # -inf for all ids
     valid_utf8: jax.Array
 
 
 def sampling_arrays(sampling: Sampling) -> SamplingArrays:
     """Returns the options as arrays."""
+    top_p, min_p = sampling.top_p, sampling.min_p
+    greedy = sampling.temperature < GREEDY_BELOW
     return SamplingArrays(
         jnp.float32(sampling.repetition_penalty),
-        jnp.float32(sampling.temperature),
-        jnp.int32(sampling.top_k or ALL),
-        # Sums of probabilities may round to 1 and more before the last.
-        jnp.float32(math.inf if sampling.top_p in (None, 1) else sampling.top_p),
-        jnp.float32(sampling.min_p or 0.0),
+        jnp.float32(0 if greedy else min(sampling.temperature, LARGEST)),
+        jnp.int32(min(sampling.top_k or ALL, ALL)),
+        jnp.float32(-1 if top_p is None or top_p == 1 else 1 - top_p),
+        jnp.float32(-math.inf if min_p is None else math.log(min_p)),
         jnp.bool_(sampling.valid_utf8),
     )
 
@@ -76,43 +122,56 @@ def distribution(
     """Returns log-probabilities of the next id from logits float32 [..., V] of all V ids.
 
     seen: bool [..., V], ids that occurred. allowed: bool [..., V]. Of special ids only EOS can be
-    drawn: the others have no bytes to show.
+    drawn: the others have no bytes to show. Infinite logits count as the largest numbers, NaN as
+    the least. Where nothing is allowed, EOS is.
     """
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     penalty = sampling.repetition_penalty
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(seen & (ids >= BYTE_OFFSET), penalised, logits)
-    logits = jnp.where(is_drawable(ids, logits.shape[-1]) & allowed, logits, -jnp.inf)
+    logits = jnp.nan_to_num(logits, nan=-LARGEST, posinf=LARGEST, neginf=-LARGEST)
+    can_be_drawn = is_drawable(ids, logits.shape[-1]) & allowed
+    can_be_drawn |= (ids == EOS_ID) & ~can_be_drawn.any(axis=-1, keepdims=True)
+    logits = jnp.where(can_be_drawn, logits, -jnp.inf)
     return jax.lax.cond(sampling.temperature > 0, _tempered, _greedy, logits, sampling)
 
 
 def _greedy(logits, _):
     best = jnp.argmax(logits, axis=-1)
-    return jnp.where(jax.nn.one_hot(best, logits.shape[-1], dtype=bool), 0.0, -jnp.inf)
+    return jnp.where(
+        jax.nn.one_hot(best, logits.shape[-1], dtype=bool), 0, jnp.full_like(logits, -jnp.inf)
+    )
 
 
 def _tempered(logits, sampling):
-    log_p = jax.nn.log_softmax(logits / jnp.maximum(sampling.temperature, 1e-30))
-    filtering = (sampling.top_k < log_p.shape[-1]) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    # Differences to the largest are 0 or less, and stay finite until those that cannot be drawn
+    # are out: -inf times the reciprocal of a large temperature would be NaN.
+    below = jnp.maximum(logits - logits.max(axis=-1, keepdims=True), -LARGEST)
+    scaled = jnp.where(logits == -jnp.inf, -jnp.inf, below / sampling.temperature)
+    log_p = jax.nn.log_softmax(scaled)
+    filtering = (
+        (sampling.top_k < log_p.shape[-1]) | (sampling.tail >= 0) | (sampling.log_min_p > -jnp.inf)
+    )
     return jax.lax.cond(filtering, _filtered, lambda log_p, _: log_p, log_p, sampling)
 
 
 def _filtered(log_p, sampling):
     """Applies top_k, top_p and min_p, each to the normalised result of the one before.
 
-    Of equals at a limit all are kept.
+    Of equals at a limit all are kept, and the most probable id always is.
     """
-    top = -jnp.sort(-log_p, axis=-1)
-    least = jax.lax.dynamic_index_in_dim(
-        top, jnp.minimum(sampling.top_k, top.shape[-1]) - 1, axis=-1
-    )
-    log_p = jax.nn.log_softmax(jnp.where(log_p >= least, log_p, -jnp.inf))
-    top = -jnp.sort(-log_p, axis=-1)
-    p = jnp.exp(top)
-    before = jnp.cumsum(p, axis=-1) - p
-    least = jnp.min(jnp.where(before < sampling.top_p, top, jnp.inf), axis=-1, keepdims=True)
-    log_p = jax.nn.log_softmax(jnp.where(log_p >= least, log_p, -jnp.inf))
-    least = log_p.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+    ascending, num_ids = jnp.sort(log_p, axis=-1), log_p.shape[-1]
+    kth = num_ids - jnp.minimum(sampling.top_k, num_ids)
+    log_p = _at_least(log_p, jax.lax.dynamic_index_in_dim(ascending, kth, axis=-1))
+    ascending = jnp.sort(log_p, axis=-1)
+    # Sums from the least probable on, where float32 has digits for small tails.
+    beyond = jnp.cumsum(jnp.exp(ascending), axis=-1) > sampling.tail
+    least = jnp.min(jnp.where(beyond, ascending, jnp.inf), axis=-1, keepdims=True)
+    log_p = _at_least(log_p, jnp.minimum(least, ascending[..., -1:]))
+    return _at_least(log_p, log_p.max(axis=-1, keepdims=True) + sampling.log_min_p)
+
+
+def _at_least(log_p, least):
     return jax.nn.log_softmax(jnp.where(log_p >= least, log_p, -jnp.inf))
 
 

@@ -87,7 +87,7 @@ def _verify(shape: ProgramShape, params, request, progress: Progress, rows) -> P
     )
     stand = below(accepted, max_drafts)
     done = (stand & ends).any(axis=1)
-    kept = jnp.where(done, jnp.argmax(stand & ends, axis=1) + 1, accepted)
+    kept = jnp.where(done, jax.lax.argmax(stand & ends, 1, jnp.int32) + 1, accepted)
     length = jnp.where(rows, first + 1 + kept, progress.length)
     all_stand = accepted == drafts
     limit = jnp.where(all_stand, jnp.minimum(2 * drafting.limit, max_drafts), accepted + 1)
@@ -102,10 +102,10 @@ def _verify(shape: ProgramShape, params, request, progress: Progress, rows) -> P
         drafting=drafting._replace(
             anchor=jnp.where(rows, -1, drafting.anchor),
             limit=jnp.where(rows, limit, drafting.limit),
-            rounds=drafting.rounds + rows,
+            rounds=drafting.rounds + rows.astype(jnp.int32),
             redraw=jnp.where(rows, ~all_stand, drafting.redraw),
             num_drafted=drafting.num_drafted + drafts,
-            num_accepted=drafting.num_accepted + kept * rows,
+            num_accepted=drafting.num_accepted + jnp.where(rows, kept, 0),
         ),
     )
 
@@ -116,7 +116,7 @@ def _accept(tokens, target, drafted, num_drafts, seeds, first, rounds):
     tokens int32 [B, k] were drawn from drafted [B, k, V]; target [B, k + 1, V].
     """
     keys = row_keys(seeds, first, rounds, jnp.full_like(first, ACCEPT))
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(keys)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:], jnp.float32))(keys)
     target_p, drafted_p = (
         jnp.exp(jnp.take_along_axis(x[:, : tokens.shape[1]], tokens[..., None], -1)[..., 0])
         for x in (target, drafted)

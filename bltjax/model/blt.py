@@ -71,6 +71,6 @@ def patch_documents(tokens, document_ids, starts):
 
     Patches past the last byte belong to the last document, or to a new one after its EOS.
     """
-    after = document_ids[:, -1:] + (tokens[:, -1:] == EOS_ID)
+    after = document_ids[:, -1:] + (tokens[:, -1:] == EOS_ID).astype(document_ids.dtype)
     padded = jnp.concatenate([document_ids, after], axis=1)
     return jax.vmap(lambda row, i: row.at[i].get(mode="clip"))(padded, starts)

@@ -18,7 +18,7 @@ def depth_factor(init: InitConfig, dim: int, index, num_layers: int):
     See model.md#initial-weights.
     """
     if init.std_factor == "current_depth":
-        return jnp.sqrt(2.0 * (index + 1))
+        return jnp.sqrt(2.0 * (jnp.asarray(index, jnp.float32) + 1))
     if init.std_factor == "global_depth":
         return jnp.sqrt(2.0 * (num_layers + 1))
     return dim / 4096 if init.std_factor == "dim_ratio" else 1.0

@@ -75,7 +75,7 @@ def bytes_from_patches_attention(
         scores = jnp.einsum("blhd,blkhd->blkh", q, key, preferred_element_type=jnp.float32)
         scores = jnp.where(visible, scores * scale, MASKED)
         top = jax.lax.stop_gradient(scores.max(axis=2))
-        weights = jnp.exp(scores - top[:, :, None]) * visible
+        weights = jnp.exp(scores - top[:, :, None]) * visible.astype(scores.dtype)
         mixed = jnp.einsum("blkh,blkhd->blhd", weights, value.astype(jnp.float32))
         return top, weights.sum(axis=2), mixed
 

@@ -36,7 +36,7 @@ def ring_attention(q, k, v, ring_k, ring_v, first, count, earliest):
             return _write(ring_k, k, slots), _write(ring_v, v, slots)
 
         def see_rings(sums, rings, last):
-            held = last - (last - jnp.arange(num_slots)[None]) % num_slots
+            held = last - (last - jnp.arange(num_slots, dtype=jnp.int32)[None]) % num_slots
             return _add(sums, q, *rings, held[:, None] >= earliest[..., None])
 
         if num_new == 1:  # Written first, so that XLA sees the old ring unused and writes in place.
@@ -56,7 +56,7 @@ def store_attention(q, k, v, store_k, store_v, first, count, block: int = BLOCK)
     """
 
     def attend(q, k, v, store_k, store_v, first, count):
-        batch, groups, num_slots, width = store_k.shape
+        groups, num_slots = store_k.shape[1:3]
         num_new, size = q.shape[1], min(block, num_slots)
         slots = jnp.where(below(count, num_new), span(first, 0, num_new), num_slots)
 
@@ -65,8 +65,9 @@ def store_attention(q, k, v, store_k, store_v, first, count, block: int = BLOCK)
 
         def see_stores(sums, stores, length):
             def add_block(i, sums):
-                start, shape = (0, 0, i * size, 0), (batch, groups, size, width)
-                keys_values = (jax.lax.dynamic_slice(x, start, shape) for x in stores)
+                keys_values = (
+                    jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2) for x in stores
+                )
                 visible = below(length - i * size, size)
                 return _add(sums, q, *keys_values, visible[:, None])
 

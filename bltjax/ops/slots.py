@@ -70,7 +70,7 @@ def on_rows(function, *arguments):
 
 def span(first: jax.Array, start: int, stop: int) -> jax.Array:
     """Adds start .. stop - 1 to first int32 [...] -> int32 [..., stop - start]."""
-    offsets = jnp.arange(start, stop)
+    offsets = jnp.arange(start, stop, dtype=first.dtype)
     return first[..., None] + offsets.reshape((1,) * first.ndim + offsets.shape)
 
 

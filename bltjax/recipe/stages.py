@@ -43,11 +43,12 @@ from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches, in_step_patches
+from bltjax.runtime.terminal import printable, printable_name
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
 from bltjax.training.metrics import HELD_OUT
 from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.step import make_eval_step
-from bltjax.vocabulary import encode
+from bltjax.vocabulary import encode, text_bytes
 
 BASELINE_BYTES = 100_000_000  # that n-gram models are fitted on, about: they count in memory
 MEASURED_ROWS = 256  # whose budgets are reported
@@ -57,10 +58,9 @@ def run(checked: CheckedRun) -> dict:
     """Runs all stages in order; returns the result, which is also written to result.json."""
     config, directory, mesh = checked
     started = time.perf_counter()
-    print(
-        f"mesh: {dict(mesh.shape)} on {jax.devices()[0].device_kind}; workdir: {directory.path}",
-        flush=True,
-    )
+    workdir = printable_name(str(directory.path))
+    on = f"{dict(mesh.shape)} on {jax.devices()[0].device_kind}"
+    print(f"mesh: {on}; workdir: {workdir}", flush=True)
     result = dict(workdir=str(directory.path), compilations={}, parameters={})
     with jax.set_mesh(mesh):
         store = corpus.open_corpus(config, directory)
@@ -287,7 +287,10 @@ def evaluate_model(
     )
     if len(sums["sources"]) > 1:
         for source, of in sums["sources"].items():
-            print(f"  {source}: {of['bits_per_byte']:.4f} over {of['bytes']} bytes", flush=True)
+            print(
+                f"  {printable_name(source)}: {of['bits_per_byte']:.4f} over {of['bytes']} bytes",
+                flush=True,
+            )
     result = dict(
         bits_per_byte=sums["bits_per_byte"],
         validation_bytes=int(sums["bytes"]),
@@ -325,16 +328,18 @@ def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
     requests = make_requests(decoder, prompt, settings.sample_bytes, 0, length)
     sampling = Sampling(temperature=settings.temperature)
     (continuation,), _ = generate(decoder, for_generation(models), requests, sampling)
-    text = settings.prompt + continuation.decode("utf-8", errors="replace")
-    print(f"sample:\n{text}\n", flush=True)
+    text = text_bytes(settings.prompt) + continuation
+    print(f"sample:\n{printable(text)}\n", flush=True)
 
-    sentence, entropies = settings.sentence.encode(), None
+    sentence, entropies = text_bytes(settings.sentence), None
     ids = encode(sentence)
     if needs_entropies(patching):
         model = entropy_config, models["entropy_model"]
         rows = sharding.one_per_shard(ids), patching.reset_at_newlines
         entropies = sharding.on_host(functional.entropies(*model, *rows))[0]
     view = view_of(sentence, ids, entropies, patching, patching)
-    patches = [patch.decode("utf-8", errors="replace") for patch in view.patches]
-    print("patches:\n" + "|".join(patches), flush=True)
-    return dict(patches=patches, sample=text)
+    print("patches:\n" + "|".join(map(printable, view.patches)), flush=True)
+    return dict(
+        patches=[patch.decode("utf-8", errors="replace") for patch in view.patches],
+        sample=text.decode("utf-8", errors="replace"),
+    )

@@ -1,31 +1,20 @@
-"""Several processes as one run: they find each other, and they end together.
+"""Finds and connects the processes of a run; `peers` ends them together.
 
-Every process runs the same command. Process 0 alone writes progress and metrics. When one of them
-fails, or is asked to stop, it tells the others, which would otherwise wait for it in a collective
-until a timeout: each process prints the failure last, and ends.
+Every process runs the same command. Process 0 alone writes progress and metrics.
 """
 
-import contextlib
 import importlib.util
-import json
 import os
 import signal
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bltjax.runtime.signals import STOPPED, Stopped, handling
+from bltjax.runtime import peers, roll_call
 
-CRASHED = 1  # exit code
-HEARTBEAT_SECONDS = 30  # after which a process that was killed is missed
 START_SECONDS = 300  # in which all processes must have come
-LOOK_SECONDS = 1.0  # between looks for the failure of another process
-LINGER_SECONDS = 5.0  # in which process 0, whom all ask, goes on answering after a failure
-FAILURE = "bltjax/failure"
 
 
 class Cluster(NamedTuple):
@@ -139,23 +128,37 @@ def _on_tpu_vm() -> bool:
 def join(cluster: Cluster | None):
     """Connects this process to the others; to be called before JAX looks for devices.
 
-    What other processes than process 0 print is dropped; errors are not. Where the others do not
-    come in time, JAX aborts the process (exit code 134).
+    What other processes than process 0 print is dropped; errors are not. Raises ValueError where
+    the address cannot be used, where the processes were not started as one run, and where some have
+    not come in START_SECONDS. Where the platform knows the address, a process that waits longer
+    than that ends with one line.
     """
     if cluster is None:
         return
+    if cluster.arguments.get("coordinator_address"):
+        roll_call.answer(**_called(cluster.arguments), seconds=START_SECONDS)
     import jax
 
     # No call here looks for devices: where that fails, the others must be told.
     jax.config.update("jax_enable_preemption_service", False)  # we handle the signals
-    with handling(signal.SIG_DFL):  # ours would not be called before all have come
+    late = threading.Timer(START_SECONDS, _give_up, args=(cluster,))
+    late.daemon = True
+    late.start()
+    try:
         jax.distributed.initialize(
             **cluster.arguments,
-            initialization_timeout=START_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            initialization_timeout=2 * START_SECONDS,  # JAX would abort
+            heartbeat_timeout_seconds=2 * peers.MISSED_SECONDS,  # and here
+            shutdown_timeout_seconds=peers.MISSED_SECONDS,
         )
-    index, count = _place()
+    except RuntimeError as error:
+        raise ValueError(f"the processes of this run cannot be connected: {error}") from error
+    finally:
+        late.cancel()
+    if threading.current_thread() is threading.main_thread():
+        # JAX aborts where process 0 is gone: without a dump of all threads, which absl enables.
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
+    index, count = peers.place()
     if index:
         sys.stdout.flush()
         with open(os.devnull, "w") as nowhere:
@@ -163,100 +166,21 @@ def join(cluster: Cluster | None):
     print(f"{count} processes, found by {cluster.name}", flush=True)
 
 
-@contextlib.contextmanager
-def ending_together():
-    """Ends all processes, with the traceback of the first failure, when the block fails in one.
-
-    The exit code is that of SystemExit and of `Stopped`, and else CRASHED. In a run of one process
-    the error comes through.
-    """
-    if _place()[1] == 1:
-        yield
-        return
-    over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=[over], daemon=True)
-    watcher.start()
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code:
-            raise
-        with handling(signal.SIG_IGN):  # the process is leaving already
-            over.set()
-            watcher.join()  # not to end in the middle of its last words
-            _leave(**_tell(error))
-    finally:
-        over.set()
-        watcher.join()
+def _called(arguments: Mapping) -> dict:
+    host, _, port = arguments["coordinator_address"].rpartition(":")
+    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[2]
+    return dict(
+        host=host.strip("[]"),
+        port=int(port),
+        bound=int(bound or port),
+        count=arguments["num_processes"],
+        index=arguments["process_id"],
+    )
 
 
-def _code(error: BaseException) -> int:
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else CRASHED
-    return STOPPED if isinstance(error, Stopped) else CRASHED
-
-
-def _tell(error: BaseException) -> dict:
-    """Tells the others of an error, unless one of them was first; returns the first failure.
-
-    The first may be why this process failed: one that leaves breaks the collectives of the others.
-    """
-    index, count = _place()
-    who = f"process {index} of {count}"
-    if isinstance(error, SystemExit):  # a command that has said in one line what is wrong
-        said = error.__context__ or f"exit code {error.code}"
-        text = f"{who} ended: {said}\n"
-    elif isinstance(error, Stopped):
-        text = f"{who}: {error}\n"
-    else:
-        text = f"{who} failed:\n{''.join(traceback.format_exception(error))}"
-    told = dict(code=_code(error), text=text)
-    with contextlib.suppress(Exception):  # another was first, or nobody is left to tell
-        _client().key_value_set(FAILURE, json.dumps(told))
-        return told
-    with contextlib.suppress(Exception):
-        return json.loads(_client().key_value_try_get(FAILURE))
-    return told
-
-
-def _watch(over: threading.Event):
-    """Ends this process when another one has failed."""
-    while not over.wait(LOOK_SECONDS):
-        try:
-            told = json.loads(_client().key_value_try_get(FAILURE))
-        except Exception as error:
-            if "NOT_FOUND" in str(error):
-                continue
-            told = dict(code=CRASHED, text=f"process 0 does not answer any more: {error}\n")
-        _leave(**told)
-
-
-def _leave(code: int, text: str):
-    """Ends this process, and not by `sys.exit`, which waits for the others at a barrier."""
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    if _place()[0] == 0:
-        time.sleep(LINGER_SECONDS)
-    sys.stderr.flush()
-    with open(os.dup(2), "w") as last_words, open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # what other threads print now
-        last_words.write(text)
-    os._exit(code)
-
-
-def _place() -> tuple[int, int]:
-    """Returns the index of this process, and the number of processes."""
-    state = _state()
-    return state.process_id or 0, state.num_processes or 1
-
-
-def _client():
-    return _state().client
-
-
-def _state():
-    # The coordination service's keys and values have no public name, and the public functions that
-    # count processes look for devices first.
-    from jax._src import distributed
-
-    return distributed.global_state
+def _give_up(cluster: Cluster):
+    peers.leave(
+        peers.CRASHED,
+        f"error: not all processes of this run, as {cluster.name} names them, have come within "
+        f"{START_SECONDS} seconds: read the logs of the others, and start all of them again\n",
+    )

@@ -1,7 +1,9 @@
 """Formats text and tables for a terminal, and numbers for JSON."""
 
+import codecs
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 _LEAST_WIDTH = 13  # of a column of numbers, so that tables below each other line up
 
@@ -11,16 +13,60 @@ def json_number(x: float) -> float | None:
     return None if math.isnan(x) else x
 
 
+def _escapes() -> dict[int, str]:
+    r"""Returns {code point: as it is shown} of what steers a terminal or hides what is there.
+
+    Control characters but newline and tab, line separators, marks that change the direction of
+    text, and the deprecated ones of Unicode beside them.
+    """
+    controls = {*range(0x20), *range(0x7F, 0xA0)} - set(map(ord, "\n\t"))
+    separators = (0x2028, 0x2029)
+    directions = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x2070))
+    shown = {c: f"\\x{c:02x}" for c in controls}
+    return shown | {c: f"\\u{c:04x}" for c in (*separators, *directions)}
+
+
+_ESCAPES = _escapes()
+
+
 def printable(text: bytes | str) -> str:
-    r"""Returns text in which control characters, which steer terminals, and bytes that are not
-    UTF-8 are written as \xNN."""
+    r"""Returns text that does nothing to a terminal but show itself.
+
+    Control characters and bytes that are not UTF-8 are written as \xNN, marks of direction and line
+    separators as \uNNNN. Newlines and tabs stay.
+    """
     if isinstance(text, str):
-        text = text.encode("utf-8", "surrogateescape")  # the bytes of a file name
-    decoded = text.decode("utf-8", "backslashreplace")
-    return "".join(
-        c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}"
-        for c in decoded
-    )
+        try:
+            text = text.encode("utf-8", "surrogateescape")  # the bytes of a file name
+        except UnicodeEncodeError:  # surrogates that stand for no bytes
+            text = text.encode("utf-8", "surrogatepass")
+    return text.decode("utf-8", "backslashreplace").translate(_ESCAPES)
+
+
+def printable_name(name: bytes | str) -> str:
+    """Returns what `printable` does, on one line: for names of files, sources and records."""
+    return printable(name).replace("\n", "\\x0a").replace("\t", "\\x09")
+
+
+def byte_writer(raw: bool = False) -> Callable[[bytes], None]:
+    """Returns a function that writes pieces of a text to stdout as they come.
+
+    A terminal shows them as `printable` does, half a character when its other half has come, or
+    with b"", which ends the text. Files and pipes get the bytes themselves, and so does a terminal
+    if `raw`.
+    """
+    decode = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode
+    as_they_are = raw or not sys.stdout.isatty()
+
+    def write(piece: bytes):
+        if as_they_are:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(piece)
+        else:
+            sys.stdout.write(decode(piece, final=not piece).translate(_ESCAPES))
+        sys.stdout.flush()
+
+    return write
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence], digits: int = 4):
@@ -39,4 +85,4 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence], digits: int = 
 def _cell(value, digits: int) -> str:
     if value is None:
         return "-"
-    return f"{value:.{digits}f}" if isinstance(value, float) else printable(str(value))
+    return f"{value:.{digits}f}" if isinstance(value, float) else printable_name(str(value))

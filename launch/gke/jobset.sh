@@ -49,7 +49,7 @@ quoted() {
 dry_run=
 while [ $# -gt 0 ]; do
     case "$1" in
-        --help) usage && exit ;;
+        --help | -h) usage && exit ;;
         --dry-run) dry_run=1 && shift ;;
         *) break ;;
     esac
@@ -66,25 +66,33 @@ done
 # Kubernetes appends to the name, and takes 63 characters.
 [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
     fail "NAME=$NAME: give at most 40 lower-case letters, digits and hyphens, a letter first"
+[[ ${SPOT:-} =~ ^[01]?$ ]] || fail "SPOT=$SPOT: give 1 for spot nodes, or leave it out"
 slices=${SLICES:-1}
 restarts=${MAX_RESTARTS:-100}
 [[ $slices =~ ^[1-9][0-9]{0,3}$ ]] || fail "SLICES=$slices: give a number of slices"
 [[ $restarts =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "MAX_RESTARTS=$restarts: give a number of restarts"
 
-dimensions=3
+dimensions=3 example=4x4x8
 case "$ACCELERATOR" in
-    tpu-v5-lite-podslice | tpu-v6e-slice) dimensions=2 ;;
+    tpu-v5-lite-podslice | tpu-v6e-slice) dimensions=2 example=8x8 ;;
     tpu-v4-podslice | tpu-v5p-slice | tpu7x) ;;
     *) fail "ACCELERATOR=$ACCELERATOR is not known: see launch/gke/jobset.sh --help" ;;
 esac
 [[ $TOPOLOGY =~ ^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){$((dimensions - 1))}$ ]] ||
-    fail "TOPOLOGY=$TOPOLOGY: $ACCELERATOR has $dimensions dimensions, as in $(
-        [ $dimensions = 2 ] && echo 8x8 || echo 4x4x8
-    )"
+    fail "TOPOLOGY=$TOPOLOGY: $ACCELERATOR takes $dimensions dimensions, from 1, as in $example"
+for size in ${TOPOLOGY//x/ }; do
+    [ "$size" -le 2 ] || [ $((size % 4)) -eq 0 ] ||
+        fail "TOPOLOGY=$TOPOLOGY: the sizes of a slice are 1, 2 or multiples of 4, as in $example"
+done
 chips=$((${TOPOLOGY//x/*}))
 chips_per_host=${CHIPS_PER_HOST:-$((chips < 4 ? chips : 4))}
-[[ $chips_per_host =~ ^[1-8]$ ]] && [ $((chips % chips_per_host)) -eq 0 ] ||
-    fail "CHIPS_PER_HOST=$chips_per_host does not divide $chips, the chips of $TOPOLOGY: give 4"
+divisors=
+for number in 1 2 4 8; do
+    [ $((chips % number)) -ne 0 ] || divisors+=${divisors:+, }$number
+done
+[[ $chips_per_host =~ ^[1248]$ ]] && [ $((chips % chips_per_host)) -eq 0 ] ||
+    fail "CHIPS_PER_HOST=$chips_per_host does not divide the $chips chips of $TOPOLOGY into hosts: \
+give one of $divisors"
 hosts=$((chips / chips_per_host))
 
 yaml() {
@@ -187,5 +195,6 @@ if [ "$dry_run" ]; then
     yaml "$@"
     echo EOF
 else
+    command -v kubectl >/dev/null || fail "kubectl is not installed: install it, or use --dry-run"
     yaml "$@" | "${kubectl[@]}"
 fi

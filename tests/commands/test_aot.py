@@ -91,6 +91,8 @@ def test_reading_prompts_on_four_gpus():
         ("v9:2x2", "is not known: give one of v4:4x4x4, v5e:16x16, v5p:4x4x8"),
         ("v5p:4x4", "has 2 sizes, v5p takes 3 from 1: for example v5p:4x4x8"),
         ("v5e:0x4", "has 2 sizes, v5e takes 2 from 1"),
+        ("v5e:32x32", "has 1024 chips, and a pod of v5e at most 256: give a smaller one, and --sl"),
+        ("v5p:99999x99999x2", "and a pod of v5p at most 8960"),
     ],
 )
 def test_what_is_no_topology(name, said):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from bltjax.inference import sampling
-from bltjax.inference.sampling import Sampling, leftover, row_keys, sampling_arrays
+from bltjax.inference.sampling import GREEDY_BELOW, Sampling, leftover, row_keys, sampling_arrays
 from bltjax.inference.self_speculation import _accept
-from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE
+from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE, is_drawable
 
 DRAWS = 50_000
 WITHOUT_BYTES = [i for i in range(BYTE_OFFSET) if i != EOS_ID]
@@ -115,6 +115,118 @@ def test_rows_of_a_batch_are_their_own():
     found = distribution(logits, chosen, seen, np.ones_like(seen))
     for i in np.ndindex(2, 3):
         np.testing.assert_allclose(found[i], distribution(logits[i], chosen, seen[i], ALL), 1e-6)
+
+
+SMALL, LARGE = (1e-45, 1e-300, 5e-324), (1e30, 1e38, 1e300)
+ROWS, SCALES = (1, 2, 8, 32), (1e-3, 1.0, 15.0, 1e6, 1e38)
+
+
+@jax.jit
+def draw_rows(logits, chosen, seeds):
+    seen = (jnp.arange(logits.size) % 3 == 0).reshape(logits.shape)
+    log_p = sampling.distribution(logits, chosen, seen, jnp.ones_like(seen))
+    ids = sampling.draw(log_p, row_keys(seeds))
+    return log_p, ids, sampling.distribution(logits, greedy_like(chosen), seen, jnp.ones_like(seen))
+
+
+def greedy_like(chosen):
+    return chosen._replace(temperature=jnp.float32(0))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_extreme_temperatures_draw_what_they_mean(rows):
+    """Logits of all scales, with NaN and infinities among them or without."""
+    rng = np.random.default_rng(rows)
+    seeds = jnp.arange(rows, dtype=jnp.uint32)
+    filters = (
+        {},
+        dict(repetition_penalty=1e-6, top_k=2**40, top_p=1e-45, min_p=1e-300),
+        dict(repetition_penalty=1e6, top_k=5, top_p=1 - 1e-12, min_p=1.0),
+    )
+    for scale in SCALES:
+        logits = (rng.normal(size=(rows, VOCAB_SIZE)) * scale).clip(-3e38, 3e38)
+        broken = logits.copy()
+        broken[rng.random(broken.shape) < 0.02] = math.nan
+        broken[rng.random(broken.shape) < 0.02] = math.inf
+        broken[rng.random(broken.shape) < 0.02] = -math.inf
+        broken[-1] = math.nan
+        for values in (logits, broken):
+            for temperature in (
+                *SMALL,
+                1e-12,
+                1e-8,
+                0.99 * GREEDY_BELOW,
+                GREEDY_BELOW,
+                1.0,
+                *LARGE,
+            ):
+                for options in filters:
+                    chosen = sampling_arrays(Sampling(temperature=temperature, **options))
+                    found = draw_rows(values.astype(np.float32), chosen, seeds)
+                    log_p, ids, greedy = map(np.asarray, found)
+                    assert not np.isnan(log_p).any()
+                    assert (log_p.max(axis=-1) > -math.inf).all()
+                    assert (log_p[:, WITHOUT_BYTES] == -math.inf).all()
+                    assert is_drawable(ids).all()
+                    if temperature < GREEDY_BELOW:
+                        np.testing.assert_array_equal(log_p, greedy)
+                        np.testing.assert_array_equal(ids, greedy.argmax(axis=-1))
+
+
+def test_large_temperatures_draw_evenly():
+    logits = np.random.default_rng(0).normal(0, 20, VOCAB_SIZE).astype(np.float32)
+    drawable = is_drawable(np.arange(VOCAB_SIZE))
+    for temperature in LARGE:
+        log_p = distribution(logits, sampling_arrays(Sampling(temperature=temperature)), ~ALL, ALL)
+        np.testing.assert_allclose(np.exp(log_p), drawable / drawable.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [*SMALL, 1e-9, 1 - 1e-6, 1 - 1e-12, np.float32(0.5)])
+def test_shares_that_float32_does_not_hold(top_p):
+    """The tail that top_p leaves out is cut where its exact sum says so."""
+    p = np.array([0.6, 0.4 - 1.1e-6, 1e-6, 1e-7])
+    logits = np.full(VOCAB_SIZE, -1e30, np.float32)
+    logits[BYTE_OFFSET : BYTE_OFFSET + 4] = np.log(p)
+    log_p = distribution(logits, sampling_arrays(Sampling(temperature=1, top_p=top_p)), ~ALL, ALL)
+    before = np.cumsum(p) - p
+    np.testing.assert_array_equal(
+        np.isfinite(log_p)[BYTE_OFFSET : BYTE_OFFSET + 4], before < float(top_p)
+    )
+
+
+def test_where_nothing_is_allowed_the_text_ends():
+    for temperature in (0.0, 1.0):
+        chosen = sampling_arrays(Sampling(temperature=temperature))
+        p = np.exp(distribution(np.zeros(VOCAB_SIZE, np.float32), chosen, ~ALL, ~ALL))
+        assert p[EOS_ID] == 1 == p.sum()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Sampling)])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, -1, "1", b"1", [1], 1j, np.int64(-3), -(2**40)]
+)
+def test_no_option_takes_what_is_no_number_of_its_kind(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* must be "):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty", "top_k"])
+def test_true_is_no_number(name):
+    for value in (True, np.True_):
+        with pytest.raises(ValueError, match=f"{name}=True must be "):
+            Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("penalty", [*SMALL, *LARGE, 2**40])
+def test_penalties_that_overflow_are_refused(penalty):
+    with pytest.raises(ValueError, match=r"repetition_penalty=.* from 1e-06 to 1e"):
+        Sampling(repetition_penalty=penalty)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Sampling(np.float32(1.5), np.array(0.5), np.int64(3), np.float16(0.5)) == Sampling(
+        1.5, 0.5, 3, 0.5
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +67,35 @@ def test_help_names_what_dry_run_does(script):
         ("gke/jobset.sh", ["--", "x"], {**JOBSET, "SLICES": "two"}, "SLICES=two"),
         ("gke/jobset.sh", ["--", "x"], {**JOBSET, "ACCELERATOR": "h100"}, "ACCELERATOR=h100"),
         ("gke/jobset.sh", ["--", "x"], {**JOBSET, "TOPOLOGY": "4x4x8"}, "2 dimensions"),
-        ("gke/jobset.sh", ["--", "x"], {**JOBSET, "CHIPS_PER_HOST": "3"}, "CHIPS_PER_HOST=3"),
+        ("gke/jobset.sh", ["--", "x"], {**JOBSET, "CHIPS_PER_HOST": "3"}, "one of 1, 2, 4, 8"),
+        *(
+            ("gke/jobset.sh", ["--", "x"], {**JOBSET, "TOPOLOGY": topology}, said)
+            for topology, said in {
+                "3x3": "TOPOLOGY=3x3: the sizes of a slice are 1, 2 or multiples of 4",
+                "2x6": "TOPOLOGY=2x6: the sizes of a slice are 1, 2 or multiples of 4",
+                "0x2": "takes 2 dimensions, from 1, as in 8x8",
+            }.items()
+        ),
+        (
+            "gke/jobset.sh",
+            ["--", "x"],
+            {**JOBSET, "TOPOLOGY": "2x1", "CHIPS_PER_HOST": "4"},
+            "does not divide the 2 chips of 2x1 into hosts: give one of 1, 2\n",
+        ),
+        ("gke/jobset.sh", ["--", "x"], {**JOBSET, "SPOT": "true"}, "SPOT=true"),
         ("slurm_gpu.sbatch", [], {}, "with arguments"),
+        ("slurm_gpu.sbatch", ["x"], {}, "submit it with sbatch"),
+        ("local_mesh.sh", ["--fast", "1,1,1", "--", "x"], {}, "--fast is not an option"),
+        ("local_mesh.sh", ["1,1,1", "--", "x"], {"PYTHON": "/no python"}, "PYTHON=/no python"),
+        ("local_processes.sh", ["--device=2", "2", "--", "x"], {}, "--device=2 is not an option"),
+        ("local_processes.sh", ["2", "--", "x"], {"PYTHON": "/no python"}, "PYTHON=/no python"),
+        ("local_processes.sh", ["2", "--", "x"], {"PORT": "65536"}, "PORT=65536: give a port"),
+        ("local_processes.sh", ["2", "--", "x"], {"PORT": "http"}, "PORT=http: give a port"),
+        ("tpu_vm.sh", ["--fast", "status"], POD, "--fast is not an option"),
+        ("tpu_vm.sh", ["logs", "1", "2"], POD, "'2'"),
+        ("tpu_vm.sh", ["status"], {**POD, "SPOT": "yes"}, "SPOT=yes"),
+        ("tpu_vm.sh", ["status"], {**POD, "POLL_SECONDS": "soon"}, "POLL_SECONDS=soon"),
+        ("tpu_vm_worker.sh", ["--fast", "stop"], {}, "--fast is not an option"),
     ],
 )
 def test_mistakes_are_named_before_anything_happens(script, arguments, settings, named):
@@ -106,9 +134,19 @@ echo "err $i" >&2
 trap 'printf saved >&2; exit 75' TERM INT
 case $word in
     exit*) echo $$ >"$first"; exit "${word#exit}" ;;
+    killed) echo $$ >"$first"; kill -KILL $$ ;;
+    stopped) echo $$ >"$first.stopped"; echo $$ >"$first"; kill -STOP $$ ;;
+    noisy)
+        sleep 0.5
+        echo "E1127 03:21:50.310597 8581 coordination_service_agent.cc:289] Polled an error" >&2
+        echo "F1127 03:21:50.310758 8581 client.h:80] Terminating process" >&2
+        echo "    @     0x7f334bc80634  absl::lts_20260107::LogMessage::Flush()" >&2
+        echo "process 0 of 2 is lost" >&2; exit 134 ;;
     late*)
         until [ -s "$first" ]; do sleep 0.05; done
-        while kill -0 "$(cat "$first")" 2>/dev/null; do sleep 0.05; done
+        while [ ! -e "$first.stopped" ] && kill -0 "$(cat "$first")" 2>/dev/null; do
+            sleep 0.05
+        done
         sleep 0.4; exit "${word#late}" ;;
     many) yes "" | head -n 40000 ;;
     run) touch "$READY.$i"; for _ in {1..600}; do sleep 0.05; done ;;
@@ -144,18 +182,51 @@ def test_processes_are_told_apart(stub):
 
 
 @pytest.mark.parametrize(
-    "words, code",
+    "words, code, said",
     [
-        ("exit75 exit75", 75),
-        ("late75 exit0", 75),
-        ("late134 exit2", 2),
-        ("exit1 late134", 1),
-        ("exit75 late3", 3),
+        ("exit75 exit75", 75, ""),
+        ("late75 exit0", 75, ""),
+        ("exit2 exit2", 2, ""),
+        ("late134 exit2", 2, "process 1 ended with exit code 2, before the others"),
+        ("exit1 late134", 1, "process 0 ended with exit code 1, before the others"),
+        ("exit75 late3", 3, ""),
+        ("late1 killed", 137, "process 1 was killed by SIGKILL, before the others"),
+        ("killed late134", 137, "process 0 was killed by SIGKILL, before the others"),
     ],
 )
-def test_the_exit_code_is_that_of_the_first_failure(stub, words, code):
+def test_the_first_failure_is_named_and_its_exit_code_is_that_of_all(stub, words, code, said):
     process = launch("local_processes.sh", "2", "--", *words.split(), check=False, PYTHON=stub)
     assert process.returncode == code
+    lines = [x for x in process.stderr.splitlines() if "err " not in x and "out " not in x]
+    assert lines == ([f"error: {said}"] if said else [])
+
+
+def test_what_jax_says_of_a_lost_process_is_kept_in_a_file(stub):
+    process = launch("local_processes.sh", "2", "--", "killed", "noisy", check=False, PYTHON=stub)
+    assert process.returncode == 137
+    *_, word, last = process.stderr.splitlines()
+    assert word == "[p1] process 0 of 2 is lost" and "Terminating" not in process.stderr
+    said, directory = last.split(" is kept in ")
+    assert said.startswith("error: process 0 was killed by SIGKILL, before the others; what JAX")
+    kept = Path(directory)
+    assert (kept / "p1.log").read_text().splitlines()[1].startswith("F1127 ")
+    assert [path.name for path in kept.iterdir()] == ["p1.log"]
+    shutil.rmtree(kept)
+
+
+def test_a_process_that_is_stopped_is_named_and_killed(stub):
+    process = launch("local_processes.sh", "2", "--", "late1", "stopped", check=False, PYTHON=stub)
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last == "error: process 1 was stopped (by SIGSTOP, say), and is killed now"
+
+
+def test_a_taken_port_is_named(stub):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"PORT={port} is taken" in refused(
+            "local_processes.sh", "2", "--", "exit0", "exit0", PYTHON=stub, PORT=port
+        )
 
 
 def test_it_ends_when_all_is_shown(stub, tmp_path):

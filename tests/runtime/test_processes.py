@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from bltjax.runtime import peers
 from bltjax.runtime import processes as distributed
 from bltjax.runtime.signals import STOPPED
 from tests import processes
@@ -115,15 +116,23 @@ def test_what_is_missing_or_wrong_is_named(environ, given, named):
 
 # The victim is a process by its number; the other one waits, in a collective or asleep.
 SCRIPT = """
-import os, signal, sys, threading, time
+import os, pathlib, signal, sys, threading, time
 from bltjax import cli
-from bltjax.runtime import processes, signals
+from bltjax.runtime import peers, processes, signals
 case, port, index = sys.argv[1], sys.argv[2], sys.argv[3]
-# Only a process that was killed may be missed by its heartbeat.
-processes.HEARTBEAT_SECONDS = 10 if "killed" in case else 200
-with signals.interrupting():
+# Only a process that is lost may be missed by its heartbeat.
+peers.MISSED_SECONDS = 10 if "sleeps" in case else 200
+with signals.leaving(peers.stop):
     processes.join(processes.find_cluster({}, f"127.0.0.1:{port}", 2, int(index)))
-    with processes.ending_together():
+    with peers.ending_together():
+        peers.agree({"same": "a", "--workdir": index if "differs" in case else "runs/a"})
+        if "elsewhere" in case:
+            peers.SEEN_SECONDS = 0.5
+            try:
+                peers.check_shared(pathlib.Path(sys.argv[4]) / index)
+            except ValueError as error:
+                cli.fail(error)
+        peers.check_shared(pathlib.Path(sys.argv[4]))
         import jax
         from jax.experimental.multihost_utils import process_allgather
         if case == "1 has no device" and index == "1":
@@ -133,7 +142,7 @@ with signals.interrupting():
         os.system(f"echo a child of {index}")
         victim, what = case.split(maxsplit=1)
         if index != victim:
-            process_allgather(2) if what in ("raises", "stopped") else None
+            process_allgather(2) if what in ("raises", "stopped", "killed") else None
             time.sleep(2 if what == "exits" else 150)
             sys.exit(0 if what == "exits" else "nobody told")
         time.sleep(1)
@@ -153,20 +162,45 @@ with signals.interrupting():
             os.kill(os.getpid(), signal.SIGTERM)
         elif what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "sleeps":
+            os.kill(os.getpid(), signal.SIGSTOP)
 """
-CASES = ("1 exits", "1 raises", "0 fails", "0 stopped", "1 killed", "1 has no device")
+CASES = (
+    "1 exits",
+    "1 raises",
+    "0 fails",
+    "0 stopped",
+    "1 killed",
+    "1 sleeps",
+    "0 sleeps",
+    "1 has no device",
+    "1 differs",
+    "1 elsewhere",
+)
+
+
+def ended_each(case, run):
+    if "sleeps" not in case:
+        return ended(run, timeout=150)
+    victim = int(case[0])
+    (survivor,) = ended([run[1 - victim]], timeout=150)
+    run[victim].kill()
+    (killed,) = ended([run[victim]], timeout=150)
+    return [survivor, killed] if victim else [killed, survivor]
 
 
 @pytest.fixture(scope="module")
-def outcomes():
+def outcomes(tmp_path_factory):
     """(exit code, stdout, stderr) of both processes, by case; at once, since they mostly wait."""
     # JAX warns of proxies; a pod's variable must not make it look for the pod.
     env = {k: v for k, v in processes.environment().items() if not k.lower().endswith("_proxy")}
     env["KUBERNETES_SERVICE_HOST"] = "127.0.0.1"
     runs = {case: (free_port(), []) for case in CASES}
     for case, (port, run) in runs.items():
+        directory = tmp_path_factory.mktemp(case)
         for index in "01":
-            command = [sys.executable, "-c", SCRIPT, case, str(port), index]
+            (directory / index).mkdir()
+            command = [sys.executable, "-c", SCRIPT, case, str(port), index, str(directory)]
             run.append(
                 subprocess.Popen(
                     command,
@@ -178,7 +212,7 @@ def outcomes():
                 )
             )
     try:
-        yield {case: ended(run, timeout=60) for case, (_, run) in runs.items()}
+        yield {case: ended_each(case, run) for case, (_, run) in runs.items()}
     finally:
         for _, run in runs.values():
             for process in run:
@@ -196,7 +230,7 @@ def test_a_run_that_ends_well(outcomes):
 @pytest.mark.parametrize(
     "case, code, last",
     [
-        ("1 raises", distributed.CRASHED, "RuntimeError: the disk is full"),
+        ("1 raises", peers.CRASHED, "RuntimeError: the disk is full"),
         ("0 fails", 2, "process 0 of 2 ended: no such corpus"),
         ("0 stopped", STOPPED, "process 0 of 2: stopped by SIGTERM: run the same command again"),
     ],
@@ -204,30 +238,60 @@ def test_a_run_that_ends_well(outcomes):
 def test_a_failure_ends_all_and_is_the_last_of_every_log(outcomes, case, code, last):
     for found, _, err in outcomes[case]:
         assert found == code, err
-        assert err.splitlines()[-1] == last
+        assert err.splitlines()[-1] in (last, last.replace("process 0 of 2 ended:", "error:"))
     logs = [err for _, _, err in outcomes[case]]
     if case == "1 raises":
         assert all(err.startswith("process 1 of 2 failed:\nTraceback") for err in logs)
     if case == "0 fails":
-        assert [len(err.splitlines()) for err in logs] == [2, 1]
+        assert [len(err.splitlines()) for err in logs] == [1, 1]
 
 
 def test_a_process_without_its_devices_ends_all(outcomes):
     for code, _, err in outcomes["1 has no device"]:
-        assert code == distributed.CRASHED, err
+        assert code == peers.CRASHED, err
         assert err.startswith("process 1 of 2 failed:\nTraceback"), err
         assert "tpux" in err.splitlines()[-1], err
 
 
-def test_a_killed_process_is_missed(outcomes):
-    (code, _, err), (killed, _, _) = outcomes["1 killed"]
-    assert killed == -signal.SIGKILL
-    assert code in (distributed.CRASHED, -signal.SIGABRT) and "heartbeat" in err, err
+@pytest.mark.parametrize("case", ["1 killed", "1 sleeps", "0 sleeps"])
+def test_a_lost_process_is_missed_and_named(outcomes, case):
+    victim = int(case[0])
+    code, _, err = outcomes[case][1 - victim]
+    assert outcomes[case][victim][0] == -signal.SIGKILL
+    assert code == peers.CRASHED, err
+    said = "is lost: it was killed" if victim else "does not answer any more"
+    assert err.startswith(f"process {victim} of 2 {said}") and err.count("\n") == 1, err
+
+
+def test_processes_that_run_something_else_end_at_once(outcomes):
+    line = "error: process 0 has --workdir=0 and process 1 has --workdir=1: start all processes"
+    for code, _, err in outcomes["1 differs"]:
+        assert code == 2 and err.startswith(line) and err.count("\n") == 1, err
+
+
+def test_processes_on_directories_of_one_name_end(outcomes):
+    for code, _, err in outcomes["1 elsewhere"]:
+        assert code == 2 and "is not the directory of process 0" in err, err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "theirs, named",
+    [
+        (dict(a="1", b="2"), ""),
+        (dict(a="1", b="3"), "process 0 has b=2 and process 7 has b=3"),
+        (dict(a="1"), "process 0 has b=2 and process 7 has b=None"),
+        (dict(a="1", b="2", c="4"), "process 0 has c=None and process 7 has c=4"),
+    ],
+)
+def test_the_first_difference_is_named(theirs, named):
+    found = peers.difference(dict(a="1", b="2"), theirs, 7)
+    assert found.startswith(named) and bool(found) == bool(named)
 
 
 def test_one_process_is_left_alone():
-    with pytest.raises(RuntimeError, match="mine"), distributed.ending_together():
+    with pytest.raises(RuntimeError, match="mine"), peers.ending_together():
         raise RuntimeError("mine")
-    with pytest.raises(SystemExit) as ended_with, distributed.ending_together():
+    with pytest.raises(SystemExit) as ended_with, peers.ending_together():
         sys.exit(3)
     assert ended_with.value.code == 3

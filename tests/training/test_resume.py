@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 
 import jax
 import numpy as np
@@ -28,14 +29,17 @@ def command(tmp_path_factory):
     corpus = tmp_path_factory.mktemp("corpus")
     processes.write_corpus(corpus)
 
-    def start(workdir, *settings):
+    def start(workdir, *settings, compile_anew=False):
+        env = processes.environment()
+        if compile_anew:
+            env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         return processes.start(
             "bltjax.train",
             "--config=tests/configs/tiny.py",
             f"--workdir={workdir}",
             f"--config.data.root={corpus}",
             *settings,
-            env=processes.environment(),
+            env=env,
             stderr=subprocess.STDOUT,
         )
 
@@ -118,6 +122,29 @@ def test_asked_to_stop_while_it_saves(command, uninterrupted, tmp_path):
     assert f"resumed at step {saved} of 24" in output
     assert metrics(workdir, "blt") == metrics(whole, "blt")
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_while_it_compiles(command, tmp_path, number):
+    """At a drawn moment from the first compilation on, where an exception may be swallowed."""
+    workdir, moment = tmp_path / "compiling", random.uniform(0, 3)
+    print(number.name, "after", moment, "seconds")
+    process = command(workdir, compile_anew=True)
+    read = []
+    while not read or not read[-1].startswith("entropy_model: "):
+        read.append(process.stdout.readline())
+        assert read[-1], read
+    time.sleep(moment)
+    process.send_signal(number)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == STOPPED, output
+    last = output.splitlines()[-1]
+    names = [path.name for path in workdir.glob("*/checkpoints/*")]
+    if saved := re.fullmatch(r"\w+: stopped as asked, step (\d+) of .* is saved: run .*", last):
+        assert saved[1] in names, output
+    else:
+        assert last == f"stopped by {number.name}: run the same command again", output
+        assert not names or "12" in names, output  # no stage had begun, or one was done
 
 
 def test_a_damaged_checkpoint_is_trained_again(command, uninterrupted, tmp_path):

@@ -32,6 +32,7 @@ from bltjax.data.sources.units import Bad, Unit
 from bltjax.runtime.checked_json import digest
 from bltjax.runtime.files import share, write_json
 from bltjax.runtime.progress import progress_bar
+from bltjax.runtime.terminal import printable_name
 
 FORMAT = 1
 STORE, INDEX, ENTROPIES = "store.json", "index.json", "entropies.json"
@@ -109,7 +110,8 @@ def build(directory: str | os.PathLike, data: DataConfig) -> Store:
     store = open_store(directory, data)
     left_out = load(directory / STORE).get("left_out", {})  # older stores do not tell
     for source in store.sources:
-        print("\n".join([_summary(store, source), *left_out.get(source, [])]), flush=True)
+        lines = [_summary(store, source), *left_out.get(source, [])]
+        print("\n".join(map(printable_name, lines)), flush=True)
     return store
 
 

@@ -246,6 +246,7 @@ def test_a_mesh_changes_nothing(model, use_mesh):
         (dict(prompts=["x"], stop=""), "stop holds an empty string"),
         (dict(prompts=["x"], batch_size=0), "batch_size=0 must be"),
         (dict(prompts=["x"], valid_utf8=True), "valid_utf8=True needs a model of bytes"),
+        (dict(prompts=["x"], max_drafts=2), "max_drafts=2: a model of tokens has no patches"),
         (dict(prompts=["x"], threshold=1.0), "threshold=1.0: a model of tokens has no patches"),
         (dict(prompts=["x"], top_k=0), "top_k=0 must be a whole number"),
     ],
