@@ -34,7 +34,7 @@ def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool 
     needs_models: whether models that the stages use and do not train must be there. Raises
     ValueError or OSError that names the value and the remedy.
     """
-    directory = RunDirectory(Path(workdir).absolute())
+    directory = RunDirectory(Path(os.path.expanduser(workdir)).absolute())
     mesh = sharding.make_mesh(config.mesh)
     check_rule(config.patching)
     check_sources(config, directory)

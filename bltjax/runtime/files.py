@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from bltjax.runtime import endings
 from bltjax.runtime.disk_errors import writing
 
 Task = TypeVar("Task")
@@ -80,7 +81,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise BlockingIOError(
             f"another process is writing {target}: wait for it, or choose another target"
         )
-    with lock:
+    with lock, endings.undoing(lambda: _remove_begun(partial, missing)):
         try:
             _empty(partial)
             yield partial
@@ -88,8 +89,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             (partial / UNFINISHED).unlink()
             os.rename(partial, target)
         except BaseException:
-            _remove(partial)
-            _remove_empty(*missing)
+            _remove_begun(partial, missing)
             raise
 
 
@@ -224,6 +224,11 @@ def _remove(partial: Path, patience_seconds: float = 5.0):
             with contextlib.suppress(OSError):
                 (partial / UNFINISHED).touch()  # so that the next attempt may empty it
         time.sleep(0.1)
+
+
+def _remove_begun(partial: Path, missing: list[Path]):
+    _remove(partial)
+    _remove_empty(*missing)
 
 
 def _remove_empty(*directories: Path):

@@ -358,4 +358,4 @@ def _local(directory: str | os.PathLike) -> Path:
             f"records in {str(directory)!r}: they must be local files; mount the bucket (gcsfuse) "
             "or use a local disk"
         )
-    return Path(directory)
+    return Path(os.path.expanduser(directory))
