@@ -8,8 +8,13 @@ See `bltjax.api` for what a model can do.
 import importlib
 import os
 
+from bltjax.runtime import endings
+
 # `python -m bltjax.train` runs bltjax/commands/train.py, and so for each command.
 __path__.append(os.path.join(os.path.dirname(__file__), "commands"))
+
+if endings.is_command():  # before the imports of the command, which take a second
+    endings.install()
 
 _FROM_API = ("Model", "Score", "load")
 

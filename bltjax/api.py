@@ -55,6 +55,8 @@ def load(
     Raises FileNotFoundError, and ValueError that lists every problem of the directory.
     """
     formats.check_dtype(dtype)
+    path = os.path.expanduser(path)
+    entropy_model = entropy_model and os.path.expanduser(entropy_model)
     mesh = mesh or _mesh_that_is_set() or sharding.make_mesh(devices=jax.devices()[:1])
     if mesh.axis_names != sharding.MESH_AXES:
         raise ValueError(

@@ -4,8 +4,10 @@
 """
 
 import ast
+import contextlib
 import os
 import runpy
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,24 +15,34 @@ from importlib.metadata import version
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from bltjax.config import DTYPES, RunConfig, config_path, from_config_dict
+from bltjax.config import DTYPES, RunConfig
+from bltjax.config import read_config as read_config_file
+from bltjax.config.command_line import take_settings
 from bltjax.config.data import FILE_KINDS
+from bltjax.config.names import letters, settings, unknown
 from bltjax.patching.boundaries import check_rule
+from bltjax.runtime import endings
 from bltjax.runtime.platforms import skip_absent_tpu
 from bltjax.runtime.progress import progress_bar
+from bltjax.runtime.system_errors import in_words, without_numbers
 from bltjax.runtime.terminal import printable
 
 flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
 USER_ERROR = 2  # exit code: the command or what it names is at fault
 COMMANDS = Path(__file__).parent / "commands"
 
+_settings: dict = {}  # those of the command line, from `parse` to `read_config`
+
 
 def main():
     """Runs the console script `bltjax`."""
+    with ending():
+        _run_named(sys.argv[1] if len(sys.argv) > 1 else "--help")
+
+
+def _run_named(name: str):
     commands = {path.stem: path for path in sorted(COMMANDS.glob("[!_]*.py"))}
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "--version":
         print(f"bltjax {version('bltjax')}")
     elif name in ("--help", "-h", "help"):
@@ -47,20 +59,44 @@ def main():
 
 def run(command: Callable, define_flags: Callable[[], None]):
     """Runs a command's main(argv) with the flags that it defines, shown by --help."""
-    define_flags()
-    if hasattr(sys.stdout, "reconfigure"):  # what an encoding such as ASCII lacks is escaped
-        sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
-    skip_absent_tpu(os.environ)
-    app.run(command, flags_parser=parse)
+    with ending():
+        define_flags()
+        if hasattr(sys.stdout, "reconfigure"):  # what an encoding such as ASCII lacks is escaped
+            sys.stdout.reconfigure(errors="backslashreplace")
+        warnings.formatwarning = lambda message, *_: f"warning: {printable(str(message))}\n"
+        skip_absent_tpu(os.environ)
+        app.run(command, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def ending():
+    """Ends a command that is interrupted, or that a file or its output fails, with one line."""
+    endings.install()
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        endings.leave(signal.SIGINT)
+    except OSError as error:
+        fail(error)
+
+
+def define_path(name: str, meaning: str):
+    """Defines a flag for a path, in which ~ is the home directory."""
+    flags.DEFINE(_PathParser(), name, None, meaning, serializer=flags.ArgumentSerializer())
+
+
+class _PathParser(flags.ArgumentParser):
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
 
 
 def define_model_flags():
     """Defines --checkpoint, --entropy_model, --dtype and --bf16_compat, for `open_model`."""
-    flags.DEFINE_string("checkpoint", None, "A directory of weights, or of a training run.")
-    flags.DEFINE_string(
-        "entropy_model", None, "A directory with the entropy model, where the checkpoint has none."
-    )
+    define_path("checkpoint", "A directory of weights, or of a training run.")
+    define_path("entropy_model", "A directory with the entropy model, if the checkpoint has none.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; default: as they are stored.")
     flags.DEFINE_bool("bf16_compat", False, "Find patches as the published demo does.")
 
@@ -84,39 +120,41 @@ def define_text_flags(files: str):
 
 def define_run_flags():
     """Defines --config and --workdir, for `read_config`."""
-    config_flags.DEFINE_config_file(
-        "config", None, "The name of a config, such as quickstart, or a file.", lock_config=True
+    flags.DEFINE_string(
+        "config",
+        None,
+        "The name of a config, such as quickstart, or a file. --config.NAME=VALUE changes a "
+        "setting of it; `bltjax settings` lists them.",
     )
-    flags.DEFINE_string("workdir", None, "Where records, checkpoints, metrics and results go.")
+    define_path("workdir", "Where records, checkpoints, metrics and results go.")
 
 
 def parse(argv: list[str]) -> list[str]:
     """Parses flags; ends the command with one line for a flag or setting that is wrong."""
     logging.set_verbosity(logging.WARNING)  # JAX tells of devices that are not there
     try:
-        return flags.FLAGS(_with_config_path(argv))
-    except flags.Error as error:
+        if "config" in flags.FLAGS:
+            argv, found = take_settings(argv)
+            _settings.update(found)
+        return flags.FLAGS(argv)
+    except SystemExit:  # after --help, which ends with 1 in absl
+        sys.exit(0)
+    except flags.UnrecognizedFlagError as error:
+        fail(f"{error}{_meant_setting(error.flagname)}")
+    except (flags.Error, ValueError) as error:
         fail(error)
-    except OSError as error:
-        fail(f"--config cannot be read: {error}")
-    except (AttributeError, KeyError, ValueError, TypeError) as error:  # of a mistyped setting
-        reason = str(error.args[0] if error.args else error).strip("'\"")
-        reason = reason.replace("\\n", " ").replace("\\", "")
-        names = {a: a.split("=")[0].split(".")[-1] for a in argv if a.startswith("--config.")}
-        wrong = [argument for argument, name in names.items() if name in reason]
-        fail(f"{wrong[0] if wrong else 'settings'} cannot be set: {reason}")
 
 
-def _with_config_path(argv: list[str]) -> list[str]:
-    """Puts the path of a config in the place of its name."""
-    found = list(argv)
-    for i, argument in enumerate(argv):
-        flag, equals, name = argument.partition("=")
-        if flag in ("--config", "-config") and equals:
-            found[i] = f"{flag}={config_path(name)}"
-        elif flag in ("--config", "-config") and i + 1 < len(argv):
-            found[i + 1] = config_path(argv[i + 1])
-    return found
+def _meant_setting(flag: str) -> str:
+    """Returns a question after the setting that an unknown flag might be, or nothing."""
+    leaves = {name.rpartition(".")[2] for name in settings()}
+    if "config" not in flags.FLAGS or not ("." in flag or flag in leaves):
+        return ""
+    first, _, rest = flag.partition(".")
+    typed = rest if letters(first.lower(), "config") <= 2 else flag
+    if typed in settings():
+        return f": did you mean --config.{typed}?"
+    return f": {unknown(typed, '--config.')}"
 
 
 def no_arguments(argv: list[str], usage: str):
@@ -140,11 +178,11 @@ def read_config(needs_workdir: bool = True) -> tuple[RunConfig, str | None]:
     if chosen is None:
         fail("give --config=NAME, for example --config=quickstart")
     try:
-        config = from_config_dict(RunConfig, chosen)
+        config = read_config_file(chosen, _settings)
         check_rule(config.patching)
         return config, workdir
-    except OSError as error:  # a missing file shows only when the config is read
-        fail(f"--config cannot be read: {error}")
+    except OSError as error:
+        fail(f"--config cannot be read: {in_words(error)}")
     except ValueError as error:
         fail(error)
 
@@ -176,12 +214,14 @@ def _print_note(message, *_, **__):
 
 def fail(error, code: int = USER_ERROR):
     """Ends the command with an error of one line on stderr, or a line for each of its problems."""
-    told = f"error: {error}" if hasattr(error, "problems") else one_line(error)
-    print(printable(told), file=sys.stderr)
+    many = f"error: {without_numbers(str(error))}" if hasattr(error, "problems") else None
+    print(printable(many or one_line(error)), file=sys.stderr)
     sys.exit(code)
 
 
 def one_line(error) -> str:
     """Returns an error as one line of text."""
-    reason = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return "error: " + " ".join(str(reason).split())
+    reason = in_words(error) if isinstance(error, BaseException) else without_numbers(str(error))
+    if isinstance(error, KeyError) and error.args:
+        reason = str(error.args[0])  # without the quotes of a key
+    return "error: " + " ".join(reason.split())

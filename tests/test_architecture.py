@@ -45,6 +45,7 @@ MODULES_WITHOUT_JAX = [
     "data/tokenizer",
     "patching/boundaries",
     "patching/calibrate",
+    "runtime/endings",
     "runtime/files",
     "runtime/peers",
     "runtime/platforms",
@@ -52,6 +53,7 @@ MODULES_WITHOUT_JAX = [
     "runtime/progress",
     "runtime/roll_call",
     "runtime/signals",
+    "runtime/system_errors",
     "runtime/terminal",
     "vocabulary",
 ]

@@ -1,6 +1,5 @@
 """The pages must be true: links, commands, Python, settings, the tree."""
 
-import ast
 import dataclasses
 import inspect
 import re
@@ -23,6 +22,8 @@ from bltjax.config import (
     from_config_dict,
     read_config,
 )
+from bltjax.config.command_line import take_settings
+from bltjax.config.names import meanings
 from bltjax.patching.boundaries import RULES
 from tests import directories, processes
 
@@ -185,13 +186,6 @@ def flags_of(command):
     return found
 
 
-def literal(text):
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def is_placeholder(value):
     """DIR, HOST:PORT, X, ...: what the reader puts in."""
     return value == "..." or bool(re.fullmatch(r"\$?[A-Z][A-Z_:/]*", value))
@@ -205,7 +199,8 @@ def check(command, arguments):
         name, given, value = argument[2:].partition("=")
         if name.startswith("config."):
             assert given, argument
-            settings[name.removeprefix("config.")] = literal(value)
+            if not is_placeholder(value) or name.startswith("config.data."):
+                settings |= take_settings([argument])[1]
             continue
         known = flags_of(command)
         assert name in known, f"{command} has no flag --{name}"
@@ -218,11 +213,6 @@ def check(command, arguments):
             assert value in allowed, argument
         else:
             assert given or kind == "bool", f"{argument} of {command} takes a value"
-    settings = {
-        name: value
-        for name, value in settings.items()
-        if not (isinstance(value, str) and is_placeholder(value) and not name.startswith("data."))
-    }
     read_config(path, settings)
 
 
@@ -332,7 +322,8 @@ def test_every_setting_is_on_its_page(cls):
     ]
     listed = rows(section("docs/configs.md", cls.__name__))
     assert [row[:3] for row in listed] == wanted
-    assert all(len(row) == 4 and row[3] for row in listed)
+    said = {row[0].strip("`"): re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", row[3]) for row in listed}
+    assert said == meanings(cls) and all(said.values())
 
 
 def test_config_files_are_on_their_page():

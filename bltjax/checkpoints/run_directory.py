@@ -19,6 +19,7 @@ rows.json. Those of earlier versions have none and are taken as they are.
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -160,7 +161,8 @@ class RunDirectory:
 
     def records(self, config: RunConfig) -> Path:
         """Returns the directory of the corpus."""
-        return Path(config.data.records) if config.data.records else self.path / "records"
+        given = os.path.expanduser(config.data.records)
+        return Path(given) if given else self.path / "records"
 
     def stage(self, config: RunConfig, name: str) -> Stage:
         """Returns the stage entropy_model, blt or token_model."""

@@ -14,9 +14,9 @@ import os
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from bltjax import cli
+from bltjax.config import config_path
 from bltjax.costs import compiler_errors
 from bltjax.costs.compile_report import (
     REMATERIALISED,
@@ -68,7 +68,7 @@ def main(argv):
     print_report(found)
     if found["rematerialization_warnings"]:
         print(f"  XLA warned of {found['rematerialization_warnings']} x {REMATERIALISED}")
-    print(json.dumps(dict(config=config_flags.get_config_filename(values["config"])) | found))
+    print(json.dumps(dict(config=config_path(values.config)) | found))
     sys.exit(0 if found["fits"] else DOES_NOT_FIT)
 
 
@@ -78,7 +78,7 @@ def define_flags():
     flags.DEFINE_integer("slices", 1, "How many such slices, joined by a slower network.", 1)
     flags.DEFINE_enum("stage", "blt", ["blt", "entropy_model", "token_model"], "Which model.")
     flags.DEFINE_enum("program", "train", PROGRAMS, "What is compiled.")
-    flags.DEFINE_string("text", None, "A file for the optimized program (HLO text).")
+    cli.define_path("text", "A file for the optimized program (HLO text).")
 
 
 if __name__ == "__main__":

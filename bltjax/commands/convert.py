@@ -1,7 +1,7 @@
 """Converts weights: `bltjax convert --source=DIR --target=DIR --format=hf`.
 
 Detects the format of the source. The target appears when it is complete: a conversion that fails or
-is killed leaves none.
+is stopped leaves none.
 """
 
 import json
@@ -48,12 +48,10 @@ def main(argv):
 
 
 def define_flags():
-    flags.DEFINE_string("source", None, "Weights: bltjax's, a run's, Hugging Face's or Meta's.")
-    flags.DEFINE_string("target", None, "A directory that is not there yet.")
+    cli.define_path("source", "Weights: bltjax's, a run's, Hugging Face's or Meta's.")
+    cli.define_path("target", "A directory that is not there yet.")
     flags.DEFINE_enum("format", None, FORMATS, "Of the target.")
-    flags.DEFINE_string(
-        "entropy_model", None, "A directory with the entropy model, where the source has none."
-    )
+    cli.define_path("entropy_model", "A directory with the entropy model, if the source has none.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Cast the parameters; default: as in the source.")
     flags.DEFINE_bool("dry_run", False, "Only check, and list what would be written.")
 

@@ -75,14 +75,14 @@ def _without_nan(value):
 def define_flags():
     cli.define_model_flags()
     cli.define_text_flags("data")
-    flags.DEFINE_string("data", None, "A file, a directory of files, or a glob.")
+    cli.define_path("data", "A file, a directory of files, or a glob.")
     flags.DEFINE_list("suites", [], f"Further parts, see above: {', '.join(suites.SUITES)}.")
     flags.DEFINE_integer("samples", 0, "Texts to draw from the model.", 0)
     flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (pip install 'bltjax[eval]').")
-    flags.DEFINE_string("tasks_path", None, "A directory of task files, instead of the harness's.")
+    cli.define_path("tasks_path", "A directory of task files, instead of the harness's.")
     flags.DEFINE_string("noise", None, "Noise in --tasks: drop, or drop:prompt, and so on.")
     flags.DEFINE_integer("limit", None, "Questions of a task, at most.", 1)
-    flags.DEFINE_string("words", None, "A file of words for --suites=characters.")
+    cli.define_path("words", "A file of words for --suites=characters.")
     flags.DEFINE_integer("row_bytes", None, "Bytes that the model sees at a time.", 8)
 
 

@@ -106,7 +106,7 @@ def _prompt(chosen) -> bytes:
 def define_flags():
     cli.define_model_flags()
     flags.DEFINE_string("prompt", None, "What the text begins with; may be empty.")
-    flags.DEFINE_string("prompt_file", None, "A file that holds it; - is standard input.")
+    cli.define_path("prompt_file", "A file that holds it; - is standard input.")
     flags.DEFINE_integer("max_new_bytes", 256, "Bytes to write at most.", lower_bound=0)
     flags.DEFINE_float("temperature", 0.0, "0: always the most probable byte.")
     flags.DEFINE_integer("top_k", None, "Draw from the k most probable bytes.")

@@ -137,9 +137,9 @@ def _colour(when: str) -> bool:
 def define_flags():
     cli.define_model_flags()
     cli.define_text_flags("input")
-    flags.DEFINE_string("input", None, "A file, a folder, a glob, or - for standard input.")
-    flags.DEFINE_string("png", None, "Draw the entropy of each byte, with patches and threshold.")
-    flags.DEFINE_string("html", None, "Write a page with coloured patches and their values.")
+    cli.define_path("input", "A file, a folder, a glob, or - for standard input.")
+    cli.define_path("png", "Draw the entropy of each byte, with patches and threshold.")
+    cli.define_path("html", "Write a page with coloured patches and their values.")
     flags.DEFINE_float("threshold", None, "Nats; instead of the model's own threshold.")
     flags.DEFINE_enum("color", "auto", ("auto", "always", "never"), "Colours in the terminal.")
 

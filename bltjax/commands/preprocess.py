@@ -50,9 +50,7 @@ def main(argv):
 
 def define_flags():
     cli.define_run_flags()
-    flags.DEFINE_string(
-        "entropy_model", None, "A directory with the entropy model, in any format that is read."
-    )
+    cli.define_path("entropy_model", "A directory with the entropy model, in any format.")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def main(argv):
 def define_flags():
     cli.define_model_flags()
     cli.define_text_flags("input")
-    flags.DEFINE_string("input", None, "A file, a folder or a glob; - is standard input.")
+    cli.define_path("input", "A file, a folder or a glob; - is standard input.")
     flags.DEFINE_bool("lines", False, "Each line is a document, without its newline.")
     flags.DEFINE_bool("show_patches", False, "Print each text too, cut with | at its patches.")
 

@@ -17,6 +17,7 @@ from bltjax import cli
 from bltjax.cli import fail
 from bltjax.runtime import peers, processes, signals
 from bltjax.runtime.disk_errors import UnwritableError
+from bltjax.runtime.system_errors import in_words
 
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 
@@ -75,7 +76,7 @@ def train(config, workdir):
     except (ValueError, OSError) as error:
         if jax.process_count() > 1:  # perhaps in this one alone: its traceback ends every log
             raise
-        fail(f"{error}{kept_traceback(checked.directory.error_log)}")
+        fail(f"{in_words(error)}{kept_traceback(checked.directory.error_log)}")
     print(next_steps(checked.directory))
     print(json.dumps(result))
 

@@ -16,6 +16,7 @@ from bltjax.config.model import HashConfig as HashConfig
 from bltjax.config.model import InitConfig as InitConfig
 from bltjax.config.model import TokenModelConfig as TokenModelConfig
 from bltjax.config.model import TransformerConfig as TransformerConfig
+from bltjax.config.names import settings as settings
 from bltjax.config.patching import PatchingConfig as PatchingConfig
 from bltjax.config.reading import FREE_FIELDS as FREE_FIELDS
 from bltjax.config.reading import config_path as config_path

@@ -1,9 +1,19 @@
 """Settings of the corpus: its sources, their mixture, and the held-out part."""
 
+import collections
 import re
 from dataclasses import dataclass
 
-from bltjax.config.checks import not_negative, one_of, positive
+from bltjax.config.checks import (
+    MOST_BYTES,
+    MOST_SEED,
+    MOST_WORKERS,
+    TINY,
+    not_negative,
+    one_of,
+    positive,
+    shown,
+)
 
 HUB = "hf://"
 FILE_KINDS = ("auto", "text", "bytes", "jsonl", "parquet", "array_record", "arrow")
@@ -14,24 +24,27 @@ SOURCE_KINDS = (*FILE_KINDS, "huggingface")
 class SourceConfig:
     """A named part of the corpus."""
 
-    name: str = "text"  # name in metrics, reports and file names
-    # A file, directory or glob, local or gs://; for kind="huggingface" the name of a dataset, or a
-    # directory that `datasets.load_dataset` takes. Empty: the running Python's standard library.
+    name: str = "text"  # name in metrics, reports and file names: letters, digits, `_`, `-` and `.`
+    # a file, a directory or a glob, local or `gs://`; for `kind="huggingface"` a dataset on the
+    # hub, or a directory that `datasets.load_dataset` takes
     path: str = ""
-    # auto: told by each file's name; text: a file is a document, decompressed if need be; bytes:
-    # the same with its bytes as they are; or jsonl, parquet, array_record, arrow, huggingface.
+    # `"auto"` decides by the name of each file; `"text"`: a file is a document, decompressed if
+    # need be; `"bytes"`: the same with its bytes as they are; or one of `"jsonl"`, `"parquet"`,
+    # `"array_record"`, `"arrow"`, `"huggingface"`
     kind: str = "auto"
-    field: str = ""  # field that holds a record's text; empty: see DataConfig.text_fields
-    weight: float = 0.0  # share of the bytes; 0 for all sources: each document once an epoch
-    subset: str = ""  # huggingface: the dataset's configuration
-    split: str = "train"  # huggingface: the dataset's split
+    field: str = ""  # field of a record that holds its text; empty: the first of `data.text_fields`
+    # share of the bytes of this source; 0 for all sources: each document once an epoch. Give all
+    # sources a weight, or none
+    weight: float = 0.0
+    subset: str = ""  # `huggingface` only: name of the dataset's configuration
+    split: str = "train"  # `huggingface` only: the split that is read
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "kind", SOURCE_KINDS)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             found.append(
-                f"{name}.name={self.name!r} must be letters, digits, _, - or . (it names files)"
+                f"{name}.name={shown(self.name)} must be letters, digits, _, - or ., for files"
             )
         if self.kind == "huggingface" and not self.path:
             found.append(f"{name}.path={self.path!r} must name a dataset")
@@ -42,12 +55,15 @@ class SourceConfig:
 class DataConfig:
     """The corpus. A hash of its name puts a document into the training or the validation part."""
 
-    # Path of the only source, or hf://DATASET or hf://DATASET:SUBSET for a Hugging Face dataset.
-    # Empty: the running Python's standard library.
+    # the path of a single source: a file, a directory or a glob, local or `gs://`; `hf://DATASET`
+    # or `hf://DATASET:SUBSET` for a Hugging Face dataset; empty: the standard library of the
+    # running Python
     root: str = ""
     sources: tuple[SourceConfig, ...] = ()  # named sources, instead of `root`
-    suffixes: tuple[str, ...] = (".py", ".rst", ".txt", ".md")  # endings of text files that count
-    exclude: tuple[str, ...] = (  # names of directories that are left out
+    # endings of the text files that are read in directories, also with `.gz`, `.zst`, `.xz` or
+    # `.bz2` behind them; `('',)`: any
+    suffixes: tuple[str, ...] = (".py", ".rst", ".txt", ".md")
+    exclude: tuple[str, ...] = (  # names of directories that are skipped
         "site-packages",
         "dist-packages",
         "test",
@@ -56,26 +72,33 @@ class DataConfig:
         "__pycache__",
         ".git",
     )
-    text_fields: tuple[str, ...] = ("text", "content")  # a record's text: the first field there is
-    # A record's name: the first of these fields that there is, else its place in its file.
+    # field of a record that holds its text; the first that is there
+    text_fields: tuple[str, ...] = ("text", "content")
+    # field of a record that names it; the first that is there
     id_fields: tuple[str, ...] = ("sample_id", "title", "qid", "paper_id", "path", "url", "id")
-    language_fields: tuple[str, ...] = ("language", "lang")  # a record's language, likewise
-    # Records without text, bad JSON and files that are cut off are left out ("skip"), or are an
-    # error ("fail").
+    # field of a record that names its language; the first that is there
+    language_fields: tuple[str, ...] = ("language", "lang")
+    # `"skip"` counts a broken record and goes on; `"fail"` ends the run. Broken: bad JSON, no text
+    # field, a file that is cut off
     bad_records: str = "skip"
-    validation_fraction: float = 0.035  # share of the documents that is held out
-    max_bytes: int | None = None  # about how much of each source is read, from files drawn by seed
-    shard_bytes: int = 64_000_000  # bytes of a shard of records; a killed run repeats one at most
-    records: str = ""  # directory of records from `bltjax.preprocess`; empty: WORKDIR/records
+    validation_fraction: float = 0.035  # share of the documents that is held out, between 0 and 1
+    # bytes taken of each source, approximately; files are taken in an order drawn from `seed`;
+    # None: all
+    max_bytes: int | None = None
+    # bytes of documents in a shard of records; a shard is the unit of resuming and of shared work
+    shard_bytes: int = 64_000_000
+    # a directory of records made by `bltjax preprocess` elsewhere; empty: `WORKDIR/records`
+    records: str = ""
     workers: int = 0  # processes that prepare batches; 0: a thread of the training process
-    seed: int = 0  # of the split, and of the order in which files are taken
+    seed: int = 0  # seed of the split, of the order of files and of the order of documents
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "bad_records", ("skip", "fail"))
-        found += positive(self, name, "shard_bytes", "max_bytes")
-        found += not_negative(self, name, "workers", "seed")
-        if not 0 < self.validation_fraction < 1:
+        found += positive(self, name, "shard_bytes", "max_bytes", most=MOST_BYTES)
+        found += not_negative(self, name, "workers", most=MOST_WORKERS)
+        found += not_negative(self, name, "seed", most=MOST_SEED)
+        if not TINY <= self.validation_fraction < 1:
             found.append(
                 f"{name}.validation_fraction={self.validation_fraction} must lie between 0 and 1"
             )
@@ -88,8 +111,8 @@ class DataConfig:
                 f"{name}.records={self.records!r} holds the text already: give no {name}.root, and "
                 f"{name}.sources with names and weights only"
             )
-        names = [s.name for s in self.sources]
-        for twice in sorted({n for n in names if names.count(n) > 1}):
+        names = collections.Counter(s.name for s in self.sources)
+        for twice in sorted(name for name, count in names.items() if count > 1):
             found.append(f"{name}.sources: two are named {twice!r}")
         weighted = sum(s.weight > 0 for s in self.sources)
         if 0 < weighted < len(self.sources):

@@ -1,8 +1,9 @@
 """Settings of the models: the byte latent transformer, the entropy model, the token model."""
 
+import dataclasses
 from dataclasses import dataclass
 
-from bltjax.config.checks import finite, one_of, positive
+from bltjax.config.checks import MOST_ROW, MOST_WIDTH, one_of, positive, shown
 from bltjax.vocabulary import VOCAB_SIZE
 
 POOLING_MODES = ("max", "min", "mean")
@@ -17,17 +18,22 @@ SHARED_TABLE = 4096  # rows; smaller hash tables need not be split over chips
 class TransformerConfig:
     """A stack of transformer layers (model.md#block)."""
 
-    dim: int = 64  # width of the vectors that go from layer to layer
-    num_layers: int = 1  # attention and feed-forward layers, in pairs
-    num_heads: int = 4  # query heads of an attention layer
-    num_kv_heads: int | None = None  # key/value heads, each for several query heads; None: one each
-    head_dim: int | None = None  # width of a head; None: dim / num_heads
-    window: int | None = None  # positions a query attends to, its own included; None: all before it
-    rope_theta: float = 500_000.0  # base of the rotary position embedding
-    norm_eps: float = 1e-5  # added under the root in RMSNorm
-    ffn_dim_multiplier: float = 1.0  # scales the hidden width of feed-forward layers, 8/3 * dim
-    ffn_multiple_of: int = 256  # that width is rounded up to a multiple of this
-    ffn_width: int | None = None  # the hidden width itself; None: from the two settings above
+    dim: int = 64  # width
+    num_layers: int = 1  # blocks
+    num_heads: int = 4  # query heads of attention
+    # key/value heads (grouped-query attention); divides `num_heads`; None: one per query head
+    num_kv_heads: int | None = None
+    head_dim: int | None = None  # width of a head, even; None: `dim / num_heads`
+    window: int | None = None  # positions that a query sees, itself included; None: all before it
+    rope_theta: float = 500_000.0  # base of the rotary embedding
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    # times the width of the feed-forward layer, before it is rounded up
+    ffn_dim_multiplier: float = 1.0
+    # the width of the feed-forward layer is rounded up to a multiple of this
+    ffn_multiple_of: int = 256
+    # width of the feed-forward layer; None: `int(ffn_dim_multiplier * int(8 * dim / 3))`, rounded
+    # up
+    ffn_width: int | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -49,8 +55,15 @@ class TransformerConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        if found := positive(self, name) + finite(self, name):
+        widths = [f.name for f in dataclasses.fields(self) if f.name != "window"]
+        found = positive(self, name, *widths, most=MOST_WIDTH)
+        if found := found + positive(self, name, "window", most=MOST_ROW):
             return found
+        if not 1 <= self.ffn_dim <= MOST_WIDTH:
+            found.append(
+                f"{name}.ffn_dim_multiplier={self.ffn_dim_multiplier} gives feed-forward layers of "
+                f"width {shown(self.ffn_dim)}, must be from 1 to {MOST_WIDTH}"
+            )
         if self.head_dim is None and self.dim % self.num_heads:
             found.append(
                 f"{name}.dim={self.dim} is not divisible by "
@@ -74,10 +87,12 @@ class TransformerConfig:
 class InitConfig:
     """Initial weights, drawn from normals that are cut at 3 sigma (model.md#initial-weights)."""
 
-    # Scales deeper layers down: by their depth, the depth of the stack, its width, or not at all
-    # ("current_depth", "global_depth", "dim_ratio", "disabled").
+    # how the standard deviation shrinks: `"current_depth"` (with the depth of the layer),
+    # `"global_depth"` (with the number of layers), `"dim_ratio"` (with the width), `"disabled"`
     std_factor: str = "current_depth"
-    base_std: float | None = None  # standard deviation in the global stack; None: from fan-in
+    # standard deviation in the global stack, without any factor; None: `1/sqrt(fan-in)` with the
+    # factor
+    base_std: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,18 +102,20 @@ class CrossAttentionConfig:
     See model.md#cross-attention.
     """
 
-    encoder: bool = True  # off: patches are pooled bytes
-    decoder: bool = True  # off: the patch's vector is added to its bytes
-    k: int = 2  # vectors of local width that a patch consists of
-    num_heads: int = 4  # query heads
+    encoder: bool = True  # whether the encoder has it; without it a patch is its pooled bytes
+    decoder: bool = True  # whether the decoder has it
+    k: int = 2  # vectors of local width that make up a patch
+    num_heads: int = 4  # query heads; divides the width of the local stacks
     num_kv_heads: int | None = None  # key/value heads; None: one per query head, as published
-    num_heads_decoder: int | None = None  # query heads in the decoder; None: as in the encoder
-    num_kv_heads_decoder: int | None = None  # key/value heads there; None: as in the encoder
-    all_layers_encoder: bool = False  # after each layer of the encoder; off: after the last only
-    all_layers_decoder: bool = True  # before each layer of the decoder; off: before the first only
-    window_encoder: int | None = None  # patches whose bytes a patch attends to; None: its own only
-    window_decoder: int | None = None  # patches that a byte attends to; None: one only
-    doubled_residual: bool = True  # adds the input twice, as the released weights expect
+    num_heads_decoder: int | None = None  # query heads of the decoder; None: as in the encoder
+    # key/value heads of the decoder; None: as in the encoder
+    num_kv_heads_decoder: int | None = None
+    all_layers_encoder: bool = False  # after each encoder layer; otherwise after the last only
+    all_layers_decoder: bool = True  # before each decoder layer; otherwise before the first only
+    window_encoder: int | None = None  # patches whose bytes a patch reads; None: only its own
+    window_decoder: int | None = None  # patches that a byte reads; None: one
+    # the output is `2x + attention`, as the released weights expect; otherwise `x + attention`
+    doubled_residual: bool = True
 
     @property
     def encoder_heads(self) -> tuple[int, int]:
@@ -114,7 +131,7 @@ class CrossAttentionConfig:
 
     def problems(self, name: str, dim_name: str, dim: int) -> list[str]:
         """Returns problems with local stacks of width `dim`, a setting called `dim_name`."""
-        found = positive(self, name)
+        found = positive(self, name, most=MOST_WIDTH)
         if found or not (self.encoder or self.decoder):
             return found
         sides = {"": self.encoder_heads}
@@ -138,9 +155,12 @@ class CrossAttentionConfig:
 class HashConfig:
     """Embeddings of the n bytes that end at each position, found by a hash (model.md#n-grams)."""
 
-    sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)  # each n; empty: no tables
-    vocab: int = 500_002  # rows of a table
-    num_functions: int = 1  # hash functions, and so tables, for each n
+    # lengths of the n-grams, one table each, from 1 to 16
+    sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
+    # rows of a table, at most 2^28. Tables of 4,096 rows and more are held with some further rows,
+    # never used, so that chips can share them
+    vocab: int = 500_002
+    num_functions: int = 1  # hash functions, each with tables of its own, at most 11
 
     @property
     def rows(self) -> int:
@@ -155,12 +175,14 @@ class HashConfig:
 class EntropyModelConfig:
     """A small byte model whose entropies tell where patches start (model.md#entropy-model)."""
 
-    transformer: TransformerConfig = TransformerConfig(rope_theta=10_000.0, window=512)  # layers
-    vocab_size: int = VOCAB_SIZE  # 256 bytes and 4 special ids
+    # its stack; `window` is required
+    transformer: TransformerConfig = TransformerConfig(rope_theta=10_000.0, window=512)
+    vocab_size: int = VOCAB_SIZE  # ids it predicts; at least 260
     init: InitConfig = InitConfig()  # initial weights
-    compute_dtype: str = "float32"  # of matrix products: float32 or bfloat16
-    # Activations that the backward pass computes again to save memory: none, all but the results
-    # of matrix products ("dots"), or all ("full").
+    # `"float32"` or `"bfloat16"`, of activations; parameters are float32
+    compute_dtype: str = "float32"
+    # activations kept for the backward pass: `"none"` recomputes nothing, `"dots"` keeps the
+    # results of linear layers and of attention, `"full"` keeps only the inputs of layers
     remat: str = "none"
 
     def problems(self, name: str) -> list[str]:
@@ -178,8 +200,9 @@ class EntropyModelConfig:
 class TokenModelConfig(EntropyModelConfig):
     """A plain transformer over a tokenizer's ids, as a baseline for byte models."""
 
-    transformer: TransformerConfig = TransformerConfig()  # layers
-    vocab_size: int = 4096  # ids of the tokenizer, at most: trained on little text it has fewer
+    transformer: TransformerConfig = TransformerConfig()  # its stack
+    # most ids that the tokenizer may have; it has fewer where there is little text. At least 260
+    vocab_size: int = 4096
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
@@ -190,18 +213,25 @@ class TokenModelConfig(EntropyModelConfig):
 class BLTConfig:
     """A byte latent transformer (model.md). The defaults are a toy."""
 
-    local_encoder: TransformerConfig = TransformerConfig(window=512)  # layers over bytes, before
-    global_transformer: TransformerConfig = TransformerConfig(dim=128)  # layers over patches
-    local_decoder: TransformerConfig = TransformerConfig(window=512)  # layers over bytes, after
+    # bytes to patches; `window` is required
+    local_encoder: TransformerConfig = TransformerConfig(window=512)
+    # the large stack over patches; `window` stays None
+    global_transformer: TransformerConfig = TransformerConfig(dim=128)
+    # patches to next bytes; `window` is required, `dim` equals that of the local encoder
+    local_decoder: TransformerConfig = TransformerConfig(window=512)
     cross_attention: CrossAttentionConfig = CrossAttentionConfig()  # between bytes and patches
-    hash: HashConfig = HashConfig()  # n-gram embeddings of the encoder
-    pooling: str = "max"  # how a patch starts from its bytes: max, min or mean
-    # Project patches for the decoder even between equal widths, as Hugging Face's model does.
+    hash: HashConfig = HashConfig()  # hash n-gram embeddings
+    # how the bytes of a patch become its first vector: `"max"`, `"min"` or `"mean"`
+    pooling: str = "max"
+    # project patches for the decoder also where widths are equal, as Hugging Face does
     always_project: bool = False
-    vocab_size: int = VOCAB_SIZE  # 256 bytes and 4 special ids
+    vocab_size: int = VOCAB_SIZE  # ids it predicts: 4 special ids and 256 bytes; at least 260
     init: InitConfig = InitConfig()  # initial weights
-    compute_dtype: str = "float32"  # of matrix products: float32 or bfloat16
-    remat: str = "none"  # activations computed again in the backward pass: none, dots or full
+    # `"float32"` or `"bfloat16"`, of activations; parameters are float32
+    compute_dtype: str = "float32"
+    # activations kept for the backward pass: `"none"` recomputes nothing, `"dots"` keeps the
+    # results of linear layers and of attention, `"full"` keeps only the inputs of layers
+    remat: str = "none"
 
     @property
     def patch_width(self) -> int:
@@ -253,8 +283,11 @@ class BLTConfig:
         found += one_of(self, name, "pooling", POOLING_MODES)
         if self.hash.sizes:
             found += positive(self.hash, f"{name}.hash")
-            if not all(1 <= n <= 16 for n in self.hash.sizes):
-                found.append(f"{name}.hash.sizes={self.hash.sizes} must lie in 1..16")
+            if not all(1 <= n <= 16 for n in self.hash.sizes) or len(self.hash.sizes) > 16:
+                found.append(
+                    f"{name}.hash.sizes={shown(self.hash.sizes)} must be at most 16 numbers in "
+                    "1..16"
+                )
             if self.hash.vocab > 2**28 or self.hash.num_functions > 11:
                 found.append(
                     f"{name}.hash has vocab={self.hash.vocab}, num_functions="
@@ -268,10 +301,10 @@ def _common_model_problems(config, name: str) -> list[str]:
     found = one_of(config, name, "compute_dtype", DTYPES)
     found += one_of(config, name, "remat", REMAT_MODES)
     found += one_of(config.init, init, "std_factor", INIT_FACTORS)
-    found += positive(config.init, init) or finite(config.init, init)
-    if config.vocab_size < VOCAB_SIZE:
+    found += positive(config.init, init)
+    if not VOCAB_SIZE <= config.vocab_size <= MOST_WIDTH:
         found.append(
-            f"{name}.vocab_size={config.vocab_size} is below the {VOCAB_SIZE} ids of bytes and "
-            "special tokens"
+            f"{name}.vocab_size={config.vocab_size} must be from the {VOCAB_SIZE} ids of bytes and "
+            f"special tokens to {MOST_WIDTH}"
         )
     return found

@@ -2,33 +2,38 @@
 
 from dataclasses import dataclass
 
-from bltjax.config.checks import finite, positive
+from bltjax.config.checks import MOST_ROW, between, finite, positive
 
 
 @dataclass(frozen=True)
 class PatchingConfig:
     """Settings of the patching rule. See model.md#rules."""
 
-    rule: str = "entropy"  # a key of RULES in bltjax/patching/boundaries.py
-    target_patch_bytes: float | None = 4.5  # entropy rules: calibrate the threshold to this mean
-    threshold: float = 1.335442066192627  # nats; used where target_patch_bytes is None
-    threshold_add: float = 0.0  # nats; the difference threshold of global_monotonic
-    patch_size: int = 4  # static rule
+    rule: str = "entropy"  # name of the patching rule; the table of rules has them all
+    # rules by entropy: the threshold is calibrated to this mean patch, in bytes; None: `threshold`
+    # is used as it is. Must be None for `global_monotonic`, which has two thresholds
+    target_patch_bytes: float | None = 4.5
+    # entropy threshold in nats; the default is that of the released models
+    threshold: float = 1.335442066192627
+    # nats; the second threshold of `global_monotonic`: how far entropy must rise
+    threshold_add: float = 0.0
+    patch_size: int = 4  # bytes of a patch under the rule `static`
+    # longer patches are split every so many bytes, from their left end; None: never
     max_patch_length: int | None = None
-    reset_at_newlines: bool = False  # the entropy model forgets at newlines (paper 4.4)
-    published_skip_at_3: bool = False  # replicate "never a start at 3" (model.md#rules)
-    bf16_compat: bool = False  # round as the published demo does (model.md#rounding)
-    in_step: bool = False  # the training step finds patches, with a frozen entropy model
+    # the context of the entropy model ends at each newline (paper, section 4.4)
+    reset_at_newlines: bool = False
+    # `global_monotonic` never starts a patch at position 3, as the published code does
+    published_skip_at_3: bool = False
+    # entropies and threshold are rounded to bfloat16, as in the published demo
+    bf16_compat: bool = False
+    # a frozen entropy model inside the training step finds the patches; see Data
+    in_step: bool = False
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group.
 
         Patching knows the rules: `check_rule` of `bltjax/patching/boundaries.py` checks the name.
         """
-        found = positive(self, name, "patch_size")
+        found = positive(self, name, "patch_size", "max_patch_length", most=MOST_ROW)
         found += finite(self, name, "threshold", "threshold_add")
-        if self.max_patch_length is not None and self.max_patch_length < 1:
-            found.append(f"{name}.max_patch_length={self.max_patch_length} must be at least 1")
-        if self.target_patch_bytes is not None and self.target_patch_bytes < 1:
-            found.append(f"{name}.target_patch_bytes={self.target_patch_bytes} must be at least 1")
-        return found
+        return found + between(self, name, "target_patch_bytes", 1, MOST_ROW)

@@ -5,6 +5,7 @@ import difflib
 import itertools
 import os
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ from pathlib import Path
 import ml_collections
 from ml_collections import config_dict
 
+from bltjax.config.checks import shown
+from bltjax.config.names import groups, unknown
+from bltjax.config.names import settings as known_settings
 from bltjax.config.run import RunConfig
 
 # Settings that may change between the runs of one working directory: which stages to run, on what,
@@ -41,32 +45,86 @@ def config_path(name: str) -> str:
     """Returns the file of a config: of a path, or of a name such as "quickstart".
 
     What follows a colon is for the file's get_config and stays: "studies/blt:laptop". Raises
-    FileNotFoundError that lists the names.
+    FileNotFoundError that names the nearest one and lists all.
     """
     path, colon, argument = name.partition(":")
+    path = os.path.expanduser(path)
     candidates = [Path(path), *(d / f"{path.removesuffix('.py')}.py" for d in CONFIGS)]
     for candidate in candidates:
-        if candidate.is_file():
+        if _is_file(candidate):
             return f"{candidate}{colon}{argument}"
     names = sorted(
         {p.relative_to(d).with_suffix("").as_posix() for d in CONFIGS for p in d.rglob("*.py")}
     )
     raise FileNotFoundError(
-        f"{path!r} is neither a file nor the name of a config: give the path of a file, or one of "
-        f"{', '.join(names)}"
+        f"{path[:300]!r} is neither a file nor the name of a config: {_meant(path, names)}give "
+        f"the path of a file, or one of {', '.join(names)}"
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, say
+        return False
+
+
+def _meant(path: str, names: list[str]) -> str:
+    """Returns a question after the nearest file beside a path, or the nearest name, if any."""
+    folder, last = os.path.split(path.removesuffix(".py"))
+    beside = [p.stem for p in Path(folder).glob("*.py")] if os.path.isdir(folder or ".") else []
+    if near := difflib.get_close_matches(last, beside, n=1):
+        return f"did you mean {os.path.join(folder, near[0])}.py? Else "
+    near = difflib.get_close_matches(last, names, n=1)
+    return f"did you mean {near[0]}? Else " if near else ""
 
 
 def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> RunConfig:
     """Reads the settings in a config file, as the command line reads them.
 
     path: what `--config=` takes, see `config_path`. settings: those of `--config.NAME=VALUE`, such
-    as {"blt.remat": "full"}. Raises OSError, ValueError, and what the file raises.
+    as {"blt.remat": "full"}. Raises OSError, and ValueError for a file or a setting that is wrong.
     """
-    name, *argument = config_path(os.fspath(path)).split(":", 1)
-    config = runpy.run_path(name)["get_config"](*argument)
-    config.update_from_flattened_dict(settings or {})
+    config = config_of_file(path)
+    for name, value in (settings or {}).items():
+        if name not in known_settings() and name not in groups():
+            raise ValueError(unknown(name))
+        try:
+            with config.unlocked():
+                config.update_from_flattened_dict({name: value})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error.args[0] if error.args else error).split())
+            raise ValueError(f"config.{name}={shown(value)} cannot be set: {reason}") from error
     return from_config_dict(RunConfig, config)
+
+
+def config_of_file(path: str | os.PathLike) -> ml_collections.ConfigDict:
+    """Returns what get_config of a config file returns; see `read_config`."""
+    name, *argument = config_path(os.fspath(path)).split(":", 1)
+    try:
+        found = runpy.run_path(name)
+        config = found["get_config"](*argument) if "get_config" in found else None
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename == name:
+            raise
+        raise ValueError(f"{name}{_line(error, name)}: {type(error).__name__}: {error}") from error
+    if "get_config" not in found:
+        raise ValueError(f"{name} has no function get_config, which returns the config: add it")
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"get_config of {name} returns {type(config).__name__}: begin it with config = "
+            "bltjax.config.default_config() and end it with return config"
+        )
+    return config
+
+
+def _line(error: Exception, file: str) -> str:
+    """Returns the line of a config file at which an error came, for a message."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f", line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    return f", line {lines[-1]}" if lines else ""
 
 
 def default_config(cls=RunConfig) -> ml_collections.ConfigDict:
@@ -99,32 +157,40 @@ def from_config_dict(cls, config, name: str = "config"):
     values = {}
     for key in config:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1) or sorted(fields)
-            raise ValueError(f"{name}.{key} is not a setting; did you mean {', '.join(near)}?")
+            raise ValueError(_unknown_key(cls, fields, name, str(key)))
         values[key] = _coerce(hints[key], config[key], f"{name}.{key}")
     return cls(**values)
+
+
+def _unknown_key(cls, fields: set[str], name: str, key: str) -> str:
+    if name == "config" or name.removeprefix("config.") in groups():
+        return unknown(f"{name}.{key}".removeprefix("config."))
+    near = difflib.get_close_matches(key, fields, n=1) or sorted(fields)
+    return f"{name}.{key} is not a setting: did you mean {', '.join(near)}?"
 
 
 def _coerce(hint, value, name: str):
     if dataclasses.is_dataclass(hint):
         if not hasattr(value, "keys"):
-            raise ValueError(f"{name}={value!r} must be a group of settings, not a value")
+            raise ValueError(f"{name}={shown(value)} must be a group of settings, not a value")
         return from_config_dict(hint, value, name)
     if value is None and _is_optional(hint):
         return None
     plain = _plain_type(hint)
     if plain is tuple:
         if not isinstance(value, (tuple, list)):
-            raise ValueError(f"{name}={value!r} must be a tuple")
+            raise ValueError(f"{name}={shown(value)} must be a tuple")
         return tuple(
             _coerce(typing.get_args(hint)[0], v, f"{name}[{i}]") for i, v in enumerate(value)
         )
     if type(value) is int and abs(value) >= 2**63:
-        raise ValueError(f"{name}={str(value)[:20]}... is no number of a model: correct it")
+        raise ValueError(f"{name}={shown(value)} must be less than 2**63")
     if plain is float and type(value) is int:
         return float(value)
     if type(value) is not plain:
-        raise ValueError(f"{name}={value!r} is {type(value).__name__}, must be {plain.__name__}")
+        raise ValueError(
+            f"{name}={shown(value)} is {type(value).__name__}, must be {plain.__name__}"
+        )
     return value
 
 

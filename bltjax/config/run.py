@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from bltjax.config.checks import not_negative, positive
+from bltjax.config.checks import MOST, MOST_BYTES, MOST_ROW, not_negative, positive, shown
 from bltjax.config.data import DataConfig
 from bltjax.config.model import BLTConfig, EntropyModelConfig, TokenModelConfig
 from bltjax.config.patching import PatchingConfig
@@ -14,33 +14,35 @@ ALL_STAGES = (*STAGES, "token_model")
 TRAINING = dict(  # of stages that train a model: the name of their settings
     entropy_model="entropy_training", blt="blt_training", token_model="token_training"
 )
+MOST_TOLD = 20  # problems of a config in one message
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """The tokenizer of the token model."""
 
-    path: str = ""  # tokenizer.json of another run; empty: a tokenizer is trained
-    train_bytes: int = 20_000_000  # bytes of training documents that it is trained on
+    path: str = ""  # a `tokenizer.json` of another run; empty: it is trained
+    # bytes of training documents, in a seeded order, that it is trained on
+    train_bytes: int = 20_000_000
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        return positive(self, name)
+        return positive(self, name, "train_bytes", most=MOST_BYTES)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Number of devices along each axis of the mesh; one axis may be -1: all that are left."""
 
-    data: int = -1  # devices with a copy of the weights and rows of their own
-    fsdp: int = 1  # devices that share the weights and have rows of their own
-    tensor: int = 1  # devices that share the heads and hidden widths of the same rows
+    data: int = -1  # rows of a batch are split over it; on several TPU slices it spans them
+    fsdp: int = 1  # rows of a batch, weights, gradients and moments are split over it
+    tensor: int = 1  # heads and feed-forward units are split over it
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         sizes = dataclasses.astuple(self)
-        if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-            return [f"{name}={sizes}: axes must be at least 1, and only one may be -1"]
+        if sizes.count(-1) > 1 or any(s != -1 and not 1 <= s <= MOST for s in sizes):
+            return [f"{name}={sizes}: axes must lie between 1 and {MOST}, only one may be -1"]
         return []
 
 
@@ -48,50 +50,62 @@ class MeshConfig:
 class EvaluationConfig:
     """The evaluation and the samples at the end of a run."""
 
-    batch_size: int = 8  # rows of a batch
-    max_bytes: int = 100_000_000  # about how much held-out text is scored
-    validation_rows: int = 64  # held-out rows that validate_every measures, a share of each source
-    baselines: bool = True  # compare with n-gram models fitted on the training bytes, and with xz
-    prompt: str = "def "  # the sample goes on from it
-    sample_bytes: int = 200  # length of the sample, at most
+    batch_size: int = 8  # rows of an evaluation batch, over all devices
+    max_bytes: int = 100_000_000  # bytes of held-out documents, approximately
+    # held-out rows that `validate_every` measures, an even share of each source
+    validation_rows: int = 64
+    # fit n-gram models on the training bytes, for comparison; switch it off for large corpora,
+    # whose counts do not fit in memory
+    baselines: bool = True
+    prompt: str = "def "  # beginning of the sample
+    sample_bytes: int = 200  # bytes of the sample
     temperature: float = 0.7  # of the sample; 0: the most probable byte each time
-    sentence: str = "Patches are short where text is hard and long where it is easy."  # cut up
+    # text whose patches are shown
+    sentence: str = "Patches are short where text is hard and long where it is easy."
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        names = "batch_size", "max_bytes", "sample_bytes", "validation_rows"
-        return positive(self, name, *names) + not_negative(self, name, "temperature")
+        found = positive(self, name, "max_bytes", most=MOST_BYTES)
+        found += positive(self, name, "batch_size", "validation_rows")
+        found += not_negative(self, name, "temperature")
+        return found + positive(self, name, "sample_bytes", most=MOST_ROW)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """All settings of a run. Raises ValueError that lists every problem."""
 
-    stages: tuple[str, ...] = STAGES  # stages to go through, of ALL_STAGES
+    # what this run does, in order; one or more of `entropy_model`, `entropies`, `blt`, `evaluate`,
+    # `sample` and `token_model`
+    stages: tuple[str, ...] = STAGES
     data: DataConfig = DataConfig()  # the corpus
     patching: PatchingConfig = PatchingConfig()  # where patches start
     entropy_model: EntropyModelConfig = EntropyModelConfig()  # shape of the entropy model
     entropy_training: TrainingConfig = TrainingConfig()  # training of the entropy model
-    blt: BLTConfig = BLTConfig()  # shape of the byte latent transformer
-    blt_training: TrainingConfig = TrainingConfig()  # training of the byte latent transformer
-    tokenizer: TokenizerConfig = TokenizerConfig()  # tokenizer of the token model
-    token_model: TokenModelConfig = TokenModelConfig()  # shape of the token model
-    token_training: TrainingConfig = TrainingConfig()  # its training; row_bytes counts tokens
-    evaluation: EvaluationConfig = EvaluationConfig()  # measurements at the end
-    mesh: MeshConfig = MeshConfig()  # how devices share the work
+    blt: BLTConfig = BLTConfig()  # shape of the BLT
+    blt_training: TrainingConfig = TrainingConfig()  # training of the BLT
+    tokenizer: TokenizerConfig = TokenizerConfig()  # tokenizer of the token baseline
+    token_model: TokenModelConfig = TokenModelConfig()  # shape of the token baseline
+    # training of the token baseline; its `row_bytes` counts tokens
+    token_training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()  # what is measured and shown at the end
+    mesh: MeshConfig = MeshConfig()  # devices along each mesh axis
     profile: ProfileConfig = ProfileConfig()  # a trace of some training steps
 
     def __post_init__(self):
         groups = [f.name for f in dataclasses.fields(self) if f.name != "stages"]
         found = [p for group in groups for p in getattr(self, group).problems(group)]
-        unknown = [s for s in self.stages if s not in ALL_STAGES]
-        if unknown or not self.stages:
-            found.append(f"stages={self.stages} must be one or more of {ALL_STAGES}")
+        once = set(self.stages)
+        if not once or len(once) < len(self.stages) or not once <= set(ALL_STAGES):
+            found.append(
+                f"stages={shown(self.stages)} must be one or more of {ALL_STAGES}, each once"
+            )
         found += self._profile_problems()
         found += self._patchless_problems("entropy_training", "entropy model")
         found += self._patchless_problems("token_training", "token model")
         if found:
-            raise ValueError("; ".join(found))
+            more = [f"and {len(found) - MOST_TOLD} more"] * (len(found) > MOST_TOLD)
+            raise ValueError("; ".join([*found[:MOST_TOLD], *more]))
 
     def _patchless_problems(self, name: str, model: str) -> list[str]:
         """Returns settings that would change nothing, for a model without patches."""

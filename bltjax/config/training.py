@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from bltjax.config.checks import finite, not_negative, one_of, positive
+from bltjax.config.checks import (
+    MOST_ROW,
+    MOST_SEED,
+    TINY,
+    between,
+    finite,
+    not_negative,
+    one_of,
+    positive,
+)
 
 SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
 MOMENTS = ("float32", "bfloat16", "factored")
@@ -22,45 +31,48 @@ OF_BLT_PARTS = (
 class OptimizerConfig:
     """AdamW with a schedule of the learning rate (model.md#optimizer)."""
 
-    learning_rate: float = 4e-4  # the highest, at the end of the warm-up
-    schedule: str = "cosine"  # after the warm-up: cosine, linear, inv_sqrt, wsd or constant
-    warmup_steps: int = 2000  # steps in which the learning rate grows from 0, linearly
-    min_ratio: float = 0.01  # last learning rate, as a share of the highest
-    cycle_length: float = 1.0  # cosine: share of the steps after which the curve starts over
-    cosine_theta: float = 1.0  # cosine: exponent that bends the curve; 1: a plain cosine
-    decay_fraction: float = 0.1  # wsd: share of the steps at the end in which it falls
-    exp_factor: float = 0.5  # inv_sqrt: exponent of the decay
-    beta1: float = 0.9  # share of the old mean in the running mean of the gradient
-    beta2: float = 0.95  # share of the old mean in the running mean of its square
-    epsilon: float = 1e-8  # added to the root of the mean square
-    weight_decay: float = 0.1  # share of a weight, times the learning rate, taken off in each step
-    clip_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
-    # Factors on learning_rate for parts of the model; 0 freezes the part and keeps no moments of
-    # it. To turn a trained transformer into a byte model (paper 6.2), a global_rate near 0.1.
-    global_rate: float = 1.0  # the global transformer
-    local_rate: float = 1.0  # local encoder and decoder with their cross-attention
-    hash_rate: float = 1.0  # the hash n-gram tables
-    # Parts on which weight_decay acts; the published training has it act on all.
-    decay_norms: bool = True  # scales of RMSNorm
-    decay_embeddings: bool = True  # byte embeddings
-    decay_hash_tables: bool = True  # hash n-gram tables
-    # How the optimizer stores moments of the hash tables: float32, bfloat16, or "factored", which
-    # keeps of the second moments one number for each row and each column, and no first moments.
+    learning_rate: float = 4e-4  # peak learning rate
+    # `"cosine"`, `"linear"`, `"inv_sqrt"`, `"wsd"` (warm-up, stable, decay) or `"constant"`, after
+    # the warm-up
+    schedule: str = "cosine"
+    warmup_steps: int = 2000  # steps in which the rate rises linearly from 0
+    min_ratio: float = 0.01  # last learning rate as a share of the peak; above 0 for `wsd`
+    cycle_length: float = 1.0  # `cosine`: length of a cycle as a share of all steps
+    cosine_theta: float = 1.0  # `cosine`: exponent of the progress through the cycle
+    decay_fraction: float = 0.1  # `wsd`: share of the steps in which the rate decays
+    exp_factor: float = 0.5  # `inv_sqrt`: exponent
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    epsilon: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled weight decay
+    clip_norm: float = 1.0  # gradients with a larger global norm are scaled down to it
+    # times `learning_rate`, for the global transformer; 0 freezes it and holds no moments.
+    # Byte-ifying a trained transformer (paper, section 6.2) wants about 0.1
+    global_rate: float = 1.0
+    # times `learning_rate`, for the local encoder and decoder with their cross-attention
+    local_rate: float = 1.0
+    hash_rate: float = 1.0  # times `learning_rate`, for the hash n-gram tables
+    # whether weight decay acts on norms; the published code decays everything
+    decay_norms: bool = True
+    decay_embeddings: bool = True  # whether weight decay acts on the byte tables
+    decay_hash_tables: bool = True  # whether weight decay acts on the hash n-gram tables
+    # moments of the hash tables: `"float32"`; `"bfloat16"`, with betas of at most 0.98;
+    # `"factored"`: second moments as one number for each row and feature, no first moments
     hash_moments: str = "float32"
-    # Rows of the hash tables that a step updates: all of them ("dense"), or those that it reads
-    # ("touched"), which get the updates that they missed when they are next read; on one device.
+    # rows of the hash tables that a step updates: `"dense"`: all; `"touched"`: those that it reads,
+    # on one device. What a skipped row missed is made up when it is next read
     hash_updates: str = "dense"
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "schedule", SCHEDULES)
         found += positive(self, name, "learning_rate", "clip_norm", "epsilon", "cycle_length")
-        found += positive(self, name, "cosine_theta", "decay_fraction")
-        found += not_negative(self, name, "warmup_steps", "weight_decay")
+        found += positive(self, name, "cosine_theta")
+        found += between(self, name, "decay_fraction", TINY, 1)
+        found += between(self, name, "min_ratio", 0, 1)
+        found += not_negative(self, name, "warmup_steps", "weight_decay", "exp_factor")
         found += not_negative(self, name, "global_rate", "local_rate", "hash_rate")
-        if not 0 <= self.min_ratio <= 1:
-            found.append(f"{name}.min_ratio={self.min_ratio} must lie between 0 and 1")
-        if self.schedule == "wsd" and self.min_ratio <= 0:
+        if self.schedule == "wsd" and self.min_ratio < TINY:
             found.append(
                 f"{name}.min_ratio={self.min_ratio} must be positive with "
                 f"{name}.schedule={self.schedule!r}, which divides by it"
@@ -93,28 +105,40 @@ class OptimizerConfig:
 class TrainingConfig:
     """Settings of the training of one model."""
 
-    steps: int = 1000  # updates of the weights
+    steps: int = 1000  # optimizer updates
     batch_size: int = 8  # rows of a batch, over all devices
-    accumulation_steps: int = 1  # parts that a batch is cut into, one after the other, for memory
-    row_bytes: int = 1024  # byte positions of a row; 0: as many as row_patches patches have
-    row_patches: int = 0  # patches of a row; 0: as many as row_bytes bytes have
-    optimizer: OptimizerConfig = OptimizerConfig()  # learning rate and all that goes with it
-    z_loss: float = 0.0  # weight of the square of the log of the softmax's denominator; 0: none
-    # An update is left out where a value is not finite, or is this many times its running mean.
-    skip_loss_above: float = 0.0  # for the loss; 0: never
-    skip_norm_above: float = 0.0  # for the norm of the gradient; 0: never
-    log_every: int = 20  # steps between lines of metrics
-    validate_every: int = 0  # steps between measurements of held-out rows, see evaluation; 0: none
+    # parts of a batch that go through the devices one after the other; divides `batch_size`
+    accumulation_steps: int = 1
+    # byte positions of a row; 0: follows from `row_patches` and the mean patch
+    row_bytes: int = 1024
+    # patch slots of a row, at least 3; 0: follows from `row_bytes` and the mean patch
+    row_patches: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig()  # optimizer and learning-rate schedule
+    z_loss: float = 0.0  # weight of the squared logarithm of the softmax's sum; 0: none
+    # skip an update whose loss is above this many times its running mean, or not finite; 0: never,
+    # otherwise above 1
+    skip_loss_above: float = 0.0
+    # skip an update whose gradient has a norm above this many times its running mean; 0: never,
+    # otherwise above 1
+    skip_norm_above: float = 0.0
+    log_every: int = 20  # steps between lines of metrics; a line holds means over these steps
+    # steps between measurements of a fixed sample of held-out rows (`evaluation.validation_rows`),
+    # for the progress line, `metrics.jsonl` and TensorBoard; 0: none
+    validate_every: int = 0
     checkpoint_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that are kept
-    keep_every: int = 0  # checkpoints at multiples of this step are kept for good; 0: none
-    seed: int = 42  # of the initial weights and of the order of documents
+    # checkpoints at multiples of this step are kept for good; a multiple of `checkpoint_every`; 0:
+    # none
+    keep_every: int = 0
+    seed: int = 42  # seed of the initial weights
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(self, name, "steps", "batch_size", "accumulation_steps")
         found += positive(self, name, "log_every", "checkpoint_every", "keep_checkpoints")
+        found += not_negative(self, name, "row_bytes", "row_patches", most=MOST_ROW)
         found += not_negative(self, name, "z_loss", "keep_every", "validate_every")
+        found += not_negative(self, name, "seed", most=MOST_SEED)
         found += finite(self, name, "skip_loss_above", "skip_norm_above")
         if self.batch_size % max(self.accumulation_steps, 1):
             found.append(
@@ -123,7 +147,7 @@ class TrainingConfig:
             )
         for limit in ("skip_loss_above", "skip_norm_above"):
             value = getattr(self, limit)
-            if value != 0 and not value > 1:
+            if value != 0 and value <= 1:
                 found.append(
                     f"{name}.{limit}={value} would leave out ordinary updates: give a number above "
                     "1, or 0 for none"
@@ -133,7 +157,7 @@ class TrainingConfig:
                 f"{name}.keep_every={self.keep_every} is no multiple of "
                 f"{name}.checkpoint_every={self.checkpoint_every}: nothing is saved there"
             )
-        if self.row_bytes < 8 and not (self.row_bytes == 0 and self.row_patches):
+        if 0 <= self.row_bytes < 8 and not (self.row_bytes == 0 and self.row_patches):
             found.append(
                 f"{name}.row_bytes={self.row_bytes} must be at least 8, or 0 where row_patches is "
                 "given and chooses it"
@@ -143,7 +167,7 @@ class TrainingConfig:
                 f"{name}.row_patches={self.row_patches} is too few: a row needs 3, two for a first "
                 "patch that continues and one for its end (0 chooses the number)"
             )
-        if self.row_patches < 0 or 0 < self.row_bytes < self.row_patches:
+        if 0 < self.row_bytes < self.row_patches <= MOST_ROW:
             found.append(
                 f"{name}.row_bytes={self.row_bytes} is below "
                 f"{name}.row_patches={self.row_patches}: a row holds at most one patch "
@@ -157,8 +181,8 @@ class ProfileConfig:
     """A trace of some steps for xprof or Perfetto, written to WORKDIR/STAGE/profile."""
 
     first_step: int | None = None  # first step of the trace; None: no trace
-    num_steps: int = 3  # steps in the trace
-    stage: str = "blt"  # model that is traced: entropy_model, blt or token_model
+    num_steps: int = 3  # steps that are traced
+    stage: str = "blt"  # `"entropy_model"`, `"blt"` or `"token_model"`
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""

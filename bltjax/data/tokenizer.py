@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -116,7 +117,7 @@ class Tokenizer:
 def load(path: Path) -> Tokenizer:
     """Loads a tokenizer from a file that `save` wrote. Raises ValueError, or OSError."""
     try:
-        return Tokenizer(Path(path).read_text())
+        return Tokenizer(Path(os.path.expanduser(path)).read_text())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -9,7 +9,13 @@ import jax
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import RunConfig
-from bltjax.data.records.store import ENTROPIES, has_entropies, open_store
+from bltjax.data.records.store import (
+    ENTROPIES,
+    NoRecords,
+    Unfinished,
+    has_entropies,
+    open_store,
+)
 from bltjax.data.sources.units import list_units, refuse_without_document
 from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
 
@@ -28,7 +34,7 @@ def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool 
     needs_models: whether models that the stages use and do not train must be there. Raises
     ValueError or OSError that names the value and the remedy.
     """
-    directory = RunDirectory(Path(workdir).absolute())
+    directory = RunDirectory(Path(os.path.expanduser(workdir)).absolute())
     mesh = sharding.make_mesh(config.mesh)
     check_rule(config.patching)
     check_sources(config, directory)
@@ -76,7 +82,7 @@ def has_all_entropies(config: RunConfig, directory: RunDirectory) -> bool:
         return False
     try:
         store = open_store(directory.records(config))
-    except (FileNotFoundError, ValueError):  # none yet, or not whole yet
+    except (NoRecords, Unfinished):
         return False
     return all(has_entropies(shard) for shard in store.all_shards)
 

@@ -122,8 +122,11 @@ def check_external_entropies(config: RunConfig, directory: RunDirectory, store: 
 
     Sources may come with entropies, of a model that the run does not have: all do, or none.
     """
-    external = [shard for shard in store.all_shards if records.has_entropies(shard)]
-    if not external or (store.directory / records.ENTROPIES).exists():
+    if (store.directory / records.ENTROPIES).exists():
+        return
+    found = [shard for shard in store.all_shards if records.has_entropies(shard)]
+    external = [shard for shard in found if not records.model_of(shard)]
+    if not external:
         return
     if len(external) < len(store.all_shards):
         without = {shard.source for shard in store.all_shards} - {s.source for s in external}

@@ -28,6 +28,8 @@ def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
         threshold=patching.threshold if needs_entropies(patching) else None,
         target_patch_bytes=config.patching.target_patch_bytes,
         mean_patch_bytes=patched.mean_patch_bytes,
+        read_bytes=sum(shard.num_bytes for shard in patched.train),
+        read_patch_bytes=patched.row_mean,
         row_bytes=layout.row_bytes,
         row_patches=layout.row_patches or in_step_patches(config, patched, layout.row_bytes),
         lengths=describe_lengths(histogram),
@@ -78,8 +80,9 @@ def print_report(report: dict):
     print(
         f"{report['documents']['train']} documents, {sizes['train']} bytes for training; "
         f"{report['documents']['validation']}, {sizes['validation']} held out\n"
-        f"mean patch {report['mean_patch_bytes']:.3f} bytes{at}; rows of {report['row_bytes']} "
-        f"bytes and {report['row_patches']} patches"
+        f"mean patch {report['mean_patch_bytes']:.3f} bytes{at}; "
+        f"{report['read_patch_bytes']:.3f} in the {report['read_bytes']} bytes that the steps of a "
+        f"run read from, so rows of {report['row_bytes']} bytes and {report['row_patches']} patches"
     )
     for kind, size, *bad in (("source", "bytes", "bad"), ("language", "positions")):
         keys = ("documents", size, "mean_patch_bytes", "threshold", *bad)

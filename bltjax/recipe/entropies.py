@@ -36,11 +36,17 @@ class Patched(NamedTuple):
     """The patches of a corpus, as the byte latent transformer is trained on them."""
 
     patching: PatchingConfig  # with the calibrated threshold
-    mean_patch_bytes: float
+    mean_patch_bytes: float  # of all text that was measured
     lengths: np.ndarray  # patch lengths of a sample
     train: list[Shard]
     validation: list[Shard]
     compilations: int  # of the entropy model
+    read_patch_bytes: float | None = None  # mean of what the steps read, where more was measured
+
+    @property
+    def row_mean(self) -> float:
+        """The mean patch that rows are sized for."""
+        return self.read_patch_bytes or self.mean_patch_bytes
 
 
 def import_entropy_model(config: RunConfig, directory: RunDirectory, source: Path):
@@ -78,6 +84,7 @@ def find_patches(
     everything: compute those of the whole corpus. A threshold that is in the working directory
     already stays. Raises ValueError where there is no model for missing entropies.
     """
+    kept = directory.threshold() is not None
     patched, at = measure_patches(config, directory, store, everything), ""
     if needs_entropies(config.patching):
         directory.write_patching(patched.patching)
@@ -85,6 +92,11 @@ def find_patches(
         if sharding.any_process(directory.threshold() != patched.patching.threshold):
             patched = measure_patches(config, directory, store, everything)  # another run was first
         at = f" at threshold {patched.patching.threshold:.4f} nats"
+    read = f"in the {sum(shard.num_bytes for shard in patched.train)} bytes that the steps read"
+    if patched.read_patch_bytes:
+        at += f"; {patched.read_patch_bytes:.2f} {read}, which rows are sized for"
+    elif kept:
+        at += f", which was found before, {read}"
     print(f"patches: {patched.mean_patch_bytes:.2f} bytes on average{at}", flush=True)
     return patched
 
@@ -96,15 +108,15 @@ def measure_patches(
     patching, needed = config.patching, needed_bytes(config, config.blt_training)
     train = select(config, store, needed)
     validation = select(config, store, config.evaluation.max_bytes, "validation")
-    sample, counts, compilations = train, None, 0
+    sample = read = train
+    counts, compilations = None, 0
     if needs_entropies(patching):
+        wanted = train + validation
+        if patching.in_step:
+            wanted = sample = read = select(config, store, min(CALIBRATION_BYTES, needed))
         if everything:
             sample = store.shards()
             wanted = sample + store.shards(part="validation")
-        elif patching.in_step:
-            wanted = sample = select(config, store, min(CALIBRATION_BYTES, needed))
-        else:
-            wanted = train + validation
         compilations = ensure_entropies(config, directory, store, wanted)
         counts = histogram(config, store, sample)
         threshold = directory.threshold()
@@ -113,14 +125,30 @@ def measure_patches(
         if threshold is not None:
             patching = dataclasses.replace(patching, threshold=threshold)
     lengths = sample_lengths(patching, sample)
-    if counts is not None and patching.rule in CALIBRATED and patching.max_patch_length is None:
-        mean = counts.mean_patch_bytes(patching.threshold, patching.rule)
-    else:
-        by_source = shares(config, store).items()
-        patches_a_byte = [share / lengths[name].mean() for name, share in by_source if share]
-        mean = 1 / sum(patches_a_byte)
+    mean = mean_patch(config, patching, store, sample, counts, lengths)
+    of_read = mean_patch(config, patching, store, read) if read != sample else None
     every = np.concatenate(list(lengths.values()))
-    return Patched(patching, mean, every, train, validation, compilations)
+    return Patched(patching, mean, every, train, validation, compilations, of_read)
+
+
+def mean_patch(
+    config: RunConfig,
+    patching: PatchingConfig,
+    store: Store,
+    shards: list[Shard],
+    counts: ScoreHistogram | None = None,
+    lengths: dict[str, np.ndarray] | None = None,
+) -> float:
+    """Returns the mean patch of shards in bytes, each source weighted by its share of the mixture.
+
+    counts, lengths: of these shards, if they are known already.
+    """
+    if patching.rule in CALIBRATED and patching.max_patch_length is None:
+        counts = counts or histogram(config, store, shards)
+        return counts.mean_patch_bytes(patching.threshold, patching.rule)
+    lengths = lengths or sample_lengths(patching, shards)
+    by_source = shares(config, store).items()
+    return 1 / sum(share / lengths[name].mean() for name, share in by_source if share)
 
 
 def histogram(config: RunConfig, store: Store, shards: list[Shard]) -> ScoreHistogram:
@@ -183,7 +211,7 @@ def ensure_entropies(
         reset_at_newlines=config.patching.reset_at_newlines,
         parameters=digest(params),
     )
-    records.claim_entropies(store, model)
+    claimed = records.claim_entropies(store, model)
     entropy_fn = make_entropy_fn(stage.model, config.patching.reset_at_newlines)
     # Windows of a longer document start with what its bytes look back on: at most a quarter.
     row_bytes = max(stage.training.row_bytes, 4 * receptive_bytes(stage.model))
@@ -193,17 +221,20 @@ def ensure_entropies(
     batch_size = ROWS_PER_DEVICE * sharding.num_row_shards(mesh)
     with jax.set_mesh(mesh):
         params = sharding.put_whole(params)
-        add_entropies(store, shards, entropy_fn, params, stage.model, row_bytes, batch_size)
+        add_entropies(
+            store, shards, entropy_fn, params, stage.model, row_bytes, batch_size, claimed
+        )
     sharding.barrier("the entropies are there")
     return entropy_fn._cache_size()
 
 
 def blt_layout(config: RunConfig, patched: Patched) -> Layout:
-    """Returns the rows of the byte latent transformer; budgets of 0 follow from the mean patch.
+    """Returns the rows of the byte latent transformer; budgets of 0 follow from the mean
+    patch of what the steps read.
 
     Where patches are found in the step, rows have none, see `in_step_patches`.
     """
-    training, mean = config.blt_training, patched.mean_patch_bytes
+    training, mean = config.blt_training, patched.row_mean
     row_bytes = training.row_bytes or row_bytes_for(training.row_patches, mean)
     if config.patching.in_step:
         return Layout(row_bytes)
@@ -213,5 +244,5 @@ def blt_layout(config: RunConfig, patched: Patched) -> Layout:
 
 def in_step_patches(config: RunConfig, patched: Patched, row_bytes: int) -> int:
     """Returns the patch columns of rows whose patches are found in the step."""
-    mean = max(patched.mean_patch_bytes / IN_STEP_ROOM, 1.0)
+    mean = max(patched.row_mean / IN_STEP_ROOM, 1.0)
     return config.blt_training.row_patches or row_patches_for(row_bytes, mean)

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from bltjax.runtime import endings
 from bltjax.runtime.disk_errors import writing
 
 Task = TypeVar("Task")
@@ -80,7 +81,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise BlockingIOError(
             f"another process is writing {target}: wait for it, or choose another target"
         )
-    with lock:
+    with lock, endings.undoing(lambda: _remove_begun(partial, missing)):
         try:
             _empty(partial)
             yield partial
@@ -88,8 +89,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             (partial / UNFINISHED).unlink()
             os.rename(partial, target)
         except BaseException:
-            _remove(partial)
-            _remove_empty(*missing)
+            _remove_begun(partial, missing)
             raise
 
 
@@ -186,8 +186,9 @@ def _do_alone(task: Task, is_done, do, path: Path) -> bool:
     """Returns whether the task is done; False while another process holds its lock."""
     if is_done(task):
         return True
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _held(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _held(path)
     if lock is None:
         return False
     with lock:
@@ -223,6 +224,11 @@ def _remove(partial: Path, patience_seconds: float = 5.0):
             with contextlib.suppress(OSError):
                 (partial / UNFINISHED).touch()  # so that the next attempt may empty it
         time.sleep(0.1)
+
+
+def _remove_begun(partial: Path, missing: list[Path]):
+    _remove(partial)
+    _remove_empty(*missing)
 
 
 def _remove_empty(*directories: Path):

@@ -119,7 +119,7 @@ def test_errors_do_not_steer_a_terminal(capsys):
     [
         ([], "give --checkpoint=DIR and one of --prompt=TEXT and --prompt_file=FILE"),
         (["--prompt=a", "--prompt_file=b"], "give --checkpoint=DIR and one of"),
-        (["--prompt_file=missing"], "No such file or directory: 'missing'"),
+        (["--prompt_file=missing"], "missing is not there: check the path"),
         (["--prompt=a", "--temperature=10"], "temperature is too high: lower it"),
         (["--prompt=a", "--max_new_bytes=-1"], "max_new_bytes"),
     ],

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from bltjax import sharding
+from bltjax import cli, sharding
 from bltjax.commands import plan
 from bltjax.config import MeshConfig, RunConfig, from_config_dict
 from bltjax.costs import memory_plan
@@ -50,9 +50,10 @@ def tiny_plan(**changes) -> memory_plan.MemoryPlan:
     return memory_plan.plan_stage(config, "blt", sharding.abstract_mesh(config.mesh, 8))
 
 
-def run_main(monkeypatch, chips, config):
-    flags = SimpleNamespace(config=config, workdir=None, chips=chips)
+def run_main(monkeypatch, chips, path, **changes):
+    flags = SimpleNamespace(config=path, workdir=None, chips=chips)
     monkeypatch.setattr("absl.flags.FLAGS", flags)
+    monkeypatch.setattr(cli, "_settings", {k.replace("__", "."): v for k, v in changes.items()})
     plan.main(["plan"])
 
 
@@ -78,11 +79,10 @@ def test_published_sizes_on_a_thousand_chips_of_16_gb(name, monkeypatch, capsys,
     rows = dict.fromkeys(
         ("entropy_training__batch_size", "blt_training__batch_size", "evaluation__batch_size"), 1024
     )
-    config = settings(
-        f"configs/{name}.py", mesh__fsdp=64, blt_training__accumulation_steps=1, **rows
-    )
+    changes = dict(mesh__fsdp=64, blt_training__accumulation_steps=1, **rows)
+    config = settings(f"configs/{name}.py", **changes)
     started = time.time()
-    run_main(monkeypatch, 1024, config)
+    run_main(monkeypatch, 1024, f"configs/{name}.py", **changes)
     assert time.time() - started < 60
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
@@ -150,7 +150,7 @@ def test_patches_of_a_row(rule, patches, no_mesh):
 )
 def test_what_does_not_fit_is_one_line(chips, changes, said, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
-        run_main(monkeypatch, chips, settings("tests/configs/tiny.py", **changes))
+        run_main(monkeypatch, chips, "tests/configs/tiny.py", **changes)
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1

@@ -28,8 +28,11 @@ def run(*arguments, devices=1):
 
 
 CASES = {
-    "unknown key": (["--config.blt.hash.vocabb=3"], ["--config.blt.hash.vocabb=3", '"vocab"']),
-    "wrong type": (["--config.blt.hash.vocab=many"], ["--config.blt.hash.vocab=many", "int"]),
+    "unknown key": (
+        ["--config.blt.hash.vocabb=3"],
+        ["--config.blt.hash.vocabb is not a setting", "--config.blt.hash.vocab?"],
+    ),
+    "wrong type": (["--config.blt.hash.vocab=many"], ["--config.blt.hash.vocab=many", "number"]),
     "group for a value": (["--config.blt=3"], ["--config.blt=3"]),
     "wrong value": (["--config.blt.pooling=sum"], ["blt.pooling='sum'", "max"]),
     "heads": (["--config.blt.local_encoder.num_heads=3"], ["dim=16", "num_heads=3"]),

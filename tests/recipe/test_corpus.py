@@ -113,6 +113,29 @@ def test_the_first_threshold_of_a_working_directory_stays(fresh, tmp_path):
     assert again.patching.threshold == 0.5 and again.mean_patch_bytes < 2.2
 
 
+@pytest.mark.parametrize("in_step", [False, True])
+def test_rows_of_preprocess_are_those_of_training(fresh, tmp_path, capsys, monkeypatch, in_step):
+    """Though the threshold is that of the whole corpus, and the steps read a part of it."""
+    with_entropies(fresh, scales=(1.0, 0.2))
+    monkeypatch.setattr(entropies, "CALIBRATION_BYTES", 1000)
+    run = reading(fresh, tmp_path, "blt", in_step=in_step)
+    training = dataclasses.replace(run.blt_training, steps=2, batch_size=1, row_bytes=800)
+    run = dataclasses.replace(run, blt_training=training)
+    told = [
+        entropies.find_patches(run, RunDirectory(tmp_path), fresh, everything=everything)
+        for everything in (True, False)
+    ]
+    assert told[0].mean_patch_bytes == pytest.approx(4.5, rel=0.02)
+    assert told[0].row_mean == told[1].row_mean == told[1].mean_patch_bytes != 4.5
+    assert entropies.blt_layout(run, told[0]) == entropies.blt_layout(run, told[1])
+    columns = [entropies.in_step_patches(run, patched, 800) for patched in told]
+    assert columns[0] == columns[1]
+    size, mean = sum(s.num_bytes for s in told[1].train), f"{told[1].row_mean:.2f}"
+    preprocess, train = capsys.readouterr().out.splitlines()
+    assert f"; {mean} in the {size} bytes that the steps read, which rows are sized" in preprocess
+    assert f"patches: {mean} bytes" in train and f"before, in the {size} bytes that" in train
+
+
 def test_records_with_entropies_need_no_model(fresh, tmp_path):
     run = reading(fresh, tmp_path, "blt", "evaluate")
     with pytest.raises(ValueError, match="need a trained entropy_model"):

@@ -59,12 +59,13 @@ def add_entropies(
     config: EntropyModelConfig,
     row_bytes: int,
     batch_size: int,
+    model: str = "",
 ) -> None:
     """Computes and writes the entropies of those shards of a records.Store that have none.
 
     Several processes may do so at once, and one that is killed loses one shard at most (see
-    `files.share`). Results depend on the shard, the model and the shape of batches alone. Raises
-    ValueError as `corpus_entropies` does.
+    `files.share`). Results depend on the shard, the model and the shape of batches alone. model:
+    what `claim_entropies` returned. Raises ValueError as `corpus_entropies` does.
     """
     missing = [shard for shard in shards if not has_entropies(shard)]
     # Processes take shards in one order: what lies before this one's is done or being done.
@@ -80,7 +81,7 @@ def add_entropies(
             )
 
     def compute(shard):
-        write_entropies(shard, values(shard))
+        write_entropies(shard, values(shard), model)
         bar.update(max(end_of[shard.stem] - bar.n, 0))
 
     share(missing, has_entropies, compute, store.lock)

@@ -2,12 +2,15 @@
 
 A shard is up to three files with one stem: `.array_record`, a record per document;
 `.entropies.array_record`, as many records of raw little-endian float16; `.scores.npz`, histograms
-of the entropies by language. The entropies file is written last: it marks both as complete.
+of the entropies by language, and which model they are from. The entropies file is written last: it
+marks both as complete. Scores that are missing beside it are counted from it.
 """
 
 import bisect
 import collections
 import contextlib
+import errno
+import io
 import itertools
 import json
 import os
@@ -21,6 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from bltjax.data.sources.units import Document
 from bltjax.patching.calibrate import ScoreHistogram
+from bltjax.runtime.disk_errors import REMEDIES, writing
 from bltjax.runtime.files import PARTIAL, replacing
 
 LANGUAGES = 256  # languages of a shard that get histograms of their own
@@ -37,11 +41,8 @@ class Shard(NamedTuple):
     num_bytes: int  # of the documents
     file_bytes: int
     languages: dict[str, list[int]]  # [documents, bytes] of each
-
-    def identity(self, directory: Path) -> dict:
-        """Returns what is in the shard, whatever the size of its file, and its place below."""
-        fields = self._asdict() | {"stem": os.path.relpath(self.stem, directory)}
-        return {name: value for name, value in fields.items() if name != "file_bytes"}
+    digest: str = ""  # of the documents; "" in records of version 0.1
+    with_entropies: bool = False  # that came with the documents
 
     @property
     def path(self) -> Path:
@@ -105,7 +106,7 @@ class Documents:
                 self._readers.popitem(last=False)
         try:
             return reader.read([position])[0]
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise damaged(path, str(error)) from error
 
 
@@ -113,13 +114,21 @@ def has_entropies(shard: Shard) -> bool:
     return shard.entropies_path.exists()
 
 
-def write_entropies(shard: Shard, entropies: Iterable[np.ndarray]):
+def drop_entropies(shard: Shard):
+    """Deletes the entropies of a shard, if it has any."""
+    for path in (shard.entropies_path, shard.scores_path):
+        with writing(path):
+            path.unlink(missing_ok=True)
+
+
+def write_entropies(shard: Shard, entropies: Iterable[np.ndarray], model: str = ""):
     """Stores the entropies of a shard's documents, in order: nats, [len(data) + 2] each.
 
-    They are rounded to float16, and so are the histograms that thresholds are calibrated on. Raises
+    They are rounded to float16, and so are the histograms that thresholds are calibrated on.
+    model: identifies the model they are from; "" where they came with the documents. Raises
     ValueError where the number of arrays or the length of one is wrong.
     """
-    histograms = collections.defaultdict(ScoreHistogram)
+    histograms = _Histograms()
     with replacing_records(shard.entropies_path) as writer:
         for document, row in zip(Documents([shard]), entropies, strict=True):
             row = np.asarray(row, "<f2")
@@ -129,12 +138,12 @@ def write_entropies(shard: Shard, entropies: Iterable[np.ndarray]):
                     "bytes: give one per byte and one each for BOS and EOS"
                 )
             writer.write(row.tobytes())
-            known = document.language in histograms or len(histograms) < LANGUAGES
-            histograms[document.language if known else ""].add(row)
-        with replacing(shard.scores_path) as file:
+            histograms.add(document.language, row)
+        with writing(shard.scores_path), replacing(shard.scores_path) as file:
             # Languages as JSON, so that names in the file are printable.
             np.savez_compressed(
                 file,
+                model=model,
                 **{
                     f"{json.dumps(language)}/{name}": array
                     for language, histogram in histograms.items()
@@ -143,22 +152,65 @@ def write_entropies(shard: Shard, entropies: Iterable[np.ndarray]):
             )
 
 
+class _Histograms(dict):
+    """Histograms of the scores by language; those of many languages are joined under ""."""
+
+    def add(self, language: str, row: np.ndarray):
+        known = language in self or len(self) < LANGUAGES
+        self.setdefault(language if known else "", ScoreHistogram()).add(row)
+
+
 def score_histogram(shards: Iterable[Shard]) -> dict[tuple[str, str], ScoreHistogram]:
     """Returns the histograms for calibrating thresholds, by (source, language).
 
-    Raises FileNotFoundError for a shard without entropies.
+    Raises FileNotFoundError for a shard without entropies, ValueError for damaged ones.
     """
     total = collections.defaultdict(ScoreHistogram)
     for shard in shards:
         _check_has_entropies(shard)
-        by_language = collections.defaultdict(dict)
-        with np.load(shard.scores_path) as stored:
-            for key in stored.files:
-                language, name = key.rsplit("/", 1)
-                by_language[json.loads(language)][name] = stored[key]
-        for language, arrays in by_language.items():
-            total[shard.source, language].merge(ScoreHistogram.from_arrays(arrays))
+        for language, histogram in _scores(shard).items():
+            total[shard.source, language].merge(histogram)
     return dict(total)
+
+
+def model_of(shard: Shard) -> str:
+    """Returns the `model` of `write_entropies`; "" in records of version 0.1 too."""
+    return str(_arrays(shard).get("model", "")) if shard.scores_path.exists() else ""
+
+
+def _scores(shard: Shard) -> dict[str, ScoreHistogram]:
+    """Returns the histograms of a shard by language."""
+    if not shard.scores_path.exists():
+        counted = _Histograms()
+        for document in Documents([shard], entropies=True):
+            counted.add(document.language, document.entropies)
+        return counted
+    by_language = collections.defaultdict(dict)
+    arrays = _arrays(shard)
+    try:
+        for key, array in arrays.items():
+            if key != "model":
+                language, name = key.rsplit("/", 1)
+                by_language[json.loads(language)][name] = array
+        found = {name: ScoreHistogram.from_arrays(a) for name, a in by_language.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(shard.scores_path, str(error)) from error
+    documents = sum(histogram.num_documents for histogram in found.values())
+    positions = sum(histogram.num_positions for histogram in found.values())
+    if (documents, positions) != (shard.documents, shard.num_bytes + 2 * shard.documents):
+        raise damaged(shard.scores_path, f"{documents} documents of {shard.documents}")
+    return found
+
+
+def _arrays(shard: Shard) -> dict[str, np.ndarray]:
+    """Reads the scores of a shard as they are stored."""
+    with reading(shard.scores_path):
+        raw = shard.scores_path.read_bytes()
+    try:
+        with np.load(io.BytesIO(raw)) as stored:
+            return dict(stored)
+    except Exception as error:  # A flipped bit in a ZIP file raises errors of any kind.
+        raise damaged(shard.scores_path, str(error)) from error
 
 
 def _check_has_entropies(shard: Shard):
@@ -180,26 +232,82 @@ def _decoded(record: bytes) -> Document:
     return Document(header["name"], record[end:], header["language"])
 
 
+class RecordWriter:
+    """Writes records to a file that becomes `target`; UnwritableError where the disk refuses."""
+
+    def __init__(self, path: Path, target: Path):
+        self._path = target
+        with writing(target):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with _writing_records(target):
+            self._writer = ArrayRecordWriter(str(path), "group_size:1")
+
+    def write(self, record: bytes):
+        with _writing_records(self._path):
+            self._writer.write(record)
+
+    def close(self):
+        with _writing_records(self._path):
+            self._writer.close()
+
+
 @contextlib.contextmanager
-def replacing_records(path: Path) -> Iterator[ArrayRecordWriter]:
+def _writing_records(path: Path):
+    """Tells errors of ArrayRecord, which has those of the disk in its text, as `writing` does."""
+    with writing(path):
+        try:
+            yield
+        except RuntimeError as error:
+            reasons = {code: os.strerror(code) for code in (errno.EIO, *REMEDIES)}
+            codes = [code for code, reason in reasons.items() if reason in str(error)]
+            raise OSError(codes[0] if codes else errno.EIO, str(error)) from error
+
+
+@contextlib.contextmanager
+def replacing_records(path: Path) -> Iterator[RecordWriter]:
     """Yields a writer of records whose file becomes `path` if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(PARTIAL)
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
+    writer = RecordWriter(partial, path)
     try:
         yield writer
-    finally:
         writer.close()
-    os.replace(partial, path)
+        with writing(path):
+            os.replace(partial, path)
+    except BaseException:  # The first error is the one to be told.
+        with contextlib.suppress(OSError):
+            writer.close()
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _reader(path: Path, num_records: int) -> ArrayRecordReader:
     options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
     reader = ArrayRecordReader(str(path), options, file_reader_buffer_size=32_768)
     if not reader.ok() or reader.num_records() != num_records:
+        with reading(path):  # The fault may be in the system, and not in the file.
+            path.open("rb").close()
         raise damaged(path, f"{num_records} records expected, {reader.num_records()} found")
     return reader
 
 
-def damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} is damaged ({what}): delete it and run bltjax.preprocess again")
+@contextlib.contextmanager
+def reading(path: Path):
+    """Raises OSError, with the remedy, where the operating system refuses to read a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # has a message of its own
+            raise
+        raise OSError(
+            f"cannot read {path} ({os.strerror(error.errno)}): put it back or make it readable, "
+            "and run it again"
+        ) from error
+
+
+def damaged(path: Path, what: str, remedy: str = "delete it") -> ValueError:
+    """Returns an error for a file of a store; what is deleted is made anew by the next run."""
+    return ValueError(
+        f"{path} is damaged ({what}): {remedy} and run bltjax.preprocess or bltjax.train again, "
+        "which makes it anew"
+    )

@@ -3,10 +3,12 @@
     store.json                          the settings and the units of reading
     SOURCE/PART/UNIT-0000.array_record  documents (bltjax/data/records/shards.py)
     SOURCE/UNIT-0000.json               marks a complete chunk (bltjax/data/records/writing.py)
-    index.json                          all shards, once all units are complete
+    index.json                          all shards, once all units are complete; from the marks
     entropies.json                      identifies the model that the entropies are from
 
 PART is one of PARTS. A file that is being written has the suffix `.partial`; others are complete.
+Each may be deleted, and is made anew by the run that makes the records, with what depends on it.
+Version 0.1 wrote format 1, without digests and without the states of files; it is read as it is.
 """
 
 import dataclasses
@@ -20,22 +22,39 @@ from typing import NamedTuple
 
 from bltjax.config import differences
 from bltjax.config.data import DataConfig, SourceConfig
-from bltjax.data.records import writing
+from bltjax.data.records import source_files, writing
 from bltjax.data.records.shards import Documents as Documents  # shards are reached here too
 from bltjax.data.records.shards import Shard as Shard
+from bltjax.data.records.shards import damaged, drop_entropies
 from bltjax.data.records.shards import has_entropies as has_entropies
+from bltjax.data.records.shards import model_of as model_of
 from bltjax.data.records.shards import score_histogram as score_histogram
 from bltjax.data.records.shards import write_entropies as write_entropies
-from bltjax.data.records.writing import NAMED_BAD, PARTS, below, load
+from bltjax.data.records.writing import NAMED_BAD, PARTS, Task, below, intact, load
 from bltjax.data.sources import units as sources
 from bltjax.data.sources.units import Bad, Unit
-from bltjax.runtime.checked_json import digest
-from bltjax.runtime.files import share, write_json
+from bltjax.runtime import disk_errors
+from bltjax.runtime.checked_json import digest, write_checked
+from bltjax.runtime.files import share
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import printable_name
 
-FORMAT = 1
+FORMAT = 2
 STORE, INDEX, ENTROPIES = "store.json", "index.json", "entropies.json"
+
+
+class NoRecords(FileNotFoundError):
+    """Raised where there is no store."""
+
+
+class Unfinished(ValueError):
+    """Raised where a store lacks something that reading its sources will give."""
+
+    def __init__(self, directory: Path, what: str):
+        super().__init__(
+            f"the records in {str(directory)!r} are unfinished: run bltjax.preprocess again with "
+            f"the same settings, it goes on where it stopped ({what})"
+        )
 
 
 class BadRecords(NamedTuple):
@@ -67,7 +86,15 @@ class Store(NamedTuple):
 
     def digest(self) -> str:
         """Returns 32 hexadecimal digits that tell corpora apart, wherever their files are."""
-        return digest([shard.identity(self.directory) for shard in self.all_shards])
+        omitted = {"file_bytes"}  # depends on the version of ArrayRecord
+        if not all(shard.digest for shard in self.all_shards):
+            omitted.add("digest")  # a shard of version 0.1 that was made anew has one
+        stems = (os.path.relpath(shard.stem, self.directory) for shard in self.all_shards)
+        described = (
+            shard._asdict() | {"stem": stem}
+            for shard, stem in zip(self.all_shards, stems, strict=True)
+        )
+        return digest([{k: v for k, v in d.items() if k not in omitted} for d in described])
 
     def lock(self, shard: Shard) -> Path:
         """Returns the lock file of a shard, for `files.share`."""
@@ -77,37 +104,18 @@ class Store(NamedTuple):
 def build(directory: str | os.PathLike, data: DataConfig) -> Store:
     """Reads the sources of `data` into a store, or goes on with one, or opens a finished one.
 
-    Several processes may build one store at once (see `files.share`). Raises ValueError for a store
-    made with other settings, a directory in a bucket and, under bad_records="fail", a bad record.
+    Several processes may build one store at once (see `files.share`). What was deleted of a store
+    is made anew. Raises ValueError for a store made with other settings, sources that have changed
+    meanwhile, a directory in a bucket and, under bad_records="fail", a bad record.
     """
     directory = _local(directory)
-    if not (directory / INDEX).exists():
-        _write_once(directory / STORE, lambda: _plan(data))
-        stored = _read_store(directory, data)
-        configs = {source.name: source for source in data.named_sources()}
-        tasks = [
-            (configs[name], Unit(**{**unit, "paths": tuple(unit["paths"])}))
-            for name, units in stored["units"].items()
-            for unit in units
-        ]
-        sizes = [unit.size for _, unit in tasks]
-        # Processes take units in one order: what lies before this one's is done or being done.
-        before = dict(zip(tasks, itertools.accumulate(sizes, initial=0), strict=False))
-        bar = progress_bar("reading text", sum(sizes))
-
-        def record(task: tuple[SourceConfig, Unit]):
-            for unit_bytes in writing.record_unit(directory, *task, data):
-                bar.update(max(before[task] + min(unit_bytes, task[1].size) - bar.n, 0))
-
-        share(
-            tasks,
-            is_done=lambda task: writing.is_whole(directory, *task),
-            do=record,
-            lock=lambda task: _lock(directory, f"{task[0].name}/{task[1].name}"),
-        )
-        bar.close()
-        _write_once(directory / INDEX, lambda: _index(directory, tasks))
-    store = open_store(directory, data)
+    try:
+        store = open_store(directory, data) if (directory / INDEX).exists() else None
+    except (NoRecords, Unfinished):
+        store = None
+    if store is None:
+        _make(directory, data)
+        store = open_store(directory, data)
     left_out = load(directory / STORE).get("left_out", {})  # older stores do not tell
     for source in store.sources:
         lines = [_summary(store, source), *left_out.get(source, [])]
@@ -115,61 +123,143 @@ def build(directory: str | os.PathLike, data: DataConfig) -> Store:
     return store
 
 
+def _make(directory: Path, data: DataConfig):
+    """Records the units that are not whole, and lists the shards."""
+    _write_once(directory / STORE, lambda: _plan(data))
+    stored = _read_store(directory, data)
+    tasks = _unchanged(directory, _tasks(directory, stored, data.named_sources()), data)
+    with disk_errors.writing(directory / INDEX):
+        (directory / INDEX).unlink(missing_ok=True)
+    sizes = [task.unit.size for task in tasks]
+    # Processes take units in one order: what lies before this one's is done or being done.
+    before = dict(
+        zip([t.name for t in tasks], itertools.accumulate(sizes, initial=0), strict=False)
+    )
+    bar = progress_bar("reading text", sum(sizes))
+
+    def record(task: Task):
+        for unit_bytes in writing.record_unit(directory, task, data):
+            bar.update(max(before[task.name] + min(unit_bytes, task.unit.size) - bar.n, 0))
+
+    share(
+        tasks,
+        is_done=lambda task: writing.is_whole(directory, task),
+        do=record,
+        lock=lambda task: _lock(directory, task.name),
+    )
+    bar.close()
+    _write_once(directory / INDEX, lambda: _index(stored, tasks, directory))
+
+
+def _unchanged(directory: Path, tasks: list[Task], data: DataConfig) -> list[Task]:
+    """Returns tasks with the states that their files have now; ValueError where a text is another.
+
+    Of a file that units left to do will read, everything that is recorded already is compared.
+    """
+    now = {
+        task.name: source_files.states(task.unit)
+        for task in tasks
+        if not writing.is_whole(directory, task)
+    }
+    paths: set[str] = set()
+    for task in tasks:
+        if task.name in now:
+            paths.update(source_files.touched(directory, task, now[task.name]))
+    for task in tasks:
+        if of_task := sorted(paths.intersection(task.unit.paths)):
+            writing.check_unit(directory, task, data, of_task)
+    return [task._replace(states=now.get(task.name, task.states)) for task in tasks]
+
+
 def open_store(directory: str | os.PathLike, data: DataConfig | None = None) -> Store:
     """Opens a finished store; its sources need not be there any more.
 
-    Raises FileNotFoundError where there is none, ValueError where it is unfinished or damaged, or
-    was made with other settings than those of `data`.
+    Raises NoRecords where there is none, Unfinished where something of it is missing, and
+    ValueError where it is damaged, or was made with other settings than those of `data`.
     """
     directory = _local(directory)
     if not (directory / STORE).exists():
-        raise FileNotFoundError(
+        raise NoRecords(
             f"no records in {str(directory)!r}: make them with bltjax.preprocess, or give the "
             f"directory that holds {STORE}"
         )
     stored = _read_store(directory, data)
-    if not (directory / INDEX).exists():
-        raise ValueError(
-            f"the records in {str(directory)!r} are unfinished: run bltjax.preprocess again with "
-            "the same settings, it goes on where it stopped"
-        )
-    index = load(directory / INDEX)
-    shards = [below(directory, shard) for shard in index["shards"]]
+    index = _read_index(directory, stored)
+    with intact(directory / INDEX):
+        shards = [below(directory, shard) for shard in index["shards"]]
+        bad = {}
+        for name in stored["units"]:
+            count, first = index["bad"][name]
+            bad[name] = BadRecords(count, [Bad(*record) for record in first])
+        for shard in shards:
+            if shard.source not in bad or shard.part not in PARTS:
+                raise ValueError(f"a shard of {shard.source!r}, {shard.part!r}")
     for shard in shards:
-        size = shard.path.stat().st_size if shard.path.exists() else 0
+        if not writing.is_there(shard):
+            raise Unfinished(directory, f"{shard.path}, or what belongs to it, is missing")
+        size = shard.path.stat().st_size
         if size != shard.file_bytes:
-            mark = directory / shard.source / f"{Path(shard.stem).name}.json"
-            raise ValueError(
-                f"{shard.path} is damaged ({size} bytes of {shard.file_bytes}): delete {mark} and "
-                f"{directory / INDEX}, and run bltjax.preprocess again, which makes it anew"
-            )
-    bad = {
-        name: BadRecords(count, [Bad(*record) for record in first])
-        for name, (count, first) in index["bad"].items()
-    }
+            raise damaged(shard.path, f"{size} bytes of {shard.file_bytes}")
     return Store(directory, list(stored["units"]), shards, bad)
 
 
-def claim_entropies(store: Store, model: dict):
-    """Records the model that the store's entropies are from; ValueError if it is another one.
+def claim_entropies(store: Store, model: dict) -> str:
+    """Records the model that the store's entropies are from; returns its digest.
 
-    model: a JSON object that identifies a model.
+    model: a JSON object that identifies a model. Entropies of other models, which are there if the
+    record of these was deleted, are deleted. Raises ValueError where another model is recorded.
     """
-    path = store.directory / ENTROPIES
-    _write_once(path, lambda: model)
-    if changed := differences(load(path), json.loads(json.dumps(model)), "model", skipped=()):
+    path, ours = store.directory / ENTROPIES, digest(model)
+
+    def claim():
+        for shard in filter(has_entropies, store.all_shards):
+            if model_of(shard) not in ("", ours):
+                drop_entropies(shard)
+        return {"model": model}
+
+    _write_once(path, claim)
+    try:
+        stored = load(path)
+        stored = stored.get("model", stored)  # as version 0.1 wrote it
+    except ValueError as error:
+        raise damaged(path, str(error.__cause__), f"delete it{_others(store)}") from error
+    if changed := differences(stored, json.loads(json.dumps(model)), "model", skipped=()):
         raise ValueError(
             f"the entropies in {str(store.directory)!r} are of another model: {changed[0]}; use "
-            f"that model, or delete {ENTROPIES} and all *.entropies.array_record there"
+            f"that model, or delete {path}{_others(store)} and run it again"
         )
+    return ours
+
+
+def _others(store: Store) -> str:
+    """Returns what to delete beside entropies.json: those that do not say which model made them."""
+    known = all(model_of(shard) for shard in filter(has_entropies, store.all_shards))
+    return "" if known else " and all *.entropies.array_record there"
 
 
 def _plan(data: DataConfig) -> dict:
     """Returns the content of store.json: settings that select documents, and units of reading."""
     surveys = {source.name: sources.survey(source, data) for source in data.named_sources()}
-    units = {name: [unit._asdict() for unit in found] for name, (found, _) in surveys.items()}
+    units = {
+        name: [unit._asdict() | {"states": source_files.states(unit)} for unit in found]
+        for name, (found, _) in surveys.items()
+    }
     left_out = {name: sentences for name, (_, sentences) in surveys.items()}
     return {"format": FORMAT, "data": _settings(data), "units": units, "left_out": left_out}
+
+
+def _tasks(directory: Path, stored: dict, configs: Iterable[SourceConfig]) -> list[Task]:
+    """Returns the units of a plan; `configs` are those of its sources."""
+    by_name, tasks = {config.name: config for config in configs}, []
+    for name, units in stored["units"].items():
+        for fields in units:
+            key = digest([stored["data"], name, fields]) if stored["format"] > 1 else ""
+            with intact(directory / STORE):
+                fields = dict(fields)
+                states = fields.pop("states", [])
+                unit = Unit(**{**fields, "paths": tuple(fields["paths"])})
+                tasks.append(Task(by_name[name], unit, key, states))
+    return tasks
 
 
 def _settings(data: DataConfig) -> dict:
@@ -187,12 +277,15 @@ def _settings(data: DataConfig) -> dict:
 
 def _read_store(directory: Path, data: DataConfig | None) -> dict:
     stored = load(directory / STORE)
-    if stored.get("format") != FORMAT:
+    with intact(directory / STORE):
+        made_with, _ = stored["data"], stored["units"].items()
+        number = int(stored["format"])
+    if not 1 <= number <= FORMAT:
         raise ValueError(
-            f"{directory / STORE} has format {stored.get('format')}, this program reads {FORMAT}: "
-            "make the records anew in another directory"
+            f"{directory / STORE} has format {number}, this program reads 1 to {FORMAT}: make the "
+            "records anew in another directory"
         )
-    changed = data and differences(stored["data"], _settings(data), "data", skipped=())
+    changed = data and differences(made_with, _settings(data), "data", skipped=())
     if changed:
         raise ValueError(
             f"the records in {str(directory)!r} were made with other settings: {changed[0]}; use "
@@ -201,16 +294,38 @@ def _read_store(directory: Path, data: DataConfig | None) -> dict:
     return stored
 
 
-def _index(directory: Path, tasks: Iterable[tuple[SourceConfig, Unit]]) -> dict:
-    """Returns the content of index.json."""
-    shards, bad = [], {}
-    for source, unit in tasks:
-        count, first = bad.setdefault(source.name, (0, []))
-        for mark in map(load, writing.marks(directory, source, unit)):
-            shards += mark["shards"]
-            count, first = count + mark["bad"], (first + mark["first_bad"])[:NAMED_BAD]
-        bad[source.name] = (count, first)
-    return {"shards": shards, "bad": bad}
+def _read_index(directory: Path, stored: dict) -> dict:
+    """Returns the content of index.json, or the same from the marks where it is missing."""
+    path = directory / INDEX
+    try:
+        index = load(path) if path.exists() else None
+    except OSError:
+        if path.exists():
+            raise
+        index = None  # Another process has just deleted it, to write it anew.
+    if index is not None and index.get("plan", "") == _name_of(stored):
+        return index
+    return _index(stored, _tasks(directory, stored, map(SourceConfig, stored["units"])), directory)
+
+
+def _index(stored: dict, tasks: Iterable[Task], directory: Path) -> dict:
+    """Returns the content of index.json, from the marks; Unfinished where some are missing."""
+    shards, bad = [], {name: (0, []) for name in stored["units"]}
+    for task in tasks:
+        count, first = bad[task.source.name]
+        chunks = list(writing.chunks(directory, task))
+        if not (chunks and chunks[-1]["last"]):
+            raise Unfinished(directory, f"a part of {task.name} is missing")
+        for chunk in chunks:
+            shards += chunk["shards"]
+            count, first = count + chunk["bad"], (first + chunk["first_bad"])[:NAMED_BAD]
+        bad[task.source.name] = (count, first)
+    return {"shards": shards, "bad": bad, "plan": _name_of(stored)}
+
+
+def _name_of(stored: dict) -> str:
+    """Returns what an index repeats of its plan; "" in version 0.1."""
+    return digest(stored) if stored["format"] > 1 else ""
 
 
 def _summary(store: Store, source: str) -> str:
@@ -229,7 +344,7 @@ def _summary(store: Store, source: str) -> str:
 def _write_once(path: Path, make: Callable[[], dict]):
     """Writes the content that `make` returns, unless this or another process has."""
     lock = _lock(path.parent, path.name)
-    share([path], Path.exists, lambda path: write_json(path, make()), lambda _: lock)
+    share([path], Path.exists, lambda path: write_checked(path, make()), lambda _: lock)
 
 
 def _lock(directory: Path, name: str) -> Path:
@@ -243,4 +358,4 @@ def _local(directory: str | os.PathLike) -> Path:
             f"records in {str(directory)!r}: they must be local files; mount the bucket (gcsfuse) "
             "or use a local disk"
         )
-    return Path(directory)
+    return Path(os.path.expanduser(directory))

@@ -106,7 +106,7 @@ def relative_names(paths: Iterable[str], source: SourceConfig) -> Iterator[str]:
 
 
 def _location(source: SourceConfig) -> str:
-    path = os.fspath(epath.Path(source.path or python_library_root()).expanduser())
+    path = os.fspath(epath.Path(os.path.expanduser(source.path or python_library_root())))
     return re.sub(r"(/\*\*)+$", "", path)  # a directory is walked anyhow
 
 

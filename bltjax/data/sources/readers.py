@@ -280,7 +280,8 @@ def open_dataset(path: str, subset: str, split: str):
     """Opens a Hugging Face dataset for streaming; it has `num_shards` and `shard()`."""
     datasets = need("datasets", "hf")
     try:
-        return datasets.load_dataset(path, subset or None, split=split, streaming=True)
+        given = os.path.expanduser(path), subset or None
+        return datasets.load_dataset(*given, split=split, streaming=True)
     except RuntimeError as error:  # of a dataset that is a script
         raise ValueError(f"the dataset {path!r} cannot be read: {error}; choose another") from error
 

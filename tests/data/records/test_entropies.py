@@ -231,9 +231,12 @@ def test_an_interrupted_store_goes_on_and_ends_the_same(build, monkeypatch):
         add_entropies(interrupted, [first, *rest], failing, params(), CONFIG, **SHAPE)
     assert [records.has_entropies(s) for s in [first, *rest]] == [True, False, False]
     written, write = [], module.write_entropies
-    monkeypatch.setattr(
-        module, "write_entropies", lambda shard, h: (written.append(shard), write(shard, h))
-    )
+
+    def recorded(shard, *given):
+        written.append(shard)
+        write(shard, *given)
+
+    monkeypatch.setattr(module, "write_entropies", recorded)
     for _ in range(2):
         add_entropies(interrupted, [first, *rest], entropy_fn, params(), CONFIG, **SHAPE)
     assert written == rest
