@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,11 +124,15 @@ def check(argv):
         cli.fail(f"unexpected argument {argv[1]!r}: give --workdir, and nothing else but flags")
 
 
+def _stop(number, frame):
+    raise signals.Stopped(f"stopped by {signal.Signals(number).name}: run the same command again")
+
+
 @contextlib.contextmanager
 def guarded():
     """What a user can mend, and a signal, end the command with a line."""
     try:
-        with signals.interrupting():
+        with signals.handling(_stop):
             yield
     except signals.Stopped as stopped:
         print(stopped, file=sys.stderr)
