@@ -16,8 +16,7 @@ from absl import flags
 from bltjax import cli
 from bltjax.cli import fail
 from bltjax.runtime import peers, processes, signals
-from bltjax.runtime.disk_errors import UnwritableError
-from bltjax.runtime.system_errors import in_words
+from bltjax.runtime.system_errors import UnwritableError, in_words
 
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 

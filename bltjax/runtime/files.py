@@ -18,7 +18,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from bltjax.runtime import endings
-from bltjax.runtime.disk_errors import writing
+from bltjax.runtime.system_errors import writing
 
 Task = TypeVar("Task")
 
