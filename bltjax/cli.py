@@ -22,7 +22,7 @@ from bltjax.config.command_line import take_settings
 from bltjax.config.data import FILE_KINDS
 from bltjax.config.names import letters, settings, unknown
 from bltjax.patching.boundaries import check_rule
-from bltjax.runtime import endings
+from bltjax.runtime import endings, signals
 from bltjax.runtime.platforms import skip_absent_tpu
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.system_errors import in_words, without_numbers
@@ -77,8 +77,11 @@ def ending():
             yield
         finally:
             sys.stdout.flush()
+    except signals.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(signals.STOPPED)
     except KeyboardInterrupt:
-        endings.leave(signal.SIGINT)
+        signals.end_command(signal.SIGINT)
     except OSError as error:
         fail(error)
 

@@ -22,8 +22,8 @@ import tensorstore
 from bltjax.checkpoints.lazy_arrays import Index, LazyArray, blocks, tree_leaves
 from bltjax.checkpoints.run_directory import saved_steps
 from bltjax.runtime.checked_json import DIGEST, without_digest
-from bltjax.runtime.disk_errors import first_line
 from bltjax.runtime.progress import OnProgress
+from bltjax.runtime.system_errors import first_line
 
 CHUNK_BYTES = 4 * 2**20  # what is read at least
 CHUNK_FEATURES = 256  # so that a host with a slice of the features reads little else

@@ -39,8 +39,8 @@ from bltjax.config import (
 )
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.checked_json import read_checked, without_digest, write_checked
-from bltjax.runtime.disk_errors import OF_WRITES, UnwritableError, unwritable
 from bltjax.runtime.files import LOCK, OWNER, alone, free_name, owning, place_of, write_json
+from bltjax.runtime.system_errors import OF_WRITES, UnwritableError, unwritable
 
 CONFIG, PATCHING, ROWS = "config.json", "patching.json", "rows.json"
 CHECKPOINTS, WEIGHTS, METRICS = "checkpoints", "weights", "metrics.jsonl"  # of a stage

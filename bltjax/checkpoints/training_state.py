@@ -51,8 +51,8 @@ from bltjax.checkpoints.orbax_weights import (
 )
 from bltjax.checkpoints.run_directory import saved_steps
 from bltjax.runtime.checked_json import with_digest
-from bltjax.runtime.disk_errors import first_line, is_of_disk, other_fault, unwritable
 from bltjax.runtime.files import free_name, place_of
+from bltjax.runtime.system_errors import first_line, is_of_disk, other_fault, unwritable
 
 DAMAGED = "damaged"
 PACKAGES = ("bltjax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")

@@ -16,8 +16,7 @@ from absl import flags
 from bltjax import cli
 from bltjax.cli import fail
 from bltjax.runtime import peers, processes, signals
-from bltjax.runtime.disk_errors import UnwritableError
-from bltjax.runtime.system_errors import in_words
+from bltjax.runtime.system_errors import UnwritableError, in_words
 
 DIVERGED = 3  # exit code: the loss became NaN or infinite
 
@@ -26,23 +25,17 @@ def main(argv):
     cli.no_arguments(argv, "settings are given as --config.name=value")
     config, workdir = cli.read_config()
     chosen = flags.FLAGS
-    try:
-        cluster = processes.find_cluster(
-            os.environ, chosen.coordinator, chosen.num_processes, chosen.process_id
-        )
-    except ValueError as error:
-        fail(error)
-    try:
-        with signals.leaving(peers.stop):
-            try:
-                processes.join(cluster)
-            except ValueError as error:
-                fail(error)
-            with peers.ending_together():
-                train(config, workdir)
-    except signals.Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(signals.STOPPED)
+    with signals.leaving(peers.stop):
+        try:
+            processes.join(
+                processes.find_cluster(
+                    os.environ, chosen.coordinator, chosen.num_processes, chosen.process_id
+                )
+            )
+        except ValueError as error:
+            fail(error)
+        with peers.ending_together():
+            train(config, workdir)
 
 
 def train(config, workdir):
@@ -62,10 +55,6 @@ def train(config, workdir):
         checked = check_run(config, workdir)
         peers.check_shared(checked.directory.path)
     except ValueError as error:
-        fail(error)
-    except OSError as error:
-        if jax.process_count() > 1:  # perhaps a disk of this machine alone
-            raise
         fail(error)
     try:
         result = run(checked)

@@ -44,7 +44,7 @@ from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches, in_step_patches
-from bltjax.runtime.disk_errors import writing
+from bltjax.runtime.system_errors import writing
 from bltjax.runtime.terminal import printable, printable_name
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
 from bltjax.training.metrics import HELD_OUT

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from bltjax.runtime import endings
-from bltjax.runtime.disk_errors import writing
+from bltjax.runtime import signals
+from bltjax.runtime.system_errors import writing
 
 Task = TypeVar("Task")
 
@@ -81,7 +81,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise BlockingIOError(
             f"another process is writing {target}: wait for it, or choose another target"
         )
-    with lock, endings.undoing(lambda: _remove_begun(partial, missing)):
+    with lock, signals.undoing(lambda: _remove_begun(partial, missing)):
         try:
             _empty(partial)
             yield partial

@@ -63,8 +63,9 @@ def ending_together():
         watch.end()
 
 
-def stop(message: str):
-    """Ends this process and all others of its run, since it was asked to stop."""
+def stop(number: int):
+    """Ends this process and all others of its run, since a signal asked one to stop."""
+    message = f"stopped by {signal.Signals(number).name}: run the same command again"
     if not _together.is_set():
         say(message)
         os._exit(STOPPED)

@@ -1,6 +1,9 @@
-"""Handles SIGTERM and Ctrl-C: a run that is asked to stop saves first, then ends with STOPPED.
+"""Handles SIGTERM and Ctrl-C: a run that trains saves first, other commands end at once.
 
-Platforms announce a preemption by SIGTERM: Kubernetes, Slurm (`--signal=TERM@120`), spot machines.
+By itself Python raises an exception wherever it is: a traceback of up to a hundred lines, which a
+callback of JAX may swallow, and which waits until a compilation has ended. Exit codes are those of
+shells: 128 plus the number of the signal. Platforms announce a preemption by SIGTERM: Kubernetes,
+Slurm (`--signal=TERM@120`), spot machines.
 """
 
 import contextlib
@@ -14,6 +17,10 @@ from collections.abc import Callable
 STOPPED = 75  # exit code: asked to stop and stopped; run the same command again
 INTERRUPTED = 128 + signal.SIGINT  # exit code: Ctrl-C a second time
 GRACE_SECONDS = 0.5  # in which the main thread ends the process, unless it is in compiled code
+DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+_stderr = 2  # where the last line goes; aot turns the real one into a file for a while
+_undone: list[Callable[[], None]] = []
 
 
 class Stopped(KeyboardInterrupt):
@@ -34,14 +41,61 @@ class Notice:
 
 
 class Leaving:
-    """Signal handler that ends the process by `leave(message)`, once."""
+    """Signal handler that ends the process by `leave(number)`, once."""
 
-    def __init__(self, leave: Callable[[str], None]):
+    def __init__(self, leave: Callable[[int], None]):
         self._leave, self._once = leave, threading.Lock()
 
     def __call__(self, number, frame):
+        with contextlib.suppress(Exception, SystemExit):  # it may be in the middle of a write
+            sys.stdout.flush()  # a reader that sleeps may keep it here: the thread leaves then
+        self.leave(number)
+
+    def leave(self, number: int):
         if self._once.acquire(blocking=False):
-            self._leave(f"stopped by {signal.Signals(number).name}: run the same command again")
+            self._leave(number)
+
+
+def install():
+    """Has signals end this process, a command, by `end_command`.
+
+    A signal that the process was started to ignore stays ignored.
+    """
+    global _stderr
+    _stderr = os.dup(2)
+    _handle(Leaving(end_command), [n for n in DEFAULTS if signal.getsignal(n) != signal.SIG_IGN])
+    signal.set_wakeup_fd(_watched(), warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget)  # a child has the pipe, and not the thread
+
+
+def _forget():
+    signal.set_wakeup_fd(-1)
+    for number, default in DEFAULTS.items():
+        if isinstance(signal.getsignal(number), Leaving):
+            signal.signal(number, default)
+
+
+def end_command(number: int):
+    """Undoes what the command has begun and ends it, not by way of atexit, where JAX may wait."""
+    for undo in _undone:
+        with contextlib.suppress(Exception):
+            undo()
+    say(f"stopped by {signal.Signals(number).name}")
+    os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def undoing(undo: Callable[[], None]):
+    """Has `undo()` called where a signal ends the command in the block.
+
+    An exception could undo as well, but one that a signal raises comes up inside callbacks too,
+    such as JAX's for the garbage collector: Python drops it there, or C++ aborts.
+    """
+    _undone.append(undo)
+    try:
+        yield
+    finally:
+        _undone.remove(undo)
 
 
 @contextlib.contextmanager
@@ -57,45 +111,52 @@ def noticing():
 
 
 @contextlib.contextmanager
-def leaving(leave: Callable[[str], None]):
-    """Calls `leave(message)`, which ends the process, wherever the block is when a signal comes.
+def leaving(leave: Callable[[int], None]):
+    """Calls `leave(number)`, which ends the process, wherever the block is when a signal comes.
 
-    No exception is raised: one that comes up in a callback, such as JAX's for the garbage
-    collection, is swallowed there, and the run would go on. A thread calls `leave` where the main
-    thread stays in compiled code, and ends the process at a second Ctrl-C, inside `noticing` too.
+    A thread calls it where the main thread stays in compiled code, and ends the process at a
+    second Ctrl-C, inside `noticing` too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with handling(Leaving(leave)) as handler:
-        # Python writes the number of each signal to this pipe at once, whatever the main thread is
-        # doing; handlers run when that thread is back in Python, which a compilation delays.
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        threading.Thread(target=_watch, args=(read, handler), daemon=True).start()
-        before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    with handling(Leaving(leave)):
+        pipe = _watched()
+        before = signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
         try:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            os.close(write)
+            os.close(pipe)
 
 
-def _watch(pipe: int, handler: Leaving):
-    first, waiting = None, False
+def _watched() -> int:
+    """Returns a pipe for the numbers of signals, to which Python writes whatever it is doing.
+
+    Handlers run when the main thread is back in Python, which a compilation delays.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    threading.Thread(target=_watch, args=(read,), daemon=True).start()
+    return write
+
+
+def _watch(pipe: int):
+    last, waiting = None, False
     while True:
         ready, _, _ = select.select([pipe], [], [], GRACE_SECONDS if waiting else None)
         if not ready:
             waiting = False
-            if signal.getsignal(first) is handler:
-                handler(first, None)
+            handler = signal.getsignal(last)
+            if isinstance(handler, Leaving):
+                handler.leave(last)
             continue
         number = os.read(pipe, 1)
         if not number:
             return os.close(pipe)
-        if first is not None and number[0] == signal.SIGINT:
+        if last is not None and number[0] == signal.SIGINT:
             _end()
-        first, waiting = number[0], True
+        last, waiting = number[0], True
 
 
 def _interrupt():
@@ -109,10 +170,8 @@ def _end():
 
 def say(line: str):
     """Writes a line to stderr, below a bar that a terminal shows."""
-    with contextlib.suppress(Exception):  # the handler may have come in the middle of a write
-        sys.stdout.flush()
     with contextlib.suppress(OSError):
-        os.write(2, f"{chr(10) * os.isatty(2)}{line}\n".encode())
+        os.write(_stderr, f"{chr(10) * os.isatty(_stderr)}{line}\n".encode())
 
 
 @contextlib.contextmanager
@@ -121,9 +180,13 @@ def handling(handler):
     if threading.current_thread() is not threading.main_thread():
         yield handler
         return
-    before = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = _handle(handler, DEFAULTS)
     try:
         yield handler
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def _handle(handler, numbers) -> dict:
+    return {number: signal.signal(number, handler) for number in numbers}

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from bltjax.checkpoints.run_directory import METRICS
-from bltjax.runtime.disk_errors import writing
 from bltjax.runtime.files import replacing
+from bltjax.runtime.system_errors import writing
 
 
 class MetricsFiles:

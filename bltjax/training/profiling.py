@@ -55,5 +55,8 @@ class Profiler:
         if self._traced:
             jax.block_until_ready(previous)
             jax.profiler.stop_trace()
-            print(f"trace of steps {self._traced[0]} to {self._traced[-1]}: {self._directory}")
+            print(
+                f"trace of steps {self._traced[0]} to {self._traced[-1]}: {self._directory}",
+                flush=True,
+            )
             self._traced = []

@@ -27,7 +27,7 @@ from bltjax.config import PatchingConfig, RunConfig, TrainingConfig
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.stages import run
 from bltjax.runtime.checked_json import write_checked
-from bltjax.runtime.disk_errors import UnwritableError
+from bltjax.runtime.system_errors import UnwritableError
 
 RUN = Path(__file__).parents[1] / "golden_data" / "run_of_0_1.tar.xz"
 TEXT = "The entropy of a text is high where the next byte is hard to guess."

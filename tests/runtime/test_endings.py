@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bltjax.runtime import endings
+from bltjax.runtime import endings, signals
 from tests.processes import ROOT
 
 # Begins a directory, says so, and then does what the test wants.
@@ -53,6 +53,38 @@ def test_what_was_begun_is_undone(doing, number, tmp_path):
     assert list(tmp_path.iterdir()) == []
     process.stdout.close()
     process.stderr.close()
+
+
+UNDOES_SLOWLY = """
+import os, time
+from bltjax.runtime import endings, signals
+endings.install()
+def undo():
+    os.write(1, b"undoing\\n")  # a print may be in the middle of another one
+    time.sleep(60)
+with signals.undoing(undo):
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_ctrl_c_waits_for_nothing_and_a_second_sigterm_changes_nothing():
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNDOES_SLOWLY],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == b"undoing\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == signals.INTERRUPTED and out == b""
+    assert err == b"ended by a second Ctrl-C: run the same command again\n"
 
 
 def test_what_is_a_command(monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bltjax.runtime import files
-from bltjax.runtime.disk_errors import UnwritableError
+from bltjax.runtime.system_errors import UnwritableError
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ import resource
 import pytest
 
 from bltjax.cli import one_line
-from bltjax.runtime.system_errors import WORDS, in_words
+from bltjax.runtime.system_errors import FAULTS, in_words
 
 
 def error_of(function, *arguments):
@@ -61,7 +61,7 @@ def test_no_number_is_left():
     for number in errno.errorcode:
         error = OSError(number, os.strerror(number), "some/path")
         assert "some/path" in in_words(error) and "Errno" not in one_line(error)
-        if number not in WORDS:
+        if number not in FAULTS:
             assert os.strerror(number) in in_words(error)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bltjax.runtime.disk_errors import UnwritableError
+from bltjax.runtime.system_errors import UnwritableError
 from bltjax.training.metrics_files import MetricsFiles
 
 GARBAGE = [

@@ -10,6 +10,7 @@ from bltjax.checkpoints.checksums import write_checksums
 from bltjax.runtime.files import new_directory
 from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
+from bltjax.runtime.system_errors import is_of_disk, unwritable
 
 FORMATS = ("bltjax", "hf", "meta")
 
@@ -112,8 +113,6 @@ def target_error(target: Path, sources: list[Path]) -> Exception | None:
 
 def write_new(plan, target: Path, num_bytes: int, progress: bool):
     """Writes a directory that appears as `target` once it is complete."""
-    from bltjax.runtime.disk_errors import is_of_disk, unwritable
-
     bar = progress_bar("writing", 2 * num_bytes, shown=progress)  # then read for the checksums
     try:
         with new_directory(target) as partial, bar:

@@ -24,8 +24,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from bltjax.data.sources.units import Document
 from bltjax.patching.calibrate import ScoreHistogram
-from bltjax.runtime.disk_errors import REMEDIES, writing
 from bltjax.runtime.files import PARTIAL, replacing
+from bltjax.runtime.system_errors import FAULTS, writing
 
 LANGUAGES = 256  # languages of a shard that get histograms of their own
 OPEN_READERS = 128  # of documents, and as many of entropies; a process can open about 1000 files
@@ -258,7 +258,7 @@ def _writing_records(path: Path):
         try:
             yield
         except RuntimeError as error:
-            reasons = {code: os.strerror(code) for code in (errno.EIO, *REMEDIES)}
+            reasons = {code: os.strerror(code) for code in FAULTS}
             codes = [code for code, reason in reasons.items() if reason in str(error)]
             raise OSError(codes[0] if codes else errno.EIO, str(error)) from error
 

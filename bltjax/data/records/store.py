@@ -33,7 +33,7 @@ from bltjax.data.records.shards import write_entropies as write_entropies
 from bltjax.data.records.writing import NAMED_BAD, PARTS, Task, below, intact, load
 from bltjax.data.sources import units as sources
 from bltjax.data.sources.units import Bad, Unit
-from bltjax.runtime import disk_errors
+from bltjax.runtime import system_errors
 from bltjax.runtime.checked_json import digest, write_checked
 from bltjax.runtime.files import share
 from bltjax.runtime.progress import progress_bar
@@ -128,7 +128,7 @@ def _make(directory: Path, data: DataConfig):
     _write_once(directory / STORE, lambda: _plan(data))
     stored = _read_store(directory, data)
     tasks = _unchanged(directory, _tasks(directory, stored, data.named_sources()), data)
-    with disk_errors.writing(directory / INDEX):
+    with system_errors.writing(directory / INDEX):
         (directory / INDEX).unlink(missing_ok=True)
     sizes = [task.unit.size for task in tasks]
     # Processes take units in one order: what lies before this one's is done or being done.

@@ -14,7 +14,7 @@ from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.records import store as records
 from bltjax.data.sources.units import Document
 from bltjax.runtime import checked_json
-from bltjax.runtime.disk_errors import UnwritableError
+from bltjax.runtime.system_errors import UnwritableError
 from tests.record_stores import FakeSources, entropies_of, files_of
 
 MODEL, OTHER = dict(config="ours"), dict(config="another")
