@@ -45,6 +45,7 @@ from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches, in_step_patches
 from bltjax.runtime.disk_errors import writing
+from bltjax.runtime.progress import announced
 from bltjax.runtime.terminal import printable, printable_name
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
 from bltjax.training.metrics import HELD_OUT
@@ -330,7 +331,8 @@ def evaluate_model(
     stage = directory.stage(config, name)
     held = held_out(config, directory, store, patched, stage)
     batches = whole_batches(held.rows(store, held.shards), config.evaluation.batch_size)
-    sums = evaluate(held.eval_step, stage.params(), batches, store.sources, *held.frozen)
+    with announced("evaluate: compiling and measuring"):
+        sums = evaluate(held.eval_step, stage.params(), batches, store.sources, *held.frozen)
     print(
         f"held out: {sums['bits_per_byte']:.4f} bits per byte over {sums['bytes']:.0f} bytes",
         flush=True,
@@ -377,7 +379,8 @@ def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
     prompt, length = [settings.prompt], config.blt_training.row_bytes
     requests = make_requests(decoder, prompt, settings.sample_bytes, 0, length)
     sampling = Sampling(temperature=settings.temperature)
-    (continuation,), _ = generate(decoder, for_generation(models), requests, sampling)
+    with announced("sample: compiling and drawing"):
+        (continuation,), _ = generate(decoder, for_generation(models), requests, sampling)
     text = text_bytes(settings.prompt) + continuation
     print(f"sample:\n{printable(text)}\n", flush=True)
 
