@@ -389,7 +389,8 @@ def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
     if needs_entropies(patching):
         model = entropy_config, models["entropy_model"]
         rows = sharding.one_per_shard(ids), patching.reset_at_newlines
-        entropies = sharding.on_host(functional.entropies(*model, *rows))[0]
+        with announced("patches: compiling the entropies"):
+            entropies = sharding.on_host(functional.entropies(*model, *rows))[0]
     view = view_of(sentence, ids, entropies, patching, patching)
     print("patches:\n" + "|".join(map(printable, view.patches)), flush=True)
     return dict(

@@ -30,6 +30,8 @@ def test_next_steps_are_real_commands(tmp_path, models, commands):
     assert title == "next:" and [line[:2] for line in words] == [["bltjax", c] for c in commands]
     for _, command, *flags in words:
         code = (PACKAGE / "commands" / f"{command}.py").read_text()
-        defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', code + (PACKAGE / "cli.py").read_text())
+        defined = re.findall(
+            r'(?:DEFINE_|define_)\w+\(\s*"(\w+)"', code + (PACKAGE / "cli.py").read_text()
+        )
         assert {flag.partition("=")[0] for flag in flags} <= {f"--{name}" for name in defined}
         assert any(flag.endswith(f"={directory.path}") for flag in flags)
