@@ -22,8 +22,9 @@ import tensorstore
 from bltjax.checkpoints.lazy_arrays import Index, LazyArray, blocks, tree_leaves
 from bltjax.checkpoints.run_directory import saved_steps
 from bltjax.runtime.checked_json import DIGEST, without_digest
+from bltjax.runtime.plain_files import check_regular
 from bltjax.runtime.progress import OnProgress
-from bltjax.runtime.system_errors import first_line
+from bltjax.runtime.system_errors import first_line, without_numbers
 
 CHUNK_BYTES = 4 * 2**20  # what is read at least
 CHUNK_FEATURES = 256  # so that a host with a slice of the features reads little else
@@ -94,7 +95,9 @@ def read_record(checkpoint: Path) -> dict:
 
     Raises ValueError where it is not as it was written, OSError where it is not there.
     """
-    record = json.loads((checkpoint / "record" / "metadata").read_bytes())
+    path = checkpoint / "record" / "metadata"
+    check_regular(path)
+    record = json.loads(path.read_bytes())
     if DIGEST not in record:
         raise ValueError("its record of position and fingerprints has no digest")
     record = without_digest(record)
@@ -227,7 +230,8 @@ def _open(directory: Path, checkpoint: Path) -> dict:
 
 def _damaged(checkpoint: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint {checkpoint} cannot be read ({reason}); delete it and write it again"
+        f"checkpoint {checkpoint} cannot be read ({without_numbers(reason)}); delete it and write "
+        "it again"
     )
 
 

@@ -294,10 +294,9 @@ class RunDirectory:
             try:
                 return without_digest(values)
             except ValueError as error:
-                problems = [
-                    f"{name} is damaged ({error}): put it back as it was written{REMEDIES[name]}"
-                ]
-        raise WeightsError(self.path, problems)
+                problems = [f"{name} is damaged ({error})"]
+        remedy = f"put it back as it was written{REMEDIES[name]}"
+        raise WeightsError(self.path, [f"{problem}: {remedy}" for problem in problems])
 
     def _number(self, name: str, field: str, kind: type):
         stored = Fields(name, self._read(name))

@@ -52,7 +52,13 @@ from bltjax.checkpoints.orbax_weights import (
 from bltjax.checkpoints.run_directory import saved_steps
 from bltjax.runtime.checked_json import with_digest
 from bltjax.runtime.files import free_name, place_of
-from bltjax.runtime.system_errors import first_line, is_of_disk, other_fault, unwritable
+from bltjax.runtime.system_errors import (
+    first_line,
+    is_of_disk,
+    other_fault,
+    unwritable,
+    without_numbers,
+)
 
 DAMAGED = "damaged"
 PACKAGES = ("bltjax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
@@ -326,7 +332,7 @@ def _together(work: Callable):
     except Exception as error:  # Orbax raises bare Exceptions for damaged files
         if other := other_fault(error):
             raise other from None
-        reason = first_line(error.__cause__ or error)
+        reason = without_numbers(first_line(error.__cause__ or error))
     if jax.process_count() > 1:
         text = np.frombuffer(reason.encode()[:REASON_BYTES].ljust(REASON_BYTES), np.uint8)
         told = multihost_utils.process_allgather(text)  # blanks of those without

@@ -44,6 +44,7 @@ def train(config, workdir):
     import jax
 
     from bltjax.checkpoints.training_state import CheckpointError
+    from bltjax.checkpoints.weights import WeightsError
     from bltjax.recipe.checks import check_run
     from bltjax.recipe.facts import facts
     from bltjax.recipe.next_steps import next_steps
@@ -60,7 +61,7 @@ def train(config, workdir):
         result = run(checked)
     except NonFiniteLoss as error:
         fail(error, DIVERGED)
-    except (CheckpointError, BlockingIOError) as error:
+    except (CheckpointError, WeightsError, BlockingIOError) as error:
         fail(error)
     except (ValueError, OSError) as error:
         if jax.process_count() > 1:  # perhaps in this one alone: its traceback ends every log

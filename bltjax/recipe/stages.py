@@ -44,6 +44,7 @@ from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches, in_step_patches
+from bltjax.runtime.progress import announced
 from bltjax.runtime.system_errors import writing
 from bltjax.runtime.terminal import printable, printable_name
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
@@ -330,7 +331,8 @@ def evaluate_model(
     stage = directory.stage(config, name)
     held = held_out(config, directory, store, patched, stage)
     batches = whole_batches(held.rows(store, held.shards), config.evaluation.batch_size)
-    sums = evaluate(held.eval_step, stage.params(), batches, store.sources, *held.frozen)
+    with announced("evaluate: compiling and measuring"):
+        sums = evaluate(held.eval_step, stage.params(), batches, store.sources, *held.frozen)
     print(
         f"held out: {sums['bits_per_byte']:.4f} bits per byte over {sums['bytes']:.0f} bytes",
         flush=True,
@@ -377,7 +379,8 @@ def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
     prompt, length = [settings.prompt], config.blt_training.row_bytes
     requests = make_requests(decoder, prompt, settings.sample_bytes, 0, length)
     sampling = Sampling(temperature=settings.temperature)
-    (continuation,), _ = generate(decoder, for_generation(models), requests, sampling)
+    with announced("sample: compiling and drawing"):
+        (continuation,), _ = generate(decoder, for_generation(models), requests, sampling)
     text = text_bytes(settings.prompt) + continuation
     print(f"sample:\n{printable(text)}\n", flush=True)
 
@@ -386,7 +389,8 @@ def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
     if needs_entropies(patching):
         model = entropy_config, models["entropy_model"]
         rows = sharding.one_per_shard(ids), patching.reset_at_newlines
-        entropies = sharding.on_host(functional.entropies(*model, *rows))[0]
+        with announced("patches: compiling the entropies"):
+            entropies = sharding.on_host(functional.entropies(*model, *rows))[0]
     view = view_of(sentence, ids, entropies, patching, patching)
     print("patches:\n" + "|".join(map(printable, view.patches)), flush=True)
     return dict(

@@ -117,7 +117,8 @@ def _start(stage, model_config, config, optimizer, checkpoints: Checkpoints):
     """Returns the newest good checkpoint's state and data position, or a fresh state and {}."""
     restored = checkpoints.restore(abstract_state(model_config, optimizer))
     if restored is None:
-        return create_state(model_config, optimizer, config.seed), {}
+        with announced(f"{stage}: compiling the initialisation"):
+            return create_state(model_config, optimizer, config.seed), {}
     print(f"{stage}: resumed at step {restored.step} of {config.steps}", flush=True)
     return restored.state, restored.position
 
@@ -129,7 +130,7 @@ class _Run:
         self, stage, config, data, checkpoints, log, profiler, position, first_step, held_out
     ):
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
-        self.held_out = held_out
+        self.held_out, self.measured = held_out, False
         self.log, self.profiler, self.first_step = log, profiler, first_step
         self.sources = SourceMeter(data.sources, position.get("sources"))
         self.means = StepMeans(position.get("means"))
@@ -187,7 +188,10 @@ class _Run:
         every = self.config.validate_every
         if self.held_out is None or (done % every and done != self.config.steps):
             return {}
-        with self.log.paused():
+        told = contextlib.nullcontext()
+        if not self.measured:
+            told, self.measured = announced(f"{self.stage}: compiling the held-out step"), True
+        with self.log.paused(), told:
             return self.held_out(current_params(self.config, state))
 
     def next_batch(self, stop: bool):

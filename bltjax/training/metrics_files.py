@@ -10,7 +10,8 @@ from pathlib import Path
 
 from bltjax.checkpoints.run_directory import METRICS
 from bltjax.runtime.files import replacing
-from bltjax.runtime.system_errors import writing
+from bltjax.runtime.plain_files import check_regular
+from bltjax.runtime.system_errors import UnwritableError, writing
 
 
 class MetricsFiles:
@@ -66,8 +67,16 @@ def _append(path: Path, data: bytes):
 
 def _lines(path: Path) -> list[dict]:
     """Returns the metrics in a file of JSON lines, and tells of lines that are none."""
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UnwritableError(
+            f"cannot write {path} ({error}): move what is in the way and run it again"
+        ) from error
     found, bad = [], 0
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    for line in path.read_bytes().split(b"\n"):
         if not line.strip():
             continue
         try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bltjax.checkpoints import formats
+from bltjax.checkpoints.orbax_weights import read_record
 from bltjax.checkpoints.pytorch.convert import convert
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
 from bltjax.runtime import plain_files
@@ -115,6 +116,13 @@ def test_links_to_files_are_files(pristine, tmp_path, format):
         path.unlink()
         path.symlink_to(tmp_path / "blobs" / path.relative_to(directory))
     assert formats.read(directory).blt == formats.read(pristine / format).blt
+
+
+def test_the_record_of_a_checkpoint_is_a_regular_file(tmp_path):
+    (tmp_path / "4" / "record").mkdir(parents=True)
+    os.mkfifo(tmp_path / "4" / "record" / "metadata")
+    with no_hang(), pytest.raises(ValueError, match="it is a pipe, must be a file"):
+        read_record(tmp_path / "4")
 
 
 def test_checked_json_is_a_regular_file(tmp_path):

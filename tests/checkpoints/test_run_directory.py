@@ -106,6 +106,19 @@ def test_a_damaged_config_is_not_another_config(tmp_path):
         directory.claim(RunConfig())
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"threshold": 1.5, "digest": "0"}'])
+@pytest.mark.parametrize("name", ["config.json", "patching.json", "rows.json"])
+def test_damage_of_any_kind_comes_with_its_remedy(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    read = {
+        "config.json": RunDirectory.config,
+        "patching.json": RunDirectory.threshold,
+        "rows.json": RunDirectory.row_bytes,
+    }
+    with pytest.raises(WeightsError, match=f"{name} .*: put it back as it was written"):
+        read[name](RunDirectory(tmp_path))
+
+
 def other_config() -> RunConfig:
     return dataclasses.replace(RunConfig(), blt_training=TrainingConfig(steps=7))
 

@@ -241,6 +241,7 @@ def test_a_damaged_checkpoint_is_moved_and_the_one_before_it_used(run, damage, c
     warnings = capfd.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in warnings] == ["WARNING"] * 3
     assert f"{run / '30'} is damaged" in warnings[0] and str(moved) in warnings[1]
+    assert "Errno" not in warnings[0]
     assert "goes on from step 20" in warnings[2]
 
 

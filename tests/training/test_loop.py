@@ -28,7 +28,7 @@ from bltjax.data.batches.order import Shuffled
 from bltjax.data.sources.units import Document
 from bltjax.runtime.signals import Stopped
 from bltjax.training import loop
-from bltjax.training.loop import MAX_SKIPPED, NonFiniteLoss, TrainingData, train
+from bltjax.training.loop import MAX_SKIPPED, NonFiniteLoss, Reporting, TrainingData, train
 from bltjax.training.metrics import HELD_OUT, MetricsLog, StepMeans
 from bltjax.training.optimizer import learning_rate
 from bltjax.vocabulary import BYTE_OFFSET
@@ -282,10 +282,15 @@ def test_speed_and_eta_leave_out_what_is_no_training(tmp_path, monkeypatch, caps
 
 
 def test_a_run_says_that_it_compiles(tmp_path, capsys):
-    train("toy", MODEL, dataclasses.replace(TRAINING, steps=2), data(), tmp_path)
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "toy: compiling the training step"
-    assert told[1].startswith("toy: compiling the training step took ")
+    """Before each compilation, so that none is silent, and each only once."""
+    reporting = Reporting(held_out=lambda params: {HELD_OUT: 3.0})
+    config = dataclasses.replace(TRAINING, steps=2, log_every=1, validate_every=1)
+    train("toy", MODEL, config, data(), tmp_path, reporting=reporting)
+    told = [line for line in capsys.readouterr().out.splitlines() if "compiling" in line]
+    for what in ("initialisation", "training step", "held-out step"):
+        assert told.pop(0) == f"toy: compiling the {what}"
+        assert told.pop(0).startswith(f"toy: compiling the {what} took ")
+    assert not told
 
 
 def test_a_run_goes_on_with_its_own_data_only(tmp_path):

@@ -1,6 +1,7 @@
 """The files of metrics: what an earlier run left there, whatever it is, and what is added."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -42,10 +43,13 @@ def test_garbage_costs_no_line_of_metrics(tmp_path, capsys, garbage, place):
     assert f"{tmp_path}/metrics.jsonl" in told and told.endswith(" 1")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
-def test_what_is_in_the_way_is_named(tmp_path, name):
-    (tmp_path / name).mkdir() if name == "metrics.jsonl" else (tmp_path / name).touch()
-    with pytest.raises(UnwritableError, match=rf"{tmp_path}/{name}.*\): move the .* in the way"):
+@pytest.mark.parametrize(
+    "name, make",
+    [("metrics.jsonl", Path.mkdir), ("metrics.jsonl", os.mkfifo), ("tensorboard", Path.touch)],
+)
+def test_what_is_in_the_way_is_named(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(UnwritableError, match=rf"{tmp_path}/{name}.*\): move .* in the way"):
         MetricsFiles(tmp_path, "toy", 0)
 
 
