@@ -99,6 +99,15 @@ def test_a_glob_names_files_and_directories(tmp_path, monkeypatch):
     assert names(".") == ["a/x.md", "b/deep/z.md", "b/x.md"]
 
 
+def test_a_glob_prefers_the_own_names_of_files_and_may_be_of_all(tmp_path, monkeypatch):
+    write(tmp_path, "store/text.py")
+    write(tmp_path, "top.py")
+    (tmp_path / "a link").symlink_to("store")
+    assert names(tmp_path / "*") == ["store/text.py", "top.py"]
+    monkeypatch.chdir(tmp_path)
+    assert names("*") == names("**") == ["store/text.py", "top.py"]
+
+
 def test_follows_links_to_files_below_root_only(tmp_path):
     root = tmp_path / "root"
     write(root, "store/blob", b"inside")
@@ -245,6 +254,8 @@ def test_reasons_are_counted_and_are_one_line_each():
     bad = [Bad(f"a:{i}", "why\nnot") for i in range(3)] + [Bad("b\x1b", "other")]
     assert sources.grouped(bad) == ["a:0: why not (3 times)", "b\\x1b: other"]
     many = [Bad("a", f"reason {i}") for i in range(30)]
+    files = [Bad(name, "a picture") for name in ("a.png", "b:c.png", "d.png")]
+    assert sources.grouped(files) == ["a.png: a picture (3 times, also in b:c.png, d.png)"]
     assert len(sources.grouped(many)) == 11 and sources.grouped(many)[-1] == "and 20 more reasons"
 
 
