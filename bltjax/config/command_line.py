@@ -18,7 +18,9 @@ def take_settings(argv: list[str]) -> tuple[list[str], dict[str, typing.Any]]:
     Forms: `--config.NAME=VALUE`, `--config.NAME VALUE`, and `--config.NAME` for true. Raises
     ValueError for a name or a value that is wrong.
     """
-    rest, found, waiting = [], {}, list(argv)
+    rest: list[str] = []
+    found: dict[str, typing.Any] = {}
+    waiting = list(argv)
     while waiting:
         argument = waiting.pop(0)
         if argument == "--":

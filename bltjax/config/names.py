@@ -38,9 +38,10 @@ def settings() -> dict[str, Setting]:
 @functools.cache
 def groups() -> dict[str, type]:
     """Returns the class of every group of settings by its name, such as "blt.hash"."""
-    found = {}
+    found: dict[str, type] = {}
     for name in settings():
-        cls, path = RunConfig, []
+        cls: type = RunConfig
+        path: list[str] = []
         for part in name.split(".")[:-1]:
             cls = typing.get_type_hints(cls)[part]
             path.append(part)
@@ -50,7 +51,7 @@ def groups() -> dict[str, type]:
 
 def in_group(config, prefix: str) -> Iterator[Setting]:
     """Yields the settings of a group at its defaults, with `prefix` before their names."""
-    hints, said = typing.get_type_hints(type(config)), meanings(type(config))
+    hints, said = typing.get_type_hints(type(config)), meanings(type(config))  # type: ignore[arg-type]
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -62,10 +63,11 @@ def in_group(config, prefix: str) -> Iterator[Setting]:
 @functools.cache
 def meanings(cls) -> dict[str, str]:
     """Returns the comment on each field of a dataclass: after it, or in the lines above it."""
-    found = {}
+    found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
-            found |= _comments_on_fields(textwrap.dedent(inspect.getsource(base)))
+            source = inspect.getsource(typing.cast(type, base))
+            found |= _comments_on_fields(textwrap.dedent(source))
     return found
 
 
@@ -73,10 +75,12 @@ def _comments_on_fields(source: str) -> dict[str, str]:
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     lines = source.splitlines()
-    found = {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            above, line = [], node.lineno - 1
+    found: dict[str, str] = {}
+    (definition,) = ast.parse(source).body
+    for node in definition.body if isinstance(definition, ast.ClassDef) else ():
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            above: list[str] = []
+            line = node.lineno - 1
             while lines[line - 1].lstrip().startswith("#"):
                 above.insert(0, comments[line])
                 line -= 1
@@ -148,7 +152,8 @@ def _level_cost(typed: str, known: str) -> float:
 
 def letters(a: str, b: str) -> int:
     """Returns how many letters to add, leave out, replace or swap to make b of a."""
-    older, before = [], list(range(len(b) + 1))
+    older: list[int] = []
+    before = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):
         row = [i]
         for j, other in enumerate(b, 1):

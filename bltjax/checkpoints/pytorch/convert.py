@@ -112,7 +112,7 @@ def target_error(target: Path, sources: list[Path]) -> Exception | None:
 
 def write_new(plan, target: Path, num_bytes: int, progress: bool):
     """Writes a directory that appears as `target` once it is complete."""
-    from bltjax.checkpoints.disk_errors import is_of_disk, unwritable
+    from bltjax.runtime.disk_errors import is_of_disk, unwritable
 
     bar = progress_bar("writing", 2 * num_bytes, shown=progress)  # then read for the checksums
     try:
