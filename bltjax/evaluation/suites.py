@@ -21,7 +21,12 @@ def character_suite(model, words: str | None, count: int | None, seed: int = 0) 
     words: a file of words, separated by blanks or line ends; None for a short list of ours. count:
     questions of each task, QUESTIONS by default.
     """
-    known = WORDS if words is None else Path(words).read_text("utf-8", errors="ignore").split()
+    # Bytes that are not UTF-8 stay what they are, see `vocabulary.text_bytes`.
+    known = (
+        WORDS
+        if words is None
+        else Path(words).read_bytes().decode(errors="surrogateescape").split()
+    )
     source = characters.material(known)
     asked = [
         question

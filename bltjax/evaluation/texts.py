@@ -75,6 +75,8 @@ def find_texts(
     sources. Raises FileNotFoundError where there is nothing, ValueError where nothing can be read.
     """
     path = os.path.expanduser(os.fspath(path))
+    if not path:  # in the settings of a run, the path of the standard library
+        raise ValueError("the path of the texts is empty: give a file, a directory or a glob")
     settings = SourceConfig("data", path, kind, field)
     files, left_out = units.list_files(settings, _DATA, lenient=True)
     names = {file.path: _source(file, files, path, files_apart) for file in files}

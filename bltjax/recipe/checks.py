@@ -105,5 +105,4 @@ def check_sources(config: RunConfig, directory: RunDirectory):
                     f"the files at {source.path!r} (source {source.name!r}) hold no bytes: choose "
                     "another path"
                 )
-            if source.kind != "huggingface":
-                refuse_without_document(units, source, config.data)
+            refuse_without_document(units, source, config.data)

@@ -149,3 +149,9 @@ def test_training_reads_the_same(tmp_path):
     found = [record for unit in units for record in read_unit(unit, source, data)]
     texts = [record.data for record in found if not isinstance(record, Bad)]
     assert sorted(texts) == sorted(text for case in CASES for text in case.texts)
+
+
+def test_an_empty_path_is_refused(monkeypatch):
+    for command in (scored, patched):  # evaluate counts it as none
+        with pytest.raises(ValueError, match="the path of the texts is empty"):
+            command("", monkeypatch)

@@ -80,6 +80,11 @@ def test_suite_of_characters(answers, tmp_path, capsys):
     answers(suites=["characters"], limit=1, words=str(tmp_path / "words"))
     spelled = model.asked[1][0][0].rpartition('"')[0].rpartition('"')[2]
     assert spelled in ("früh", "spät", "heute", "morgen")
+    words = ("na\xefve", "caf\xe9", "stra\xdfe", "gr\xfcn", "\xe9t\xe9")
+    (tmp_path / "words").write_bytes("\n".join(words).encode("latin-1"))  # each byte is kept
+    answers(suites=["characters"], limit=1, words=str(tmp_path / "words"))
+    spelled = model.asked[2][0][0].rpartition('"')[0].rpartition('"')[2]
+    assert spelled.encode("utf-8", "surrogateescape") in [w.encode("latin-1") for w in words]
 
 
 def test_suite_of_noise_on_any_text(answers, tmp_path, capsys):

@@ -6,7 +6,8 @@ import pytest
 
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import PatchingConfig, RunConfig
-from bltjax.recipe.checks import check_stages, used_models
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.recipe.checks import check_sources, check_stages, used_models
 
 SPACE = PatchingConfig(rule="space")
 
@@ -40,3 +41,15 @@ def test_a_stage_left_out_must_have_been_done(tmp_path):
     check_stages(config("blt"), directory)
     with pytest.raises(ValueError, match="need a trained blt"):
         check_stages(config("evaluate"), directory)
+
+
+def test_a_wrong_field_shows_early_in_a_dataset_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jsonl").write_text('{"body": "text"}\n')
+    source = SourceConfig(path=str(tmp_path / "d"), kind="huggingface")
+    run = dataclasses.replace(RunConfig(), data=DataConfig(sources=(source,)))
+    with pytest.raises(ValueError, match=r"no field 'text' or 'content'.*are 'body'.*text_fields"):
+        check_sources(run, RunDirectory(tmp_path / "run"))

@@ -107,7 +107,8 @@ def relative_names(paths: Iterable[str], source: SourceConfig) -> Iterator[str]:
 
 def _location(source: SourceConfig) -> str:
     path = os.fspath(epath.Path(os.path.expanduser(source.path or python_library_root())))
-    return re.sub(r"(/\*\*)+$", "", path)  # a directory is walked anyhow
+    path = re.sub(r"(/\*\*)+$", "", path)  # a directory is walked anyhow
+    return "." if path == "**" else path
 
 
 def fixed_part(pattern: str) -> str:
@@ -263,8 +264,11 @@ class _Search:
                     found[below] = self.kind_of(below, explicit=True)
                 continue
             self.left_out[below] = rule
-        # Once each, also where links lead to the same file.
-        once = {os.path.realpath(path): path for path in sorted(found, reverse=True)}
+        # Once each, also where links lead to the same file, and by its own name if that is found.
+        inside = _below(os.path.realpath(root), "")
+        own = {path: inside + path[len(_below(root, "")) :] for path in found}
+        last = sorted(found, key=lambda path: (own[path] != os.path.realpath(path), path))[::-1]
+        once = {os.path.realpath(path): path for path in last}
         for path in found.keys() - once.values():
             self.left_out[path] = LINK, "a link to a file that is read already"
         return {path: found[path] for path in once.values()}

@@ -1,12 +1,13 @@
 """Tells which files of a folder are not read, and how to have them."""
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from bltjax.config.data import DataConfig, SourceConfig
-from bltjax.data.sources.formats import container_of
+from bltjax.data.sources.formats import container_of, without_compression
 from bltjax.runtime.terminal import printable
 
 ENDING, EXCLUDED, HIDDEN, LINK, BROKEN = "ending", "excluded", "hidden", "link", "broken"
@@ -56,7 +57,8 @@ def _files(found: LeftOut) -> Iterator[_File]:
 
 def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
     except OSError:  # a link that leads nowhere, or a file that is gone
         return 0
 
@@ -65,7 +67,7 @@ def _reason(rule: str, files: list[_File], source: SourceConfig, data: DataConfi
     if rule == ENDING:
         if source.kind not in ("auto", "text", "bytes"):
             return f"with other endings ({_groups(files)}); to have them: another kind"
-        texts = [e for e in _largest(files) if e and not container_of(b"", e)]
+        texts = [e for e in _largest(files) if e and not container_of(b"", without_compression(e))]
         more = _setting("suffixes", (*data.suffixes, *texts))
         return f"with other endings ({_groups(files)}); to have them: {more}, or \"('',)\" for any"
     if rule == EXCLUDED:

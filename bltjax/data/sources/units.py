@@ -8,6 +8,7 @@ of them are a random sample.
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from bltjax.runtime.terminal import printable
 _WHOLE = ("text", "bytes")  # kinds of files that are one document
 _TRIED = 10_000  # records that are read to see whether a source has a document
 _REASONS = 10  # that are told
+_FILES = 20  # that are named for a reason
 _FOOTERS = 256  # files whose structure is read in parallel, since remote files are slow
 
 
@@ -167,17 +169,25 @@ def no_document(bad: Sequence[Bad], where: str) -> str:
 
 
 def grouped(bad: Iterable[Bad]) -> list[str]:
-    """Returns a sentence for each reason: the first record that has it, and how many more do."""
+    """Returns a sentence for each reason: the first record that has it, how many do, and where."""
     by_reason: dict[str, list[Bad]] = {}
     for record in bad:
         by_reason.setdefault(record.reason, []).append(record)
     sentences = [
         printable(f"{same[0].name}: {' '.join(reason.split())}")
-        + (f" ({len(same)} times)" if len(same) > 1 else "")
+        + (f" ({len(same)} times{printable(_other_files(same))})" if len(same) > 1 else "")
         for reason, same in itertools.islice(by_reason.items(), _REASONS)
     ]
     more = len(by_reason) - _REASONS
     return [*sentences, f"and {more} more reasons"] if more > 0 else sentences
+
+
+def _other_files(same: Sequence[Bad]) -> str:
+    """Returns the names of files of records but the first one's."""
+    place = re.compile(r":\w* ?[\d.]+$")
+    _, *others = dict.fromkeys(place.sub("", record.name) for record in same)
+    more = f" and {len(others) - _FILES} more" if len(others) > _FILES else ""
+    return f", also in {', '.join(others[:_FILES])}{more}" if others else ""
 
 
 def _named(error: OSError, path: str) -> OSError:
