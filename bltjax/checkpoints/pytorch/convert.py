@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from bltjax.checkpoints.checksums import write_checksums
+from bltjax.runtime.disk_errors import is_of_disk, unwritable
 from bltjax.runtime.files import new_directory
 from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
@@ -112,8 +113,6 @@ def target_error(target: Path, sources: list[Path]) -> Exception | None:
 
 def write_new(plan, target: Path, num_bytes: int, progress: bool):
     """Writes a directory that appears as `target` once it is complete."""
-    from bltjax.checkpoints.disk_errors import is_of_disk, unwritable
-
     bar = progress_bar("writing", 2 * num_bytes, shown=progress)  # then read for the checksums
     try:
         with new_directory(target) as partial, bar:
