@@ -235,7 +235,11 @@ def _meta_tensors(
     except (ValueError, OSError) as error:
         problems.append(str(error))
         return []
-    if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
+    if not isinstance(contents, dict):
+        kind = "tensor" if hasattr(contents, "shape") else type(contents).__name__
+        problems.append(f"{pickled[0].name} holds a {kind}, must hold tensors by name")
+        return []
+    if isinstance(contents.get("model"), dict):
         contents = contents["model"]
     return [(".".join(map(str, path)), leaf) for path, leaf in tree_leaves(contents)]
 
