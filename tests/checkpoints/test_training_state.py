@@ -483,7 +483,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 FULL = """
 checkpoints.save(1, state(1, 1000), {})
-checkpoints.save(2, state(2, 3_000_000, leaves=60), {})  # each of them is a write that may fail
+checkpoints.save(2, state(2, 1_200_000, leaves=60), {})  # each of them is a write that may fail
 try:
     checkpoints.wait()
 except OSError as error:
