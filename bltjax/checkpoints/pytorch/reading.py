@@ -236,8 +236,7 @@ def _meta_tensors(
         problems.append(str(error))
         return []
     if not isinstance(contents, dict):
-        kind = "tensor" if hasattr(contents, "shape") else type(contents).__name__
-        problems.append(f"{pickled[0].name} holds a {kind}, must hold tensors by name")
+        problems.append(f"{pickled[0].name} has no tensors by name: save model.state_dict()")
         return []
     if isinstance(contents.get("model"), dict):
         contents = contents["model"]
