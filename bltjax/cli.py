@@ -228,3 +228,7 @@ def one_line(error) -> str:
     if isinstance(error, KeyError) and error.args:
         reason = str(error.args[0])  # without the quotes of a key
     return "error: " + " ".join(reason.split())
+
+
+if __name__ == "__main__":
+    main()

@@ -100,3 +100,8 @@ def test_settings_that_are_paths_know_the_home_directory(path, tmp_path, monkeyp
             tokenizer.load(config.tokenizer.path)
         with pytest.raises(ValueError, match=str(tmp_path / "x")):
             api.load("~/x")
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "bltjax.cli", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.startswith("bltjax ")

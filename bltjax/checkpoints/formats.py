@@ -211,9 +211,11 @@ def cast(weights: Weights, dtype: str | None) -> Weights:
 def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
     problems: list[str] = []
     described = read_json(directory / MODEL, problems)
+    if problems:
+        raise WeightsError(directory, problems)
     version = described.pop("format", None)
     described.pop("bltjax", None)
-    if not problems and version != VERSION:
+    if version != VERSION:
         problems.append(
             f"{MODEL} has format {version!r}, this bltjax reads {VERSION}: use the bltjax that "
             "wrote it, or a newer one"
@@ -223,7 +225,7 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
     blt, entropy_model, patching = (
         _config(cls, parts[name], name, problems) for name, cls in names.items()
     )
-    fields = Fields("lengths", {"lengths": described.pop("lengths", {})})
+    fields = Fields(MODEL, {"lengths": described.pop("lengths", {})})
     lengths = Lengths(*(fields.take(f"lengths.{f}", int) for f in Lengths._fields))
     problems += fields.problems
     problems += [f"{MODEL}: {key} is a field that nobody knows: remove it" for key in described]

@@ -100,7 +100,7 @@ class DataConfig:
         found += not_negative(self, name, "seed", most=MOST_SEED)
         if not TINY <= self.validation_fraction < 1:
             found.append(
-                f"{name}.validation_fraction={self.validation_fraction} must lie between 0 and 1"
+                f"{name}.validation_fraction={self.validation_fraction} must be above 0 and below 1"
             )
         if self.root == HUB:
             found.append(f"{name}.root={self.root!r} must name a dataset")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from bltjax.config.run import RunConfig
 
 MOST_NAMED = 8  # names in a message: seven parts of models have num_heads
+MOST_LETTERS = 200  # of a name that is looked up and shown: settings have up to 50
 LEVEL = 1.5  # cost of a level that is missing or too many, in letters
 PART_OF_NAME = 1.5  # cost of "training" in the place of "blt_training"
 
@@ -102,10 +103,15 @@ def unknown(name: str, prefix: str = "config.") -> str:
 
     prefix: what stands before the names, "--config." on the command line.
     """
-    near = nearest(name)
+    if name.startswith("data.sources"):
+        return (
+            f"{prefix}{name[:MOST_LETTERS]} is part of a list: give the whole of "
+            f"{prefix}data.sources, in a config file say"
+        )
+    near = nearest(name[:MOST_LETTERS])
     named = [f"{prefix}{n}" for n in near[:MOST_NAMED]]
     meant = f"{', '.join(named[:-1])} or {named[-1]}" if len(named) > 1 else named[0]
-    return f"{prefix}{name} is not a setting: did you mean {meant}?"
+    return f"{prefix}{name[:MOST_LETTERS]} is not a setting: did you mean {meant}?"
 
 
 def nearest(name: str) -> list[str]:

@@ -93,8 +93,8 @@ def read_config(path: str | os.PathLike, settings: Mapping | None = None) -> Run
             with config.unlocked():
                 config.update_from_flattened_dict({name: value})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error.args[0] if error.args else error).split())
-            raise ValueError(f"config.{name}={shown(value)} cannot be set: {reason}") from error
+            message = f"config.{name}={shown(value)} cannot be set: {_reason(error)}"
+            raise ValueError(message) from error
     return from_config_dict(RunConfig, config)
 
 
@@ -104,10 +104,11 @@ def config_of_file(path: str | os.PathLike) -> ml_collections.ConfigDict:
     try:
         found = runpy.run_path(name)
         config = found["get_config"](*argument) if "get_config" in found else None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # one that ends the process would do so in silence
         if isinstance(error, OSError) and error.filename == name:
             raise
-        raise ValueError(f"{name}{_line(error, name)}: {type(error).__name__}: {error}") from error
+        where, kind = f"{name}{_line(error, name)}", type(error).__name__
+        raise ValueError(f"{where}: {kind}: {_reason(error)}") from error
     if "get_config" not in found:
         raise ValueError(f"{name} has no function get_config, which returns the config: add it")
     if not isinstance(config, ml_collections.ConfigDict):
@@ -118,13 +119,21 @@ def config_of_file(path: str | os.PathLike) -> ml_collections.ConfigDict:
     return config
 
 
-def _line(error: Exception, file: str) -> str:
+def _line(error: BaseException, file: str) -> str:
     """Returns the line of a config file at which an error came, for a message."""
     if isinstance(error, SyntaxError) and error.filename == file:
         return f", line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == file]
     return f", line {lines[-1]}" if lines else ""
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what an error says on one line, without the quotes that Python puts around a key."""
+    said: object = error
+    while isinstance(said, (AttributeError, KeyError)) and said.args:
+        said = said.args[0]
+    return " ".join(str(said).split())
 
 
 def default_config(cls=RunConfig) -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ from bltjax.evaluation.continuations import ContinuationScore, score_continuatio
 from bltjax.evaluation.score import ByteScoring, Score, score_documents
 from bltjax.inference.decoders import Decoder, for_generation
 from bltjax.inference.engine import Counts, Decoding, generate, stream
-from bltjax.inference.requests import configure, make_requests
+from bltjax.inference.requests import TEXT, configure, make_requests
 from bltjax.inference.sampling import Sampling
 
 Text = str | bytes
@@ -157,7 +157,7 @@ class TextModel(abc.ABC):
         For text, decode the pieces with `codecs.getincrementaldecoder("utf-8")("replace")`, which
         keeps half a character until its other half has come. Arguments are those of `generate`.
         """
-        if not isinstance(prompt, (str, bytes)):
+        if not isinstance(prompt, TEXT):
             raise ValueError(f"prompt is a {type(prompt).__name__}: stream takes one str or bytes")
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, valid_utf8)
         decoder, stops = configure(self._decoder(), sampling, stop, threshold, max_drafts)

@@ -35,3 +35,20 @@ def test_a_run_of_a_token_model_has_no_other_format(tmp_path, format):
     with pytest.raises(WeightsError, match="token model, which no other format has") as raised:
         convert(run.path, tmp_path / "target", format)
     assert "train it" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null"])
+def test_settings_that_cannot_be_read_are_one_problem(tmp_path, content):
+    (tmp_path / "model.json").write_text(content)
+    with pytest.raises(WeightsError) as raised:
+        formats.read(tmp_path)
+    assert len(raised.value.problems) == 1
+
+
+def test_lengths_that_are_wrong_are_named_as_they_stand_in_the_file(tmp_path):
+    described = dict(format=formats.VERSION, blt=to_dict(BLTConfig()), lengths=dict(bytes="a"))
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    with pytest.raises(
+        WeightsError, match=r"- model\.json\.lengths\.bytes='a' is str, must be int"
+    ):
+        formats.read(tmp_path)

@@ -379,3 +379,22 @@ def test_ffn_dim_is_the_published_width():
 @pytest.mark.parametrize("vocab, rows", [(1009, 1009), (32_768, 32_768), (500_002, 501_760)])
 def test_rows_of_large_hash_tables_divide_over_chips(vocab, rows):
     assert HashConfig(vocab=vocab).rows == rows
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("import sys; sys.exit(3)", r"line 2: SystemExit: 3$"),
+        ("raise SystemExit", "line 2: SystemExit: $"),
+        (
+            "config_lib.default_config().blt_trainig.steps = 3",
+            r"line 2: AttributeError: 'blt_trainig' Did you mean \"blt_training\"",
+        ),
+        ("{}['a\\nb']", "line 2: KeyError: a b$"),
+    ],
+)
+def test_a_file_that_fails_is_told_on_one_line(tmp_path, line, says):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from bltjax import config as config_lib\n{line}\n")
+    with pytest.raises(ValueError, match=rf"mine\.py, {says}"):
+        config_lib.read_config(path)

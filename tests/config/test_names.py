@@ -163,3 +163,18 @@ def test_config_files_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"mine\.py has no function get_config"):
         read_config("~/mine.py")
+
+
+@pytest.mark.parametrize(
+    "name", ["data.sources[0].split", "data.sources.0.path", "data.sources[N]"]
+)
+def test_a_setting_of_one_source_is_said_to_be_part_of_a_list(name):
+    with pytest.raises(ValueError, match=r"is part of a list: give the whole of --config\.data\.s"):
+        take_settings([f"--config.{name}=x"])
+
+
+@pytest.mark.parametrize("name", ["a" * 20_000, "blt." * 5_000 + "x"])
+def test_a_name_of_many_letters_is_cut(name):
+    with pytest.raises(ValueError, match="is not a setting: did you mean") as raised:
+        take_settings([f"--config.{name}=1"])
+    assert len(str(raised.value)) < 1000

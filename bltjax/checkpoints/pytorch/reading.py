@@ -235,7 +235,10 @@ def _meta_tensors(
     except (ValueError, OSError) as error:
         problems.append(str(error))
         return []
-    if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
+    if not isinstance(contents, dict):
+        problems.append(f"{pickled[0].name} has no tensors by name: save model.state_dict()")
+        return []
+    if isinstance(contents.get("model"), dict):
         contents = contents["model"]
     return [(".".join(map(str, path)), leaf) for path, leaf in tree_leaves(contents)]
 

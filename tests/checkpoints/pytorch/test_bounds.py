@@ -137,3 +137,13 @@ def test_messages_are_bounded_and_steer_no_terminal():
     assert lines[0] == "dir: 5000 problems" and lines[-1] == "  - and 4900 more"
     assert "\x1b" not in str(error)
     str(error).encode()
+
+
+def test_a_file_without_names_of_tensors_is_one_problem(tmp_path):
+    source = directories.hub(tmp_path / "source", "meta_entropy")
+    (source / "model.safetensors").unlink()
+    path = put_pth(source, tensor("Float", "0", 6, 0, (6,), (1,)) + b".", [FLOATS])
+    with pytest.raises(WeightsError) as raised:
+        formats.read(source)
+    said = f"{path.name} has no tensors by name: save model.state_dict()"
+    assert raised.value.problems == [said]
