@@ -208,6 +208,8 @@ def open_model():
             on_progress=bar.update,
         )
     bar.close()
+    if sys.stderr.isatty():  # else nobody waits
+        print("the first text takes longest: the model is compiled for it", file=sys.stderr)
     return model
 
 

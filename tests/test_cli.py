@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from bltjax import api, cli
+from bltjax.checkpoints import formats
 from tests import processes
 
 # Parses each command line in turn, and prints what became of it.
@@ -105,3 +108,16 @@ def test_settings_that_are_paths_know_the_home_directory(path, tmp_path, monkeyp
 def test_the_module_is_the_command():
     command = [sys.executable, "-m", "bltjax.cli", "--version"]
     assert subprocess.run(command, capture_output=True, text=True).stdout.startswith("bltjax ")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_told_that_the_model_is_compiled(terminal, monkeypatch, capsys):
+    chosen = SimpleNamespace(checkpoint="a", entropy_model=None, dtype=None, bf16_compat=False)
+    monkeypatch.setattr(cli.flags, "FLAGS", chosen)
+    monkeypatch.setattr(formats, "stored_bytes", lambda path: 0)
+    monkeypatch.setattr(api, "load", lambda *_, **__: "a model")
+    bar = SimpleNamespace(update=None, close=lambda: None)
+    monkeypatch.setattr(cli, "progress_bar", lambda *_: bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert cli.open_model() == "a model"
+    assert ("compiled" in capsys.readouterr().err) is terminal

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from bltjax.checkpoints.checksums import write_checksums
-from bltjax.runtime.disk_errors import is_of_disk, unwritable
 from bltjax.runtime.files import new_directory
 from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
