@@ -40,6 +40,7 @@ from bltjax.config import (
 from bltjax.patching.boundaries import check_rule
 from bltjax.runtime.checked_json import read_checked, without_digest, write_checked
 from bltjax.runtime.files import LOCK, OWNER, alone, free_name, owning, place_of, write_json
+from bltjax.runtime.plain_files import check_utf8
 from bltjax.runtime.system_errors import OF_WRITES, UnwritableError, unwritable
 
 CONFIG, PATCHING, ROWS = "config.json", "patching.json", "rows.json"
@@ -187,6 +188,7 @@ class RunDirectory:
         A directory in which nothing was trained yet takes other settings. Raises ValueError where
         the settings differ, OSError where nothing can be written.
         """
+        check_utf8(self.path)
         claim, file = dict(config=to_dict(config)), self.path / CONFIG
         try:
             if self.path.exists() and not file.exists():
@@ -265,7 +267,11 @@ class RunDirectory:
         return f"; what was written since is in {aside}"
 
     def config(self) -> RunConfig:
-        """Reads the settings. Raises WeightsError where they are missing or wrong."""
+        """Reads the settings. Raises WeightsError where they are missing or wrong.
+
+        Raises ValueError where the checkpoints beside them cannot be opened by that path.
+        """
+        check_utf8(self.path)
         try:
             config = from_config_dict(RunConfig, self._read(CONFIG)["config"])
             check_rule(config.patching)

@@ -67,7 +67,7 @@ def train(config, workdir):
         if jax.process_count() > 1:  # perhaps in this one alone: its traceback ends every log
             raise
         fail(f"{in_words(error)}{kept_traceback(checked.directory.error_log)}")
-    print(next_steps(checked.directory))
+    print(next_steps(checked.directory, config.evaluation.prompt))
     print(json.dumps(result))
 
 

@@ -5,11 +5,15 @@ import shlex
 from bltjax.checkpoints.run_directory import RunDirectory
 
 
-def next_steps(directory: RunDirectory) -> str:
-    """Returns commands that use the models of a working directory, a line each."""
+def next_steps(directory: RunDirectory, prompt: str) -> str:
+    """Returns commands that use the models of a working directory, a line each.
+
+    prompt: what text begins with in the command that generates it.
+    """
     checkpoint = f"--checkpoint={shlex.quote(str(directory.path))}"
     lines = dict(
-        generate=f'{checkpoint} --prompt="Once upon" --temperature=0.8 --max_new_bytes=200',
+        generate=f"{checkpoint} --prompt={shlex.quote(prompt)} --temperature=0.8 "
+        "--max_new_bytes=200",
         evaluate=f"{checkpoint} --data=FILE_OR_FOLDER",
         patches=f"{checkpoint} --input=FILE",
     )

@@ -27,6 +27,17 @@ def check_regular(path: Path):
         raise ValueError(f"it is {_KINDS.get(kind, 'something else')}, must be a file")
 
 
+def check_utf8(path: str | os.PathLike):
+    """Raises ValueError unless a path has the bytes that libraries in C++ use: those of UTF-8.
+
+    In another locale they would look for another file, or take no such text.
+    """
+    if str(path).encode("utf-8", "replace") != os.fsencode(path):
+        raise ValueError(
+            f"the path {path} is not UTF-8 in this locale: set PYTHONUTF8=1, or rename it"
+        )
+
+
 def irregular_files(directory: Path) -> list[str]:
     """Returns a line for each pipe, device and socket below a directory, for other readers."""
     problems = []

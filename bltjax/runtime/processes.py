@@ -116,8 +116,11 @@ def _addresses(given: Mapping, names: Mapping[str, str]) -> dict:
 
 def _check_address(given: Mapping, names: Mapping[str, str]):
     host, _, port = given["coordinator"].rpartition(":")
-    if not (host and port.isdecimal()):
-        raise ValueError(f"{names['coordinator']}={given['coordinator']!r} must be HOST:PORT")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(
+            f"{names['coordinator']}={given['coordinator']!r} must be HOST:PORT, "
+            "with a port from 1 to 65535"
+        )
 
 
 def _on_tpu_vm() -> bool:

@@ -24,6 +24,7 @@ from bltjax.checkpoints import orbax_weights
 from bltjax.checkpoints.run_directory import RunDirectory, saved_steps
 from bltjax.checkpoints.weights import WeightsError
 from bltjax.config import PatchingConfig, RunConfig, TrainingConfig
+from bltjax.data.records.store import open_store
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.stages import run
 from bltjax.runtime.checked_json import write_checked
@@ -61,6 +62,20 @@ def test_it_opens_goes_on_and_is_evaluated(directory):
     steps = [json.loads(line)["step"] for line in directory.metrics("blt").open()]
     assert steps == list(range(config.blt_training.steps))
     assert nats(directory) == pytest.approx(NATS_AT_END, rel=1e-6)
+
+
+def claim(path):
+    RunDirectory(path).claim(RunConfig())
+
+
+@pytest.mark.parametrize("opened", [claim, open_store, bltjax.load])
+def test_a_path_that_is_not_utf8_is_refused_and_nothing_is_called_damaged(tmp_path, opened):
+    """Orbax and ArrayRecord cannot open it; they would be told to delete what is whole."""
+    path = tmp_path / os.fsdecode(b"r\xfcn")
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not UTF-8 in this locale: set PYTHONUTF8=1"):
+        opened(path)
 
 
 def flipped(data: bytes, bit: int) -> bytes:

@@ -25,10 +25,11 @@ def test_next_steps_are_real_commands(tmp_path, models, commands):
     directory = RunDirectory(tmp_path / "my run")
     for name in models:
         (directory.path / name / "checkpoints" / "4").mkdir(parents=True)
-    title, *lines = next_steps(directory).splitlines()
+    title, *lines = next_steps(directory, prompt="it's ").splitlines()
     words = [shlex.split(line) for line in lines]
     assert title == "next:" and [line[:2] for line in words] == [["bltjax", c] for c in commands]
     for _, command, *flags in words:
+        assert command != "generate" or "--prompt=it's " in flags
         code = (PACKAGE / "commands" / f"{command}.py").read_text()
         code += (PACKAGE / "cli.py").read_text()
         defined = re.findall(r'(?:DEFINE_\w+|define_path)\(\s*"(\w+)"', code)

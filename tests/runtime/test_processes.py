@@ -101,6 +101,8 @@ def test_addresses_are_all_that_jax_goes_by():
         ({}, ("host", 2, 0), ["--coordinator='host' must be HOST:PORT"]),
         ({}, (":80", 2, 0), ["--coordinator=':80'"]),
         ({}, ("host:http", 2, 0), ["--coordinator='host:http'"]),
+        ({}, ("host:65536", 2, 0), ["--coordinator='host:65536'", "from 1 to 65535"]),
+        ({}, ("host:0", 2, 0), ["--coordinator='host:0'"]),
         (dict(JAX_COORDINATOR_ADDRESS="h:1"), (), ["without JAX_NUM_PROCESSES, JAX_PROCESS_ID"]),
         (dict(JAX_NUM_PROCESSES="2"), (), ["JAX_NUM_PROCESSES without JAX_COORDINATOR_ADDRESS"]),
         (dict(ADDRESSES, JAX_PROCESS_ID="x"), (), ["JAX_PROCESS_ID='x'", "numbers"]),

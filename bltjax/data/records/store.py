@@ -36,6 +36,7 @@ from bltjax.data.sources.units import Bad, Unit
 from bltjax.runtime import system_errors
 from bltjax.runtime.checked_json import digest, write_checked
 from bltjax.runtime.files import share
+from bltjax.runtime.plain_files import check_utf8
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import printable_name
 
@@ -352,7 +353,8 @@ def _lock(directory: Path, name: str) -> Path:
 
 
 def _local(directory: str | os.PathLike) -> Path:
-    """Returns the directory; ValueError for a bucket, where ArrayRecord cannot open files."""
+    """Returns the directory; ValueError where ArrayRecord cannot open files, in a bucket say."""
+    check_utf8(directory)
     if re.match(r"[a-z][a-z0-9]+:/", os.fspath(directory)):
         raise ValueError(
             f"records in {str(directory)!r}: they must be local files; mount the bucket (gcsfuse) "
