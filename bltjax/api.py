@@ -55,12 +55,14 @@ def load(
     Raises FileNotFoundError, and ValueError that lists every problem of the directory.
     """
     formats.check_dtype(dtype)
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"path={path!r} must be the directory of a model")
     path = os.path.expanduser(path)
     entropy_model = entropy_model and os.path.expanduser(entropy_model)
     mesh = mesh or _mesh_that_is_set() or sharding.make_mesh(devices=jax.devices()[:1])
-    if mesh.axis_names != sharding.MESH_AXES:
+    if (axes := getattr(mesh, "axis_names", None)) != sharding.MESH_AXES:
         raise ValueError(
-            f"the mesh has axes {mesh.axis_names}, must have {sharding.MESH_AXES}: make it with "
+            f"the mesh has axes {axes}, must have {sharding.MESH_AXES}: make it with "
             "bltjax.sharding.make_mesh, and give it as mesh="
         )
     if token_model.is_token_run(path):
@@ -168,7 +170,7 @@ class Model(TextModel):
 
     def _tokens(self, tokens) -> np.ndarray:
         """Returns int32 [B, N]; ValueError for another rank, no ids, or ids that no model knows."""
-        tokens, vocab_size = np.asarray(tokens), self._main_config.vocab_size
+        tokens, vocab_size = _array("tokens", tokens), self._main_config.vocab_size
         if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype.kind not in "iu":
             raise ValueError(
                 f"tokens are {tokens.dtype} {tokens.shape}: give integers [rows, ids], for example "
@@ -209,8 +211,16 @@ def _entropies(settings, params, tokens):
     return functional.entropies(config, params, tokens, reset_at_newlines)
 
 
+def _array(name: str, values) -> np.ndarray:
+    """Returns the values as an array. Raises ValueError for rows of different lengths."""
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{name} have rows of different lengths: pad them to one length") from None
+
+
 def _checked_lengths(patch_lengths, tokens: np.ndarray) -> np.ndarray:
-    lengths = np.asarray(patch_lengths)
+    lengths = _array("patch_lengths", patch_lengths)
     rows, num_ids = tokens.shape
     if lengths.ndim != 2 or len(lengths) != rows or lengths.dtype.kind not in "iu":
         raise ValueError(
@@ -218,11 +228,12 @@ def _checked_lengths(patch_lengths, tokens: np.ndarray) -> np.ndarray:
         )
     if (lengths < 0).any() or ((lengths[:, :-1] == 0) & (lengths[:, 1:] > 0)).any():
         raise ValueError("patch_lengths must be positive, with zeros only on the right")
-    if (wrong := lengths.sum(axis=1) != num_ids + 1).any():
-        raise ValueError(
-            f"patch_lengths of row {wrong.argmax()} sum to {lengths.sum(axis=1)[wrong.argmax()]}: "
-            f"rows of {num_ids} ids sum to {num_ids + 1}, with the byte to come"
-        )
+    for i, row in enumerate(lengths.tolist()):  # Python's numbers, whose sums do not wrap around
+        if sum(row) != num_ids + 1:
+            raise ValueError(
+                f"patch_lengths of row {i} sum to {sum(row)}: rows of {num_ids} ids sum to "
+                f"{num_ids + 1}, with the byte to come"
+            )
     return lengths.astype(np.int32)
 
 

@@ -1,6 +1,8 @@
 """Converts bytes to ids and back: four special ids, then 256 byte values (model.md#bytes)."""
 
+import contextlib
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -10,6 +12,7 @@ EOS_ID = 2
 BPE_ID = 3  # Ends a patch in the "bpe" patching rule; never emitted by `encode`.
 BYTE_OFFSET = 4  # Byte value b has id b + BYTE_OFFSET.
 VOCAB_SIZE = BYTE_OFFSET + 256
+TEXT = bytes, bytearray, memoryview, str  # types of a text
 _NO_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that escape no byte
 
 
@@ -28,6 +31,17 @@ def text_bytes(text: bytes | str) -> bytes:
     if isinstance(text, str):
         return _NO_BYTES.sub("", text).encode("utf-8", "surrogateescape")
     return text if isinstance(text, bytes) else bytes(memoryview(text))
+
+
+def as_list(name: str, values: Iterable) -> list:
+    """Returns the values of a list, tuple, array or iterator, whose order is that of the results.
+
+    Raises ValueError for one text, a set or dict, and what has no values.
+    """
+    if not isinstance(values, (*TEXT, set, frozenset, dict)):
+        with contextlib.suppress(TypeError):
+            return list(iter(values))
+    raise ValueError(f"{name} is one {type(values).__name__}: give a list of {name}")
 
 
 def encode(text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.ndarray:

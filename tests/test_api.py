@@ -253,6 +253,10 @@ def test_an_entropy_model_alone_scores_too(tmp_path):
         ([[1, 5], [1, 6]], [[1, 2], [1, 3]], "row 1 sum to 4"),
         ([[1, 5]], [[1, 0, 2]], "zeros only on the right"),
         ([[1, 5]], [[4, -1]], "positive"),
+        ([[1, 5]], [[2**62, 2**62, 2**62, 2**62 + 3]], "sum to 18446744073709551619"),
+        ([[1, 5]], np.uint64([[2**64 - 1, 4]]), "sum to 18446744073709551619"),
+        ([[1, 5], [1]], [[3]], "tokens have rows of different lengths"),
+        ([[1, 5], [1, 6]], [[1, 2], [3]], "patch_lengths have rows of different lengths"),
         ([[1, 5]], [1, 2], r"patch_lengths are int64 \(2,\)"),
         ([[1, 5]], [[1, 2], [1, 2]], r"\[1, patches\]"),
     ],
@@ -262,10 +266,35 @@ def test_wrong_inputs_are_told(model, tokens, lengths, says):
         model.logits(tokens, lengths)
 
 
-@pytest.mark.parametrize("call", ["generate", "score"])
-def test_a_single_text_is_not_a_list_of_its_characters(model, call):
-    with pytest.raises(ValueError, match="give a list"):
-        getattr(model, call)("text")
+@pytest.mark.parametrize("call", ["generate", "score", "score_continuations"])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        "text",
+        b"text",
+        bytearray(b"ab"),
+        memoryview(b"ab"),
+        None,
+        5,
+        {"ab"},
+        {"a": "b"},
+        np.str_("a"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(model, call, texts):
+    with pytest.raises(ValueError, match=rf"is one {type(texts).__name__}: give a list of"):
+        getattr(model, call)(texts)
+
+
+def test_texts_may_come_from_an_iterator(model):
+    assert model.generate(iter(["a", b"b"]), 2) == model.generate(["a", b"b"], 2)
+    assert model.generate(["a"], 2, min_patch_bytes=10**400) == model.generate(["a"], 2)
+
+
+@pytest.mark.parametrize("path", [None, 5, "", b"run", ["run"]])
+def test_a_path_is_the_name_of_a_directory(path):
+    with pytest.raises(ValueError, match=r"path=.* must be the directory of a model"):
+        bltjax.load(path)
 
 
 def test_the_package_has_what_its_page_says():

@@ -42,12 +42,17 @@ from bltjax.config.model import DTYPES
 from bltjax.model import functional
 from bltjax.patching.boundaries import check_rule, needs_entropies
 from bltjax.runtime.files import UNFINISHED
-from bltjax.runtime.plain_files import irregular_files
+from bltjax.runtime.plain_files import dangling_links, irregular_files
 from bltjax.runtime.progress import OnProgress
 
 VERSION = 1  # of model.json
 MODEL, WEIGHTS = "model.json", "weights"
 BLTJAX, RUN, HF, META = "bltjax", "run", "hf", "meta"
+# Names in a directory that are never taken for absent where they are links to nothing.
+_READ = (
+    r"(model|config|params|train_args|patching)\.json|weights|blt|entropy_model"
+    r"|.*\.(pth|safetensors|safetensors\.index\.json)"
+)
 
 
 def detect(directory: Path) -> str:
@@ -138,6 +143,8 @@ def _read_one(
     directory = Path(directory)
     readers = {BLTJAX: _read_bltjax, RUN: _read_run, HF: reading.read_hf, META: reading.read_meta}
     try:
+        if directory.is_dir() and (dangling := dangling_links(directory, _READ)):
+            raise WeightsError(directory, dangling)
         if verify and (damaged := checksum_problems(directory, on_progress)):
             raise WeightsError(directory, damaged)
         return readers[detect(directory)](directory, on_progress)
@@ -226,7 +233,7 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
         _config(cls, parts[name], name, problems) for name, cls in names.items()
     )
     fields = Fields(MODEL, {"lengths": described.pop("lengths", {})})
-    lengths = Lengths(*(fields.take(f"lengths.{f}", int) for f in Lengths._fields))
+    lengths = Lengths(*(fields.take(f"lengths.{f}", int, least=1) for f in Lengths._fields))
     problems += fields.problems
     problems += [f"{MODEL}: {key} is a field that nobody knows: remove it" for key in described]
     if not problems and blt is None and entropy_model is None:

@@ -16,7 +16,6 @@ import numpy as np
 
 from bltjax.evaluation.score import (
     ROW_BYTES,
-    TEXT,
     ByteScoring,
     batch_logits,
     check_row,
@@ -25,7 +24,8 @@ from bltjax.evaluation.score import (
 )
 from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.runtime.progress import OnProgress
-from bltjax.vocabulary import is_drawable, text_bytes
+from bltjax.runtime.terminal import short
+from bltjax.vocabulary import TEXT, as_list, is_drawable, text_bytes
 
 
 class ContinuationScore(NamedTuple):
@@ -53,7 +53,7 @@ def score_continuations(
     missing entropy model and for `row_bytes` below 8.
     """
     check_row(row_bytes)
-    pairs = [_bytes_of(i, pair) for i, pair in enumerate(pairs)]
+    pairs = [_bytes_of(i, pair) for i, pair in enumerate(as_list("pairs", pairs))]
     texts, num_cut = [], 0
     for pair in pairs:
         ids, first = model.encode_pair(*pair)
@@ -84,7 +84,7 @@ def score_continuations(
 def _bytes_of(i: int, pair) -> tuple[bytes, ...]:
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
     if not (is_pair and all(isinstance(x, TEXT) for x in pair)):
-        raise ValueError(f"pairs[{i}] is {pair!r}: give (context, continuation), str or bytes")
+        raise ValueError(f"pairs[{i}] is {short(pair)}: give (context, continuation), str or bytes")
     return tuple(map(text_bytes, pair))
 
 

@@ -34,14 +34,14 @@ from bltjax.ops.cross_entropy import next_byte_nats
 from bltjax.patching.boundaries import needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.runtime.progress import OnProgress
-from bltjax.vocabulary import BYTE_OFFSET, PAD_ID, VOCAB_SIZE, encode
+from bltjax.runtime.terminal import short
+from bltjax.vocabulary import BYTE_OFFSET, PAD_ID, TEXT, VOCAB_SIZE, as_list, encode
 
 ROW_BYTES = 8192  # positions of a row, BOS and EOS among them
 BATCH_BYTES = 8192  # positions of a batch, per row shard
 _MAX_ROWS = 16  # of a batch, per row shard: a single short document should not cost a full batch
 _MIN_LENGTH = 64  # shorter documents are padded to it
 _MIN_COLUMNS = 1 / 16  # fewest patch columns of a row, as a share of its length
-TEXT = bytes, bytearray, memoryview, str
 # Documents whose entropies are in memory at a time, so many that unfilled batches matter little.
 _CHUNK_BATCHES = 128
 
@@ -140,9 +140,7 @@ def score_documents(
     and for `row_bytes` below 8.
     """
     check_row(row_bytes)
-    if isinstance(documents, TEXT):
-        raise ValueError(f"documents is one {type(documents).__name__}: give a list of documents")
-    documents = list(documents)
+    documents = as_list("documents", documents)
     for i, document in enumerate(documents):
         if not isinstance(document, TEXT):
             raise ValueError(f"documents[{i}] is {type(document).__name__}: give bytes or str")
@@ -312,4 +310,4 @@ def _batch_size(length: int) -> int:
 def check_row(row_bytes: int):
     """Raises ValueError for rows that are too short, or no number."""
     if isinstance(row_bytes, bool) or not isinstance(row_bytes, (int, np.integer)) or row_bytes < 8:
-        raise ValueError(f"row_bytes={row_bytes!r} must be at least 8, a whole number")
+        raise ValueError(f"row_bytes={short(row_bytes)} must be at least 8, a whole number")

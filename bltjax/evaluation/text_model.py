@@ -11,8 +11,9 @@ from bltjax.evaluation.continuations import ContinuationScore, score_continuatio
 from bltjax.evaluation.score import ByteScoring, Score, score_documents
 from bltjax.inference.decoders import Decoder, for_generation
 from bltjax.inference.engine import Counts, Decoding, generate, stream
-from bltjax.inference.requests import TEXT, configure, make_requests
+from bltjax.inference.requests import configure, make_requests
 from bltjax.inference.sampling import Sampling
+from bltjax.vocabulary import TEXT
 
 Text = str | bytes
 

@@ -4,6 +4,7 @@ They are read as for training (`bltjax/data/sources/units.py`), but files of any
 directories of any name, and links wherever they lead.
 """
 
+import collections
 import io
 import itertools
 import os
@@ -70,7 +71,8 @@ def find_texts(
     """Returns the files at a path, a file, directory or glob, and the sources that they are of.
 
     A directory below the path is a source, and so is each file of records beside it. Other files
-    there are one source together, named like the folder, or with files_apart a source each.
+    there are one source together, named like the folder, or with files_apart a source each. A file
+    of records gives its name without the ending, or with it where another source has that name.
     kind, field: see SourceConfig. max_bytes: of all documents together, in equal parts for the
     sources. Raises FileNotFoundError where there is nothing, ValueError where nothing can be read.
     """
@@ -79,7 +81,7 @@ def find_texts(
         raise ValueError("the path of the texts is empty: give a file, a directory or a glob")
     settings = SourceConfig("data", path, kind, field)
     files, left_out = units.list_files(settings, _DATA, lenient=True)
-    names = {file.path: _source(file, files, path, files_apart) for file in files}
+    names = _sources(files, path, files_apart)
     files.sort(key=lambda file: (names[file.path], file.name.split("/")))
     count, share = len(set(names.values())), None
     if max_bytes is not None:
@@ -92,14 +94,25 @@ def find_texts(
     return Texts(path, files, [names[file.path] for file in files], settings, share, left_out)
 
 
-def _source(file: File, files: Sequence[File], path: str, apart: bool) -> str:
-    top, _, below = file.name.partition("/")
-    if below or (len(files) == 1 and not os.path.isdir(path)):
-        return top
-    if file.kind in ("text", "bytes"):
-        folders = {f.name.partition("/")[0] for f in files if "/" in f.name}
-        return top if apart else _folder(path, folders)
-    return re.sub(r"\.(ndjson|jsonl?|parquet|arrow|array_?record)(\.\w+)?$", "", top)
+def _sources(files: Sequence[File], path: str, apart: bool) -> dict[str, str]:
+    """Returns the source of each file, by its path; no two sources have the same name."""
+    if len(files) == 1 and not os.path.isdir(path):
+        return {files[0].path: files[0].name.partition("/")[0]}
+    tops = {file.path: file.name.partition("/")[0] for file in files}
+    beside = [file for file in files if "/" not in file.name]
+    texts = {file.path for file in beside if file.kind in ("text", "bytes")}
+    records = {file.path: _stem(file.name) for file in beside if file.path not in texts}
+    if not apart:
+        others = {top for file, top in tops.items() if file not in texts}
+        tops |= dict.fromkeys(texts, _folder(path, others))
+    taken = collections.Counter(records.values())
+    taken.update({name for file, name in tops.items() if file not in records})
+    return tops | {file: stem for file, stem in records.items() if taken[stem] == 1}
+
+
+def _stem(name: str) -> str:
+    """Returns the name of a file of records without its ending."""
+    return re.sub(r"\.(ndjson|jsonl?|parquet|arrow|array_?record)(\.\w+)?$", "", name)
 
 
 def _folder(path: str, others: set[str]) -> str:

@@ -22,6 +22,7 @@ from bltjax.inference.sampling import Sampling, check_number, is_whole, make_pla
 from bltjax.model.cache import CacheSize
 from bltjax.ops.cached_attention import BLOCK
 from bltjax.runtime.free_memory import free_bytes
+from bltjax.runtime.terminal import short
 from bltjax.vocabulary import PAD_ID, encode
 
 CHUNK = 128  # positions of a prompt that are read at once
@@ -44,9 +45,9 @@ class Decoding:
         for name, least in (("batch_size", 1), ("max_drafts", 0)):
             value = getattr(self, name)
             if not (is_whole(value) and value >= least):
-                raise ValueError(f"{name}={value!r} must be a whole number from {least}")
+                raise ValueError(f"{name}={short(value)} must be a whole number from {least}")
         if self.max_drafts >= CHUNK:
-            raise ValueError(f"max_drafts={self.max_drafts} must be less than {CHUNK}")
+            raise ValueError(f"max_drafts={short(self.max_drafts)} must be less than {CHUNK}")
         check_number(
             "min_patch_bytes", self.min_patch_bytes, lambda n: 1 <= n < math.inf, "1 or more"
         )
@@ -256,7 +257,7 @@ def make_shape(decoder: Decoder, rows: int, positions: int, decoding: Decoding) 
     size = CacheSize(
         rows=rows,
         positions=positions,
-        patches=min(patches, positions),
+        patches=min(max(patches, BLOCK), positions),
         chunk=min(CHUNK, positions),
         max_rewind=decoding.max_drafts + 1,  # the drafts, and the byte that they follow
     )

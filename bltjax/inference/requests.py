@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,8 +11,8 @@ from bltjax.inference.decoders import Decoder
 from bltjax.inference.engine import Request
 from bltjax.inference.sampling import LARGEST, Sampling, check_number, is_whole, plain
 from bltjax.patching.boundaries import needs_entropies
-
-TEXT = str, bytes, bytearray, memoryview
+from bltjax.runtime.terminal import short
+from bltjax.vocabulary import TEXT, as_list
 
 
 def configure(
@@ -71,7 +71,7 @@ def _with_threshold(decoder: Decoder, threshold: float) -> Decoder:
 
 def make_requests(
     decoder: Decoder,
-    prompts: Sequence[str | bytes],
+    prompts: Iterable[str | bytes],
     max_new_bytes: int | Sequence[int],
     seed: int | Sequence[int],
     trained: int | None,
@@ -81,8 +81,7 @@ def make_requests(
     trained: positions of a row in training, where known; warns of texts that may get longer. Raises
     ValueError for prompts that are no list of str or bytes, and for numbers that make no sense.
     """
-    if isinstance(prompts, (str, bytes)):
-        raise ValueError(f"prompts is one {type(prompts).__name__}: give a list of prompts")
+    prompts = as_list("prompts", prompts)
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, TEXT):
             raise ValueError(f"prompts[{i}] is {type(prompt).__name__}: give bytes or str")
@@ -114,5 +113,5 @@ def _each(name: str, value, count: int, limit: int) -> list[int]:
         raise ValueError(f"{name} has {len(values)} values for {count} prompts: give one for each")
     for number in values:
         if not (is_whole(number) and 0 <= number < limit):
-            raise ValueError(f"{name}={number!r} must be a whole number from 0, below {limit}")
+            raise ValueError(f"{name}={short(number)} must be a whole number from 0, below {limit}")
     return [int(number) for number in values]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bltjax.runtime.terminal import short
 from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, is_drawable
 
 ALL = 2**30  # more ids than any vocabulary has
@@ -60,9 +61,9 @@ class Sampling:
                 )
         top_k = self.top_k
         if not (top_k is None or (is_whole(top_k) and top_k >= 1)):
-            raise ValueError(f"top_k={top_k!r} must be a whole number from 1, or None")
+            raise ValueError(f"top_k={short(top_k)} must be a whole number from 1, or None")
         if not isinstance(self.valid_utf8, bool):
-            raise ValueError(f"valid_utf8={self.valid_utf8!r} must be True or False")
+            raise ValueError(f"valid_utf8={short(self.valid_utf8)} must be True or False")
 
 
 def make_plain(options):
@@ -84,7 +85,7 @@ def is_whole(value) -> bool:
 def check_number(name: str, value, is_valid, wanted: str):
     """Raises ValueError for an option that is no number, or for which is_valid(value) is false."""
     if isinstance(value, bool) or not (isinstance(value, (int, float)) and is_valid(value)):
-        raise ValueError(f"{name}={value!r} must be {wanted}")
+        raise ValueError(f"{name}={short(value)} must be {wanted}")
 
 
 class SamplingArrays(NamedTuple):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ def irregular_files(directory: Path) -> list[str]:
             except OSError:  # gone meanwhile, or a link to nothing: whoever needs it will tell
                 continue
     return problems
+
+
+def dangling_links(directory: Path, pattern: str) -> list[str]:
+    """Returns a line for each link that leads nowhere, of those whose names a regex matches."""
+    found = [path for path in directory.iterdir() if re.fullmatch(pattern, path.name)]
+    return [
+        f"{path.name} is a link to nothing, {os.readlink(path)}: download it again, or remove it"
+        for path in sorted(found)
+        if path.is_symlink() and not path.exists()
+    ]
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:

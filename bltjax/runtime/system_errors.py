@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 PATH_WIDTH = 300  # of a path that is shown
@@ -115,14 +116,28 @@ def unwritable(path: str | Path, error: BaseException, rest: str = "") -> Unwrit
 
 
 @contextlib.contextmanager
-def writing(path: Path):
-    """Raises UnwritableError, with the remedy, where the operating system refuses the block."""
+def _refused(told: Callable[[OSError], OSError]):
     try:
         yield
     except OSError as error:
         if error.errno is None:  # has a message of its own
             raise
-        raise unwritable(path, error) from error
+        raise told(error) from error
+
+
+def writing(path: Path):
+    """Returns a context that raises UnwritableError where the operating system refuses a write."""
+    return _refused(lambda error: unwritable(path, error))
+
+
+def reading(path: Path):
+    """Returns a context that raises OSError, with the remedy, where the system refuses to read."""
+    return _refused(
+        lambda error: OSError(
+            f"cannot read {path} ({os.strerror(error.errno or 0)}): put it back or make it "
+            "readable, and run it again"
+        )
+    )
 
 
 def is_of_disk(error: BaseException) -> bool:

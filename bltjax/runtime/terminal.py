@@ -13,6 +13,15 @@ def json_number(x: float) -> float | None:
     return None if math.isnan(x) else x
 
 
+def short(value) -> str:
+    """Returns repr(value) for a message, cut in the middle where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return f"<{type(value).__name__} of too many digits>"
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}"
+
+
 def _escapes() -> dict[int, str]:
     r"""Returns {code point: as it is shown} of what steers a terminal or hides what is there.
 

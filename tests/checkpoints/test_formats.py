@@ -1,15 +1,18 @@
 """Settings in a directory that no model of ours can follow are told when it is read."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
 
 from bltjax.checkpoints import formats
+from bltjax.checkpoints.pytorch import hf_config, meta_config
 from bltjax.checkpoints.pytorch.convert import convert
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.weights import WeightsError
 from bltjax.config import BLTConfig, PatchingConfig, RunConfig, to_dict
+from tests import directories
 
 
 @pytest.mark.parametrize("name", ["model.json", "config.json"])
@@ -45,10 +48,31 @@ def test_settings_that_cannot_be_read_are_one_problem(tmp_path, content):
     assert len(raised.value.problems) == 1
 
 
-def test_lengths_that_are_wrong_are_named_as_they_stand_in_the_file(tmp_path):
-    described = dict(format=formats.VERSION, blt=to_dict(BLTConfig()), lengths=dict(bytes="a"))
+@pytest.mark.parametrize(
+    "value, says",
+    [("a", "'a' is str, must be int"), (-1, "-1 must be at least 1"), (0, "0 must be at least 1")],
+)
+def test_lengths_that_are_wrong_are_named_as_they_stand_in_the_file(tmp_path, value, says):
+    described = dict(format=formats.VERSION, blt=to_dict(BLTConfig()), lengths=dict(bytes=value))
     (tmp_path / "model.json").write_text(json.dumps(described))
-    with pytest.raises(
-        WeightsError, match=r"- model\.json\.lengths\.bytes='a' is str, must be int"
-    ):
+    with pytest.raises(WeightsError, match=rf"- model\.json\.lengths\.bytes={says}"):
         formats.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, read, field",
+    [
+        ("meta_A_1b_like", lambda a, p: meta_config.read_blt(a, {}, p), "max_seqlen"),
+        ("meta_A_1b_like", lambda a, p: meta_config.read_blt(a, {}, p), "max_encoder_seq_length"),
+        ("meta_entropy", meta_config.read_entropy_model, "max_seqlen"),
+        ("hf_A_1b_like", hf_config.read, "global_config.max_position_embeddings"),
+        ("hf_A_1b_like", hf_config.read, "patcher_config.max_position_embeddings"),
+    ],
+)
+@pytest.mark.parametrize("value", [-1, 0, -1.0, -(2**27)])
+def test_published_lengths_are_positive(name, read, field, value):
+    settings, problems = directories.settings(name), []
+    *groups, last = field.split(".")
+    functools.reduce(dict.__getitem__, groups, settings)[last] = value
+    assert read(settings, problems) is None
+    assert len(problems) == 1 and f"{field}={value} must be at least 1" in problems[0]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -131,12 +132,28 @@ def test_checked_json_is_a_regular_file(tmp_path):
         read_checked(tmp_path / "index.json")
 
 
-def test_links_to_nothing_are_told(pristine, tmp_path):
-    shutil.copytree(pristine / "hf", tmp_path / "hf")
-    (tmp_path / "hf" / "model.safetensors").unlink()
-    (tmp_path / "hf" / "model.safetensors").symlink_to(tmp_path / "gone")
-    with pytest.raises(ValueError, match="link to nothing: download it again"):
-        formats.read(tmp_path / "hf")
+@pytest.mark.parametrize(
+    "format, name",
+    [
+        ("hf", "model.safetensors"),
+        ("hf", "config.json"),
+        ("hf in shards", "model.safetensors.index.json"),
+        ("meta", "train_args.json"),
+        ("meta", "entropy_model"),
+        ("meta, pickled", "consolidated.pth"),
+        ("meta, pickled", "params.json"),
+        ("bltjax", "model.json"),
+        ("bltjax", "weights"),
+        ("run", "blt"),
+    ],
+)
+def test_links_to_nothing_are_told(pristine, tmp_path, format, name):
+    shutil.copytree(pristine / format, tmp_path / "copy")
+    (tmp_path / "copy" / name).rename(tmp_path / "away")
+    (tmp_path / "copy" / name).symlink_to(tmp_path / "gone")
+    told = f"{name} is a link to nothing, {tmp_path / 'gone'}: download it again, or remove it"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        formats.read(tmp_path / "copy", verify=False)
 
 
 @pytest.mark.parametrize(

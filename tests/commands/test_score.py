@@ -22,6 +22,7 @@ from bltjax.config import BLTConfig, PatchingConfig
 from bltjax.evaluation import files as evaluate_command
 from bltjax.evaluation.patches.view import look
 from bltjax.evaluation.score import Score
+from bltjax.evaluation.texts import find_texts
 from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
 from tests import directories, processes
@@ -237,6 +238,20 @@ def test_files_beside_folders_have_the_name_of_the_folder(corpus, monkeypatch, c
         result = evaluate_command.evaluate(FakeModel(), path)
         sizes = {name: found["num_bytes"] for name, found in result["sources"].items()}
         assert sizes == {"a": 100, "b": 4500, "corpus": 6, "./corpus": 8}
+
+
+def test_no_two_sources_have_one_name(tmp_path):
+    names = ["a.jsonl", "a.parquet", "b/x.txt", "b.jsonl.gz", "c", "c.ndjson", "d.jsonl", "e.txt"]
+    top = tmp_path / "top"
+    for name in (*names, "top.jsonl"):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).touch()
+    records = ["a.jsonl", "a.parquet", "b", "b.jsonl.gz", "d"]
+    for path in (top, top / "*"):
+        together = find_texts(path).sources
+        assert together == sorted([*records, "c", "top", "top", "top.jsonl"])
+        apart = find_texts(path, files_apart=True).sources
+        assert apart == sorted([*records, "c", "c.ndjson", "e.txt", "top"])
 
 
 def test_evaluate_of_one_file_and_of_none(corpus, capsys):

@@ -64,11 +64,26 @@ def test_prompts_are_the_bytes_that_were_typed(tiny):
 
 @pytest.mark.parametrize("name", ["max_new_bytes", "seed"])
 @pytest.mark.parametrize(
-    "value", [-1, 2**64, -(2**40), 10**400, 1.0, True, np.True_, "5", "55", b"5", None, [2, None]]
+    "value",
+    [
+        -1,
+        2**64,
+        -(2**40),
+        10**400,
+        pytest.param(10**5000, id="5001 digits"),
+        1.0,
+        True,
+        np.True_,
+        "5",
+        "55",
+        b"5",
+        None,
+        [2, None],
+    ],
 )
 def test_numbers_of_requests_are_whole_and_fit(tiny, name, value):
     numbers = dict(max_new_bytes=1, seed=0) | {name: value}
-    with pytest.raises(ValueError, match=f"{name}=.* must be a whole number from 0, below"):
+    with pytest.raises(ValueError, match=f"{name}=.{{1,80}} must be a whole number from 0, below"):
         make_requests(tiny._decoder(), [b"a", b"b"], **numbers, trained=None)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from bltjax.checkpoints.lazy_arrays import insert
 from bltjax.runtime.plain_files import parse_json, read_bytes, reason
+from bltjax.runtime.terminal import short
 
 REQUIRED = object()
 LARGEST = 2**28  # limit of whole numbers; sizes of models are far below
@@ -71,11 +72,11 @@ class Fields:
         self.assumed: dict[str, Any] = {}
         self._taken: set[str] = set()
 
-    def take(self, path: str, kind: type, default=REQUIRED):
+    def take(self, path: str, kind: type, default=REQUIRED, least: float = -math.inf):
         """Returns the value of a field, or its default where it is absent or null.
 
         Whole numbers are accepted as floats and the other way round. A field that is missing
-        without a default, or has another type, is a problem and gives None.
+        without a default, has another type, or is less than `least`, is a problem and gives None.
         """
         self._taken.add(path)
         value = self._get(path)
@@ -88,7 +89,10 @@ class Fields:
         if type(value) in (int, float) and not abs(value) < (
             LARGEST if kind in (int, tuple) or type(value) is int else math.inf
         ):
-            self._problem(f"{self.name}.{path}={_short(value)} is no number of a model: correct it")
+            self._problem(f"{self.name}.{path}={short(value)} is no number of a model: correct it")
+            return None
+        if type(value) in (int, float) and value < least:
+            self._problem(f"{self.name}.{path}={short(value)} must be at least {least}: correct it")
             return None
         if kind is int and type(value) is float and value.is_integer():
             return int(value)
@@ -99,7 +103,7 @@ class Fields:
         if type(value) is not kind:
             wanted = "a list of whole numbers" if kind is tuple else kind.__name__
             self._problem(
-                f"{self.name}.{path}={_short(value)} is {type(value).__name__}, must be {wanted}"
+                f"{self.name}.{path}={short(value)} is {type(value).__name__}, must be {wanted}"
             )
             return None
         return value
@@ -114,7 +118,7 @@ class Fields:
         if value is None and assume is not None:
             self._assume(path, assume)
         if value is not None and not any(value == a and type(value) is type(a) for a in allowed):
-            self._problem(f"{self.name}.{path}={_short(value)} is not supported: {why}")
+            self._problem(f"{self.name}.{path}={short(value)} is not supported: {why}")
 
     def must_not_be_null(self, path: str, why: str):
         """Checks that a field whose null does not mean its default is not null."""
@@ -144,7 +148,7 @@ class Fields:
             near = difflib.get_close_matches(path, self._taken, n=1)
             hint = f"did you mean {near[0]}?" if near else "remove it if it changes nothing"
             self._problem(
-                f"{self.name}.{path}={_short(self._get(path))} is a field that nobody knows: {hint}"
+                f"{self.name}.{path}={short(self._get(path))} is a field that nobody knows: {hint}"
             )
         if (more := len(unknown) - MOST_UNKNOWN) > 0:
             self._problem(f"{self.name} has {more} more fields that nobody knows: remove them")
@@ -231,8 +235,3 @@ def _paths(values: dict, prefix: str = "") -> Iterable[str]:
 def _prefixes(path: str) -> Iterable[str]:
     """Yields a, a.b and a.b.c for a.b.c."""
     return itertools.accumulate(path.split("."), "{}.{}".format)
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

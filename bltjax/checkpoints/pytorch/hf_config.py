@@ -120,13 +120,14 @@ def read(config: dict, problems: list[str]) -> Weights | None:
     encoder, _, decoder = stacks
     for values, stack in zip((*stacks, patcher["transformer"]), _STACKS, strict=True):
         _complete_stack(fields, values, stack)
-    lengths = Lengths(
-        bytes=fields.take("encoder_config.max_position_embeddings", int, Lengths().bytes),
-        patches=fields.take("global_config.max_position_embeddings", int, Lengths().patches),
-        entropy_bytes=fields.take(
-            "patcher_config.max_position_embeddings", int, Lengths().entropy_bytes
-        ),
-    )
+    groups = {"bytes": "encoder", "patches": "global", "entropy_bytes": "patcher"}
+    longest = {
+        ours: fields.take(
+            f"{theirs}_config.max_position_embeddings", int, getattr(Lengths(), ours), least=1
+        )
+        for ours, theirs in groups.items()
+    }
+    lengths = Lengths(**longest)
     _check_supported(fields, blt)
     if not with_patcher:
         unused = [path for path in fields.assumed if path.startswith(f"{_PATCHER.group}.")]

@@ -163,8 +163,8 @@ def read_blt(args: dict, patcher_args: dict, problems: list[str]) -> Weights | N
         fields.assumed.pop("cross_attn_k", None)
     ours["pooling"] = _POOLING.get(ours["pooling"])
     lengths = Lengths(
-        bytes=fields.take("max_encoder_seq_length", int, Lengths().bytes),
-        patches=fields.take("max_seqlen", int, Lengths().patches),
+        bytes=fields.take("max_encoder_seq_length", int, Lengths().bytes, least=1),
+        patches=fields.take("max_seqlen", int, Lengths().patches, least=1),
     )
     patching = _read_patching(fields, patcher)
     fields.check_all_known()
@@ -213,7 +213,8 @@ def read_entropy_model(args: dict, problems: list[str]) -> Weights | None:
     for key, (allowed, why) in _EOS.items():
         fields.must_be(key, allowed, why, assume=EOS_ID)
     ours = read_pairs(fields, _ENTROPY_MODEL)
-    lengths = Lengths(entropy_bytes=fields.take("max_seqlen", int, Lengths().entropy_bytes))
+    longest = fields.take("max_seqlen", int, Lengths().entropy_bytes, least=1)
+    lengths = Lengths(entropy_bytes=longest)
     fields.check_all_known()
     found = fields.problems
     if not found:

@@ -25,7 +25,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from bltjax.data.sources.units import Document
 from bltjax.patching.calibrate import ScoreHistogram
 from bltjax.runtime.files import PARTIAL, replacing
-from bltjax.runtime.system_errors import FAULTS, writing
+from bltjax.runtime.system_errors import FAULTS, reading, writing
 
 LANGUAGES = 256  # languages of a shard that get histograms of their own
 OPEN_READERS = 128  # of documents, and as many of entropies; a process can open about 1000 files
@@ -289,20 +289,6 @@ def _reader(path: Path, num_records: int) -> ArrayRecordReader:
             path.open("rb").close()
         raise damaged(path, f"{num_records} records expected, {reader.num_records()} found")
     return reader
-
-
-@contextlib.contextmanager
-def reading(path: Path):
-    """Raises OSError, with the remedy, where the operating system refuses to read a file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # has a message of its own
-            raise
-        raise OSError(
-            f"cannot read {path} ({os.strerror(error.errno)}): put it back or make it readable, "
-            "and run it again"
-        ) from error
 
 
 def damaged(path: Path, what: str, remedy: str = "delete it") -> ValueError:

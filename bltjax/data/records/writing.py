@@ -23,14 +23,13 @@ from bltjax.data.records.shards import (
     Shard,
     damaged,
     encoded,
-    reading,
     replacing_records,
     write_entropies,
 )
 from bltjax.data.sources import units
 from bltjax.data.sources.units import Bad, Document, Unit
 from bltjax.runtime.checked_json import read_checked, write_checked
-from bltjax.runtime.system_errors import writing
+from bltjax.runtime.system_errors import reading, writing
 
 PARTS = ("train", "validation")
 NAMED_BAD = 20  # bad records that are listed; the others are only counted
