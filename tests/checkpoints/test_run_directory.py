@@ -71,9 +71,8 @@ def claim(path):
 @pytest.mark.parametrize("opened", [claim, open_store, bltjax.load])
 def test_a_path_that_is_not_utf8_is_refused_and_nothing_is_called_damaged(tmp_path, opened):
     """Orbax and ArrayRecord cannot open it; they would be told to delete what is whole."""
-    path = tmp_path / os.fsdecode(b"r\xfcn")
-    path.mkdir()
-    (path / "config.json").write_text("{}")
+    claim(tmp_path / "run")
+    path = (tmp_path / "run").rename(tmp_path / os.fsdecode(b"r\xfcn"))
     with pytest.raises(ValueError, match="is not UTF-8 in this locale: set PYTHONUTF8=1"):
         opened(path)
 
