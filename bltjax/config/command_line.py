@@ -2,10 +2,10 @@
 
 import ast
 import re
-import types
 import typing
 
 from bltjax.config.names import groups, settings, unknown
+from bltjax.config.reading import is_optional, plain_type
 
 WORDS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
@@ -60,14 +60,14 @@ def read_value(name: str, text: str):
     try:
         return _value(hint, text)
     except (ValueError, KeyError):
-        wanted = WANTED.get(_plain(hint), "a tuple")
-        wanted += " or None" if _plain(hint) is not hint else ""
+        wanted = WANTED.get(plain_type(hint), "a tuple")
+        wanted += " or None" if is_optional(hint) else ""
         raise ValueError(f"--config.{name}={_short(text)} must be {wanted}") from None
 
 
 def _value(hint, text: str):
-    plain = _plain(hint)
-    if plain is not hint and text == "None":
+    plain = plain_type(hint)
+    if is_optional(hint) and text == "None":
         return None
     if plain is bool:
         return WORDS[text.lower()]
@@ -83,13 +83,6 @@ def _tuple(text: str) -> tuple:
             raise ValueError(text) from None
         return tuple(text.split(","))
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def _plain(hint):
-    """Returns the type of a value that is not None."""
-    if isinstance(hint, types.UnionType):
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    return hint
 
 
 def _short(text: str) -> str:

@@ -149,8 +149,8 @@ def to_config_dict(config) -> ml_collections.ConfigDict:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             value = to_config_dict(value)
-        elif _is_optional(hints[f.name]):
-            result[f.name] = config_dict.placeholder(_plain_type(hints[f.name]))
+        elif is_optional(hints[f.name]):
+            result[f.name] = config_dict.placeholder(plain_type(hints[f.name]))
         result[f.name] = value
     return result
 
@@ -183,9 +183,9 @@ def _coerce(hint, value, name: str):
         if not hasattr(value, "keys"):
             raise ValueError(f"{name}={shown(value)} must be a group of settings, not a value")
         return from_config_dict(hint, value, name)
-    if value is None and _is_optional(hint):
+    if value is None and is_optional(hint):
         return None
-    plain = _plain_type(hint)
+    plain = plain_type(hint)
     if plain is tuple:
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{name}={shown(value)} must be a tuple")
@@ -203,12 +203,14 @@ def _coerce(hint, value, name: str):
     return value
 
 
-def _is_optional(hint) -> bool:
+def is_optional(hint) -> bool:
+    """Returns whether a setting of this type may be None."""
     return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
 
 
-def _plain_type(hint):
-    if _is_optional(hint):
+def plain_type(hint):
+    """Returns the class of the values of a type, but None."""
+    if is_optional(hint):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     return typing.get_origin(hint) or hint
 

@@ -18,8 +18,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import jax
 
@@ -43,14 +42,12 @@ from bltjax.model import functional
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
-from bltjax.recipe.entropies import Patched, blt_layout, find_patches, in_step_patches
+from bltjax.recipe.entropies import Patched, blt_layout, find_patches
+from bltjax.recipe.held_out import held_out, in_step_patching, validation
 from bltjax.runtime.progress import announced
 from bltjax.runtime.system_errors import writing
 from bltjax.runtime.terminal import printable, printable_name
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
-from bltjax.training.metrics import HELD_OUT
-from bltjax.training.patch_finder import make_patch_finder
-from bltjax.training.step import make_eval_step
 from bltjax.vocabulary import encode, text_bytes
 
 BASELINE_BYTES = 100_000_000  # that n-gram models are fitted on, about: they count in memory
@@ -138,9 +135,7 @@ def train_entropy_model(config: RunConfig, directory: RunDirectory, store: Store
     shards = corpus.select(config, store, corpus.needed_bytes(config, stage.training))
     layout = Layout(stage.training.row_bytes)
     data = corpus.training_data(config, store, shards, layout, entropies=False)
-    reported = watch(config, stage, layout)._replace(
-        held_out=validation(config, directory, store, None, stage)
-    )
+    reported = watch(config, directory, store, stage, layout)
     trained = train_stage(stage, identified(data, store), reported)
     return dict(parameters=parameters, compilations={stage.name: trained.compilations})
 
@@ -166,9 +161,7 @@ def train_blt(config: RunConfig, directory: RunDirectory, store: Store, patched:
     data = corpus.training_data(config, store, patched.train, layout, entropies=stored)
     filled = measure_rows(data)
     in_step = in_step_patching(config, directory, patched, layout)
-    reported = watch(config, stage, layout, patched.mean_patch_bytes)._replace(
-        held_out=validation(config, directory, store, patched, stage)
-    )
+    reported = watch(config, directory, store, stage, layout, patched, in_step)
     data = identified(data, store, row_bytes=layout.row_bytes, row_patches=layout.row_patches)
     if needs_entropies(config.patching):
         data.identity["threshold"] = patched.patching.threshold
@@ -188,11 +181,10 @@ def train_token_model(config: RunConfig, directory: RunDirectory, store: Store) 
     layout = Layout(stage.training.row_bytes, tokenizer=tokenizer)
     data, mean = token_corpus.training_data(config, store, tokenizer, layout)
     print(f"tokens: {len(tokenizer)} ids, {mean:.2f} bytes on average", flush=True)
-    reported = watch(config, stage, layout)
+    reported = watch(config, directory, store, stage, layout)
     reported = reported._replace(
         flops_per_byte=reported.flops_per_byte / mean,
         metadata=reported.metadata | dict(tokenizer=tokenizer.digest),
-        held_out=validation(config, directory, store, None, stage),
     )
     trained = train_stage(stage, identified(data, store, tokenizer=tokenizer.digest), reported)
     return dict(
@@ -227,26 +219,24 @@ def count_parameters(stage: Stage) -> dict:
 
 
 def watch(
-    config: RunConfig, stage: Stage, layout: Layout, mean_patch_bytes: float = 1.0
+    config: RunConfig,
+    directory: RunDirectory,
+    store: Store,
+    stage: Stage,
+    layout: Layout,
+    patched: Patched | None = None,
+    in_step: InStep | None = None,
 ) -> Reporting:
-    """Returns what a stage reports beside its loss: useful FLOPs, traces, and its settings."""
+    """Returns what a stage reports: useful FLOPs, traces, its settings, and held-out rows."""
+    mean_patch_bytes = patched.mean_patch_bytes if patched else 1.0
     forward = flops_per_byte(stage.model, layout.row_bytes, mean_patch_bytes)["total"]
     about = dict(config=to_dict(config), mesh=dict(jax.sharding.get_mesh().shape))
     peak = peak_flops(stage.model.compute_dtype)
-    return Reporting(TRAINING_FACTOR * forward, peak, config.profile, about)
-
-
-def in_step_patching(
-    config: RunConfig, directory: RunDirectory, patched: Patched, layout: Layout
-) -> InStep | None:
-    """Returns the patch finder of rows without patches; None where rows have them."""
-    if layout.row_patches:
-        return None
-    columns = in_step_patches(config, patched, layout.row_bytes)
-    if not needs_entropies(config.patching):
-        return InStep(make_patch_finder(patched.patching, None, columns), None)
-    stage = directory.stage(config, "entropy_model")
-    return InStep(make_patch_finder(patched.patching, stage.model, columns), stage.params())
+    measure = None
+    if stage.training.validate_every:
+        held = held_out(config, directory, store, patched, stage, in_step)
+        measure = validation(config, store, held)
+    return Reporting(TRAINING_FACTOR * forward, peak, config.profile, about, measure)
 
 
 def measure_rows(data: TrainingData) -> dict:
@@ -261,67 +251,6 @@ def measure_rows(data: TrainingData) -> dict:
     patches = f" and {layout.row_patches} patches" if layout.row_patches else ""
     print(f"rows: {layout.row_bytes} bytes{patches}; {shares} are real", flush=True)
     return found
-
-
-class HeldOut(NamedTuple):
-    """Held-out documents as a model reads them, and the step that measures it on their rows."""
-
-    layout: Layout
-    shards: list[Shard]
-    eval_step: Any
-    frozen: list  # further arguments of the step
-    entropies: bool = False  # of the records, which rows with patches are made of
-
-    def rows(self, store: Store, shards: list[Shard]) -> Lane:
-        """Returns the rows of shards, which each document begins with as much context as it can."""
-        documents = corpus.in_order(store, shards, self.entropies)
-        return Lane(documents, self.layout._replace(pool=1), 0, 1)
-
-
-def held_out(
-    config: RunConfig, directory: RunDirectory, store: Store, patched: Patched | None, stage: Stage
-) -> HeldOut:
-    """Returns the held-out documents for the model of a stage; `patched` for a BLT alone."""
-    shards, in_step, lengths, entropies = None, None, None, False
-    layout = Layout(stage.training.row_bytes)
-    if stage.name == "blt":
-        shards, layout = patched.validation, blt_layout(config, patched)
-        if needs_entropies(config.patching):
-            stage.check_data(threshold=patched.patching.threshold)
-        in_step = in_step_patching(config, directory, patched, layout)
-        entropies = bool(layout.row_patches) and needs_entropies(config.patching)
-    elif stage.name == "token_model":
-        tokenizer = token_corpus.ensure_tokenizer(config, directory, store)
-        stage.check_data(tokenizer=tokenizer.digest)
-        layout = layout._replace(tokenizer=tokenizer)
-        lengths = tokenizer.byte_lengths(stage.model.vocab_size)
-    if shards is None:
-        shards = corpus.select(config, store, config.evaluation.max_bytes, "validation")
-    finder, frozen = (in_step.find_patches, [in_step.entropy_params]) if in_step else (None, [])
-    eval_step = make_eval_step(stage.model, finder, len(store.sources), lengths)
-    return HeldOut(layout, shards, eval_step, frozen, entropies)
-
-
-def validation(
-    config: RunConfig, directory: RunDirectory, store: Store, patched: Patched | None, stage: Stage
-) -> Callable[[dict], dict] | None:
-    """Returns what measures parameters on a fixed sample of held-out rows; None if not wanted."""
-    if not stage.training.validate_every:
-        return None
-    held = held_out(config, directory, store, patched, stage)
-    share = -(-config.evaluation.validation_rows // len(store.sources))
-    of_source = ([s for s in held.shards if s.source == name] for name in store.sources)
-    parts = (itertools.islice(held.rows(store, own), share) for own in of_source if own)
-    rows = itertools.chain.from_iterable(parts)
-    batches = list(whole_batches(rows, config.evaluation.batch_size))
-
-    def measure(params: dict) -> dict:
-        found = evaluate(held.eval_step, params, batches, store.sources, *held.frozen)
-        by_source = found["sources"].items()
-        values = {f"{HELD_OUT}/{name}": source["bits_per_byte"] for name, source in by_source}
-        return {HELD_OUT: found["bits_per_byte"]} | values
-
-    return measure
 
 
 def evaluate_model(

@@ -489,6 +489,17 @@ def test_one_target_has_one_writer(tmp_path):
     assert (tmp_path / "target" / "some").exists()
 
 
+def converting(arguments) -> subprocess.Popen:
+    """The command, as a silent process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "bltjax.convert", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu"),
+    )
+
+
 @pytest.mark.parametrize("format", ["bltjax", "hf", "meta"])
 def test_killed_conversions_leave_no_target_that_loads(tmp_path, format):
     """kill -9 at random moments of a conversion of 70 MB; the next attempt succeeds."""
@@ -501,13 +512,7 @@ def test_killed_conversions_leave_no_target_that_loads(tmp_path, format):
     for _ in range(20):
         if killed_writing == 3:
             break
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bltjax.convert", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu"),
-        )
+        process = converting(arguments)
         while process.poll() is None and not partial.exists():
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.1))

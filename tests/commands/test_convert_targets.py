@@ -4,8 +4,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -137,18 +135,12 @@ def test_threads_of_what_was_interrupted_leave_nothing(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("format", ["bltjax", "hf"])
 def test_ctrl_c_while_writing_leaves_nothing(tmp_path, format):
-    from tests.commands.test_convert import large_model
+    from tests.commands.test_convert import converting, large_model
 
     large_model(tmp_path / "source")
     target, partial = tmp_path / "target", tmp_path / ".target.partial"
     names = [f"--source={tmp_path / 'source'}", f"--target={target}", f"--format={format}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bltjax.convert", *names],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu"),
-    )
+    process = converting(names)
     while process.poll() is None and not (partial / UNFINISHED).exists():
         time.sleep(0.002)
     time.sleep(0.03)

@@ -124,17 +124,22 @@ def test_a_run_goes_on_from_its_records_alone(tmp_path):
     assert result.returncode == 2 and "data.suffixes" in result.stderr
 
 
-def test_a_workdir_whose_claim_was_interrupted_or_damaged(tmp_path):
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    (workdir / "config.partial").write_text('{"config": {')
-    arguments = [
+def one_step(tmp_path, workdir):
+    """Arguments of a run that makes one step of the entropy model."""
+    return [
         "--config=tests/configs/tiny.py",
         f"--workdir={workdir}",
         small_corpus(tmp_path),
         "--config.stages=('entropy_model',)",
         "--config.entropy_training.steps=1",
     ]
+
+
+def test_a_workdir_whose_claim_was_interrupted_or_damaged(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.partial").write_text('{"config": {')
+    arguments = one_step(tmp_path, workdir)
     assert run(*arguments).returncode == 0
     (workdir / "config.json").write_text('{"config": {')
     result = run(*arguments)
@@ -144,13 +149,7 @@ def test_a_workdir_whose_claim_was_interrupted_or_damaged(tmp_path):
 def test_a_working_directory_in_use_is_one_line_and_the_end_of_a_run_names_what_is_next(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    arguments = [
-        "--config=tests/configs/tiny.py",
-        f"--workdir={workdir}",
-        small_corpus(tmp_path),
-        "--config.stages=('entropy_model',)",
-        "--config.entropy_training.steps=1",
-    ]
+    arguments = one_step(tmp_path, workdir)
     with owning(workdir):
         refused = run(*arguments)
     told = f"error: {workdir} is in use by process {os.getpid()} on {socket.gethostname()}: wait"

@@ -25,16 +25,21 @@ DIRECTORY = pathlib.Path(__file__).parents[2] / "configs"
 FILES = sorted(DIRECTORY.glob("*.py"))
 
 
-def changed(**settings) -> RunConfig:
-    """The default run with settings like `blt__hash__vocab=3` in place."""
-    config = default_config()
-    for name, value in settings.items():
-        *groups, last = name.split("__")
+def with_settings(config, changes):
+    """The config (a ConfigDict, or nested dicts) with settings like {"blt.hash.vocab": 3}."""
+    for name, value in changes.items():
+        *groups, last = name.split(".")
         group = config
         for part in groups:
             group = group[part]
         group[last] = value
-    return from_config_dict(RunConfig, config)
+    return config
+
+
+def changed(**settings) -> RunConfig:
+    """The default run with settings like `blt__hash__vocab=3` in place."""
+    names = {name.replace("__", "."): value for name, value in settings.items()}
+    return from_config_dict(RunConfig, with_settings(default_config(), names))
 
 
 def parse(*arguments, path=FILES[0]) -> RunConfig:

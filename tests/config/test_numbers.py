@@ -11,6 +11,7 @@ from bltjax.config import OptimizerConfig, RunConfig, default_config, from_confi
 from bltjax.config.names import settings
 from bltjax.config.training import SCHEDULES
 from bltjax.training.optimizer import schedule_multiplier
+from tests.config.test_config import with_settings
 
 INTEGERS = (0, -1, 2**31, 2**40, 2**62, 2**63, -(2**63), 10**5000)
 MAY_ROUND_TO_0 = ("threshold", "threshold_add", "beta1", "beta2", "min_ratio", "above")
@@ -23,14 +24,7 @@ def types_of(hint):
 
 def config_with(**changes):
     """The default config with settings like {"blt.hash.vocab": 3}, as a config file has them."""
-    config = default_config().to_dict()
-    for name, value in changes.items():
-        *levels, last = name.split(".")
-        group = config
-        for level in levels:
-            group = group[level]
-        group[last] = value
-    return from_config_dict(RunConfig, config)
+    return from_config_dict(RunConfig, with_settings(default_config().to_dict(), changes))
 
 
 NUMBERS = [
