@@ -17,7 +17,7 @@ from bltjax.model.transformer import (
     split_heads,
     stack_layers,
 )
-from bltjax.ops.attention import bytes_from_patches_attention, patches_from_bytes_attention
+from bltjax.ops.cross_attention import bytes_from_patches_attention, patches_from_bytes_attention
 
 
 class CrossAttention(nnx.Module):

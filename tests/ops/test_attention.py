@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 
 from bltjax import sharding
-from bltjax.ops.attention import (
-    bytes_from_patches_attention,
-    patches_from_bytes_attention,
-    self_attention,
-)
+from bltjax.ops.attention import self_attention
+from bltjax.ops.cross_attention import bytes_from_patches_attention, patches_from_bytes_attention
 from bltjax.ops.kernels import tiled_attention as tiles
 from bltjax.ops.kernels.splash_attention import splash_attention
 from bltjax.ops.kernels.tiled_attention import tiled_attention
 
 SEEDS = 4
-# Cross-attention: letters as in ops/attention.py.
+# Cross-attention: letters as in ops/cross_attention.py.
 B, L, P, K, H, D = 2, 21, 7, 2, 3, 4
 
 
