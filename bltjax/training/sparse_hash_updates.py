@@ -30,6 +30,8 @@ def with_sparse_hash_updates(model_config, config: TrainingConfig, step):
         tables = state.params[HASH_TABLES]["weight"]
         ids, places = find_rows(model_config.hash, batch["tokens"], tables)
         rows = apply_missed_updates(config, take_rows(state, ids))
+        # Without it XLA reads rows again where it writes them, from a copy of all moments (GPUs).
+        rows = jax.lax.optimization_barrier(rows)
         new, metrics = step(rows, batch | dict(ngram_places=places), *inputs)
         if "skipped_in_a_row" in metrics:
             # A skipped step leaves out the missed updates too: ids past the last row write nothing.
