@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bltjax import sharding
-from bltjax.ops.pooling import segment_max, take_patches
 from bltjax.ops.sorted_sums import TILE, scatter_sums, sorted_sums
 
 FORMS = [scatter_sums, sorted_sums]
@@ -63,4 +62,4 @@ def test_on_a_mesh(form, use_mesh):
         put = jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), place))
         sums = jax.jit(form, static_argnums=2)(put, sharding.shard_rows(ids), 80)
         assert jax.typeof(sums).sharding.spec == place
-        np.testing.assert_allclose(sums, expected, rtol=1e-6)
+        np.testing.assert_allclose(sums, expected, atol=1e-6 * np.abs(x).max())
