@@ -88,7 +88,7 @@ def _accumulated(gradients, num_parts: int):
 def _updating(config: TrainingConfig, optimizer, gradients):
     """Returns the step that makes one update from `gradients`."""
 
-    def step(state: TrainState, batch, entropy_params=None):
+    def train_step(state: TrainState, batch, entropy_params=None):
         grads, sums = gradients(state.params, batch, entropy_params)
         targets = jnp.maximum(sums["targets"], 1)
         grads = jax.tree.map(lambda g: g / targets, grads)
@@ -102,7 +102,7 @@ def _updating(config: TrainingConfig, optimizer, gradients):
         health = state.health._replace(updates=state.health.updates + 1)
         return TrainState(state.step + 1, params, opt_state, health), metrics
 
-    return step
+    return train_step
 
 
 def _guarded(config: TrainingConfig, step):
