@@ -51,7 +51,8 @@ def pool_patches(h: jax.Array, ids: jax.Array, num_patches: int, mode: str) -> j
 def _sums(x, ids, num_patches):
     """Sums x [B, L, ...] over each patch -> float32 [B, P, ...].
 
-    On CPUs a scatter is as fast. On GPUs it would be atomic additions, in any order.
+    On CPUs a scatter is 1.4 to 10 times as fast as products (two cores, rows of 1,024 to 8,192
+    bytes, 2026-11). On GPUs it would be atomic additions, in any order.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device  # None: a mesh of shapes alone
     on_cpu = device is None or device.platform == "cpu"
