@@ -34,11 +34,11 @@ def sparse_hash_step(
     def rows_of(state):
         return apply_missed_updates(config, take_rows(state, ids))
 
-    # Barriers keep XLA from reading rows again where they are used, out of copies of the tables
-    # (GPUs), and from holding rows of moments while gradients are computed.
-    params = jax.lax.optimization_barrier(rows_of(state).params)
-    grads, sums = gradients(params, batch | dict(ngram_places=places), entropy_params)
+    sparse_batch = batch | dict(ngram_places=places)
+    grads, sums = gradients(rows_of(state).params, sparse_batch, entropy_params)
+    # Rows of moments are read a second time, rather than held while gradients are computed.
     state, grads = jax.lax.optimization_barrier((state, grads))
+    # XLA would read rows again where it writes them, out of copies of the tables (GPUs).
     rows = jax.lax.optimization_barrier(rows_of(state))
     new, metrics = update(rows, grads, sums, batch)
     if "skipped_in_a_row" in metrics:
