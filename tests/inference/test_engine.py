@@ -62,7 +62,7 @@ class Tiny(TextModel):
 
     lengths = Lengths(row_bytes=2**30)
     mesh = property(lambda self: jax.sharding.get_mesh())
-    _generation_params = property(lambda self: for_generation(self.params))
+    _generation_params = property(lambda self: for_generation(self._decoder(), self.params))
     generate = TextModel.generate_and_count
 
     def _decoder(self):

@@ -172,7 +172,7 @@ def test_settings_of_jax_change_nothing():
             requests = make_requests(decoder, [b"a b", "日本".encode()], [9, 3], [1, 2], None)
             texts, _ = engine.generate(
                 decoder,
-                for_generation(dict(blt=params)),
+                for_generation(decoder, dict(blt=params)),
                 requests,
                 sampling,
                 [b"\xff"],

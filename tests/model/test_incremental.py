@@ -181,7 +181,7 @@ def test_pieces_equal_the_full_pass(name, patching, num_new, apart):
     decoder = BLTDecoder(config, ENTROPY_CONFIG, patching)
     expected, entropies, starts = full_pass(decoder, params)
     if apart:
-        params = for_generation(jax.tree.map(jnp.asarray, params))
+        params = for_generation(decoder, params)
         layers = params["blt"]["local_decoder"]["layers"]
         assert isinstance(layers, tuple) and len(layers) == config.local_decoder.num_layers
     logits, state = in_pieces(decoder, params, num_new)
