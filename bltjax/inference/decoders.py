@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax import vocabulary
+from bltjax import sharding, vocabulary
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.data.tokenizer import Tokenizer
 from bltjax.inference.memory import GIB, needed_and_free
@@ -47,14 +47,14 @@ def for_generation(decoder: "Decoder", params: dict) -> dict:
     over fsdp, split over tensor alone: else a loop gathers all of them for each byte. Where the
     memory of a device has no room for that, they stay split, with a warning.
     """
-    whole, fsdp = True, jax.sharding.get_mesh().shape["fsdp"]
-    if fsdp > 1:
+    whole, parts = True, sharding.num_weight_parts(jax.sharding.get_mesh())
+    if parts > 1:
         needed, free = needed_and_free(prepared_layers(decoder, params))
         if free is not None and needed > free:
             whole = False
             warnings.warn(
                 f"a device has {free / GIB:.1f} GiB free, and layers that are whole over mesh.fsdp="
-                f"{fsdp} take {needed / GIB:.1f} GiB: they are gathered for every byte, which is "
+                f"{parts} take {needed / GIB:.1f} GiB: they are gathered for every byte, which is "
                 "slow; choose a mesh with a larger tensor and fsdp=1",
                 stacklevel=2,
             )

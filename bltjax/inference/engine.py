@@ -21,8 +21,8 @@ from bltjax.inference.memory import GIB, needed_and_free
 from bltjax.inference.row_state import NEVER, ProgramShape, RequestArrays
 from bltjax.inference.sampling import Sampling, check_number, is_whole, make_plain, sampling_arrays
 from bltjax.model.cache import CacheSize
+from bltjax.ops import platform
 from bltjax.ops.cached_attention import BLOCK
-from bltjax.ops.platform import platform
 from bltjax.runtime.terminal import short
 from bltjax.vocabulary import PAD_ID, encode
 
@@ -269,7 +269,7 @@ def make_shape(decoder: Decoder, rows: int, positions: int, decoding: Decoding) 
 
 def _chunk(rows: int) -> int:
     """Returns the positions of a prompt that are read at once."""
-    if platform() == "cpu":
+    if platform.platform() == "cpu":
         return CHUNK
     rows_of_device = rows // sharding.num_row_shards(jax.sharding.get_mesh())
     return min(max(CHUNK, CHUNK_OF_ROWS // rows_of_device), max(CHUNK, LONGEST_CHUNK))

@@ -4,6 +4,7 @@ import math
 
 import jax
 
+from bltjax import sharding
 from bltjax.runtime.free_memory import free_bytes
 
 GIB = 2**30
@@ -18,8 +19,8 @@ def needed_and_free(abstract) -> tuple[int, int | None]:
     mesh = jax.sharding.get_mesh()
     here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     needed = sum(
-        math.prod(jax.NamedSharding(mesh, x.sharding.spec).shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(abstract)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(sharding.concrete(abstract))
     )
     if here[0].platform == "cpu":
         needed *= len(here)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import reshard
 
 from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig, TransformerConfig
@@ -74,49 +75,48 @@ def _prepare_part(stack: TransformerConfig, cross_heads, params: dict, dtype, wh
     if isinstance(params["layers"], tuple):
         return params
 
-    def matrix(tree):
-        weight = tree["weight"].astype(dtype)
-        return sharding.gather_weight(weight) if whole else weight
+    def matrix(tree, *axes):
+        """Returns a weight [out, in] with these logical axes."""
+        axes = (None if whole and axis == "embed" else axis for axis in axes)
+        return reshard(tree["weight"].astype(dtype), sharding.spec(*axes))
 
     found = dict(params)
     found["layers"] = tuple(_block(stack, x, matrix) for x in each_layer(params["layers"]))
     if "cross_attn_layers" in params:
         layers = each_layer(params["cross_attn_layers"])
         found["cross_attn_layers"] = tuple(_cross_layer(cross_heads, x, matrix) for x in layers)
-    return found | {name: _lie(matrix(params[name])) for name in _MATRICES & params.keys()}
+    others = _MATRICES & params.keys()
+    return found | {name: _lie(matrix(params[name], None, "embed")) for name in others}
 
 
 def _block(stack: TransformerConfig, layer: dict, matrix) -> Block:
     attention, ffn = layer["attention"], layer["feed_forward"]
     q, k, v = (
-        _split_rows(matrix(attention[name]), stack.kv_heads, stack.head_width)
+        _split_rows(matrix(attention[name], "heads", "embed"), stack.kv_heads, stack.head_width)
         for name in ("wq", "wk", "wv")
     )
     return Block(
         layer["attention_norm"]["weight"],
         _lie(jnp.concatenate([_pairs_to_halves(q), _pairs_to_halves(k), v], axis=1)),
-        _lie(matrix(attention["wo"])),
+        _lie(matrix(attention["wo"], "embed", "heads")),
         layer["ffn_norm"]["weight"],
-        _lie(jnp.stack([matrix(ffn["w1"]), matrix(ffn["w3"])])),
-        _lie(matrix(ffn["w2"])),
+        _lie(jnp.stack([matrix(ffn[name], "ffn", "embed") for name in ("w1", "w3")])),
+        _lie(matrix(ffn["w2"], "embed", "ffn")),
     )
 
 
 def _cross_layer(heads, layer: dict, matrix) -> CrossLayer:
-    wq = matrix(layer["wq"])
-    width = len(wq) // heads[0]
+    width = len(layer["wq"]["weight"]) // heads[0]
     q, k, v = (
-        _split_rows(w, number, width)[:, 0]
-        for w, number in zip(
-            (wq, matrix(layer["wk"]), matrix(layer["wv"])), (*heads, heads[1]), strict=True
-        )
+        _split_rows(matrix(layer[name], "heads", "embed"), number, width)[:, 0]
+        for name, number in (("wq", heads[0]), ("wk", heads[1]), ("wv", heads[1]))
     )
     return CrossLayer(
         layer["cross_attn_norm_q"]["weight"],
         layer["cross_attn_norm_kv"]["weight"],
         _lie(q),
         _lie(jnp.stack([k, v])),
-        _lie(matrix(layer["wo"])),
+        _lie(matrix(layer["wo"], "embed", "heads")),
     )
 
 
