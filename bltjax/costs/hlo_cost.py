@@ -22,8 +22,9 @@ import numpy as np
 from bltjax.costs import hlo_text
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"}
-_FREE |= {"conditional", "call", "partition-id", "replica-id", "opt-barrier"}
+# Instructions that take no time of their own.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"}
+FREE |= {"conditional", "call", "partition-id", "replica-id", "opt-barrier"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # number of the operand that is written
 CALLS = r"\bcalls=\{?%?([\w.\-]+)"  # the computation of a fusion
@@ -220,7 +221,7 @@ class Program:
 
     def _accessed(self, body, ins, called) -> float:
         """Returns the bytes of HBM that an instruction outside fusions reads and writes."""
-        if ins.opcode.removesuffix("-start") in _FREE or ins.opcode.endswith(("-done", "-update")):
+        if ins.opcode.removesuffix("-start") in FREE or ins.opcode.endswith(("-done", "-update")):
             return 0
         if "AllocateBuffer" in ins.text or "ConcatBitcast" in ins.text:
             return 0
