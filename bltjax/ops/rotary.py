@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from bltjax.ops.heads import on_tpu
+from bltjax.ops import platform
 
 
 def rotary_angles(positions: jax.Array, head_width: int, theta: float) -> jax.Array:
@@ -21,7 +21,8 @@ def apply_rotary(x: jax.Array, angles: jax.Array) -> jax.Array:
     """
     angles = angles if angles.ndim == 3 else angles[None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return (_turned_by_product if on_tpu() else _turned)(x, cos, sin)
+    on_tpu = platform.platform() == "tpu"
+    return (_turned_by_product if on_tpu else _turned)(x, cos, sin)
 
 
 def _turned(x, cos, sin):
