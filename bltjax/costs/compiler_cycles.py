@@ -1,7 +1,7 @@
 """Sums the cycles that the compiler of TPUs expects its own program to take.
 
-libtpu writes an estimate beside most of the instructions it schedules. A loop's body counts once for
-each of its rounds, as in `hlo_cost`. Kernels, gathers, scatters, sorts and collectives have no
+libtpu writes an estimate beside most of the instructions it schedules. A loop's body counts once
+for each of its rounds, as in `hlo_cost`. Kernels, gathers, scatters, sorts and collectives have no
 estimate, so a sum is a lower bound; they are listed as not counted. Copies that run beside the
 computation, from HBM to VMEM and back, are neither.
 """
@@ -35,7 +35,7 @@ class Cycles:
 
 
 def read_cycles(text: str) -> Cycles:
-    """Returns the cycles of a program, given as `compiled.as_text()`; none but libtpu writes any."""
+    """Returns the cycles of a program, given as `compiled.as_text()`; libtpu alone writes any."""
     program = hlo_cost.Program(text, {})
     return _cycles_of(program, program.entry)
 

@@ -10,7 +10,7 @@ from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig, InitConfig, TransformerConfig
 from bltjax.model.parameters import Linear, RMSNorm
 from bltjax.ops.attention import Choice, attention_of_rows, choose_attention
-from bltjax.ops.rotary import apply_rotary, rotary_angles
+from bltjax.ops.rotary import apply_rotary, in_halves, rotary_angles
 from bltjax.ops.swiglu import swiglu
 
 Model = BLTConfig | EntropyModelConfig
