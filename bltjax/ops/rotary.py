@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from bltjax.ops import platform
+from bltjax.ops.slots import on_shards
 
 
 def rotary_angles(positions: jax.Array, head_width: int, theta: float) -> jax.Array:
@@ -21,8 +22,9 @@ def apply_rotary(x: jax.Array, angles: jax.Array) -> jax.Array:
     """
     angles = angles if angles.ndim == 3 else angles[None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    on_tpu = platform.platform() == "tpu"
-    return (_turned_by_product if on_tpu else _turned)(x, cos, sin)
+    if platform.platform() == "tpu":
+        return on_shards(_turned_by_product, x, cos, sin)
+    return _turned(x, cos, sin)
 
 
 def _turned(x, cos, sin):
@@ -41,17 +43,17 @@ def _turned_by_product(x, cos, sin):
     """
     cos, sin = (jnp.repeat(jnp.swapaxes(y, 1, 2), 2, axis=1)[:, None] for y in (cos, sin))
     x = jnp.transpose(x, (0, 2, 3, 1))
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    options = dict(precision=precision, preferred_element_type=jnp.float32)
-    other = jnp.einsum("de,bhel->bhdl", _other_of_pair(x.shape[2], x.dtype), x, **options)
-    turned = (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+    turned = (x.astype(jnp.float32) * cos + _other_of_pairs(x) * sin).astype(x.dtype)
     turned = with_layout_constraint(turned, Layout((0, 1, 2, 3)))
     return jnp.transpose(turned, (0, 3, 1, 2))
 
 
-def _other_of_pair(width: int, dtype) -> jax.Array:
-    """Returns the matrix [D, D] that maps pairs (a, b) to (-b, a)."""
-    row, column = jnp.arange(width)[:, None], jnp.arange(width)[None]
+def _other_of_pairs(x):
+    """Maps the pairs (a, b) of x [B, H, D, L] to (-b, a), float32."""
+    row, column = jnp.arange(x.shape[2])[:, None], jnp.arange(x.shape[2])[None]
     first = (row % 2 == 0) & (column == row + 1)
     second = (row % 2 == 1) & (column == row - 1)
-    return second.astype(dtype) - first.astype(dtype)
+    matrix = second.astype(x.dtype) - first.astype(x.dtype)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    options = dict(precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum("de,bhel->bhdl", matrix, x, **options)

@@ -10,21 +10,22 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 LANES = 128  # width of a TPU's registers; block sizes are multiples of it
 
 
-def splash_attention(q, k, v, segments, window: int | None = None, interpret: bool = False):
+def splash_attention(q, k, v, segments, window=None, interpret=False, block: int | None = None):
     """Attends from each position to itself and `window` - 1 before it (None: all) in its segment.
 
     q [B, L, H, D]; k, v [B, L, G, D], G dividing H; segments int32 [B, L] -> [B, L, H, D]. Rows and
-    heads may be sharded, positions not. interpret: run the kernels on any platform, slowly.
+    heads may be sharded, positions not. interpret: run the kernels on any platform, slowly. block:
+    positions of a block, a multiple of 128; None: see `block_size`.
     """
     specs = tuple(jax.typeof(x).sharding.spec for x in (q, k, v, segments))
 
     def attend(q, k, v, segments):
         length, num_heads = q.shape[1:3]
-        block = 512 if length > 1024 else LANES
-        padding = -length % block
+        side = block or block_size(length)
+        padding = -length % side
         q, k, v = (_heads_first(x, padding) for x in (q, k, v))
         segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-(2**31))
-        sizes = _block_sizes(block, q.shape[-1])
+        sizes = _block_sizes(side, q.shape[-1])
         kernel = _kernel(length + padding, num_heads, window, sizes, interpret)
         out = jax.vmap(kernel)(_scaled(q), k, v, splash.SegmentIds(segments, segments))
         return jnp.swapaxes(out, 1, 2)[:, :length]
@@ -32,6 +33,11 @@ def splash_attention(q, k, v, segments, window: int | None = None, interpret: bo
     return jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)(
         q, k, v, segments
     )
+
+
+def block_size(length: int) -> int:
+    """Returns the positions of a block; never measured, see benchmarks/splash_blocks.py."""
+    return 512 if length > 1024 else LANES
 
 
 def _block_sizes(block: int, width: int) -> splash.BlockSizes:
