@@ -83,6 +83,13 @@ run() {
 }
 
 train() {
+    # Collectives beside the computation, as MaxText sets them for v5e to v6e; not measured here. A
+    # restart finds its compiled programs in the cache. What is set already stays.
+    export LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS---xla_tpu_enable_async_collective_fusion=true \
+--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
+--xla_tpu_enable_async_collective_fusion_multiple_steps=true \
+--xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true}
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$home/compiled}
     if [ "$dry_run" ]; then
         do_ "$python" -m bltjax.train "$@"
         return
