@@ -1,11 +1,12 @@
-"""Block sizes of attention's kernels on this TPU: `python benchmarks/splash_blocks.py --config=NAME`.
+"""Block sizes of attention's kernels on this TPU: `python benchmarks/splash_blocks.py`.
 
 Times forward and backward of `ops/kernels/splash_attention.py` for each stack of a config's BLT, on
 one chip, with rows of the config's length and random documents of 2,048 positions on average; the
 fastest sizes go into its `block_size`. --tiny runs short rows in Pallas's interpreter, on any
 machine: it tells that the script works, and nothing of speed.
 
-A line has the medians of --repeats calls in ms, the first call left out. Prints a JSON line at last.
+A line has the medians of --repeats calls in ms, the first call left out. Prints, last,
+a JSON line.
 """
 
 import json
@@ -71,12 +72,14 @@ def main(_):
                 found.append(line)
                 print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
     device = jax.devices()[0].device_kind
-    print(json.dumps(dict(benchmark="splash_blocks", device=device, found=found)))
+    machine = dict(device=device, jax=jax.__version__, threads=flags.FLAGS.threads)
+    print(json.dumps(dict(benchmark="splash_blocks", machine=machine, found=found)))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", "blt_1b", "A config.")
     flags.DEFINE_list("sizes", [str(size) for size in SIZES], "Block sizes, multiples of 128.")
     flags.DEFINE_integer("repeats", 10, "Calls that are timed.", 1)
+    flags.DEFINE_integer("threads", 1, "Of the host; on a TPU they change nothing.", 1)
     flags.DEFINE_bool("tiny", False, "Short rows, in Pallas's interpreter.")
     app.run(main)

@@ -6,7 +6,9 @@ by libtpu or the CUDA plugin, without a TPU or GPU. Reports of each device: byte
 the model needs and that the program does, bytes that collectives move, and the least time that
 published peaks leave: a roofline, no measurement. Loops whose rounds the program itself decides,
 such as the bytes that are generated, count once and are listed; the exchange of hash rows counts
-three times, as text needs. The exit status is 1 where the program does not fit.
+three times, as text needs. For TPUs it adds the cycles that the compiler expects, by source file,
+and which of both bounds of utilisation is the lower. The exit status is 1 where the program does
+not fit.
 """
 
 import json

@@ -206,3 +206,11 @@ def test_train_step_and_its_peer_compute_the_same_in_turns():
     assert ours["memory"] == pytest.approx(ours["peak MB"] / theirs["peak MB"])
     assert ours["kept for backward"] == "results of linear layers and attention"
     assert theirs["kept for backward"] == "inputs of layers"
+
+
+def test_block_sizes_of_attention_for_tpus():
+    found = run("splash_blocks.py", "--config=quickstart", "--tiny", "--repeats=1")["found"]
+    assert {(line["stack"], line["block"]) for line in found} == {
+        (stack, block) for stack in ("local", "patches") for block in (128, 256)
+    }
+    assert all(line["forward_ms"] > 0 for line in found)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -288,6 +289,22 @@ def test_slurm_requeues_what_was_saved(tmp_path, code):
     assert process.returncode == code
     ran = f"--kill-on-bad-exit=0 --cpus-per-task=12 python3 -m bltjax.train {code} a b"
     assert process.stdout.splitlines() == [ran, *(["requeue 7"] if code == 75 else [])]
+
+
+FLAGS = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"
+
+
+@pytest.mark.parametrize("own", [{}, dict.fromkeys(FLAGS, "mine")])
+def test_slurm_sets_flags_that_are_not_set(tmp_path, own):
+    executable(tmp_path / "srun", "".join(f'echo "${name}"\n' for name in FLAGS))
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    settings = dict(PATH=path, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="12", HOME="/h")
+    fraction, xla, cache = launch("slurm_gpu.sbatch", "x", **settings, **own).stdout.splitlines()
+    if own:
+        assert (fraction, xla, cache) == ("mine",) * 3
+    else:
+        assert float(fraction) > 0.75 and cache == "/h/.cache/bltjax/compiled"
+        assert all(re.fullmatch(r"--xla_gpu_\w+=\w+", flag) for flag in xla.split())
 
 
 def test_slurm_runs_one_process_for_each_gpu():

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -295,6 +296,22 @@ def test_a_jobset_restarts_what_a_restart_can_mend():
         "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
     }
     assert pod["hostNetwork"] and pod["dnsPolicy"] == "ClusterFirstWithHostNet"
+
+
+@pytest.mark.parametrize("slices, between", [("1", False), ("2", True)])
+def test_a_jobset_sets_flags_that_are_not_set(slices, between):
+    def environment(**settings):
+        made = jobset("x", SLICES=slices, **settings)
+        pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        return {line["name"]: line["value"] for line in pod["containers"][0]["env"]}
+
+    own = dict(LIBTPU_INIT_ARGS="", JAX_COMPILATION_CACHE_DIR="/runs/mine")
+    assert environment(**own) == own
+    found = environment()
+    assert found["JAX_COMPILATION_CACHE_DIR"] == "/runs/compiled"
+    libtpu = found["LIBTPU_INIT_ARGS"].split()
+    assert all(re.fullmatch(r"--xla_\w+=true", flag) for flag in libtpu)
+    assert any("data_parallel" in flag for flag in libtpu) == between
 
 
 def test_arguments_reach_the_container_as_they_are(jobset_schema):

@@ -99,10 +99,12 @@ def test_tiles_add_up_in_float32(window):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("window, heads, kv_heads", [(None, 4, 2), (130, 2, 2)])
-def test_splash_kernels(window, heads, kv_heads, use_mesh):
+@pytest.mark.parametrize(
+    "window, heads, kv_heads, block", [(None, 4, 2, None), (130, 2, 2, None), (130, 2, 2, 256)]
+)
+def test_splash_kernels(window, heads, kv_heads, block, use_mesh):
     """The TPU's kernels, interpreted, over rows that fill no block (model.md#masks)."""
-    attention = functools.partial(splash_attention, window=window, interpret=True)
+    attention = functools.partial(splash_attention, window=window, interpret=True, block=block)
     rng = np.random.default_rng(0)
     shape = 8, 150, heads, 32
     q, cotangent = normal(rng, *shape), normal(rng, *shape)
