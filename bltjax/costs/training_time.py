@@ -82,7 +82,7 @@ def print_summary(work: dict[str, StageWork], found: dict, chips: int, assumed: 
     chip, mfu = found["chip"], found["mfu"]
     source = "an assumption, give --mfu" if assumed else "as given"
     peak = CHIPS[chip].flops / 1e12
-    print(f"time on {chips} {chip}: arithmetic, at {mfu:.0%} ({source}) of {peak:,.0f} TFLOP/s each")
+    print(f"time on {chips} {chip}: arithmetic, at {mfu:.0%} of {peak:,.0f} TFLOP/s ({source})")
     for name, w in work.items():
         steps = f"{w.steps:,} steps" if w.steps else "forward only"
         print(
