@@ -22,8 +22,9 @@ import numpy as np
 from bltjax.costs import hlo_text
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"}
-_FREE |= {"conditional", "call", "partition-id", "replica-id", "opt-barrier"}
+# Instructions that take no time of their own.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"}
+FREE |= {"conditional", "call", "partition-id", "replica-id", "opt-barrier"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # number of the operand that is written
 _CALLS = r"\bcalls=\{?%?([\w.\-]+)"
@@ -116,7 +117,7 @@ class Program:
             called = ins.attribute(_CALLS)
             if ins.opcode == "while":
                 rounds = ins.attribute(r"\bbody=%?([\w.\-]+)")
-                times = self._trip_count(body, ins)
+                times = self.trip_count(body, ins)
                 if times is None and ins.op_name.endswith(_EXCHANGE):
                     times = _EXCHANGE_ROUNDS
                 total.add(self.cost_of(rounds, rounds), 1 if times is None else times)
@@ -146,14 +147,17 @@ class Program:
         return total
 
     def _costliest(self, ins: hlo_text.Instruction) -> Cost:
-        names = re.findall(r"%([\w.\-]+)", ins.attribute(r"branch_computations=\{([^}]*)\}") or "")
-        names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", ins.text)
-        costs = [self.cost_of(name, name) for name in names]
+        costs = [self.cost_of(name, name) for name in self.branches(ins)]
         return max(
             costs, key=lambda c: (c.flops + c.kernel_flops, c.received_bytes()), default=Cost()
         )
 
-    def _trip_count(self, body: dict, ins: hlo_text.Instruction) -> int | None:
+    def branches(self, ins: hlo_text.Instruction) -> list[str]:
+        """Returns the names of the computations that a conditional chooses from."""
+        names = re.findall(r"%([\w.\-]+)", ins.attribute(r"branch_computations=\{([^}]*)\}") or "")
+        return names + re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", ins.text)
+
+    def trip_count(self, body: dict, ins: hlo_text.Instruction) -> int | None:
         """Returns the number of iterations of a loop; None where it is not a constant."""
         known = ins.attribute(r'"known_trip_count":\{"n":"(\d+)"')
         if known:
@@ -218,7 +222,7 @@ class Program:
 
     def _accessed(self, body, ins, called) -> float:
         """Returns the bytes of HBM that an instruction outside fusions reads and writes."""
-        if ins.opcode.removesuffix("-start") in _FREE or ins.opcode.endswith(("-done", "-update")):
+        if ins.opcode.removesuffix("-start") in FREE or ins.opcode.endswith(("-done", "-update")):
             return 0
         if "AllocateBuffer" in ins.text or "ConcatBitcast" in ins.text:
             return 0
