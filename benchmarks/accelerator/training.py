@@ -65,9 +65,16 @@ def measure(notes: Notes, name: str, backend: str = "auto", remat: str | None = 
         about = dict(model=name, backend=backend, remat=model.remat, tables=variant.tables)
         about |= dict(rows=variant.rows, row_bytes=variant.length)
         try:
-            return _step(notes, variant._replace(model=model), about)
+            _step(notes, variant._replace(model=model), about)
+            return
         except Exception as error:
             notes.failed(error, **about)
+            if not is_want_of_memory(error):
+                return
+
+
+def is_want_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _step(notes: Notes, variant: Variant, about: dict):
