@@ -41,6 +41,7 @@ def compile_program(
 
     from bltjax import sharding
     from bltjax.costs import jaxpr_flops, programs, topology
+    from bltjax.model.transformer import attention_report
 
     chip, devices = topology.topology_devices(topology_name, slices)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -52,6 +53,8 @@ def compile_program(
     shape = dict(mesh.shape)
     print(f"{program} of {stage}, mesh {shape} on {len(devices)} devices of {topology_name}")
     with jax.set_mesh(mesh):
+        if program == "train":
+            print(attention_report(getattr(config, stage)))
         made = programs.trace(config, stage, program)
         written = jaxpr_flops.Work(made.traced.jaxpr)
         compiled, refused, seconds = _compile(made.traced.lower())

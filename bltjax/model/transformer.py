@@ -5,11 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bltjax import sharding
-from bltjax.config import InitConfig, TransformerConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, InitConfig, TransformerConfig
 from bltjax.model.parameters import Linear, RMSNorm
-from bltjax.ops.attention import self_attention
+from bltjax.ops.attention import Choice, attention_of_rows, choose_attention
 from bltjax.ops.rotary import apply_rotary, rotary_angles
 from bltjax.ops.swiglu import swiglu
+
+Model = BLTConfig | EntropyModelConfig
 
 
 def depth_factor(init: InitConfig, dim: int, index, num_layers: int):
@@ -123,20 +125,39 @@ def rematerialised(function, remat: str):
     return jax.checkpoint(function, policy=policy if remat == "dots" else None)
 
 
-def run_blocks(blocks: Block, config: TransformerConfig, x, segments, remat: str):
-    """Runs x [B, L, E] through all blocks of a stack."""
-    return scan_layers(blocks, x, block_of_rows(config, segments), remat)[0]
+def run_blocks(blocks: Block, stack: TransformerConfig, x, segments, model: Model):
+    """Runs x [B, L, E] through all blocks of a stack of a model."""
+    return scan_layers(blocks, x, block_of_rows(stack, segments, model), model.remat)[0]
 
 
-def block_of_rows(config: TransformerConfig, segments):
+def block_of_rows(stack: TransformerConfig, segments, model: Model):
     """Returns run_block(block, x) for rows x [B, L, E] whose positions see their segment [B, L]."""
     positions = jnp.arange(segments.shape[1])
-    angles = rotary_angles(positions, config.head_width, config.rope_theta)
-
-    def attend(q, k, v):
-        return self_attention(q, k, v, segments, config.window)
-
+    angles = rotary_angles(positions, stack.head_width, stack.rope_theta)
+    kernel = attention_kernel(stack, model)
+    attend = attention_of_rows(segments, stack.window, kernel.name)
     return lambda block, x: block(x, angles, attend)
+
+
+def attention_kernel(stack: TransformerConfig, model: Model) -> Choice:
+    """Chooses the kernel of self-attention of a stack of a model, for the mesh that is set."""
+    return choose_attention(model.attention, model.compute_dtype, stack.head_width)
+
+
+def attention_report(model: Model) -> str:
+    """Says which kernels of self-attention a model has on the mesh that is set, and why.
+
+    Raises ValueError where the one that is set cannot work there.
+    """
+    if isinstance(model, EntropyModelConfig):
+        names = ("transformer",)
+    else:
+        names = ("local_encoder", "global_transformer", "local_decoder")
+    stacks: dict[Choice, list[str]] = {}
+    for name in names:
+        stacks.setdefault(attention_kernel(getattr(model, name), model), []).append(name)
+    told = [f"{kernel.name} ({kernel.reason}) in {', '.join(s)}" for kernel, s in stacks.items()]
+    return f"attention: {'; '.join(told)}"
 
 
 def split_heads(x, head_width: int):
