@@ -36,7 +36,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bltjax, where it is not installed
 
-from accelerator.notes import DONE, FAILED, SKIPPED, Notes, read_findings
+from accelerator.notes import DONE, FAILED, LATE, Notes, read_findings
 from accelerator.tables import check_agreement, print_tables
 
 from bltjax import cli
@@ -144,7 +144,7 @@ def coordinate(stages: list[str], file: Path, started: float):
         if left < needed / 2 and not flags.FLAGS.tiny:
             for stage in group:
                 why = f"{left:.0f} s are left, it takes about {needed:.0f}"
-                note(stage).write(SKIPPED, reason=why)
+                note(stage).late(why)
             continue
         problem = run_group(group, file.parent, started, left)
         ended = {f["stage"] for f in read_findings(file) if f["kind"] == DONE}
@@ -155,7 +155,7 @@ def coordinate(stages: list[str], file: Path, started: float):
     note("end").write(DONE, seconds=time.time() - started)
     findings = read_findings(file)
     print_tables(findings)
-    undone = [f["stage"] for f in findings if f["kind"] == SKIPPED and f["stage"] in stages]
+    undone = [f["stage"] for f in findings if f["kind"] == LATE]
     if undone := list(dict.fromkeys(undone)):
         command = f"python {' '.join(sys.argv[:1])} --out={flags.FLAGS.out}-more"
         print(f"\nleft out for want of time: {command} --stages={','.join(undone)}")

@@ -1,5 +1,6 @@
 """Every attention backend: its error beside float32, its speed with few and with many documents."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,8 +9,11 @@ import numpy as np
 from accelerator.notes import Notes
 from accelerator.timing import seconds_of
 
+from bltjax.config.model import ATTENTION_KERNELS
 from bltjax.ops import attention
+from bltjax.ops.kernels.tiled_attention import tiled_attention
 
+LOOPS = "tiles in loops"  # those of CPUs, which accelerators are measured against
 NEEDED = 20  # seconds, for another case
 # Products of a query and a key, of both passes: two forward and five backward.
 FORWARD, BOTH = 4, 14  # FLOPs a pair of visible positions and a feature of a head
@@ -51,15 +55,20 @@ def measure(notes: Notes):
     exact, timed = (TINY_EXACT, TINY_TIMED) if notes.tiny else (EXACT, TIMED)
     work = [(_exact, *item) for item in exact.items()]
     work[1:1] = [(_timed, *item) for item in timed.items()]
+    told = set()
     for function, name, (case, documents) in work:
         for backend in backends():
-            if not notes.tiny and notes.left < NEEDED:
-                notes.write("skipped", reason=f"no time for {name} by {backend}")
-                continue
-            try:
-                function(notes, name, case, documents, backend)
-            except Exception as error:
-                notes.failed(error, case=name, backend=backend)
+            if reason := why_not(backend, case):
+                if (backend, reason) not in told:
+                    notes.impossible(reason, backend=backend)
+                told.add((backend, reason))
+            elif notes.left < NEEDED and not notes.tiny:
+                notes.late(f"no time for {name}", backend=backend)
+            else:
+                try:
+                    function(notes, name, case, documents, backend)
+                except Exception as error:
+                    notes.failed(error, case=name, backend=backend)
 
 
 def _exact(notes: Notes, name: str, case: Case, documents, backend: str):
@@ -86,7 +95,7 @@ def _timed(notes: Notes, name: str, case: Case, documents, backend: str):
     attend = backends()[backend]
     forward = jax.jit(lambda q, k, v, s: attend(q, k, v, s, case.window))
     both = jax.jit(_with_gradients(attend, case.window))
-    few = dict(calls=2, repeats=2) if backend == "tiles" else {}
+    few = dict(calls=2, repeats=2) if backend == LOOPS else {}
     for count in documents:
         segments = draw_segments(case.rows, case.length, count)
         seconds = seconds_of(forward, q, k, v, segments, **few)
@@ -106,7 +115,24 @@ def _timed(notes: Notes, name: str, case: Case, documents, backend: str):
 
 def backends() -> dict:
     """Returns (q, k, v, segments, window) -> out of each backend, by its name in settings."""
-    return dict(auto=attention.self_attention)
+    found = {
+        name: functools.partial(attention.self_attention, setting=name)
+        for name in ATTENTION_KERNELS
+        if name != "auto"
+    }
+    if jax.devices()[0].platform != "cpu":  # there they are what "tiles" means
+        found[LOOPS] = tiled_attention
+    return found
+
+
+def why_not(backend: str, case: Case) -> str | None:
+    """Returns why a backend cannot compute a case here; None where it can."""
+    if backend != LOOPS:
+        try:
+            attention.choose_attention(backend, case.dtype, case.width)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def draw(case: Case):

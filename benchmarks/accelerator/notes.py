@@ -4,7 +4,8 @@ import json
 import time
 from pathlib import Path
 
-FAILED, SKIPPED, DONE = "error", "skipped", "done"  # kinds of findings that every stage may have
+# Kinds of findings that every stage may have.
+FAILED, IMPOSSIBLE, LATE, DONE = "error", "impossible", "late", "done"
 
 
 class Notes:
@@ -31,6 +32,14 @@ class Notes:
         """Writes that something did not work."""
         text = " ".join(f"{type(error).__name__}: {error}".split())
         self.write(FAILED, reason=text[:600], **found)
+
+    def impossible(self, reason, **found):
+        """Writes what this machine is not made for."""
+        self.write(IMPOSSIBLE, reason=str(reason), **found)
+
+    def late(self, reason: str, **found):
+        """Writes what there was no time for."""
+        self.write(LATE, reason=reason, **found)
 
 
 def read_findings(file: Path) -> list[dict]:

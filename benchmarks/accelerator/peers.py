@@ -29,7 +29,7 @@ TINY["generate"] += "--repeats=1", "--threads=1"
 def measure(notes: Notes, what: str = "train"):
     """Notes the rows of the table that a benchmark prints."""
     if not (installed("torch") and installed("transformers")):
-        notes.write("skipped", reason="torch and transformers are not installed")
+        notes.impossible("torch and transformers are not installed")
         return
     known = TINY if notes.tiny else WHAT
     if what not in known:

@@ -2,7 +2,7 @@
 
 import math
 
-from accelerator.notes import DONE, FAILED, SKIPPED, Notes
+from accelerator.notes import DONE, FAILED, IMPOSSIBLE, LATE, Notes
 from measuring import print_table
 
 CLOSE = 3e-2  # losses in bfloat16 of two backends, in nats
@@ -68,7 +68,7 @@ def print_tables(findings: list[dict]):
         if found["kind"] == "profile":
             print(f"\nlongest operations of a step of {found['model']} by {found['backend']}")
             print_table({"ms": ",.2f", "calls": ",", "name": ""}, found["top"][:SHOWN])
-    problems = [found for found in findings if found["kind"] in (FAILED, SKIPPED)]
+    problems = [found for found in findings if found["kind"] in (FAILED, IMPOSSIBLE, LATE)]
     if problems:
         print("\nfailed or left out")
     for found in problems:

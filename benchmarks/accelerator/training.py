@@ -15,6 +15,7 @@ from bltjax import sharding
 from bltjax.config import TrainingConfig, read_config
 from bltjax.costs.chips import GIB, find_chip
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte
+from bltjax.model.transformer import attention_report
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import abstract_state, create_state
 from bltjax.training.step import make_train_step
@@ -57,13 +58,15 @@ def variants(name: str, tiny: bool) -> list[Variant]:
 def measure(notes: Notes, name: str, backend: str = "auto", remat: str | None = None):
     """Notes the step of the first variant that runs, and why those before it did not."""
     for variant in variants(name, notes.tiny):
-        changes = dict(attention=backend) | (dict(remat=remat) if remat else {})
-        known = {field.name for field in dataclasses.fields(variant.model)}
-        model = dataclasses.replace(
-            variant.model, **{key: value for key, value in changes.items() if key in known}
-        )
+        model = dataclasses.replace(variant.model, attention=backend)
+        model = dataclasses.replace(model, remat=remat or model.remat)
         about = dict(model=name, backend=backend, remat=model.remat, tables=variant.tables)
         about |= dict(rows=variant.rows, row_bytes=variant.length)
+        try:
+            about["attention"] = attention_report(model)
+        except ValueError as error:
+            notes.impossible(error, **about)
+            return
         try:
             _step(notes, variant._replace(model=model), about)
             return
@@ -118,7 +121,7 @@ def _step(notes: Notes, variant: Variant, about: dict):
         peak_gib=peak and peak / GIB,
     )
     if notes.left < PROFILED and not notes.tiny:
-        notes.write("skipped", reason="no time for the profile", **about)
+        notes.late("no time for the profile", **about)
         return
     with traced() as profile:
         state, metrics = compiled(state, batch)
