@@ -185,9 +185,9 @@ class EntropyModelConfig:
     # activations kept for the backward pass: `"none"` recomputes nothing, `"dots"` keeps the
     # results of linear layers and of attention, `"full"` keeps only the inputs of layers
     remat: str = "none"
-    # kernel of self-attention: `"auto"` (by device, dtype and head width), `"tiles"` (runs
-    # anywhere), `"cudnn"` and `"mosaic"` (GPUs from Hopper on), `"splash"` (TPUs); results are equal
-    # up to rounding
+    # kernel of self-attention: `"auto"` (by device, dtype and head width), `"tiles"` (anywhere),
+    # `"cudnn"` and `"mosaic"` (GPUs from Hopper on), `"splash"` (TPUs); results are equal up to
+    # rounding
     attention: str = "auto"
 
     def problems(self, name: str) -> list[str]:
@@ -237,9 +237,9 @@ class BLTConfig:
     # activations kept for the backward pass: `"none"` recomputes nothing, `"dots"` keeps the
     # results of linear layers and of attention, `"full"` keeps only the inputs of layers
     remat: str = "none"
-    # kernel of self-attention: `"auto"` (by device, dtype and head width), `"tiles"` (runs
-    # anywhere), `"cudnn"` and `"mosaic"` (GPUs from Hopper on), `"splash"` (TPUs); results are equal
-    # up to rounding
+    # kernel of self-attention: `"auto"` (by device, dtype and head width), `"tiles"` (anywhere),
+    # `"cudnn"` and `"mosaic"` (GPUs from Hopper on), `"splash"` (TPUs); results are equal up to
+    # rounding
     attention: str = "auto"
 
     @property

@@ -33,6 +33,11 @@ class Launches:
     def total(self) -> int:
         return self.kernels + self.copies
 
+    @property
+    def fused_attention(self) -> bool:
+        """True of the branch for rows that cuDNN takes: the other is for those with too much."""
+        return any(target.startswith("__cudnn$fmha") for target in self.library_calls)
+
 
 def count_launches(text: str) -> Launches:
     """Returns the launches of a program, given as `compiled.as_text()`."""
@@ -48,7 +53,7 @@ def _launches(program: Program, name: str) -> Launches:
             _add_loop(total, program, body, ins)
         elif kind == "conditional":
             branches = [_launches(program, branch) for branch in program.branches(ins)]
-            total.add(max(branches, key=lambda found: found.total))
+            total.add(max(branches, key=lambda found: (found.fused_attention, found.total)))
             total.host_syncs += 1
         elif kind == "call":
             total.add(_launches(program, ins.attribute(r"\bto_apply=%?([\w.\-]+)")))

@@ -116,7 +116,7 @@ _PROBLEMS = dict(cudnn=_problem_of_cudnn, mosaic=_problem_of_mosaic, splash=_pro
 
 
 def _device() -> tuple[str | None, str | None]:
-    """Returns platform and kind of the devices of the mesh; (None, None): a mesh of shapes alone."""
+    """Returns platform and kind of the devices of the mesh; None for those of shapes alone."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (None, None) if device is None else (device.platform, device.device_kind)
 

@@ -67,6 +67,8 @@ _attend.defvjp(_forward, _backward)
 def _forward_on_device(window, q, k, v, segments, *packed):
     """Returns the result, and statistics of softmaxes float32 [B, most, H, L]."""
     most = packed[0].shape[1]
+    # Else what the tiles do with segments alone is done before the layers, by a branch of its own.
+    q, segments, packed = jax.lax.optimization_barrier((q, segments, packed))
 
     def by_kernel():
         return kernel_forward(q, k, v, Documents(*packed), window)
@@ -80,6 +82,8 @@ def _forward_on_device(window, q, k, v, segments, *packed):
 
 
 def _backward_on_device(window, q, k, v, out, statistics, gradient, segments, *packed):
+    q, segments, packed = jax.lax.optimization_barrier((q, segments, packed))  # as above
+
     def by_kernel():
         return kernel_backward(q, k, v, out, statistics, gradient, Documents(*packed), window)
 
@@ -92,7 +96,7 @@ def _backward_on_device(window, q, k, v, out, statistics, gradient, segments, *p
 
 def kernel_forward(q, k, v, packed: Documents, window: int | None):
     """Runs the forward kernel on the rows of one device; see `_forward_on_device`."""
-    batch, length, heads, width = q.shape
+    batch, length, heads, _ = q.shape
     most = packed.lengths.shape[1]
     statistics = jax.ShapeDtypeStruct((batch * most, heads, length), jnp.float32)
     call = _kernel_call(_FORWARD, q, k, window, most, [_heads_first(q), statistics], 1)
@@ -128,7 +132,7 @@ def _heads_first(x):
 
 
 def _kernel_call(name, q, k, window, most, results, num_heads_first):
-    """Returns the call of a kernel, whose first results are [B, H, L, D] that lie as [B, L, H, D]."""
+    """Returns the call of a kernel, whose first results [B, H, L, D] lie as [B, L, H, D]."""
     workspace = jax.ShapeDtypeStruct((0,), jnp.uint8)
     return jax.ffi.ffi_call(
         name,
@@ -140,7 +144,7 @@ def _kernel_call(name, q, k, window, most, results, num_heads_first):
     )
 
 
-# Products of the kernels: contracted and batch axes of both sides, of [B, L, H, D] and [B, H, L, S].
+# Products of the kernels, of [B, L, H, D] and [B, H, L, L]: contracted and batch axes of both.
 _PRODUCTS = {
     _FORWARD: {
         "bmm1": ((3, 3), ((0, 2), (0, 2))),
@@ -156,7 +160,7 @@ _PRODUCTS = {
 
 
 def _description(name, q, k, window, most):
-    """Describes a kernel as XLA reads it (`CudnnfMHABackendConfig` of its backend_configs.proto)."""
+    """Describes a kernel as XLA reads it: `CudnnfMHABackendConfig` in backend_configs.proto."""
     batch, length, heads, width = q.shape
     scores = dict(
         element_type=_NAMES[q.dtype.name],

@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import math
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 

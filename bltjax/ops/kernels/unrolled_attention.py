@@ -75,6 +75,8 @@ def forward(q, k, v, segments, window: int | None = None, tile: int | None = Non
     Arguments as of `unrolled_attention`.
     """
     tiling = _tiling(q.shape[1], window, tile)
+    # Else masks, as large as the scores, are made once for all layers, and kept.
+    q, segments = jax.lax.optimization_barrier((q, segments))
 
     def attend(q, k, v, segments):
         queries, keys, values = _query_tiles(tiling, q, k), _tiles(tiling, k), _tiles(tiling, v)
@@ -101,6 +103,7 @@ def forward(q, k, v, segments, window: int | None = None, tile: int | None = Non
 def backward(q, k, v, segments, out, log_sums, gradient, window=None, tile=None):
     """Returns gradients in q, k and v on one device, of the results of `forward`."""
     tiling = _tiling(q.shape[1], window, tile)
+    q, segments = jax.lax.optimization_barrier((q, segments))  # as in `forward`
 
     def pull_back(q, k, v, segments, out, log_sums, gradient):
         queries, keys, values = _query_tiles(tiling, q, k), _tiles(tiling, k), _tiles(tiling, v)
