@@ -4,6 +4,7 @@ Constant data is faster on some GPUs, whose clocks follow the power that they dr
 """
 
 import functools
+import os
 import platform
 import sys
 from importlib import metadata
@@ -17,6 +18,7 @@ from accelerator.timing import device_bytes, seconds_of
 from bltjax.costs.chips import find_chip
 
 PACKAGES = "jax jaxlib flax optax grain orbax-checkpoint numpy torch transformers tokamax"
+VARIABLES = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_FLAGS", "LIBTPU_INIT_ARGS"
 ROUNDS = 1000  # of loops that do next to nothing
 
 
@@ -33,10 +35,12 @@ def about(notes: Notes):
         "about",
         device=device.device_kind,
         platform=device.platform,
+        platform_version=device.client.platform_version,
         capability=getattr(device, "compute_capability", None),
         python=sys.version.split()[0],
         system=platform.platform(),
         versions=versions,
+        environment={name: os.environ.get(name) for name in VARIABLES},
         memory_bytes=device_bytes("bytes_limit"),
         data_sheet=chip and dict(tflops=chip.flops / 1e12, gbs=chip.hbm_bandwidth / 1e9),
     )
