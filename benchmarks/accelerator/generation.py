@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from accelerator.notes import Notes
 from accelerator.timing import device_bytes, seconds_of
-from measuring import PATCH_BYTES, ROOT, SIZES, median
+from measuring import PATCH_BYTES, ROOT, SIZES
 
+from bltjax.api import Model
+from bltjax.checkpoints.weights import Lengths
 from bltjax.config import (
     BLTConfig,
     EntropyModelConfig,
@@ -19,11 +21,8 @@ from bltjax.config import (
     read_config,
 )
 from bltjax.costs.chips import GIB, find_chip
-from bltjax.inference.decoders import BLTDecoder, for_generation
-from bltjax.inference.engine import Decoding, Request, generate
 from bltjax.model import functional
-from bltjax.patching.entropy import next_byte_entropy
-from bltjax.vocabulary import BOS_ID, BYTE_OFFSET
+from bltjax.vocabulary import BYTE_OFFSET, encode
 
 REPEATS = 3
 
@@ -59,18 +58,30 @@ def models(tiny: bool) -> tuple[BLTConfig, EntropyModelConfig]:
     return config.blt, config.entropy_model
 
 
+class DrawnModel(Model):
+    """A model whose random parameters are on the devices already."""
+
+    def __init__(self, blt: BLTConfig, entropy_model: EntropyModelConfig):
+        self.config, self.entropy_config, self.lengths = blt, entropy_model, Lengths()
+        self.mesh, self.params = jax.sharding.get_mesh(), _draw(blt, entropy_model)
+        self.patching = PatchingConfig(threshold=0.0)
+
+    def calibrate(self, length: int):
+        """Sets the threshold of patches of 4.5 bytes in random text; that it writes is another."""
+        tokens = np.array([encode(text, add_eos=False) for text in random_texts(4, length)])
+        threshold = float(np.quantile(self.entropies(tokens), 1 - 1 / PATCH_BYTES))
+        self.patching = PatchingConfig(threshold=threshold)
+
+
 def measure(notes: Notes, *rows: str):
     """Notes milliseconds a byte of so many rows, the bound, prefill, first call and memory."""
-    blt, entropy_model = models(notes.tiny)
-    sizes = Sizes(24, 4, 36) if notes.tiny else Sizes(512, 16, 256)
-    params = _draw(blt, entropy_model)
-    needed = needed_bytes(blt, entropy_model, params, sizes)
-    patching = PatchingConfig(threshold=_threshold(entropy_model, params["entropy_model"], sizes))
-    decoder = BLTDecoder(blt, entropy_model, patching)
-    params = for_generation(params)
+    sizes = Sizes(24, 240, 480) if notes.tiny else Sizes(512, 16, 256)
+    model = DrawnModel(*models(notes.tiny))
+    model.calibrate(4 * sizes.prompt)
+    needed = needed_bytes(model.config, model.entropy_config, model.params, sizes)
     for count in map(int, rows):
         try:
-            _measure_rows(notes, decoder, params, needed, sizes, count)
+            _measure_rows(notes, model, needed, sizes, count)
         except Exception as error:
             notes.failed(error, rows=count)
 
@@ -90,29 +101,24 @@ def _draw(blt, entropy_model) -> dict:
     return params
 
 
-def _threshold(entropy_model, params, sizes: Sizes) -> float:
-    """Returns the threshold of patches of 4.5 bytes, of random bytes; written text has others."""
-    tokens = jnp.asarray([_ids(seed, 4 * sizes.prompt) for seed in range(4)])
-    logits = jax.jit(lambda p, t: functional.apply(entropy_model, p, t))(params, tokens)
-    return float(np.quantile(next_byte_entropy(logits), 1 - 1 / PATCH_BYTES))
+def random_texts(count: int, length: int) -> list[bytes]:
+    """Returns texts of `length` ids, BOS included."""
+    rng = np.random.default_rng(0)
+    return [rng.bytes(length - 1) for _ in range(count)]
 
 
-def _ids(seed: int, count: int) -> np.ndarray:
-    ids = np.random.default_rng(seed).integers(BYTE_OFFSET, BYTE_OFFSET + 256, count)
-    ids[0] = BOS_ID
-    return ids.astype(np.int32)
+def _measure_rows(notes: Notes, model: DrawnModel, needed: Needed, sizes: Sizes, rows: int):
+    prompts = random_texts(rows, sizes.prompt)
 
-
-def _measure_rows(notes: Notes, decoder, params, needed: Needed, sizes: Sizes, rows: int):
     def call(new_bytes: int):
-        requests = [Request(_ids(i, sizes.prompt), new_bytes, i) for i in range(rows)]
         started = time.perf_counter()
-        _, counts = generate(decoder, params, requests, decoding=Decoding(batch_size=rows))
+        _, counts = model.generate_and_count(prompts, new_bytes, batch_size=rows)
         return time.perf_counter() - started, counts
 
     first_s, _ = call(sizes.short)
     runs = {new: [call(new) for _ in range(REPEATS)] for new in (sizes.short, sizes.long)}
-    short_s, long_s = (median([seconds for seconds, _ in run]) for run in runs.values())
+    # The least, since the difference of two times is wanted, and what disturbs them only adds.
+    short_s, long_s = (min(seconds for seconds, _ in run) for run in runs.values())
     short, long = (run[0][1] for run in runs.values())
     steps, calls = long.steps - short.steps, long.global_calls - short.global_calls
     a_step = (long_s - short_s) / steps

@@ -155,8 +155,8 @@ def test_every_stage_finds_something_or_says_why_not(tmp_path):
     # Every backend that runs here computes attention; bfloat16 has 8 bits.
     for dtype, worst in of_kind(findings, "attention error", "dtype", "worst"):
         assert 0 < worst < (2e-2 if dtype == "bfloat16" else 1e-5)
-    for forward, both in of_kind(findings, "attention", "forward_ms", "both_ms"):
-        assert 0 < forward < both
+    for forward, rate in of_kind(findings, "attention", "forward_ms", "forward_tflops"):
+        assert forward > 0 and rate > 0
 
     ours = of_kind(findings, "train")
     assert {f["backend"] for f in ours} == {"auto", "tiles"}
@@ -171,7 +171,7 @@ def test_every_stage_finds_something_or_says_why_not(tmp_path):
 
     for found in of_kind(findings, "generate"):
         assert found["of_bound"] == pytest.approx(found["bound_ms"] / found["ms_a_step"])
-        assert 0 < found["of_bound"] < 1 and found["bytes_a_patch"] > 1
+        assert found["bytes_a_patch"] > 1 and found["gb_a_step"] > 0
     assert of_kind(findings, "generate", "rows") == [(1,), (2,)]
     assert all(close for (close,) in of_kind(findings, "golden", "close"))
     assert len(of_kind(findings, "golden")) == 2
