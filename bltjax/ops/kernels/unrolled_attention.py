@@ -198,7 +198,7 @@ def _scores(tiling, distance, queries, keys, ids):
     apart = positions[:, None] - positions[None, :] + distance * tiling.tile
     near = apart >= 0 if tiling.window is None else (apart >= 0) & (apart < tiling.window)
     own, theirs = _queries_at(ids, distance), _keys_at(ids, distance)
-    visible = near & (own[..., :, None] == theirs[..., None, :])
+    visible = near[None, None] & (own[..., :, None] == theirs[..., None, :])
     if not isinstance(distance, int):
         visible &= (jnp.arange(len(ids)) >= distance)[:, None, None, None]
     scores = _product("nbgrcd,nbgkd->nbgrck", q, k) * q.shape[-1] ** -0.5
