@@ -121,7 +121,7 @@ def test_stages_of_a_group_share_a_process():
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    with pytest.raises(AssertionError, match="'bogus'"):
+    with pytest.raises(AssertionError, match="error: --stages holds 'bogus'"):
         run(tmp_path, "--stages=about,bogus")
 
 
