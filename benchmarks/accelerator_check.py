@@ -42,6 +42,7 @@ from accelerator.tables import check_agreement, print_tables
 from bltjax import cli
 
 FILE = "findings.jsonl"
+LONGEST = 3  # times its estimate, before a stage is taken for one that hangs
 # A quarter of the memory is left alone otherwise.
 MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92"
 
@@ -146,7 +147,7 @@ def coordinate(stages: list[str], file: Path, started: float):
                 why = f"{left:.0f} s are left, it takes about {needed:.0f}"
                 note(stage).late(why)
             continue
-        problem = run_group(group, file.parent, started, left)
+        problem = run_group(group, file.parent, started, min(left, LONGEST * needed))
         ended = {f["stage"] for f in read_findings(file) if f["kind"] == DONE}
         for stage in group:
             if stage not in ended:
@@ -176,7 +177,7 @@ def grouped(stages: list[str]) -> list[list[str]]:
 
 
 def run_group(stages: list[str], out: Path, started: float, seconds: float) -> str:
-    """Runs stages in another process, which ends with the time; returns what it ended with."""
+    """Runs stages in another process for so many seconds at most; returns what it ended with."""
     chosen = flags.FLAGS
     command = [sys.executable, __file__, "--inside", f"--out={out}", f"--started={started}"]
     command += [f"--stages={','.join(stages)}", f"--seconds={chosen.seconds}"]
@@ -184,7 +185,7 @@ def run_group(stages: list[str], out: Path, started: float, seconds: float) -> s
     try:
         code = process.wait(timeout=max(seconds, 1))
     except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s, when the time was up"
+        return f"stopped after {seconds:.0f} s, which is all the time it had"
     finally:
         stop(process)
     return f"ended by signal {-code}, perhaps for want of memory" if code < 0 else f"ended, {code}"

@@ -130,8 +130,8 @@ def test_what_is_running_when_the_time_is_up_is_ended_and_told(tmp_path):
     findings, printed = run(tmp_path, "--stages=attention", "--seconds=1")
     assert time.time() - started < 30
     (failed,) = [f for f in findings if f["kind"] == "error"]
-    assert failed["stage"] == "attention" and "time was up" in failed["reason"]
-    assert "time was up" in printed
+    assert failed["stage"] == "attention" and "all the time it had" in failed["reason"]
+    assert "all the time it had" in printed
 
 
 def of_kind(findings, kind, *names):
