@@ -1,12 +1,10 @@
 """The numbers of the published code, computed on this device in float32."""
 
 import functools
-import sys
 
 import jax
 import numpy as np
 from accelerator.notes import Notes
-from measuring import ROOT
 
 from bltjax.model import functional
 from bltjax.patching.buffers import buffers_from_lengths
@@ -16,7 +14,6 @@ CLOSE = 1e-5  # as in tests/model/test_golden.py, on CPUs
 
 def measure(notes: Notes):
     """Notes the largest difference of any logit, of each golden model."""
-    sys.path.append(str(ROOT))
     from tests import golden
 
     # Accelerators multiply float32 in fewer bits unless they are told otherwise.
