@@ -1,4 +1,4 @@
-"""Where the documents of packed rows begin and end, in the forms that attention kernels take.
+"""Beginnings and ends of the documents of packed rows, in the forms that attention kernels take.
 
 segments int32 [B, L]: a document is a run of equal ids, which never decrease along a row; the
 padding at the end of a row is such a run too, so that every position lies in a document.

@@ -115,8 +115,8 @@ def test_the_report_names_stacks_and_reasons():
     model = dataclasses.replace(BLTConfig(), compute_dtype="bfloat16", global_transformer=wide)
     with jax.sharding.use_abstract_mesh(mesh_of("h100")):
         assert attention_report(model) == (
-            "attention: cudnn (NVIDIA H100 80GB HBM3) in local_encoder, local_decoder; tiles (cudnn "
-            "takes heads of a multiple of 8 up to 128, not 256: change num_heads) in "
+            "attention: cudnn (NVIDIA H100 80GB HBM3) in local_encoder, local_decoder; tiles "
+            "(cudnn takes heads of a multiple of 8 up to 128, not 256: change num_heads) in "
             "global_transformer"
         )
         entropy_model = dataclasses.replace(EntropyModelConfig(), attention="splash")

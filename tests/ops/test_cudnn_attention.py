@@ -1,4 +1,4 @@
-"""What cuDNN's kernels are given, with a dense softmax over the documents they are told in their place.
+"""What cuDNN's kernels are given, with a dense softmax over those documents in their place.
 
 The kernels need a GPU: that they agree is checked by benchmarks/accelerator_check.py where one is.
 """
