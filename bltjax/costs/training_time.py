@@ -17,7 +17,7 @@ ASSUMED_MFU = 0.3  # where none is given
 
 
 class StageWork(NamedTuple):
-    """What a stage computes."""
+    """The work of a stage."""
 
     num_bytes: float  # of text that it reads, more than once if it must
     flops_per_byte: float  # forward and, where it trains, backward; nothing that is recomputed
