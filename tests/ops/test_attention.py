@@ -115,13 +115,13 @@ def test_tiles(window, batch, heads, kv_heads):
 @pytest.mark.parametrize("window", [None, 20, 64, 512])
 def test_rounds_are_those_that_run(window, monkeypatch):
     """`Plan.rounds` counts what the loop of the forward pass does."""
-    ran, scores = [], tiles._scores
+    ran, visible_of = [], tiles._visible
 
     def counting(tiling, index, *rest):
         jax.debug.callback(lambda _: ran.append(1), index)
-        return scores(tiling, index, *rest)
+        return visible_of(tiling, index, *rest)
 
-    monkeypatch.setattr(tiles, "_scores", counting)
+    monkeypatch.setattr(tiles, "_visible", counting)
     q, k, v = jnp.ones((3, 1, 500, 4, 8))
     tiles.tiled_attention(q, k, v, jnp.zeros((1, 500), jnp.int32), window)
     jax.effects_barrier()
