@@ -1,6 +1,7 @@
 """Every attention against a softmax under a dense mask, and proof that no dense mask is made."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,19 @@ def test_rounds_are_those_that_run(window, monkeypatch):
     assert tiling.rounds == len(ran)
     visible = sum(min(i + 1, window or 500) for i in range(500))
     assert visible <= tiling.rounds * tiling.pairs_of_a_round < 4 * visible
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_no_tile_of_scores_is_turned(kv_heads):
+    """Forward and backward products read scores as they lie: XLA would copy them, slowly."""
+
+    def loss(q, k, v):
+        return tiled_attention(q, k, v, jnp.zeros((2, 320), jnp.int32), 96, 48).sum()
+
+    q, k = jnp.ones((2, 320, 4, 16)), jnp.ones((2, 320, kv_heads, 16))
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k).compile().as_text()
+    assert re.search(r"f32\[[\d,]*48(,[12])?,48\]", program)
+    assert not re.search(r"f32\[[\d,]*48(,[12])?,48(,[12])?\]\S* transpose\(", program)
 
 
 @pytest.mark.parametrize("window", [None, 33])

@@ -118,19 +118,20 @@ def _backward(window, tile, saved, gradient):
     def pull_back(sums, tiles):
         index, q, gradient, common, log_sums = tiles
         turned_q, turned_gradient = _turned(q), _turned(gradient)
+        # In products R comes before a query's position, t, by name too: einsum sums in that order.
 
         def add_keys(first, sums):
             dq, dk, dv = sums
             k, v = _take(tiling, keys, first), _take(tiling, values, first)
             visible = jnp.swapaxes(_visible(tiling, index, first, ids), -1, -2)[:, :, None, :, None]
-            scores = _product("sbgkd,sbgdrc->sbgkrc", k, turned_q) * q.shape[-1] ** -0.5
+            scores = _product("sbgkd,sbgdrt->sbgkrt", k, turned_q) * q.shape[-1] ** -0.5
             weights = jnp.exp(jnp.where(visible, scores, MASKED) - log_sums)
-            d_weights = _product("sbgkd,sbgdrc->sbgkrc", v, turned_gradient)
+            d_weights = _product("sbgkd,sbgdrt->sbgkrt", v, turned_gradient)
             d_scores = (weights * (d_weights - common) * q.shape[-1] ** -0.5).astype(q.dtype)
             turned_k = _take(tiling, turned_keys, first)
-            dq = dq + _product("sbgdk,sbgkrc->sbgdrc", turned_k, d_scores)
-            dk = _add(tiling, dk, first, _product("sbgkrc,sbgrcd->sbgkd", d_scores, q))
-            dv = _add(tiling, dv, first, _product("sbgkrc,sbgrcd->sbgkd", weights, gradient))
+            dq = dq + _product("sbgdk,sbgkrt->sbgdrt", turned_k, d_scores)
+            dk = _add(tiling, dk, first, _product("sbgkrt,sbgrtd->sbgkd", d_scores, q))
+            dv = _add(tiling, dv, first, _product("sbgkrt,sbgrtd->sbgkd", weights, gradient))
             return dq, dk, dv
 
         start = jnp.zeros_like(turned_q, jnp.float32), *sums
