@@ -190,6 +190,11 @@ def gather_weight(weight: jax.Array) -> jax.Array:
     return reshard(weight, PartitionSpec(*(None if axis == "fsdp" else axis for axis in axes)))
 
 
+def num_weight_parts(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Returns the number of parts that `gather_weight` makes a weight whole from."""
+    return mesh.shape["fsdp"]
+
+
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns rows `ids` [B, L] of a replicated table [V, E]: [B, L, E]."""
     return table.at[ids].get(out_sharding=batch_spec(ids.ndim + 1))

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (XLA reads its flags when jax is imported)
 import atexit
+import contextlib
 import importlib.metadata
 import os
 import shutil
@@ -32,6 +33,7 @@ from absl import flags
 
 from bltjax import sharding
 from bltjax.config import MeshConfig
+from bltjax.ops import platform
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
@@ -76,6 +78,23 @@ def compiling():
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture
+def formulated_for(monkeypatch):
+    """`with formulated_for("gpu"):` traces generation as for a device of this kind, on CPUs."""
+
+    @contextlib.contextmanager
+    def formulated(device: str):
+        jax.clear_caches()
+        with monkeypatch.context() as patch:
+            patch.setattr(platform, "platform", lambda: device)
+            try:
+                yield
+            finally:
+                jax.clear_caches()
+
+    return formulated
 
 
 @pytest.fixture

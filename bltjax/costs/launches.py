@@ -9,7 +9,7 @@ runtime works through (its dump "thunk_sequence"), which has some more copies of
 import dataclasses
 import re
 
-from bltjax.costs.hlo_cost import FREE, Program
+from bltjax.costs.hlo_cost import APPLIED, FREE, Program, branches
 
 
 @dataclasses.dataclass
@@ -52,11 +52,11 @@ def _launches(program: Program, name: str) -> Launches:
         if kind == "while":
             _add_loop(total, program, body, ins)
         elif kind == "conditional":
-            branches = [_launches(program, branch) for branch in program.branches(ins)]
-            total.add(max(branches, key=lambda found: (found.fused_attention, found.total)))
+            ways = [_launches(program, name) for name in branches(ins)]
+            total.add(max(ways, key=lambda found: (found.fused_attention, found.total)))
             total.host_syncs += 1
         elif kind == "call":
-            total.add(_launches(program, ins.attribute(r"\bto_apply=%?([\w.\-]+)")))
+            total.add(_launches(program, ins.attribute(APPLIED)))
         elif kind in FREE or kind.endswith(("-done", "-update")):
             continue
         elif kind.removesuffix("-start") == "copy":
@@ -70,7 +70,7 @@ def _launches(program: Program, name: str) -> Launches:
 
 
 def _add_loop(total: Launches, program: Program, body: dict, ins):
-    rounds = program.trip_count(body, ins)
+    rounds = program.rounds(body, ins)
     times = 1 if rounds is None else rounds
     inside, condition = (
         _launches(program, ins.attribute(rf"\b{part}=%?([\w.\-]+)"))

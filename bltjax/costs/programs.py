@@ -16,7 +16,7 @@ from bltjax.config import BLTConfig
 from bltjax.costs import memory_plan
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte
 from bltjax.inference import engine, loops
-from bltjax.inference.decoders import BLTDecoder
+from bltjax.inference.decoders import BLTDecoder, prepared_types
 from bltjax.inference.row_state import RequestArrays
 from bltjax.inference.sampling import Sampling, sampling_arrays
 from bltjax.model import functional
@@ -125,6 +125,7 @@ def _generation(config):
     shape = engine.make_shape(decoder, rows, length, decoding)
     models = dict(blt=config.blt, entropy_model=needed)
     params = {n: functional.abstract_params(m) for n, m in models.items() if m is not None}
+    params = prepared_types(decoder, params)
 
     def inputs():
         row = sharding.shard_rows(jnp.zeros(rows, jnp.int32))

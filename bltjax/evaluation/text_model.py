@@ -39,7 +39,7 @@ class TextModel(abc.ABC):
 
     @functools.cached_property
     def _generation_params(self) -> dict:
-        return for_generation(self.params)
+        return for_generation(self._decoder(), self.params)
 
     def generate(
         self,

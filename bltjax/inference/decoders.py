@@ -13,14 +13,16 @@ Letters: B rows, T positions, C positions that there is room for, V ids.
 
 import dataclasses
 import functools
+import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bltjax import vocabulary
+from bltjax import sharding, vocabulary
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.data.tokenizer import Tokenizer
+from bltjax.inference.memory import GIB, needed_and_free
 from bltjax.model import functional
 from bltjax.model.cache import (
     BLTCache,
@@ -32,18 +34,48 @@ from bltjax.model.cache import (
     new_ring,
 )
 from bltjax.model.incremental import ngram_reach
-from bltjax.model.unstacked import unstacked
 from bltjax.ops.slots import on_rows, read_positions, read_slots, span, write_positions, write_slots
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.patching.incremental import Record, new_record, note_lines, note_starts
 
 
-def for_generation(params: dict) -> dict:
-    """Returns parameters in the layout that loops on CPUs run fastest with; a copy only there."""
-    if jax.sharding.get_mesh().devices.flat[0].platform != "cpu":
-        return params
-    return jax.jit(unstacked)(params)
+def for_generation(decoder: "Decoder", params: dict) -> dict:
+    """Returns the parameters of a decoder laid out for generation, see `model/prepared.py`.
+
+    Layers are copied, in the compute dtype; embeddings and hash tables are not. Matrices are whole
+    over fsdp, split over tensor alone: else a loop gathers all of them for each byte. Where the
+    memory of a device has no room for that, they stay split, with a warning.
+    """
+    whole, parts = True, sharding.num_weight_parts(jax.sharding.get_mesh())
+    if parts > 1:
+        needed, free = needed_and_free(prepared_layers(decoder, params))
+        if free is not None and needed > free:
+            whole = False
+            warnings.warn(
+                f"a device has {free / GIB:.1f} GiB free, and layers that are whole over mesh.fsdp="
+                f"{parts} take {needed / GIB:.1f} GiB: they are gathered for every byte, which is "
+                "slow; choose a mesh with a larger tensor and fsdp=1",
+                stacklevel=2,
+            )
+    return _prepare(decoder, whole, params)
+
+
+def prepared_types(decoder: "Decoder", params: dict) -> dict:
+    """Returns the types of `for_generation`'s result, of parameters or their types."""
+    return jax.eval_shape(functools.partial(decoder.prepare, whole=True), params)
+
+
+def prepared_layers(decoder: "Decoder", params: dict) -> list:
+    """Returns the types of the layers in `prepared_types`."""
+    is_layers = lambda x: isinstance(x, tuple)  # noqa: E731
+    found = jax.tree.leaves(prepared_types(decoder, params), is_leaf=is_layers)
+    return [x for x in found if is_layers(x)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prepare(decoder, whole, params):
+    return decoder.prepare(params, whole)
 
 
 class PlainState(NamedTuple):
@@ -78,6 +110,10 @@ class PlainDecoder:
     def decode(self, ids) -> bytes:
         """Returns the bytes of ids [S], special ones left out."""
         return self.tokenizer.decode(ids)
+
+    def prepare(self, params, whole: bool) -> dict:
+        """Returns the parameters as `for_generation` lays them out."""
+        return functional.prepare(self.model, params, whole)
 
     def new_state(self, size: CacheSize, tokens: jax.Array) -> PlainState:
         """Returns the state before anything of the tokens int32 [B, C] is read."""
@@ -168,6 +204,13 @@ class BLTDecoder:
     encode = staticmethod(functools.partial(vocabulary.encode, add_eos=False))
     decode = staticmethod(vocabulary.decode)
 
+    def prepare(self, params, whole: bool) -> dict:
+        configs = dict(blt=self.blt, entropy_model=self.entropy_model)
+        return {
+            name: functional.prepare(configs[name], part, whole) if configs[name] else part
+            for name, part in params.items()
+        }
+
     def new_state(self, size: CacheSize, tokens: jax.Array) -> BLTState:
         entropy_cache, model = None, self.entropy_model
         if needs_entropies(self.patching):
@@ -245,7 +288,7 @@ class BLTDecoder:
         return state.blt.num_patches
 
     def out_of_patches(self, state: BLTState, lengths):
-        return _num_complete(state, lengths - 1) > state.blt.patch[0].keys.shape[2]
+        return _num_complete(state, lengths - 1) > state.blt.patch[0][0].shape[2]
 
 
 Decoder = PlainDecoder | BLTDecoder

@@ -17,17 +17,20 @@ import numpy as np
 from bltjax import sharding
 from bltjax.inference.decoders import Decoder
 from bltjax.inference.loops import decode, prefill
+from bltjax.inference.memory import GIB, needed_and_free
 from bltjax.inference.row_state import NEVER, ProgramShape, RequestArrays
 from bltjax.inference.sampling import Sampling, check_number, is_whole, make_plain, sampling_arrays
 from bltjax.model.cache import CacheSize
+from bltjax.ops import platform
 from bltjax.ops.cached_attention import BLOCK
-from bltjax.runtime.free_memory import free_bytes
 from bltjax.runtime.terminal import short
 from bltjax.vocabulary import PAD_ID, encode
 
-CHUNK = 128  # positions of a prompt that are read at once
+CHUNK = 128  # positions of a prompt that are read at once, at least
+# On accelerators each piece of a prompt reads all weights: pieces are longer while the scores of
+# attention within one, rows x heads x positions^2, stay small.
+LONGEST_CHUNK, CHUNK_OF_ROWS = 1024, 16_384  # positions of a row, and of all rows of a device
 MIN_POSITIONS = 64
-GIB = 2**30
 STREAM_STEPS = 16  # between looks at what has been written
 
 
@@ -258,26 +261,27 @@ def make_shape(decoder: Decoder, rows: int, positions: int, decoding: Decoding) 
         rows=rows,
         positions=positions,
         patches=min(max(patches, BLOCK), positions),
-        chunk=min(CHUNK, positions),
+        chunk=min(_chunk(rows), positions),
         max_rewind=decoding.max_drafts + 1,  # the drafts, and the byte that they follow
     )
     return ProgramShape(decoder, size, decoding.max_drafts, decoding.quorum)
 
 
+def _chunk(rows: int) -> int:
+    """Returns the positions of a prompt that are read at once."""
+    if platform.platform() == "cpu":
+        return CHUNK
+    rows_of_device = rows // sharding.num_row_shards(jax.sharding.get_mesh())
+    return min(max(CHUNK, CHUNK_OF_ROWS // rows_of_device), max(CHUNK, LONGEST_CHUNK))
+
+
 def _check_memory(shape: ProgramShape, longest: Request):
     """Raises ValueError where the caches are larger than the memory that the devices have left."""
     mesh, size = jax.sharding.get_mesh(), shape.size
-    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    free = free_bytes(here[0])
     rows = jax.NamedSharding(mesh, sharding.batch_spec(2))
     tokens = jax.ShapeDtypeStruct((size.rows, size.positions), jnp.int32, sharding=rows)
     state = jax.eval_shape(functools.partial(shape.decoder.new_state, size), tokens)
-    needed = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(state)
-    )
-    if here[0].platform == "cpu":  # these share the memory of the machine
-        needed *= len(here)
+    needed, free = needed_and_free(state)
     if free is not None and needed > free:
         raise ValueError(
             f"{longest} needs {needed / GIB:.1f} GiB for the caches of {size.rows} rows, and "

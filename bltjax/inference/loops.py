@@ -26,20 +26,21 @@ from bltjax.inference.row_state import (
 from bltjax.inference.self_speculation import drafting_step
 from bltjax.ops.slots import on_rows
 
-PATCHES_PER_CALL = 32  # of a prompt, in a call of the global stack
+PATCH_BYTES = 4  # of prompts, as a guess: patches that a call of the global stack reads at most
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(shape: ProgramShape, params, tokens, request: RequestArrays) -> Progress:
     """Reads prompts, in tokens int32 [B, C], in chunks, up to the distribution of the next id."""
     decoder, num_new = shape.decoder, shape.size.chunk
+    max_patches = -(-num_new // PATCH_BYTES)
     lengths = request.prompt_lengths
 
     def read_chunk(carry):
         state, first, logits = carry
         count = jnp.minimum(lengths - first, num_new)
         state = decoder.read(params, state, first, count, num_new)
-        state = close_all(shape, params, state, first + count - 1, PATCHES_PER_CALL)[0]
+        state = close_all(shape, params, state, first + count - 1, max_patches)[0]
         last, state = decoder.predict_last(params, state, first, count, num_new)
         return state, first + count, jnp.where((count > 0)[:, None], last, logits)
 

@@ -57,7 +57,7 @@ class Progress(NamedTuple):
     length: jax.Array  # int32 [B]  ids so far, prompt and drafts included
     next_log_p: jax.Array  # float32 [B, V]  of the id at position `length`
     done: jax.Array  # bool [B]
-    first_seen: jax.Array  # int32 [B, V]  position where an id occurred first
+    first_seen: jax.Array  # int32 [B, V]  where an id occurred first; with a penalty on it only
     num_steps: jax.Array  # int32  of everything but the global stack, all rows together
     num_global_calls: jax.Array  # int32  all rows together
     prompt_patches: jax.Array  # int32 [B]
@@ -74,20 +74,23 @@ def append(shape: ProgramShape, params, request, progress: Progress, rows) -> Pr
     def draw_ids(log_p, *numbers):
         return draw(log_p, row_keys(*numbers))
 
-    ids = on_rows(draw_ids, progress.next_log_p, request.seeds, length, rounds, purpose)
+    if request.sampling.temperature is None:  # all mass is on one id
+        ids = jnp.argmax(progress.next_log_p, axis=-1).astype(jnp.int32)
+    else:
+        ids = on_rows(draw_ids, progress.next_log_p, request.seeds, length, rounds, purpose)
     tokens = progress.state.tokens
     positions = jnp.where(rows, length, tokens.shape[1])
     tokens = write_positions(tokens, ids[:, None], positions[:, None])
-    occurs = rows[:, None] & (
-        jnp.arange(shape.decoder.num_ids, dtype=jnp.int32)[None] == ids[:, None]
-    )
+    first_seen = progress.first_seen
+    if request.sampling.repetition_penalty is not None:
+        all_ids = jnp.arange(shape.decoder.num_ids, dtype=jnp.int32)[None]
+        occurs = rows[:, None] & (all_ids == ids[:, None])
+        first_seen = jnp.minimum(first_seen, jnp.where(occurs, length[:, None], NEVER))
     state, length = progress.state.with_tokens(tokens), length + rows.astype(length.dtype)
     return progress._replace(
         state=shape.decoder.read(params, state, length - 1, jnp.ones_like(length), 1),
         length=length,
-        first_seen=jnp.minimum(
-            progress.first_seen, jnp.where(occurs, progress.length[:, None], NEVER)
-        ),
+        first_seen=first_seen,
         num_steps=progress.num_steps + 1,
     )
 
@@ -103,13 +106,8 @@ def next_distributions(shape: ProgramShape, request, state, first, logits, first
     def distributions(logits, tokens, positions, first_seen, free, sampling):
         seen = first_seen[:, None] < positions[..., None]
         allowed = jnp.ones_like(seen)
-        if decoder.ids_are_bytes:
-            allowed = jax.lax.cond(
-                sampling.valid_utf8,
-                lambda _: utf8.may_follow(utf8.state_after(tokens), free),
-                lambda _: allowed,
-                None,
-            )
+        if decoder.ids_are_bytes and sampling.valid_utf8 is not None:
+            allowed = utf8.may_follow(utf8.state_after(tokens), free)
         return distribution(logits, sampling, seen, allowed)
 
     return on_rows(distributions, logits, tokens, positions, first_seen, free, request.sampling)

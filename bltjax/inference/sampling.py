@@ -89,31 +89,33 @@ def check_number(name: str, value, is_valid, wanted: str):
 
 
 class SamplingArrays(NamedTuple):
-    """`Sampling` as arrays, so that other values compile nothing.
+    """`Sampling` as arrays, so that other values compile nothing. None: a step that is left out.
 
-    Probabilities are in the form that float32 holds exactly enough: what top_p leaves out, and the
-    logarithm of min_p.
+    Which steps there are is compiled: a GPU waits for the host at each branch that a program takes
+    or does not. Probabilities are in the form that float32 holds exactly enough: what top_p leaves
+    out, and the logarithm of min_p.
     """
 
-    repetition_penalty: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    tail: jax.Array  # 1 - top_p; -1 for all ids
-    log_min_p: jax.Array  # -inf for all ids
-    valid_utf8: jax.Array
+    repetition_penalty: jax.Array | None
+    temperature: jax.Array | None  # None: greedy
+    top_k: jax.Array | None  # all three of the filters or none
+    tail: jax.Array | None  # 1 - top_p; -1 for all ids
+    log_min_p: jax.Array | None  # -inf for all ids
+    valid_utf8: jax.Array | None  # True
 
 
 def sampling_arrays(sampling: Sampling) -> SamplingArrays:
     """Returns the options as arrays."""
     top_p, min_p = sampling.top_p, sampling.min_p
     greedy = sampling.temperature < GREEDY_BELOW
+    filters = (sampling.top_k, None if top_p == 1 else top_p, min_p) != (None,) * 3 and not greedy
     return SamplingArrays(
-        jnp.float32(sampling.repetition_penalty),
-        jnp.float32(0 if greedy else min(sampling.temperature, LARGEST)),
-        jnp.int32(min(sampling.top_k or ALL, ALL)),
-        jnp.float32(-1 if top_p is None or top_p == 1 else 1 - top_p),
-        jnp.float32(-math.inf if min_p is None else math.log(min_p)),
-        jnp.bool_(sampling.valid_utf8),
+        None if sampling.repetition_penalty == 1 else jnp.float32(sampling.repetition_penalty),
+        None if greedy else jnp.float32(min(sampling.temperature, LARGEST)),
+        jnp.int32(min(sampling.top_k or ALL, ALL)) if filters else None,
+        jnp.float32(-1 if top_p is None or top_p == 1 else 1 - top_p) if filters else None,
+        jnp.float32(-math.inf if min_p is None else math.log(min_p)) if filters else None,
+        jnp.bool_(True) if sampling.valid_utf8 else None,
     )
 
 
@@ -127,17 +129,17 @@ def distribution(
     the least. Where nothing is allowed, EOS is.
     """
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    penalty = sampling.repetition_penalty
-    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits = jnp.where(seen & (ids >= BYTE_OFFSET), penalised, logits)
+    if (penalty := sampling.repetition_penalty) is not None:
+        penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(seen & (ids >= BYTE_OFFSET), penalised, logits)
     logits = jnp.nan_to_num(logits, nan=-LARGEST, posinf=LARGEST, neginf=-LARGEST)
     can_be_drawn = is_drawable(ids, logits.shape[-1]) & allowed
     can_be_drawn |= (ids == EOS_ID) & ~can_be_drawn.any(axis=-1, keepdims=True)
     logits = jnp.where(can_be_drawn, logits, -jnp.inf)
-    return jax.lax.cond(sampling.temperature > 0, _tempered, _greedy, logits, sampling)
+    return _greedy(logits) if sampling.temperature is None else _tempered(logits, sampling)
 
 
-def _greedy(logits, _):
+def _greedy(logits):
     best = jnp.argmax(logits, axis=-1)
     return jnp.where(
         jax.nn.one_hot(best, logits.shape[-1], dtype=bool), 0, jnp.full_like(logits, -jnp.inf)
@@ -150,10 +152,7 @@ def _tempered(logits, sampling):
     below = jnp.maximum(logits - logits.max(axis=-1, keepdims=True), -LARGEST)
     scaled = jnp.where(logits == -jnp.inf, -jnp.inf, below / sampling.temperature)
     log_p = jax.nn.log_softmax(scaled)
-    filtering = (
-        (sampling.top_k < log_p.shape[-1]) | (sampling.tail >= 0) | (sampling.log_min_p > -jnp.inf)
-    )
-    return jax.lax.cond(filtering, _filtered, lambda log_p, _: log_p, log_p, sampling)
+    return log_p if sampling.top_k is None else _filtered(log_p, sampling)
 
 
 def _filtered(log_p, sampling):

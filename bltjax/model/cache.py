@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig, TransformerConfig
+from bltjax.ops import platform
+from bltjax.ops.cached_attention import Cache
 
 
 class CacheSize(NamedTuple):
@@ -28,14 +30,9 @@ class CacheSize(NamedTuple):
     max_rewind: int  # positions that a row may step back over
 
 
-class KeysValues(NamedTuple):
-    """Keys and values of one layer. Separate arrays avoid a copy of the whole stack per access."""
-
-    keys: jax.Array  # [B, G, S, D]
-    values: jax.Array
-
-
-Stack = tuple[KeysValues, ...]  # one for each layer
+# Keys and values of each layer [B, G, S, D], see `ops/cached_attention.py`. Arrays for each layer
+# avoid a copy of the whole stack per access.
+Stack = tuple[Cache, ...]
 
 
 class PlainCache(NamedTuple):
@@ -100,15 +97,18 @@ def _num_layers(stack: TransformerConfig, all_layers: bool) -> int:
 def new_ring(stack: TransformerConfig, size: CacheSize, dtype) -> Stack:
     """Returns empty keys and values for the window of a stack; without a window, for all."""
     window = stack.window or size.positions
-    # As many slots as are written at once, and the positions stepped back over beside the window.
-    slots = min(max(window + size.max_rewind, size.chunk), size.positions)
+    # The positions stepped back over lie beside the window.
+    slots = min(window + size.max_rewind, size.positions)
     return _stack(stack.num_layers, (size.rows, stack.kv_heads, slots, stack.head_width), dtype)
 
 
 def _stack(num_layers: int, shape, dtype) -> Stack:
+    arrays = 2
+    if platform.platform() != "cpu":
+        arrays, shape = 1, (*shape[:-1], 2 * shape[-1])
     spec = sharding.spec("batch", "heads", None, None)
     zeros = functools.partial(jnp.zeros, shape, dtype, out_sharding=spec)
-    return tuple(KeysValues(zeros(), zeros()) for _ in range(num_layers))
+    return tuple(tuple(zeros() for _ in range(arrays)) for _ in range(num_layers))
 
 
 def _zeros(shape, dtype):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig
-from bltjax.model import incremental, unstacked
+from bltjax.model import incremental, prepared
 from bltjax.model.blt import BLT
 from bltjax.model.entropy_model import EntropyModel
 from bltjax.patching.boundaries import entropy_segments
@@ -61,26 +61,15 @@ def entropies(config: EntropyModelConfig, params: dict, tokens, reset_at_newline
     return next_byte_entropy(apply(config, params, tokens, segments))
 
 
-def _with_parameters(function):
-    """Turns function(model, ...) of `model/incremental.py` into function(config, params, ...)."""
-
-    @functools.wraps(function)
-    def with_parameters(config, params: dict, *inputs):
-        return function(_model(config, params), *inputs)
-
-    return with_parameters
-
-
-read_tokens = _with_parameters(incremental.read_tokens)
-token_logits = _with_parameters(incremental.token_logits)
-read_bytes = _with_parameters(incremental.read_bytes)
-close_patches = _with_parameters(incremental.close_patches)
-predict = _with_parameters(incremental.predict)
+prepare = prepared.prepare
+read_tokens, token_logits = incremental.read_tokens, incremental.token_logits
+read_bytes, close_patches = incremental.read_bytes, incremental.close_patches
+predict = incremental.predict
 
 
 def _model(config, params):
     """Returns the module of a config with these parameters; NumPy arrays will do."""
-    return unstacked.merge(_graphdef(config), jax.tree.map(jnp.asarray, params))
+    return nnx.merge(_graphdef(config), jax.tree.map(jnp.asarray, params))
 
 
 def _build(config, key):

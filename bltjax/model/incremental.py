@@ -3,7 +3,7 @@
 `read_tokens` and `read_bytes` take positions as they come, `close_patches` runs the global stack on
 patches that are complete, and `predict` gives the logits of positions whose patches are closed.
 All writes are by position: to read a position again changes nothing, and a row steps back by
-reading earlier positions again.
+reading earlier positions again. Parameters are prepared or not, see `model/prepared.py`.
 
 Letters: B rows, T new positions, M new patches, K vectors per patch, E local width. `first` int32
 [B] is the position of each row's first new one, and `count` [B] says how many of the T are meant.
@@ -14,8 +14,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from bltjax.model.blt import BLT
-from bltjax.model.cache import BLTCache, KeysValues, Stack
+from bltjax import sharding
+from bltjax.config import BLTConfig, EntropyModelConfig
+from bltjax.config.model import HASH_TABLES
+from bltjax.model.cache import BLTCache, Stack
 from bltjax.model.cross_attention import (
     add_residual,
     merge_vectors,
@@ -24,63 +26,90 @@ from bltjax.model.cross_attention import (
     wide_to_vectors,
 )
 from bltjax.model.embeddings import embed_bytes
-from bltjax.model.entropy_model import EntropyModel
-from bltjax.model.transformer import each_layer
+from bltjax.model.hash_tables import lookup_sum
+from bltjax.model.prepared import (
+    cross_keys_values,
+    cross_read,
+    norm,
+    prepare,
+    project,
+    rotary_factors,
+    run_block,
+)
 from bltjax.ops.cached_attention import (
     ring_attention,
     slots_attention,
     span_attention,
     store_attention,
+    write_cache,
 )
 from bltjax.ops.rotary import rotary_angles
-from bltjax.ops.slots import below, read_slots, span, write_slots
+from bltjax.ops.slots import below, on_shards, read_slots, span, write_slots
 
 
-def read_tokens(model: EntropyModel, cache: Stack, tokens, first, count, line_starts=0):
+def _prepared(function):
+    """Prepares the parameters that function(config, params, ...) is given."""
+
+    @functools.wraps(function)
+    def with_prepared(config, params: dict, *inputs):
+        return function(config, prepare(config, params), *inputs)
+
+    return with_prepared
+
+
+@_prepared
+def read_tokens(
+    config: EntropyModelConfig, params, cache: Stack, tokens, first, count, line_starts=0
+):
     """Returns states [B, T, E] of the last layer after tokens int32 [B, T], and the new cache.
 
     line_starts int32 [B, T]: the first position that each may see, with a window.
     """
-    stack = model.config.transformer
-    x = model.tok_embeddings(tokens, model.config.compute_dtype)
+    stack = config.transformer
+    x = _embedding(params["tok_embeddings"])(tokens, config.compute_dtype)
 
     def attend(q, k, v, kept):
         if stack.window is None:
-            return store_attention(q, k, v, *kept, first, count)
+            return store_attention(q, k, v, kept, first, count)
         return _ring_attention(stack, first, count, tokens.shape[1], line_starts)(q, k, v, kept)
 
-    return _run_blocks(model.layers, stack, x, cache, first, attend)
+    return _run_blocks(params["layers"], stack, x, cache, first, attend)
 
 
-def token_logits(model: EntropyModel, states):
+@_prepared
+def token_logits(config: EntropyModelConfig, params, states):
     """Returns logits float32 [B, T, V] from states [B, T, E] of `read_tokens`."""
-    return model.output(model.norm(states)).astype(jnp.float32)
+    return _logits(params, config.transformer, states)
 
 
-def read_bytes(model: BLT, cache: BLTCache, tokens, before, first, count, opens) -> BLTCache:
+@_prepared
+def read_bytes(
+    config: BLTConfig, params, cache: BLTCache, tokens, before, first, count, opens
+) -> BLTCache:
     """Runs the encoder on tokens int32 [B, T], and returns the cache with its results.
 
     before: int32 [B, n]: the `ngram_reach` ids before them, 0 where there are none. opens:
     bool [B, T]: a patch starts here.
     """
-    config, encoder, cross = model.config, model.local_encoder, model.config.cross_attention
-    tables = model.encoder_hash_tok_embedding if config.hash.sizes else None
-    h = embed_bytes(tokens, encoder.tok_embeddings, tables, config, before=before)
+    encoder, local, cross = params["local_encoder"], config.local_encoder, config.cross_attention
+    tables = None
+    if config.hash.sizes:
+        tables = functools.partial(lookup_sum, params[HASH_TABLES]["weight"])
+    h = embed_bytes(tokens, _embedding(encoder["tok_embeddings"]), tables, config, before=before)
     states = []
-    attend = _ring_attention(config.local_encoder, first, count, tokens.shape[1])
+    attend = _ring_attention(local, first, count, tokens.shape[1])
     h, rings = _run_blocks(
-        encoder.layers, config.local_encoder, h, cache.encoder, first, attend, states=states
+        encoder["layers"], local, h, cache.encoder, first, attend, states=states
     )
     positions = span(first, 0, tokens.shape[1])
     byte, pooled = cache.byte, h
     if cross.encoder:
         read = states if cross.all_layers_encoder else [h]
         pooled = read[0]
-        layers = each_layer(encoder.cross_attn_layers)
-        slots = _slots(positions, count, byte[0].keys.shape[2])
+        slots = _slots(positions, count, byte[0][0].shape[2])
         byte = tuple(
-            _write(kept, layer.keys_values(h), slots)
-            for kept, layer, h in zip(byte, layers, read, strict=True)
+            _write(kept, cross_keys_values(layer, h, local.norm_eps), slots)
+            for kept, layer, h in zip(byte, encoder["cross_attn_layers"], read, strict=True)
         )
     num_slots = cache.states.shape[1]
     last = read_slots(cache.pooled, (first[:, None] - 1) % num_slots)
@@ -99,62 +128,75 @@ def ngram_reach(config) -> int:
     return max(config.hash.sizes, default=1) - 1
 
 
-def close_patches(model: BLT, cache: BLTCache, starts, ends, seen_from, count) -> BLTCache:
+@_prepared
+def close_patches(
+    config: BLTConfig, params, cache: BLTCache, starts, ends, seen_from, count
+) -> BLTCache:
     """Runs the global stack on the next `count` int32 [B] patches, and returns the new cache.
 
     starts, ends: int32 [B, M], their positions, the end not included. seen_from: the first position
     that a patch reads, with the encoder's window of patches.
     """
-    config, first = model.config, cache.num_patches
+    stack, first = params["global_transformer"], cache.num_patches
     valid = below(count, starts.shape[1])
     starts, ends, seen_from = (jnp.where(valid, x, 0) for x in (starts, ends, seen_from))
-    patches = _encode_patches(model, cache, starts, ends, seen_from)
-    stack = model.global_transformer
+    patches = _encode_patches(config, params["local_encoder"], cache, starts, ends, seen_from)
     if config.patch_width != config.global_transformer.dim:
-        patches = stack.token_embedding_projection(patches)
+        patches = project(patches, stack["token_embedding_projection"])
 
     def attend(q, k, v, kept):
-        return store_attention(q, k, v, *kept, first, count)
+        return store_attention(q, k, v, kept, first, count)
 
     patches, stores = _run_blocks(
-        stack.layers, config.global_transformer, patches, cache.patch, first, attend
+        stack["layers"], config.global_transformer, patches, cache.patch, first, attend
     )
     cache = cache._replace(patch=stores, num_patches=first + count)
-    return _add_decoder_patches(
-        model.local_decoder, cache, patches, span(first, 0, starts.shape[1]), valid
-    )
+    numbers = span(first, 0, starts.shape[1])
+    return _add_decoder_patches(config, params["local_decoder"], cache, patches, numbers, valid)
 
 
-def predict(model: BLT, cache: BLTCache, num_new: int, first, count, patch_numbers):
+@_prepared
+def predict(config: BLTConfig, params, cache: BLTCache, num_new: int, first, count, patch_numbers):
     """Returns logits float32 [B, T, V] of T = num_new positions that were read, and the cache.
 
     patch_numbers: int32 [B, T]: the closed patch that each position reads.
     """
-    config, decoder = model.config, model.local_decoder
-    local, cross = config.local_decoder, config.cross_attention
+    decoder, local, cross = params["local_decoder"], config.local_decoder, config.cross_attention
     positions = span(first, 0, num_new)
     h = read_slots(cache.states, positions % cache.states.shape[1])
     attend = _ring_attention(local, first, count, num_new)
     if cross.decoder:
-        slots, visible = _patch_slots(cache.read[0].keys.shape[2], cross, patch_numbers)
-        layers = each_layer(decoder.cross_attn_layers)
+        slots, visible = _patch_slots(cache.read[0][0].shape[2], cross, patch_numbers)
+        layers = decoder["cross_attn_layers"]
 
         def read(index, h):
             if index >= len(layers):
                 return h
 
             def attend(q):
-                return slots_attention(q, *cache.read[index], slots, visible)
+                return slots_attention(q, cache.read[index], slots, visible)
 
-            return add_residual(h, layers[index].read(h, attend), cross.doubled_residual)
+            read = cross_read(layers[index], h, local.norm_eps, attend)
+            return add_residual(h, read, cross.doubled_residual)
     else:
         patches = read_slots(cache.patch_states, patch_numbers % cache.patch_states.shape[1])
 
         def read(index, h):
             return h if index else h + patches
 
-    h, rings = _run_blocks(decoder.layers, local, h, cache.decoder, first, attend, before=read)
-    return decoder.logits(h), cache._replace(decoder=rings)
+    h, rings = _run_blocks(decoder["layers"], local, h, cache.decoder, first, attend, before=read)
+    return _logits(decoder, local, h), cache._replace(decoder=rings)
+
+
+def _embedding(params):
+    """Returns the lookup of an embedding, see `Embedding`."""
+    return lambda ids, dtype: sharding.lookup(params["weight"], ids).astype(dtype)
+
+
+def _logits(params, stack, states):
+    """Maps states [B, T, E] -> float32 logits [B, T, V]."""
+    normed = norm(states, params["norm"]["weight"], stack.norm_eps)
+    return project(normed, params["output"]).astype(jnp.float32)
 
 
 def _run_blocks(layers, stack, x, cache, first, attend, before=None, states=None):
@@ -164,16 +206,16 @@ def _run_blocks(layers, stack, x, cache, first, attend, before=None, states=None
     before(index, x) runs before each block; what each block yields is added to `states`.
     """
     angles = rotary_angles(span(first, 0, x.shape[1]), stack.head_width, stack.rope_theta)
-    kept = []
+    factors, kept = rotary_factors(angles), []
 
     def attend_and_keep(q, k, v):
-        out, *keys_values = attend(q, k, v, cache[len(kept)])
-        kept.append(KeysValues(*keys_values))
+        out, keys_values = attend(q, k, v, cache[len(kept)])
+        kept.append(keys_values)
         return out
 
-    for index, block in enumerate(each_layer(layers)):
+    for index, block in enumerate(layers):
         x = before(index, x) if before else x
-        x = block(x, angles, attend_and_keep)
+        x = run_block(block, stack, x, factors, attend_and_keep)
         if states is not None:
             states.append(x)
     return x, tuple(kept)
@@ -184,7 +226,7 @@ def _ring_attention(stack, first, count, num_new, earliest=0):
     earliest = jnp.maximum(earliest, span(first, 0, num_new) - stack.window + 1)
 
     def attend(q, k, v, kept):
-        return ring_attention(q, k, v, *kept, first, count, earliest)
+        return ring_attention(q, k, v, kept, first, count, earliest)
 
     return attend
 
@@ -195,10 +237,13 @@ def _slots(positions, count, num_slots):
     return jnp.where(meant | (positions.shape[1] == 1), positions % num_slots, num_slots)
 
 
-def _write(kept: KeysValues, new, slots) -> KeysValues:
-    """Writes new keys and values [B, M, G, D] into cache slots [B, M]."""
-    new = (jnp.swapaxes(x, 1, 2) for x in new)
-    return KeysValues(*(write_slots(x, y, slots) for x, y in zip(kept, new, strict=True)))
+def _write(kept, new, slots):
+    """Writes new keys and values [B, M, G, D] into cache slots [B, M] on each device."""
+
+    def write(keys, values, slots, *kept):
+        return write_cache(kept, keys, values, slots)
+
+    return on_shards(write, *new, slots, *kept, like=tuple(range(3, 3 + len(kept))))
 
 
 def _pool_on(mode, last, h, opens):
@@ -218,9 +263,9 @@ def _pool_on(mode, last, h, opens):
     return joined[1][:, 1:]
 
 
-def _encode_patches(model: BLT, cache, starts, ends, seen_from):
+def _encode_patches(config, encoder, cache, starts, ends, seen_from):
     """Returns patches [B, M, patch_width] as the encoder hands them to the global stack."""
-    config, encoder, cross = model.config, model.local_encoder, model.config.cross_attention
+    cross = config.cross_attention
     pooled = read_slots(cache.pooled, (ends - 1) % cache.pooled.shape[1])
     if config.pooling == "mean":
         pooled = pooled / jnp.maximum(ends - starts, 1)[..., None]
@@ -229,32 +274,33 @@ def _encode_patches(model: BLT, cache, starts, ends, seen_from):
         return pooled
 
     def attend(q, kept):
-        return merge_vectors(span_attention(split_vectors(q, cross.k), *kept, seen_from, ends))
+        return merge_vectors(span_attention(split_vectors(q, cross.k), kept, seen_from, ends))
 
-    patches = wide_to_vectors(encoder.patch_embedding_projection(pooled), cross.k)
-    for layer, kept in zip(each_layer(encoder.cross_attn_layers), cache.byte, strict=True):
-        read = layer.read(patches, functools.partial(attend, kept=kept))
+    patches = wide_to_vectors(project(pooled, encoder["patch_embedding_projection"]), cross.k)
+    for layer, kept in zip(encoder["cross_attn_layers"], cache.byte, strict=True):
+        eps = config.local_encoder.norm_eps
+        read = cross_read(layer, patches, eps, functools.partial(attend, kept=kept))
         patches = add_residual(patches, read, cross.doubled_residual)
     return vectors_to_wide(patches, cross.k)
 
 
-def _add_decoder_patches(decoder, cache: BLTCache, patches, numbers, valid) -> BLTCache:
+def _add_decoder_patches(config, decoder, cache: BLTCache, patches, numbers, valid) -> BLTCache:
     """Returns the cache with the decoder's keys and values of new global states [B, M, G]."""
-    config, cross = decoder.config, decoder.config.cross_attention
+    cross = config.cross_attention
     if config.has_decoder_projection:
-        patches = decoder.patch_embedding_projection(patches)
+        patches = project(patches, decoder["patch_embedding_projection"])
     if not cross.decoder:
         num_slots = cache.patch_states.shape[1]
         slots = jnp.where(valid, numbers % num_slots, num_slots)
         return cache._replace(patch_states=write_slots(cache.patch_states, patches, slots))
     vectors = wide_to_vectors(patches, cross.k)
-    num_slots = cache.read[0].keys.shape[2]
+    num_slots = cache.read[0][0].shape[2]
     slots = span(numbers % (num_slots // cross.k) * cross.k, 0, cross.k)
     slots = jnp.where(valid[..., None], slots, num_slots).reshape(len(slots), -1)
-    layers = each_layer(decoder.cross_attn_layers)
+    eps = config.local_decoder.norm_eps
     new = [
-        _write(x, layer.keys_values(vectors), slots)
-        for x, layer in zip(cache.read, layers, strict=True)
+        _write(x, cross_keys_values(layer, vectors, eps), slots)
+        for x, layer in zip(cache.read, decoder["cross_attn_layers"], strict=True)
     ]
     return cache._replace(read=tuple(new))
 

@@ -3,126 +3,159 @@
 A ring of R slots holds the newest positions of a row, position p in slot p mod R; a store holds all
 of them, position p in slot p. Each row is at a position of its own. Softmaxes are in float32.
 
+A cache is (keys, values), each [B, G, slots, D], or on accelerators a single array of both side by
+side [B, G, slots, 2 D], which a step writes at once. CPUs would copy the halves before a product.
+There also a loop reads as much of a store as the longest row needs. On accelerators a store is read
+whole: the host waits for a GPU in each round of a loop whose rounds are not known.
+
 Letters: B rows, T new positions, H query heads, G key/value heads, D head width.
 """
 
 import jax
 import jax.numpy as jnp
 
-from bltjax.ops import partial_softmax
+from bltjax.ops import partial_softmax, platform
 from bltjax.ops.slots import below, on_shards, read_row, span, write_rows
 
-BLOCK = 128  # slots of a store that are read at a time
+BLOCK = 128  # slots of a store that are read at a time on CPUs
+
+Cache = tuple[jax.Array, ...]
 
 
-def ring_attention(q, k, v, ring_k, ring_v, first, count, earliest):
+def ring_attention(q, k, v, ring: Cache, first, count, earliest):
     """Attends from new positions to the ring and to new ones not later, from `earliest` on.
 
     q [B, T, H, D]; k, v [B, T, G, D]: positions first .. first + T - 1, of which the first `count`
-    [B] are kept, or if T is 1 all. ring_k, ring_v [B, G, R, D], R at least T; earliest int32 [B, T]
-    -> [B, T, H, D], and the rings.
+    [B] are kept, or if T is 1 all; earliest int32 [B, T] -> [B, T, H, D], and the ring. Of more new
+    positions than it has slots, the ring keeps the last.
 
     A slot counts as the latest position that it can hold. So a row may step back by n positions if
     R is n more than any query looks back.
     """
 
-    def attend(q, k, v, ring_k, ring_v, first, count, earliest):
-        num_new, num_slots = q.shape[1], ring_k.shape[2]
+    def attend(q, k, v, first, count, earliest, *ring):
+        num_new, num_slots = q.shape[1], ring[0].shape[2]
         positions = span(first, 0, num_new)
         kept = below(count, num_new) | (num_new == 1)
+        if num_new > num_slots:
+            kept &= ~below(count - num_slots, num_new)
         slots = jnp.where(kept, positions % num_slots, num_slots)
 
-        def written():
-            return _write(ring_k, k, slots), _write(ring_v, v, slots)
-
-        def see_rings(sums, rings, last):
+        def visible(last):
             held = last - (last - jnp.arange(num_slots, dtype=jnp.int32)[None]) % num_slots
-            return _add(sums, q, *rings, held[:, None] >= earliest[..., None])
+            return held[:, None] >= earliest[..., None]
 
         if num_new == 1:  # Written first, so that XLA sees the old ring unused and writes in place.
-            rings = written()
-            return _result(see_rings(_no_sums(q, k.shape[2]), rings, positions), q), *rings
+            ring = write_cache(ring, k, v, slots)
+            return _attend_once(q, ring, visible(positions)), *ring
         sums = _see_new(q, k, v, first, earliest)
-        return _result(see_rings(sums, (ring_k, ring_v), positions[:, :1] - 1), q), *written()
+        sums = _add(sums, q, *_keys_values(ring, q), visible(positions[:, :1] - 1))
+        return _result(sums, q), *write_cache(ring, k, v, slots)
 
-    return on_shards(attend, q, k, v, ring_k, ring_v, first, count, earliest, like=(0, 3, 4))
+    return _on_shards_of_cache(attend, q, k, v, first, count, earliest, cache=ring)
 
 
-def store_attention(q, k, v, store_k, store_v, first, count, block: int = BLOCK):
+def store_attention(q, k, v, store: Cache, first, count, block: int = BLOCK):
     """Attends from new positions to all stored ones before `first`, and to new ones not later.
 
-    Shapes as in `ring_attention`; the number of slots is a multiple of `block`, or less. Cost
-    follows the longest row, not the number of slots.
+    Shapes as in `ring_attention`; the number of slots is a multiple of `block`, or less. Rows of
+    count 0 give anything. On CPUs cost follows the longest row with a count, not the number of
+    slots.
     """
+    in_blocks = platform.platform() == "cpu"
 
-    def attend(q, k, v, store_k, store_v, first, count):
-        groups, num_slots = store_k.shape[1:3]
-        num_new, size = q.shape[1], min(block, num_slots)
+    def attend(q, k, v, first, count, *store):
+        groups, num_slots = store[0].shape[1:3]
+        num_new, size = q.shape[1], min(block, num_slots) if in_blocks else num_slots
         slots = jnp.where(below(count, num_new), span(first, 0, num_new), num_slots)
 
-        def written():
-            return _write(store_k, k, slots), _write(store_v, v, slots)
-
-        def see_stores(sums, stores, length):
+        def see_store(sums, store, length):
             def add_block(i, sums):
-                keys_values = (
-                    jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2) for x in stores
-                )
+                part = (jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2) for x in store)
                 visible = below(length - i * size, size)
-                return _add(sums, q, *keys_values, visible[:, None])
+                return _add(sums, q, *_keys_values(tuple(part), q), visible[:, None])
 
+            if not in_blocks:
+                return add_block(0, sums)
             return jax.lax.fori_loop(0, (length.max() + size - 1) // size, add_block, sums)
 
+        before = jnp.where(count > 0, first, 0)
         if num_new == 1:
-            stores = written()
-            sums = see_stores(_no_sums(q, groups), stores, first + count)
-            return _result(sums, q), *stores
+            store, length = write_cache(store, k, v, slots), before + count
+            if in_blocks:
+                return _result(see_store(_no_sums(q, groups), store, length), q), *store
+            return _attend_once(q, store, below(length, num_slots)[:, None]), *store
         sums = _see_new(q, k, v, first, jnp.zeros_like(first)[:, None])
-        return _result(see_stores(sums, (store_k, store_v), first), q), *written()
+        return _result(see_store(sums, store, before), q), *write_cache(store, k, v, slots)
 
-    return on_shards(attend, q, k, v, store_k, store_v, first, count, like=(0, 3, 4))
+    return _on_shards_of_cache(attend, q, k, v, first, count, cache=store)
 
 
-def span_attention(q, store_k, store_v, starts, ends, block: int = 16):
+def span_attention(q, store: Cache, starts, ends, block: int = 16):
     """Attends from the K queries of each of M spans to stored positions start .. end - 1.
 
-    q [B, M, K, H, D]; store_k, store_v [B, G, P, D]; starts, ends int32 [B, M]
-    -> [B, M, K, H, D], 0 for empty spans. Cost follows the longest span.
+    q [B, M, K, H, D]; starts, ends int32 [B, M] -> [B, M, K, H, D], 0 for empty spans. Cost follows
+    the longest span; on accelerators a single span reads the store whole.
     """
+    at_once = platform.platform() != "cpu" and q.shape[1] == 1
 
-    def attend(q, store_k, store_v, starts, ends):
+    def attend(q, starts, ends, *store):
         rows, spans = q.shape[:2]
         flat = q.reshape(rows * spans, *q.shape[2:])  # spans do not see each other
+        if at_once:
+            positions = jnp.arange(store[0].shape[2], dtype=jnp.int32)[None]
+            visible = (positions >= starts) & (positions < ends)
+            return _attend_once(flat, store, visible[:, None]).reshape(q.shape)
 
         def add_block(i, sums):
             at = span(starts + i * block, 0, block)
-            keys, values = (_take_each(x, at) for x in (store_k, store_v))
+            part = tuple(_take_each(x, at) for x in store)
             visible = (at < ends[..., None]).reshape(rows * spans, 1, block)
-            return _add(sums, flat, keys, values, visible)
+            return _add(sums, flat, *_keys_values(part, q), visible)
 
         num_blocks = ((ends - starts).max() + block - 1) // block
-        sums = jax.lax.fori_loop(0, num_blocks, add_block, _no_sums(flat, store_k.shape[1]))
+        sums = jax.lax.fori_loop(0, num_blocks, add_block, _no_sums(flat, store[0].shape[1]))
         return _result(sums, flat).reshape(q.shape)
 
-    return on_shards(attend, q, store_k, store_v, starts, ends)
+    return on_shards(attend, q, starts, ends, *store)
 
 
-def slots_attention(q, cache_k, cache_v, slots, visible):
+def slots_attention(q, cache: Cache, slots, visible):
     """Attends from each new position to the cached slots that `slots` names for it.
 
-    q [B, T, H, D]; cache_k, cache_v [B, G, R, D]; slots int32 and visible bool [B, T, M]
-    -> [B, T, H, D], 0 where nothing is visible.
+    q [B, T, H, D]; slots int32 and visible bool [B, T, M] -> [B, T, H, D], 0 where nothing is
+    visible.
     """
 
-    def attend(q, cache_k, cache_v, slots, visible):
+    def attend(q, slots, visible, *cache):
         rows, new = q.shape[:2]
         flat = q.reshape(rows * new, 1, *q.shape[2:])
-        keys, values = (_take_each(x, slots) for x in (cache_k, cache_v))
-        visible = visible.reshape(len(flat), 1, -1)
-        sums = _add(_no_sums(flat, keys.shape[1]), flat, keys, values, visible)
-        return _result(sums, flat).reshape(q.shape)
+        taken = tuple(_take_each(x, slots) for x in cache)
+        return _attend_once(flat, taken, visible.reshape(len(flat), 1, -1)).reshape(q.shape)
 
-    return on_shards(attend, q, cache_k, cache_v, slots, visible)
+    return on_shards(attend, q, slots, visible, *cache)
+
+
+def write_cache(cache: Cache, keys, values, slots) -> Cache:
+    """Writes keys, values [B, M, G, D] into slots int32 [B, M]; drops slots from R on."""
+    new = (keys, values) if len(cache) == 2 else (jnp.concatenate([keys, values], axis=-1),)
+    return tuple(
+        write_rows(x, jnp.swapaxes(y, 1, 2), slots) for x, y in zip(cache, new, strict=True)
+    )
+
+
+def _on_shards_of_cache(attend, q, *inputs, cache: Cache):
+    """Calls attend(q, *inputs, *cache) on each device; returns its result and the cache."""
+    arguments = (q, *inputs, *cache)
+    of_cache = range(len(arguments) - len(cache), len(arguments))
+    out, *cache = on_shards(attend, *arguments, like=(0, *of_cache))
+    return out, tuple(cache)
+
+
+def _keys_values(cache: Cache, q):
+    """Returns keys and values [B, G, S, D] of a cache, for queries [..., D]."""
+    width = q.shape[-1]
+    return cache if len(cache) == 2 else (cache[0][..., :width], cache[0][..., width:])
 
 
 def _take_each(cache, slots):
@@ -133,9 +166,17 @@ def _take_each(cache, slots):
     return jnp.swapaxes(taken, 1, 2).reshape(-1, groups, slots.shape[-1], width)
 
 
-def _write(cache, new, slots):
-    """Writes new [B, T, G, D] into slots [B, T] of a cache [B, G, R, D]."""
-    return write_rows(cache, jnp.swapaxes(new, 1, 2), slots)
+def _attend_once(q, cache: Cache, visible):
+    """Attends from q [B, T, H, D] to the slots that visible [B, T or 1, S] lets each query see.
+
+    -> [B, T, H, D], 0 where nothing is visible. A plain softmax: XLA makes one kernel of it.
+    """
+    keys, values = _keys_values(cache, q)
+    visible = visible[:, None, None]
+    scores = jnp.where(visible, _scores(q, keys), partial_softmax.MASKED)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    return _as_queries(_read(jnp.where(visible, weights, 0), values), q)
 
 
 def _no_sums(q, groups):
@@ -146,13 +187,10 @@ def _no_sums(q, groups):
 
 def _add(sums, q, keys, values, visible):
     """Adds keys, values [B, G, S, D] that visible [B, T or 1, S] lets each query see."""
-    queries = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[3])
-    scores = _product("btgrd,bgsd->bgrts", queries, keys) * q.shape[3] ** -0.5
-
-    def read(weights):
-        return _product("bgrts,bgsd->bgrtd", weights, values)
-
-    return partial_softmax.add(sums, scores, read, visible[:, None, None])
+    scores = _scores(q, keys)
+    return partial_softmax.add(
+        sums, scores, lambda weights: _read(weights, values), visible[:, None, None]
+    )
 
 
 def _see_new(q, k, v, first, earliest):
@@ -165,7 +203,22 @@ def _see_new(q, k, v, first, earliest):
 
 
 def _result(sums, q):
-    return jnp.moveaxis(partial_softmax.mean(sums), 3, 1).reshape(q.shape).astype(q.dtype)
+    return _as_queries(partial_softmax.mean(sums), q)
+
+
+def _as_queries(mixed, q):
+    """Turns [B, G, R, T, D] into the shape and dtype of queries [B, T, H, D]."""
+    return jnp.moveaxis(mixed, 3, 1).reshape(q.shape).astype(q.dtype)
+
+
+def _scores(q, keys):
+    """Returns scores float32 [B, G, R, T, S] of q [B, T, H, D] against keys [B, G, S, D]."""
+    queries = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[3])
+    return _product("btgrd,bgsd->bgrts", queries, keys) * q.shape[3] ** -0.5
+
+
+def _read(weights, values):
+    return _product("bgrts,bgsd->bgrtd", weights, values)
 
 
 def _product(subscripts, a, b):

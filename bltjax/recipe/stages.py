@@ -314,7 +314,8 @@ def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
     requests = make_requests(decoder, prompt, settings.sample_bytes, 0, length)
     sampling = Sampling(temperature=settings.temperature)
     with announced("sample: compiling and drawing"):
-        (continuation,), _ = generate(decoder, for_generation(models), requests, sampling)
+        params = for_generation(decoder, models)
+        (continuation,), _ = generate(decoder, params, requests, sampling)
     text = text_bytes(settings.prompt) + continuation
     print(f"sample:\n{printable(text)}\n", flush=True)
 

@@ -62,7 +62,7 @@ class Tiny(TextModel):
 
     lengths = Lengths(row_bytes=2**30)
     mesh = property(lambda self: jax.sharding.get_mesh())
-    _generation_params = property(lambda self: for_generation(self.params))
+    _generation_params = property(lambda self: for_generation(self._decoder(), self.params))
     generate = TextModel.generate_and_count
 
     def _decoder(self):
@@ -101,6 +101,18 @@ def test_greedy_text_is_that_of_recomputation(name):
 def test_greedy_text_on_a_mesh():
     with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])):
         check_exact(Tiny(MODELS[1]), prompts(8), 32, [dict(batch_size=8, max_drafts=3)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_greedy_text_as_accelerators_compute_it(device, formulated_for):
+    texts = [*prompts(6), *prompts(2, window=80)]
+    expected = Tiny(MODELS[0]).generate(texts, 32)
+    with formulated_for(device):
+        model = Tiny(MODELS[0])
+        assert model.generate(texts, 32) == expected
+        drafted = model.generate(texts, 32, batch_size=1, max_drafts=3)
+        assert drafted[0] == expected[0]
 
 
 @pytest.mark.slow
@@ -195,10 +207,11 @@ def test_the_global_stack_runs_once_for_each_closed_patch(tiny):
 
 @pytest.mark.long
 def test_one_compilation_for_a_batch_and_a_size_of_room(tiny):
-    tiny.generate([b"a", b"b", b"c"], 10, batch_size=4)
+    drawn = dict(temperature=0.7, top_p=0.9)
+    tiny.generate([b"a", b"b", b"c"], 10, batch_size=4, **drawn)
     tiny.generate([b"a"], 10)
     before = prefill._cache_size(), decode._cache_size()
-    tiny.generate([b"another prompt"] * 9, 30, seed=3, temperature=0.7, top_p=0.9, batch_size=4)
+    tiny.generate([b"another prompt"] * 9, 30, seed=3, temperature=0.5, top_k=9, batch_size=4)
     assert len(list(tiny.stream(b"text", 40))) > 2
     assert (prefill._cache_size(), decode._cache_size()) == before
 

@@ -16,7 +16,7 @@ from bltjax.config import (
     TransformerConfig,
 )
 from bltjax.evaluation.score import BLTScoring, score_documents
-from bltjax.inference import engine
+from bltjax.inference import engine, memory
 from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.requests import configure, make_requests
 from bltjax.inference.sampling import Sampling
@@ -126,7 +126,7 @@ def test_more_than_memory_holds_is_refused_before_anything_is_allocated(tiny, mo
     said = r"max_new_bytes=1073741000 after a prompt of 4 ids needs \d+\.\d GiB .* are free: lower"
     with pytest.raises(ValueError, match=said):
         tiny.generate(texts, 2**30 - 824, max_drafts=drafts)
-    monkeypatch.setattr(engine, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
     with pytest.raises(ValueError, match=r"max_new_bytes=5000 after a prompt of 4 ids needs .*GiB"):
         tiny.generate(texts, [5000, 7])
 
@@ -172,7 +172,7 @@ def test_settings_of_jax_change_nothing():
             requests = make_requests(decoder, [b"a b", "日本".encode()], [9, 3], [1, 2], None)
             texts, _ = engine.generate(
                 decoder,
-                for_generation(dict(blt=params)),
+                for_generation(decoder, dict(blt=params)),
                 requests,
                 sampling,
                 [b"\xff"],

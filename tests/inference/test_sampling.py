@@ -130,7 +130,7 @@ def draw_rows(logits, chosen, seeds):
 
 
 def greedy_like(chosen):
-    return chosen._replace(temperature=jnp.float32(0))
+    return sampling_arrays(Sampling())._replace(repetition_penalty=chosen.repetition_penalty)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -59,17 +59,19 @@ CONFIGS = {
     "mean pooling, the other way": changed(A, pooling="mean", cross_attention=ONLY_DECODER),
 }
 LINES = dataclasses.replace(ENTROPY, reset_at_newlines=True)
-CASES = [  # config, rule, positions of a piece, whether layers are apart
-    (A, ENTROPY, 1, False),
-    ("mean pooling, grouped heads, windows", LINES, 7, True),
-    (WINDOWS, LINES, 16, False),
-    (NO_CROSS, dataclasses.replace(ENTROPY, max_patch_length=3), 7, True),
-    ("mean pooling, the other way", PatchingConfig(rule="static"), 16, True),
+CASES = [  # config, rule, positions of a piece, device that parameters are laid out for, or None
+    (A, ENTROPY, 1, None),
+    (A, ENTROPY, 1, "gpu"),
+    ("mean pooling, grouped heads, windows", LINES, 7, "cpu"),
+    ("mean pooling, grouped heads, windows", LINES, 16, "gpu"),
+    (WINDOWS, LINES, 16, None),
+    (NO_CROSS, dataclasses.replace(ENTROPY, max_patch_length=3), 7, "cpu"),
+    ("mean pooling, the other way", PatchingConfig(rule="static"), 16, "cpu"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
-            (B7, ENTROPY, 7, False),
-            ("min pooling, one way", PatchingConfig(rule="space"), 1, False),
+            (B7, ENTROPY, 7, None),
+            ("min pooling, one way", PatchingConfig(rule="space"), 1, None),
         )
     ),
 ]
@@ -175,16 +177,18 @@ def in_pieces(decoder, params, num_new):
     return found, state
 
 
-@pytest.mark.parametrize("name, patching, num_new, apart", CASES)
-def test_pieces_equal_the_full_pass(name, patching, num_new, apart):
+@pytest.mark.parametrize("name, patching, num_new, device", CASES)
+def test_pieces_equal_the_full_pass(name, patching, num_new, device, formulated_for):
     config, params = models(name)
     decoder = BLTDecoder(config, ENTROPY_CONFIG, patching)
     expected, entropies, starts = full_pass(decoder, params)
-    if apart:
-        params = for_generation(jax.tree.map(jnp.asarray, params))
-        layers = params["blt"]["local_decoder"]["layers"]
-        assert isinstance(layers, tuple) and len(layers) == config.local_decoder.num_layers
-    logits, state = in_pieces(decoder, params, num_new)
+    with formulated_for(device or "cpu"):
+        if device:
+            params = for_generation(decoder, params)
+            layers = params["blt"]["local_decoder"]["layers"]
+            assert isinstance(layers, tuple) and len(layers) == config.local_decoder.num_layers
+        logits, state = in_pieces(decoder, params, num_new)
+    assert len(state.blt.patch[0]) == (1 if device == "gpu" else 2)
     assert expected.std() > 0.1
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
     if entropies is not None:

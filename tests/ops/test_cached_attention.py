@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bltjax import sharding
+from bltjax.ops import platform
 from bltjax.ops.cached_attention import (
     ring_attention,
     slots_attention,
@@ -20,6 +21,7 @@ from bltjax.ops.cached_attention import (
 CLOSE = dict(rtol=0, atol=2e-6)
 D, S = 4, 24  # width of a head, positions of a row
 HEADS = [(1, 1), (4, 2), (3, 1)]  # of queries, of keys and values
+DEVICES = st.sampled_from(["cpu", "gpu"])
 SEEDS = st.integers(0, 2**32 - 1)
 # Steps of three rows: how far each goes back, and how many positions it then keeps.
 STEPS = st.lists(
@@ -38,14 +40,19 @@ def dense(q, k, v, mask):
     return np.einsum("hnm,mhd->nhd", weights / np.where(total > 0, total, 1), v)
 
 
+def as_cache(keys, values, joined=False):
+    """The two forms that a cache has."""
+    return (np.concatenate([keys, values], axis=-1),) if joined else (keys, values)
+
+
 class Rows:
     """Rows that read positions, some of them again and with other content."""
 
-    def __init__(self, batch, heads, groups, num_slots, seed):
+    def __init__(self, batch, heads, groups, num_slots, joined, seed):
         self.rng = np.random.default_rng(seed)
         self.heads, self.batch = heads, batch
         self.keys, self.values = self.rng.normal(size=(2, batch, S, groups, D))
-        self.caches = jnp.zeros((2, batch, groups, num_slots, D))
+        self.cache = as_cache(*np.zeros((2, batch, groups, num_slots, D), np.float32), joined)
         self.length, self.reached = np.zeros(batch, int), np.zeros(batch, int)
 
     def step(self, attention, moves, num_new, back, visible):
@@ -60,8 +67,8 @@ class Rows:
             count = np.ones_like(count)
         q = self.rng.normal(size=(self.batch, num_new, self.heads, D))
         k, v = self.rng.normal(size=(2, self.batch, num_new, *self.keys.shape[2:]))
-        given = (*(np.float32(x) for x in (q, k, v)), *self.caches)
-        out, *self.caches = attention(*given, np.int32(first), np.int32(count))
+        given = (*(np.float32(x) for x in (q, k, v)), self.cache)
+        out, self.cache = attention(*given, np.int32(first), np.int32(count))
         out = np.asarray(out)
         for row, (at, n) in enumerate(zip(first, count, strict=True)):
             self.keys[row, at : at + n], self.values[row, at : at + n] = k[row, :n], v[row, :n]
@@ -74,15 +81,15 @@ class Rows:
 
 
 @jax.jit
-def ring(q, k, v, ring_k, ring_v, first, count, earliest):
-    return ring_attention(q, k, v, ring_k, ring_v, first, count, earliest)
+def ring(q, k, v, cache, first, count, earliest):
+    return ring_attention(q, k, v, cache, first, count, earliest)
 
 
 @jax.jit
-def window_ring(window, line, q, k, v, ring_k, ring_v, first, count):
+def window_ring(window, line, q, k, v, cache, first, count):
     positions = first[:, None] + jnp.arange(q.shape[1])[None]
     earliest = jnp.maximum(positions - window + 1, positions // line * line)
-    return ring_attention(q, k, v, ring_k, ring_v, first, count, earliest)
+    return ring_attention(q, k, v, cache, first, count, earliest)
 
 
 @given(
@@ -92,16 +99,21 @@ def window_ring(window, line, q, k, v, ring_k, ring_v, first, count):
             (3, (4, 2), 1, 6),
             (3, (3, 1), 4, 4),
             (3, (4, 2), 4, 8),
+            (3, (2, 1), 4, 3),
         ]
     ),
+    st.booleans(),
     st.integers(0, 3),
     st.sampled_from([S, 3]),
     STEPS,
     SEEDS,
 )
 @settings(max_examples=35)
-def test_ring(shape, back, line, steps, seed):
-    """Windows of a ring less the positions that rows step back over, and lines that end earlier."""
+def test_ring(shape, joined, back, line, steps, seed):
+    """Windows of a ring less the positions that rows step back over, and lines that end earlier.
+
+    Also of rings with fewer slots than new positions.
+    """
     batch, heads, num_new, num_slots = shape
     back = min(back, num_slots - 1)
     window = num_slots - back
@@ -111,7 +123,7 @@ def test_ring(shape, back, line, steps, seed):
         from_line = seen >= position // line * line
         return (seen <= position) & (seen > position - window) & from_line
 
-    rows = Rows(batch, *heads, num_slots, seed)
+    rows = Rows(batch, *heads, num_slots, joined, seed)
     for moves in steps:
         rows.step(functools.partial(window_ring, window, line), moves, num_new, back, visible)
 
@@ -124,10 +136,9 @@ def test_a_position_may_be_read_again(num_new):
     rings = rng.normal(size=(2, 2, 2, 8, D)).astype(np.float32)
     first, count = np.int32([9, 3]), np.int32([num_new, 1])
     earliest = first[:, None] + np.arange(num_new) - 3
-    once = ring(q, k, v, *rings, first, count, earliest)
-    again = ring(q, k, v, *once[1:], first, count, earliest)
-    for x, y in zip(once, again, strict=True):
-        np.testing.assert_array_equal(x, y)
+    once = ring(q, k, v, as_cache(*rings), first, count, earliest)
+    again = ring(q, k, v, once[1], first, count, earliest)
+    jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
 def test_stepping_back_is_as_never_having_gone_on():
@@ -135,14 +146,13 @@ def test_stepping_back_is_as_never_having_gone_on():
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 2, 20, 2, D)).astype(np.float32)
     other = rng.normal(size=(2, 2, back, 2, D)).astype(np.float32)
-    rings = np.zeros((2, 2, 2, window + back, D), np.float32)
+    rings = as_cache(*np.zeros((2, 2, 2, window + back, D), np.float32))
     one = np.ones(2, np.int32)
 
     def read(rings, position, k, v):
         at = position * one
         earliest = at[:, None] - window + 1
-        out, *rings = ring(q[:, position : position + 1], k, v, *rings, at, one, earliest)
-        return out, rings
+        return ring(q[:, position : position + 1], k, v, rings, at, one, earliest)
 
     for position in range(10):
         _, rings = read(rings, position, *(x[:, position : position + 1] for x in (k, v)))
@@ -156,9 +166,11 @@ def test_stepping_back_is_as_never_having_gone_on():
         np.testing.assert_array_equal(found, expected)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def store(block, *inputs):
-    return store_attention(*inputs, block=block)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def store(device, block, *inputs):
+    with pytest.MonkeyPatch.context() as patch:  # formulated as on a device of this kind
+        patch.setattr(platform, "platform", lambda: device)
+        return store_attention(*inputs, block=block)
 
 
 @given(
@@ -170,17 +182,19 @@ def store(block, *inputs):
             (1, (1, 1), 4, 128),
         ]
     ),
+    DEVICES,
+    st.booleans(),
     STEPS,
     SEEDS,
 )
-@settings(max_examples=25)
-def test_store(shape, steps, seed):
+@settings(max_examples=35)
+def test_store(shape, device, joined, steps, seed):
     """Everything before is seen, in one block or several, wherever a row goes on."""
     batch, heads, num_new, block = shape
-    rows = Rows(batch, *heads, S, seed)
+    rows = Rows(batch, *heads, S, joined, seed)
     for moves in steps:
         rows.step(
-            functools.partial(store, block),
+            functools.partial(store, device, block),
             moves,
             num_new,
             S,
@@ -188,12 +202,14 @@ def test_store(shape, steps, seed):
         )
 
 
-def test_a_row_of_no_new_position_leaves_the_store_as_it_is():
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_row_of_no_new_position_leaves_the_store_as_it_is(device):
     rng = np.random.default_rng(0)
     stores = rng.normal(size=(2, 2, 1, 8, D)).astype(np.float32)
     for num_new in (1, 3):
         q, k, v = rng.normal(size=(3, 2, num_new, 1, D)).astype(np.float32)
-        _, *after = store(4, q, k, v, *stores, np.int32([5, 5]), np.int32([0, 1]))
+        args = q, k, v, as_cache(*stores), np.int32([5, 5]), np.int32([0, 1])
+        _, after = store(device, 4, *args)
         for x, before in zip(after, stores, strict=True):
             np.testing.assert_array_equal(x[0], before[0])
             assert (np.asarray(x[1]) != before[1]).any(axis=(0, 2)).tolist() == [
@@ -201,19 +217,23 @@ def test_a_row_of_no_new_position_leaves_the_store_as_it_is():
             ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def span(block, *inputs):
-    return span_attention(*inputs, block=block)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def span(device, block, *inputs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "platform", lambda: device)
+        return span_attention(*inputs, block=block)
 
 
 @given(
     st.sampled_from(HEADS),
     st.sampled_from([(1, 1, 16), (3, 2, 4)]),  # spans, queries of each, block
+    DEVICES,
+    st.booleans(),
     st.data(),
     SEEDS,
 )
-@settings(max_examples=25)
-def test_spans(heads, sizes, data, seed):
+@settings(max_examples=35)
+def test_spans(heads, sizes, device, joined, data, seed):
     num_spans, k, block = sizes
     edges = st.lists(st.integers(0, S), min_size=4 * num_spans, max_size=4 * num_spans)
     edges = np.array(data.draw(edges), np.int32).reshape(2, 2, num_spans)
@@ -221,7 +241,7 @@ def test_spans(heads, sizes, data, seed):
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(2, num_spans, k, heads[0], D)).astype(np.float32)
     keys, values = rng.normal(size=(2, 2, heads[1], S, D)).astype(np.float32)
-    out = np.asarray(span(block, q, keys, values, starts, ends))
+    out = np.asarray(span(device, block, q, as_cache(keys, values, joined), starts, ends))
     for row, i in np.ndindex(2, num_spans):
         seen = (np.arange(S) >= starts[row, i]) & (np.arange(S) < ends[row, i])
         mask = np.tile(seen, (k, 1))
@@ -229,8 +249,9 @@ def test_spans(heads, sizes, data, seed):
         np.testing.assert_allclose(out[row, i], dense(q[row, i], *by_position, mask), **CLOSE)
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_named_slots(heads):
+def test_named_slots(heads, joined):
     """In any order, visible or not; where nothing is visible, 0."""
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, 5, heads[0], D)).astype(np.float32)
@@ -238,7 +259,7 @@ def test_named_slots(heads):
     slots = rng.permuted(np.tile(np.arange(7), (2, 5, 1)), axis=-1)[..., :4].astype(np.int32)
     visible = rng.random(slots.shape) < 0.5
     visible[0, 0], visible[1, 2] = False, True
-    out = np.asarray(jax.jit(slots_attention)(q, keys, values, slots, visible))
+    out = np.asarray(jax.jit(slots_attention)(q, as_cache(keys, values, joined), slots, visible))
     mask = np.zeros((2, 5, 7), bool)
     np.put_along_axis(mask, slots, visible, axis=-1)
     for row in range(2):
@@ -247,55 +268,59 @@ def test_named_slots(heads):
     assert (out[0, 0] == 0).all()
 
 
-def cases():
+def cases(joined):
     """(attention, its inputs, the axes of each) with four query and two key/value heads."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    queries, caches = ("batch", None, "heads", None), ("batch", "heads", None, None)
-    caches_given = [normal(4, 2, 8, D), normal(4, 2, 8, D)]
+    queries, of_cache = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    cache = as_cache(normal(4, 2, 8, D), normal(4, 2, 8, D), joined)
+    caches = (of_cache,) * len(cache)
     first, count = np.int32([0, 7, 9, 30]), np.int32([3, 0, 2, 1])
     for num_new in (1, 3):
         qkv = [normal(4, num_new, h, D) for h in (4, 2, 2)]
-        axes = [queries] * 3 + [caches] * 2 + [("batch",)] * 2
+        axes = [queries] * 3 + [caches] + [("batch",)] * 2
         earliest = first[:, None] + np.arange(num_new) - 4
         yield (
             ring_attention,
-            [*qkv, *caches_given, first, count, earliest],
+            [*qkv, cache, first, count, earliest],
             [*axes, ("batch", None)],
         )
-        inputs = [*qkv, *caches_given, first % 5, count]
+        inputs = [*qkv, cache, first % 5, count]
         yield functools.partial(store_attention, block=4), inputs, axes
     starts = np.int32([[0, 3], [2, 2], [0, 0], [5, 1]])
     yield (
         functools.partial(span_attention, block=2),
-        [normal(4, 2, 3, 4, D), *caches_given, starts, starts + np.int32([0, 3])],
-        [("batch", None, None, "heads", None), caches, caches, ("batch", None), ("batch", None)],
+        [normal(4, 2, 3, 4, D), cache, starts, starts + np.int32([0, 3])],
+        [("batch", None, None, "heads", None), caches, ("batch", None), ("batch", None)],
     )
     slots = rng.integers(0, 8, (4, 3, 2)).astype(np.int32)
     yield (
         slots_attention,
-        [normal(4, 3, 4, D), *caches_given, slots, slots > 2],
-        [queries, caches, caches, ("batch", None, None), ("batch", None, None)],
+        [normal(4, 3, 4, D), cache, slots, slots > 2],
+        [queries, caches, ("batch", None, None), ("batch", None, None)],
     )
 
 
-@pytest.mark.parametrize("attention, inputs, axes", list(cases()))
+def place(x, names, mesh):
+    if isinstance(x, tuple):
+        return tuple(place(*pair, mesh) for pair in zip(x, names, strict=True))
+    return jax.device_put(x, jax.NamedSharding(mesh, sharding.spec(*names)))
+
+
+@pytest.mark.parametrize("attention, inputs, axes", [*cases(False), *cases(True)])
 def test_rows_and_heads_over_devices(attention, inputs, axes, use_mesh):
     expected = jax.tree.leaves(jax.jit(attention)(*inputs))
     with use_mesh(1, 2, 2):
         mesh = jax.sharding.get_mesh()
-        specs = [sharding.spec(*names) for names in axes]
-        placed = [
-            jax.device_put(x, jax.NamedSharding(mesh, spec))
-            for x, spec in zip(inputs, specs, strict=True)
-        ]
+        placed = [place(x, names, mesh) for x, names in zip(inputs, axes, strict=True)]
         found = jax.tree.leaves(jax.jit(attention)(*placed))
         # The result lies as the queries do, caches as caches.
-        of = [specs[0], specs[3], specs[4]][: len(found)]
-        assert [jax.typeof(x).sharding.spec for x in found] == of
+        assert jax.typeof(found[0]).sharding.spec == sharding.spec(*axes[0])
+        of_cache = sharding.spec("batch", "heads", None, None)
+        assert all(jax.typeof(x).sharding.spec == of_cache for x in found[1:])
         found = [np.asarray(x) for x in found]
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, **CLOSE)
