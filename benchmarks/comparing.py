@@ -51,7 +51,8 @@ def define_flags():
     """Those of train_step.py and forward.py."""
     define_step_flags("all", ["4x1024", "1x8192"])
     flags.DEFINE_enum("against", None, [THEIRS], "Measure this too, in turns.")
-    flags.DEFINE_string("config", None, "A file of configs/ whose model is taken, not --size.")
+    meaning = "A file of configs/ whose model is taken, not --size; --config.NAME=VALUE changes it."
+    flags.DEFINE_string("config", None, meaning)
     flags.DEFINE_enum("attention", "sdpa", ["sdpa", "eager"], "Of the peer.")
     flags.DEFINE_bool("checkpointing", False, "The peer's gradient checkpointing.")
     flags.DEFINE_bool("apart", False, "One process after the other, where memory holds only one.")
@@ -86,7 +87,7 @@ def models() -> dict[str, tuple[BLTConfig, OptimizerConfig]]:
         names = ["small", "large"] if chosen.size == "all" else [chosen.size]
         found = {name: (SIZES[name], with_hash_updates(OPTIMIZER)) for name in names}
     else:
-        run = read_config(chosen.config)
+        run = read_config(chosen.config, cli.given_settings())
         # Without a schedule, so that both make the same updates.
         constant = dataclasses.replace(run.blt_training.optimizer, schedule="constant")
         found = {Path(chosen.config).stem: (run.blt, with_hash_updates(constant))}

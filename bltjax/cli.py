@@ -190,6 +190,11 @@ def read_config(needs_workdir: bool = True) -> tuple[RunConfig, str | None]:
         fail(error)
 
 
+def given_settings() -> dict:
+    """Returns the settings --config.NAME=VALUE of the command line, by name."""
+    return dict(_settings)
+
+
 def open_model():
     """Loads the model that the flags name, with a progress bar."""
     from bltjax import api

@@ -37,4 +37,10 @@ CHIPS = {
     "b200": Chip(("NVIDIA B200",), 2250e12, 180 * GIB, 8000e9, 900e9),
 }
 
-PEAKS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
+
+def find_chip(device_kind: str) -> Chip | None:
+    """Returns the chip of a JAX device_kind, such as "NVIDIA H100 80GB HBM3"; None if unknown."""
+    kind = device_kind.replace("-", " ")  # NVIDIA A100-SXM4-80GB
+    names = {name: chip for chip in CHIPS.values() for name in chip.kinds}
+    matching = [name for name in names if kind == name or kind.startswith(f"{name} ")]
+    return names[max(matching, key=len)] if matching else None

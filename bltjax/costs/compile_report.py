@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bltjax.costs import compiler_errors
+from bltjax.costs import compiler_cycles, compiler_errors
 from bltjax.costs.chips import GIB, Chip
 from bltjax.costs.hlo_cost import read_cost
 from bltjax.costs.launches import count_launches
@@ -18,7 +18,7 @@ REMATERIALISED = "Involuntary full rematerialization"  # XLA gathers a whole arr
 LOG_TAIL = 4000  # characters of the compiler's log that are shown where it fails
 # Results of a program that compiled; None where it did not.
 WORK = ("compiled_flops", "kernel_flops", "hbm_traffic_bytes", "collective_bytes", "received_bytes")
-WORK += ("largest_collective", "unknown_loops", "unknown_kernels", "roofline")
+WORK += ("largest_collective", "unknown_loops", "unknown_kernels", "roofline", "compiler")
 # Settings to change, by the part that takes most of the memory.
 REMEDIES = dict(
     parameter_bytes="a larger mesh.fsdp, more chips",
@@ -76,6 +76,7 @@ def compile_program(
             found["launches"] = dataclasses.asdict(count_launches(text))
         unit = "tokens" if stage == "token_model" else "bytes"
         found["roofline"] = roofline(found, chip, made.num_bytes / len(devices), unit)
+        found["compiler"] = compiler_cycles.report(text, found["model_flops"], chip)
     return found
 
 
@@ -205,6 +206,8 @@ def print_report(found: dict):
         f"  at most {times[times['unit'] + '_per_second']:,.0f} {times['unit']}/s a device, "
         f"model FLOP utilisation {times['mfu']:.1%}"
     )
+    if found["compiler"]:
+        compiler_cycles.print_report(found["compiler"], times["mfu"])
 
 
 def _print_bytes(name: str, size: float | None, note: str = ""):

@@ -1,7 +1,7 @@
 """Sums the cycles that the compiler of TPUs expects its own program to take.
 
-libtpu writes an estimate beside most of the instructions it schedules. A loop's body counts once for
-each of its rounds, as in `hlo_cost`. Kernels, gathers, scatters, sorts and collectives have no
+libtpu writes an estimate beside most of the instructions it schedules. A loop's body counts once
+for each of its rounds, as in `hlo_cost`. Kernels, gathers, scatters, sorts and collectives have no
 estimate, so a sum is a lower bound; they are listed as not counted. Copies that run beside the
 computation, from HBM to VMEM and back, are neither.
 """
@@ -13,6 +13,7 @@ import re
 from bltjax.costs import hlo_cost, hlo_text
 
 NO_SOURCE = "no source"  # instructions that the compiler added, copies for the most part
+SHOWN = 8  # parts that are printed
 _UNCOUNTED = ("gather", "scatter", "sort", "reshape", "reduce-window", *hlo_cost.COLLECTIVES)
 
 
@@ -34,7 +35,7 @@ class Cycles:
 
 
 def read_cycles(text: str) -> Cycles:
-    """Returns the cycles of a program, given as `compiled.as_text()`; none but libtpu writes any."""
+    """Returns the cycles of a program, given as `compiled.as_text()`; libtpu alone writes any."""
     program = hlo_cost.Program(text, {})
     return _cycles_of(program, program.entry)
 
@@ -52,6 +53,17 @@ def report(text: str, model_flops: float, chip) -> dict | None:
         part_seconds={name: count / chip.clock for name, count in cycles.parts.most_common()},
         not_counted=dict(cycles.uncounted.most_common()),
     )
+
+
+def print_report(found: dict, mfu_of_roofline: float):
+    """Prints the result of `report` for people, beside the MFU of the roofline."""
+    parts = [f"{name} {seconds:.4g} s" for name, seconds in found["part_seconds"].items()]
+    print(f"  the compiler's cycles: {found['seconds']:.4g} s a run: {', '.join(parts[:SHOWN])}")
+    missing = ", ".join(f"{count:.0f} x {kind}" for kind, count in found["not_counted"].items())
+    print(f"    not counted: {missing or 'nothing'}")
+    believed = min(found["mfu"], mfu_of_roofline)
+    which = "the compiler's cycles" if believed == found["mfu"] else "the FLOPs"
+    print(f"    model FLOP utilisation at most {believed:.1%}, the lower bound: that of {which}")
 
 
 def _cycles_of(program: hlo_cost.Program, name: str) -> Cycles:

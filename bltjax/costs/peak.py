@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax import sharding
-from bltjax.costs.chips import PEAKS
+from bltjax.costs.chips import find_chip
 
 MATRIX = 512  # rows and columns of the matrices whose product is timed
 
@@ -20,10 +20,9 @@ def peak_flops(compute_dtype: str) -> float | None:
     bfloat16 too unless told otherwise. CPUs are timed, all devices at once, since simulated devices
     share the cores.
     """
-    kind = jax.devices()[0].device_kind.replace("-", " ")  # NVIDIA A100-SXM4-80GB
-    names = [name for name in PEAKS if kind == name or kind.startswith(f"{name} ")]
-    if names:
-        return PEAKS[max(names, key=len)] * jax.device_count()
+    chip = find_chip(jax.devices()[0].device_kind)
+    if chip is not None:
+        return chip.flops * jax.device_count()
     if jax.devices()[0].platform != "cpu":
         return None
     return _measured_peak(compute_dtype, jax.sharding.get_mesh())

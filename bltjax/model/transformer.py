@@ -1,7 +1,5 @@
 """The transformer block of all stacks: rotary attention and SwiGLU, pre-norm (model.md#block)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +8,7 @@ from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig, InitConfig, TransformerConfig
 from bltjax.model.parameters import Linear, RMSNorm
 from bltjax.ops.attention import Choice, attention_of_rows, choose_attention
-from bltjax.ops.rotary import apply_rotary, in_halves, rotary_angles
+from bltjax.ops.rotary import apply_rotary, rotary_angles
 from bltjax.ops.swiglu import swiglu
 
 Model = BLTConfig | EntropyModelConfig
@@ -49,10 +47,7 @@ class Attention(nnx.Module):
 
         attend(q, k, v): q [B, L, H, D]; k, v [B, L, G, D] -> [B, L, H, D].
         """
-        width = self.config.head_width
-        halves = functools.partial(in_halves, head_width=width)
-        q, k, v = self.wq(x, halves), self.wk(x, halves), self.wv(x)
-        q, k, v = (split_heads(x, width) for x in (q, k, v))
+        q, k, v = (split_heads(w(x), self.config.head_width) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rotary(q, angles), apply_rotary(k, angles)
         return self.wo(merge_heads(attend(q, k, v)))
 

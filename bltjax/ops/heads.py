@@ -11,20 +11,22 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from bltjax.ops import platform
+
 
 def sum_heads(x: jax.Array, num_heads: int, exact: bool = True) -> jax.Array:
     """Sums float32 x [..., H*D] over each head's features -> [..., H].
 
     exact: to float32. Otherwise TPUs add numbers of 16 bits and more, for products of bfloat16.
     """
-    if not on_tpu():
+    if platform.platform() != "tpu":
         return x.reshape(*x.shape[:-1], num_heads, -1).sum(axis=-1)
     return _product("...f,hf->...h", x, num_heads, x.shape[-1], exact)
 
 
 def spread_heads(x: jax.Array, width: int, exact: bool = True) -> jax.Array:
     """Repeats each number of float32 x [..., H] for its head's D features -> [..., H*D]."""
-    if not on_tpu():
+    if platform.platform() != "tpu":
         return jnp.repeat(x, width, axis=-1)
     return _product("...h,hf->...f", x, x.shape[-1], x.shape[-1] * width, exact)
 
@@ -34,13 +36,7 @@ def rows_in_memory(x: jax.Array) -> jax.Array:
 
     Row gathers and sums write and read them so. Beside products XLA prefers columns, and copies.
     """
-    return with_layout_constraint(x, Layout((0, 1, 2))) if on_tpu() else x
-
-
-def on_tpu() -> bool:
-    """Tells whether the program that is traced is for TPUs."""
-    device = jax.sharding.get_abstract_mesh().abstract_device  # None: a mesh of shapes alone
-    return device is not None and device.platform == "tpu"
+    return with_layout_constraint(x, Layout((0, 1, 2))) if platform.platform() == "tpu" else x
 
 
 def _product(letters, x, num_heads, features, exact):

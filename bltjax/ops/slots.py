@@ -50,7 +50,8 @@ def write_positions(values: jax.Array, new: jax.Array, positions: jax.Array) -> 
 def on_shards(function, *arguments, like=0):
     """Calls a function on the rows and heads of each device on its own.
 
-    Within such a function, calls it on what the device has. like: the number of the argument that the result is sharded as; for several results, a tuple.
+    Within such a function, calls it on what the device has. like: the number of the argument that
+    the result is sharded as; for several results, a tuple.
     """
     if jax.sharding.get_abstract_mesh().are_all_axes_manual:
         return function(*arguments)

@@ -76,6 +76,20 @@ def test_a_config_is_measured_at_a_constant_rate(script, monkeypatch):
     assert (optimizer.schedule, optimizer.hash_updates) == ("constant", "touched")
 
 
+def test_settings_of_the_command_line_change_a_config(script, monkeypatch):
+    comparing = script("comparing")
+    chosen = types.SimpleNamespace(
+        config=str(ROOT / "configs/quickstart.py"),
+        remat="full",
+        dtype="float32",
+        hash_updates="dense",
+    )
+    monkeypatch.setattr(comparing.flags, "FLAGS", chosen)
+    monkeypatch.setattr(comparing.cli, "_settings", {"blt.hash.vocab": 10_000})
+    ((_, (model, _)),) = comparing.models().items()
+    assert model.hash.vocab == 10_000
+
+
 @pytest.mark.parametrize("fails", ["check", "steps", None])
 def test_a_peer_that_fails_leaves_our_row(script, fails):
     comparing = script("comparing")

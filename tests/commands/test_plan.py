@@ -50,8 +50,9 @@ def tiny_plan(**changes) -> memory_plan.MemoryPlan:
     return memory_plan.plan_stage(config, "blt", sharding.abstract_mesh(config.mesh, 8))
 
 
-def run_main(monkeypatch, chips, path, **changes):
+def run_main(monkeypatch, chips, path, time=None, **changes):
     flags = SimpleNamespace(config=path, workdir=None, chips=chips)
+    flags.__dict__.update(dict.fromkeys(("chip", "bytes", "mfu", "price")) | (time or {}))
     monkeypatch.setattr("absl.flags.FLAGS", flags)
     monkeypatch.setattr(cli, "_settings", {k.replace("__", "."): v for k, v in changes.items()})
     plan.main(["plan"])
@@ -191,3 +192,29 @@ def test_help():
         command, cwd=processes.ROOT, capture_output=True, text=True, timeout=60
     )
     assert "--chips" in process.stdout and "--config" in process.stdout
+
+
+def test_time_and_cost_of_a_run(monkeypatch, capsys, no_mesh):
+    time = dict(chip="h100", bytes=1e9, mfu=0.5, price=3.0)
+    run_main(monkeypatch, 2, "tests/configs/tiny.py", time)
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])["time"]
+    flops = sum(w["num_bytes"] * w["flops_per_byte"] for w in found["work"].values())
+    assert found["chip_hours"] == pytest.approx(flops / (0.5 * 989e12) / 3600)
+    assert found["hours"] == found["chip_hours"] / 2 and found["cost"] == 3 * found["chip_hours"]
+    assert "at 50% of 989 TFLOP/s (as given)" in out and "at 3 a chip-hour" in out
+
+
+def test_an_mfu_that_nobody_gave_is_called_an_assumption(monkeypatch, capsys, no_mesh):
+    run_main(monkeypatch, 2, "tests/configs/tiny.py", dict(chip="v5e"))
+    out = capsys.readouterr().out
+    assert "at 30% of 197 TFLOP/s (an assumption, give --mfu)" in out
+    found = json.loads(out.splitlines()[-1])["time"]
+    assert found["mfu"] == 0.3 and "cost" not in found
+
+
+@pytest.mark.parametrize("flag", ["bytes", "mfu", "price"])
+def test_time_without_a_chip_is_refused(flag, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, 2, "tests/configs/tiny.py", {flag: 0.5})
+    assert f"--{flag}=0.5 needs --chip, for example --chip=h100" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Every attention against a softmax under a dense mask, and proof that no dense mask is made."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -67,13 +68,13 @@ def test_tiles(window, batch, heads, kv_heads):
 @pytest.mark.parametrize("window", [None, 20, 64, 512])
 def test_rounds_are_those_that_run(window, monkeypatch):
     """`Plan.rounds` counts what the loop of the forward pass does."""
-    ran, scores = [], tiles._scores
+    ran, visible_of = [], tiles._visible
 
     def counting(tiling, index, *rest):
         jax.debug.callback(lambda _: ran.append(1), index)
-        return scores(tiling, index, *rest)
+        return visible_of(tiling, index, *rest)
 
-    monkeypatch.setattr(tiles, "_scores", counting)
+    monkeypatch.setattr(tiles, "_visible", counting)
     q, k, v = jnp.ones((3, 1, 500, 4, 8))
     tiles.tiled_attention(q, k, v, jnp.zeros((1, 500), jnp.int32), window)
     jax.effects_barrier()
@@ -81,6 +82,19 @@ def test_rounds_are_those_that_run(window, monkeypatch):
     assert tiling.rounds == len(ran)
     visible = sum(min(i + 1, window or 500) for i in range(500))
     assert visible <= tiling.rounds * tiling.pairs_of_a_round < 4 * visible
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_no_tile_of_scores_is_turned(kv_heads):
+    """Forward and backward products read scores as they lie: XLA would copy them, slowly."""
+
+    def loss(q, k, v):
+        return tiled_attention(q, k, v, jnp.zeros((2, 320), jnp.int32), 96, 48).sum()
+
+    q, k = jnp.ones((2, 320, 4, 16)), jnp.ones((2, 320, kv_heads, 16))
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k).compile().as_text()
+    assert re.search(r"f32\[[\d,]*48(,[12])?,48\]", program)
+    assert not re.search(r"f32\[[\d,]*48(,[12])?,48(,[12])?\]\S* transpose\(", program)
 
 
 @pytest.mark.parametrize("window", [None, 33])

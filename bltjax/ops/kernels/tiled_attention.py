@@ -81,6 +81,7 @@ def tiled_attention(q, k, v, segments, window: int | None = None, tile: int | No
 def _forward(q, k, v, segments, window, tile):
     tiling = _tiling(q, window, tile)
     keys, values, ids = _key_tiles(tiling, k), _key_tiles(tiling, v), _id_tiles(tiling, segments)
+    keys = _turned(keys)
 
     def attend(_, tiles):
         index, q = tiles
@@ -89,7 +90,9 @@ def _forward(q, k, v, segments, window, tile):
             def read(weights):
                 return _product("sbgrck,sbgkd->sbgrcd", weights, _take(tiling, values, first))
 
-            scores = _scores(tiling, index, first, q, keys, ids)
+            scores = _product("sbgrcd,sbgdk->sbgrck", q, _take(tiling, keys, first))
+            visible = _visible(tiling, index, first, ids)[:, :, None, None]
+            scores = jnp.where(visible, scores * q.shape[-1] ** -0.5, MASKED)
             return partial_softmax.add(sums, scores, read)
 
         start = partial_softmax.empty(jnp.zeros_like(q, jnp.float32))
@@ -108,27 +111,33 @@ def _backward(window, tile, saved, gradient):
     q, k, v, segments, out, log_sums = saved
     tiling = _tiling(q, window, tile)
     keys, values, ids = _key_tiles(tiling, k), _key_tiles(tiling, v), _id_tiles(tiling, segments)
+    turned_keys = _turned(keys)
     # The term that the gradients of all scores of a softmax share.
     common = _product("blhd,blhd->blh", gradient, out)[..., None]
 
     def pull_back(sums, tiles):
         index, q, gradient, common, log_sums = tiles
+        turned_q, turned_gradient = _turned(q), _turned(gradient)
+        # In products R comes before a query's position, t, by name too: einsum sums in that order.
 
         def add_keys(first, sums):
             dq, dk, dv = sums
             k, v = _take(tiling, keys, first), _take(tiling, values, first)
-            scores = _scores(tiling, index, first, q, keys, ids)
-            weights = jnp.exp(scores - log_sums[..., None])
-            d_weights = _product("sbgrcd,sbgkd->sbgrck", gradient, v)
+            visible = jnp.swapaxes(_visible(tiling, index, first, ids), -1, -2)[:, :, None, :, None]
+            scores = _product("sbgkd,sbgdrt->sbgkrt", k, turned_q) * q.shape[-1] ** -0.5
+            weights = jnp.exp(jnp.where(visible, scores, MASKED) - log_sums)
+            d_weights = _product("sbgkd,sbgdrt->sbgkrt", v, turned_gradient)
             d_scores = (weights * (d_weights - common) * q.shape[-1] ** -0.5).astype(q.dtype)
-            dq = dq + _product("sbgrck,sbgkd->sbgrcd", d_scores, k)
-            dk = _add(tiling, dk, first, _product("sbgrck,sbgrcd->sbgkd", d_scores, q))
-            dv = _add(tiling, dv, first, _product("sbgrck,sbgrcd->sbgkd", weights, gradient))
+            turned_k = _take(tiling, turned_keys, first)
+            dq = dq + _product("sbgdk,sbgkrt->sbgdrt", turned_k, d_scores)
+            dk = _add(tiling, dk, first, _product("sbgkrt,sbgrtd->sbgkd", d_scores, q))
+            dv = _add(tiling, dv, first, _product("sbgkrt,sbgrtd->sbgkd", weights, gradient))
             return dq, dk, dv
 
-        start = jnp.zeros_like(q, jnp.float32), *sums
+        start = jnp.zeros_like(turned_q, jnp.float32), *sums
+        common, log_sums = jnp.squeeze(common, -1)[:, :, :, None], log_sums[:, :, :, None]
         dq, *sums = jax.lax.fori_loop(*_seen(tiling, index), add_keys, start)
-        return tuple(sums), dq.astype(q.dtype)
+        return tuple(sums), jnp.moveaxis(dq, 3, 5).astype(q.dtype)
 
     queries, gradients, common = (
         _query_tiles(tiling, x, k.shape[2]) for x in (q, gradient, common)
@@ -162,16 +171,22 @@ def _add(tiling, tiles, first, x):
     )
 
 
-def _scores(tiling, index, first, q, keys, ids):
-    """Returns the masked scores, in float32, of q [S, B, G, R, C, D] -> [S, B, G, R, C, C]."""
+def _visible(tiling, index, first, ids):
+    """Tells which keys of the tiles from `first` on the queries `index` see: bool [S, B, C, C]."""
     own = index * tiling.group + tiling.front
     positions = jnp.arange(tiling.tile)
     distance = positions[:, None] - positions[None, :] + (own - first) * tiling.tile
     near = distance >= 0 if tiling.window is None else (distance >= 0) & (distance < tiling.window)
     same = _take(tiling, ids, own)[..., :, None] == _take(tiling, ids, first)[..., None, :]
-    scores = _product("sbgrcd,sbgkd->sbgrck", q, _take(tiling, keys, first)) * q.shape[-1] ** -0.5
-    visible = near[None, None] & same
-    return jnp.where(visible[:, :, None, None], scores, MASKED)
+    return near[None, None] & same
+
+
+def _turned(x):
+    """Moves the features before the positions: [S, B, G, ..., C, D] -> [S, B, G, D, ..., C].
+
+    XLA turns an operand of each product whose summed axis does not lie so, scores too.
+    """
+    return jnp.moveaxis(x, -1, 3)
 
 
 def _product(subscripts, a, b):
