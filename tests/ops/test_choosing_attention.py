@@ -104,6 +104,10 @@ def test_gpus_that_have_no_name_here(monkeypatch):
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device])
     assert choice("a100").name == "cudnn"
+    Device.compute_capability = "8.0"
+    assert choice("a100").name == "tiles"
+    with pytest.raises(ValueError, match="compute capability"):
+        choice("a100", "cudnn")
     Device.compute_capability = "12.0"  # a card for games
     assert choice("a100").name == "tiles"
     assert choice("a100", "cudnn").name == "cudnn"

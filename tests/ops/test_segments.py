@@ -32,7 +32,16 @@ def test_first_keys(rows, window):
 @given(ROWS, st.integers(1, 6))
 @settings(max_examples=100)
 def test_documents(rows, most):
-    segments = draw(*rows)
+    check_documents(draw(*rows), most)
+
+
+def test_one_document_too_many():
+    for number, most in ((6, 3), (7, 3)):
+        segments = np.minimum(np.arange(20), number - 2).reshape(2, 10).astype(np.int32)
+        check_documents(segments, most)
+
+
+def check_documents(segments, most):
     batch, length = segments.shape
     lengths, offsets, fits = jax.jit(ops.documents, static_argnums=1)(segments, most)
     assert lengths.shape == (batch, most) and offsets.shape == (batch, most + 1)

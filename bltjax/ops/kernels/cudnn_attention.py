@@ -23,6 +23,7 @@ from bltjax.ops.slots import on_rows, on_shards
 MOST_DOCUMENTS = 16
 MOST_HEAD_WIDTH = 128
 DTYPES = ("bfloat16", "float16")
+_FEW_SCORES = 2**24  # of tiles at a time: all programs have room for them, and few use it
 _FORWARD, _BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 _NAMES = {"bfloat16": "BF16", "float16": "F16"}
 
@@ -74,7 +75,7 @@ def _forward_on_device(window, q, k, v, segments, *packed):
         return kernel_forward(q, k, v, Documents(*packed), window)
 
     def by_tiles():
-        out, log_sums = tiles.forward(q, k, v, segments, window)
+        out, log_sums = tiles.forward(q, k, v, segments, window, most_scores=_FEW_SCORES)
         log_sums = jnp.swapaxes(log_sums, 1, 3)  # [B, 1, H, L]
         return out, jnp.pad(log_sums, ((0, 0), (0, most - 1), (0, 0), (0, 0)))
 
@@ -89,7 +90,8 @@ def _backward_on_device(window, q, k, v, out, statistics, gradient, segments, *p
 
     def by_tiles():
         log_sums = jnp.swapaxes(statistics[:, :1], 1, 3)
-        return tiles.backward(q, k, v, segments, out, log_sums, gradient, window)
+        arrays = q, k, v, segments, out, log_sums, gradient
+        return tiles.backward(*arrays, window, most_scores=_FEW_SCORES)
 
     return jax.lax.cond(packed[-1].all(), by_kernel, by_tiles)
 

@@ -69,10 +69,10 @@ def _backward(window, tile, saved, gradient):
 unrolled_attention.defvjp(_forward, _backward)
 
 
-def forward(q, k, v, segments, window: int | None = None, tile: int | None = None):
+def forward(q, k, v, segments, window=None, tile=None, most_scores: int | None = None):
     """Attends on one device; returns the result and the logs of softmax sums float32 [B, L, H, 1].
 
-    Arguments as of `unrolled_attention`.
+    Arguments as of `unrolled_attention`; most_scores: in place of MOST_SCORES.
     """
     tiling = _tiling(q.shape[1], window, tile)
     # Else masks, as large as the scores, are made once for all layers, and kept.
@@ -97,10 +97,10 @@ def forward(q, k, v, segments, window: int | None = None, tile: int | None = Non
         log_sums = (top + jnp.log(total))[..., None]
         return out, _from_query_tiles(log_sums, q)
 
-    return _by_rows(tiling, attend, q, k, v, segments)
+    return _by_rows(tiling, most_scores, attend, q, k, v, segments)
 
 
-def backward(q, k, v, segments, out, log_sums, gradient, window=None, tile=None):
+def backward(q, k, v, segments, out, log_sums, gradient, window=None, tile=None, most_scores=None):
     """Returns gradients in q, k and v on one device, of the results of `forward`."""
     tiling = _tiling(q.shape[1], window, tile)
     q, segments = jax.lax.optimization_barrier((q, segments))  # as in `forward`
@@ -134,16 +134,15 @@ def backward(q, k, v, segments, out, log_sums, gradient, window=None, tile=None)
         dq = _from_query_tiles(dq.astype(q.dtype), q)
         return dq, _from_tiles(dk.astype(k.dtype), k), _from_tiles(dv.astype(v.dtype), v)
 
-    return _by_rows(tiling, pull_back, q, k, v, segments, out, log_sums, gradient)
+    rows = q, k, v, segments, out, log_sums, gradient
+    return _by_rows(tiling, most_scores, pull_back, *rows)
 
 
-def _by_rows(tiling, function, q, *others):
-    """Calls a function on as many rows at a time as MOST_SCORES allows."""
+def _by_rows(tiling, most_scores, function, q, *others):
+    """Calls a function on as many rows at a time as make no more than `most_scores`."""
     batch, _, heads, _ = q.shape
-    row = heads * tiling.num_tiles * tiling.tile**2
-    together = max(
-        [n for n in range(1, batch + 1) if batch % n == 0 and n * row <= MOST_SCORES] or [1]
-    )
+    rows = (most_scores or MOST_SCORES) // (heads * tiling.num_tiles * tiling.tile**2)
+    together = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= max(rows, 1))
     if together == batch:
         return function(q, *others)
     parts = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), (q, *others))
