@@ -28,7 +28,7 @@ def _forward(logits, targets):
 def _backward(saved, gradients):
     logits, targets, log_sums = saved
     of_nats, of_log_sums = gradients
-    ids = jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    ids = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None]
     softmax = jnp.exp(logits.astype(jnp.float32) - log_sums[..., None])
     chosen = jnp.where(ids == targets[..., None], of_nats[..., None], 0)
     return (softmax * (of_nats + of_log_sums)[..., None] - chosen).astype(logits.dtype), None
