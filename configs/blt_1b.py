@@ -5,6 +5,7 @@ Command:
 Hardware:  meant for 64 TPU v5p chips, 4 rows each at a time; not yet run there. The BLT's stage
            compiles for them, and for 256 v5e chips, where it takes 8.1 GiB of a chip's 16
            (python -m bltjax.aot --config=configs/blt_1b.py --topology=v5e:16x16).
+           One GPU of 80 GB: docs/scaling.md#one-gpu.
 Expect:    4,533,879,808 parameters, 1,461,867,520 parameters without hash tables; the entropy
            model has 99,512,064 parameters.
            9.95e8 FLOPs per byte forward at 16,384-byte rows and 4.5 bytes a patch.

@@ -36,7 +36,7 @@ from bltjax.config import (
     PatchingConfig,
     RunConfig,
     from_config_dict,
-    to_dict,
+    to_model_dict,
 )
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
@@ -183,9 +183,9 @@ def _plan_bltjax(weights: Weights) -> WritePlan:
     described = dict(
         format=VERSION,
         bltjax=version("bltjax"),
-        blt=to_dict(weights.blt) if weights.blt else None,
-        entropy_model=to_dict(weights.entropy_model) if weights.entropy_model else None,
-        patching=to_dict(weights.patching),
+        blt=to_model_dict(weights.blt) if weights.blt else None,
+        entropy_model=to_model_dict(weights.entropy_model) if weights.entropy_model else None,
+        patching=to_model_dict(weights.patching),
         lengths=weights.lengths._asdict(),
     )
 
@@ -248,7 +248,7 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
         setting
         for name, config in read.items()
         if config is not None
-        for setting in _not_said(parts[name] or {}, to_dict(config), name)
+        for setting in _not_said(parts[name] or {}, to_model_dict(config), name)
     ]
     told = f"{MODEL} does not say, so it is assumed: {', '.join(assumed)}"
     return Weights(blt, entropy_model, patching, params, lengths, (told,) if assumed else ())
@@ -295,7 +295,8 @@ def _read_run(path: Path, on_progress: OnProgress) -> Weights:
     if irregular := [p for stage in stages for p in irregular_files(stage.directory)]:
         raise WeightsError(path, irregular)
     params = {stage.name: stage.lazy_params() for stage in stages}
-    configs = {stage.name: stage.model for stage in stages}
+    # The kernel of attention was chosen for the devices of the run.
+    configs = {s.name: dataclasses.replace(s.model, attention="auto") for s in stages}
     if stages[0].name == "blt" and (threshold := directory.threshold()) is not None:
         stages[0].check_data(threshold=threshold)
     _check(path, configs, params, on_progress)

@@ -26,6 +26,7 @@ from bltjax.config.reading import from_config_dict as from_config_dict
 from bltjax.config.reading import read_config as read_config
 from bltjax.config.reading import to_config_dict as to_config_dict
 from bltjax.config.reading import to_dict as to_dict
+from bltjax.config.reading import to_model_dict as to_model_dict
 from bltjax.config.run import ALL_STAGES as ALL_STAGES
 from bltjax.config.run import STAGES as STAGES
 from bltjax.config.run import TRAINING as TRAINING

@@ -10,6 +10,7 @@ POOLING_MODES = ("max", "min", "mean")
 INIT_FACTORS = ("current_depth", "global_depth", "dim_ratio", "disabled")
 DTYPES = ("float32", "bfloat16")
 REMAT_MODES = ("none", "dots", "full")
+ATTENTION_KERNELS = ("auto", "tiles", "cudnn", "mosaic", "splash")
 HASH_TABLES = "encoder_hash_tok_embedding"  # published name of the parameter
 SHARED_TABLE = 4096  # rows; smaller hash tables need not be split over chips
 
@@ -184,6 +185,10 @@ class EntropyModelConfig:
     # activations kept for the backward pass: `"none"` recomputes nothing, `"dots"` keeps the
     # results of linear layers and of attention, `"full"` keeps only the inputs of layers
     remat: str = "none"
+    # kernel of self-attention: `"auto"` (by device, dtype and head width), `"tiles"` (anywhere),
+    # `"cudnn"` and `"mosaic"` (GPUs from Hopper on), `"splash"` (TPUs); results are equal up to
+    # rounding
+    attention: str = "auto"
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
@@ -232,6 +237,10 @@ class BLTConfig:
     # activations kept for the backward pass: `"none"` recomputes nothing, `"dots"` keeps the
     # results of linear layers and of attention, `"full"` keeps only the inputs of layers
     remat: str = "none"
+    # kernel of self-attention: `"auto"` (by device, dtype and head width), `"tiles"` (anywhere),
+    # `"cudnn"` and `"mosaic"` (GPUs from Hopper on), `"splash"` (TPUs); results are equal up to
+    # rounding
+    attention: str = "auto"
 
     @property
     def patch_width(self) -> int:
@@ -300,6 +309,7 @@ def _common_model_problems(config, name: str) -> list[str]:
     init = f"{name}.init"
     found = one_of(config, name, "compute_dtype", DTYPES)
     found += one_of(config, name, "remat", REMAT_MODES)
+    found += one_of(config, name, "attention", ATTENTION_KERNELS)
     found += one_of(config.init, init, "std_factor", INIT_FACTORS)
     found += positive(config.init, init)
     if not VOCAB_SIZE <= config.vocab_size <= MOST_WIDTH:

@@ -26,6 +26,7 @@ FREE_FIELDS = (
     "mesh",
     "accumulation_steps",
     "remat",
+    "attention",
     "workers",
     "log_every",
     "validate_every",
@@ -36,6 +37,7 @@ FREE_FIELDS = (
     "profile",
 )
 
+DEVICE_FIELDS = ("attention",)  # of the device that computes a model, not of the model
 
 # In a wheel configs/ lies inside the package, in a checkout beside it.
 CONFIGS = tuple(Path(__file__).parents[up] / "configs" for up in (1, 2))
@@ -224,6 +226,11 @@ def to_dict(config) -> dict:
         return list(value) if isinstance(value, tuple) else value
 
     return plain(dataclasses.asdict(config))
+
+
+def to_model_dict(config) -> dict:
+    """Returns `to_dict` without DEVICE_FIELDS, for files that describe a model."""
+    return {key: value for key, value in to_dict(config).items() if key not in DEVICE_FIELDS}
 
 
 def differences(old, new, name: str = "config", skipped=FREE_FIELDS) -> list[str]:

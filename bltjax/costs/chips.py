@@ -19,14 +19,15 @@ class Chip(NamedTuple):
     hbm_bytes: int
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s one way: ICI or NVLink
+    clock: float | None = None  # of a TPU's matrix units, Hz: its peak over their multipliers
 
 
 CHIPS = {
-    "v4": Chip(("TPU v4",), 275e12, 32 * GIB, 1228e9, 300e9),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 200e9),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 600e9),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640e9, 400e9),
-    "tpu7x": Chip(("TPU7x",), 1153e12, 96 * GIB, 3690e9, 300e9),
+    "v4": Chip(("TPU v4",), 275e12, 32 * GIB, 1228e9, 300e9, 1.05e9),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 200e9, 1.5e9),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 600e9, 1.75e9),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640e9, 400e9, 1.75e9),
+    "tpu7x": Chip(("TPU7x",), 1153e12, 96 * GIB, 3690e9, 300e9, 2.2e9),
     "a100": Chip(("NVIDIA A100",), 312e12, 80 * GIB, 2039e9, 300e9),
     "h100": Chip(("NVIDIA H100",), 989e12, 80 * GIB, 3350e9, 450e9),
     "h100-pcie": Chip(("NVIDIA H100 PCIe",), 756e12, 80 * GIB, 2000e9, 300e9),

@@ -12,6 +12,7 @@ from pathlib import Path
 from bltjax.costs import compiler_errors
 from bltjax.costs.chips import GIB, Chip
 from bltjax.costs.hlo_cost import read_cost
+from bltjax.costs.launches import count_launches
 
 REMATERIALISED = "Involuntary full rematerialization"  # XLA gathers a whole array to reshard it
 LOG_TAIL = 4000  # characters of the compiler's log that are shown where it fails
@@ -40,6 +41,7 @@ def compile_program(
 
     from bltjax import sharding
     from bltjax.costs import jaxpr_flops, programs, topology
+    from bltjax.model.transformer import attention_report
 
     chip, devices = topology.topology_devices(topology_name, slices)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -51,6 +53,8 @@ def compile_program(
     shape = dict(mesh.shape)
     print(f"{program} of {stage}, mesh {shape} on {len(devices)} devices of {topology_name}")
     with jax.set_mesh(mesh):
+        if program == "train":
+            print(attention_report(getattr(config, stage)))
         made = programs.trace(config, stage, program)
         written = jaxpr_flops.Work(made.traced.jaxpr)
         compiled, refused, seconds = _compile(made.traced.lower())
@@ -68,6 +72,8 @@ def compile_program(
         if text_file:
             Path(text_file).write_text(text)
         found |= work(text, written.kernels)
+        if devices[0].platform == "gpu":
+            found["launches"] = dataclasses.asdict(count_launches(text))
         unit = "tokens" if stage == "token_model" else "bytes"
         found["roofline"] = roofline(found, chip, made.num_bytes / len(devices), unit)
     return found
@@ -185,6 +191,11 @@ def print_report(found: dict):
         _print_bytes("largest of them", largest["num_bytes"], of)
     for name in found["unknown_kernels"]:
         print(f"  kernel {name}: its FLOPs are not known and not counted")
+    if launches := found.get("launches"):
+        number = f"{launches['kernels'] + launches['copies']:10,}"
+        print(f"  {'GPU launches':18} {number}      {launches['host_syncs']:,} waits of the host")
+        for target, times in launches["library_calls"].items():
+            print(f"  {'':18} {times:10,}      of {target}")
     if found["unknown_loops"]:
         print(f"  loops that the program ends, counted once: {', '.join(found['unknown_loops'])}")
     times = found["roofline"]

@@ -22,11 +22,14 @@ import numpy as np
 from bltjax.costs import hlo_text
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"}
-_FREE |= {"conditional", "call", "partition-id", "replica-id", "opt-barrier"}
+# Instructions that take no time of their own.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"}
+FREE |= {"conditional", "call", "partition-id", "replica-id", "opt-barrier"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # number of the operand that is written
-_CALLS = r"\bcalls=\{?%?([\w.\-]+)"
+CALLS = r"\bcalls=\{?%?([\w.\-]+)"  # the computation of a fusion
+APPLIED = r"\bto_apply=%?([\w.\-]+)"  # of a call
+BODY = r"\bbody=%?([\w.\-]+)"  # of a loop
 _EXCHANGE = "shard_map/while"  # end of the names of the loops in ops/row_exchange.py
 _EXCHANGE_ROUNDS = 3  # measured: rows of 16k bytes of text over 256 owners
 
@@ -113,27 +116,23 @@ class Program:
         """
         total, body = Cost(), self.computations[name]
         for ins in body.values():
-            called = ins.attribute(_CALLS)
+            called = ins.attribute(CALLS)
             if ins.opcode == "while":
-                rounds = ins.attribute(r"\bbody=%?([\w.\-]+)")
-                times = self._trip_count(body, ins)
-                if times is None and ins.op_name.endswith(_EXCHANGE):
-                    times = _EXCHANGE_ROUNDS
-                total.add(self.cost_of(rounds, rounds), 1 if times is None else times)
-                if times is None:
-                    total.unknown_loops.add(self._source(ins) or ins.op_name or ins.name)
+                inside, rounds = ins.attribute(BODY), self.rounds(body, ins)
+                total.add(self.cost_of(inside, inside), 1 if rounds is None else rounds)
+                if rounds is None:
+                    total.unknown_loops.add(self.source(ins) or ins.op_name or ins.name)
             elif ins.opcode == "conditional":
                 total.add(self._costliest(ins))
             elif ins.opcode == "fusion" or (ins.opcode.endswith("-start") and called):
                 part = self.cost_of(called, scope, fused=True)
                 for key, (collective, times) in part.collectives.items():
                     if not collective.op_name:
-                        named = dict(op_name=ins.op_name, source=self._source(ins))
+                        named = dict(op_name=ins.op_name, source=self.source(ins))
                         part.collectives[key] = collective._replace(**named), times
                 total.add(part)
             elif ins.opcode in ("call", "call-start"):
-                called = ins.attribute(r"\bto_apply=%?([\w.\-]+)")
-                total.add(self.cost_of(called, scope, fused))
+                total.add(self.cost_of(ins.attribute(APPLIED), scope, fused))
             elif ins.opcode in ("dot", "convolution"):
                 total.flops += self._product_flops(body, ins)
             elif ins.opcode == "custom-call":
@@ -146,12 +145,15 @@ class Program:
         return total
 
     def _costliest(self, ins: hlo_text.Instruction) -> Cost:
-        names = re.findall(r"%([\w.\-]+)", ins.attribute(r"branch_computations=\{([^}]*)\}") or "")
-        names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", ins.text)
-        costs = [self.cost_of(name, name) for name in names]
+        costs = [self.cost_of(name, name) for name in branches(ins)]
         return max(
             costs, key=lambda c: (c.flops + c.kernel_flops, c.received_bytes()), default=Cost()
         )
+
+    def rounds(self, body: dict, ins: hlo_text.Instruction) -> int | None:
+        """Returns how often a loop runs, the exchange of hash rows as text needs; None: unknown."""
+        times = self._trip_count(body, ins)
+        return _EXCHANGE_ROUNDS if times is None and ins.op_name.endswith(_EXCHANGE) else times
 
     def _trip_count(self, body: dict, ins: hlo_text.Instruction) -> int | None:
         """Returns the number of iterations of a loop; None where it is not a constant."""
@@ -211,14 +213,15 @@ class Program:
         if ins.opcode.endswith("-start") and ins.shape.startswith("(") and kind != "all-reduce":
             result -= given  # its tuple has the operands too
         size, group = max(given, result), hlo_text.group_size(ins.text)
-        return Collective(kind, size, group, shape, ins.op_name, self._source(ins))
+        return Collective(kind, size, group, shape, ins.op_name, self.source(ins))
 
-    def _source(self, ins) -> str:
+    def source(self, ins: hlo_text.Instruction) -> str:
+        """Returns file:line of the program that an instruction is of; empty where none is known."""
         return self.sources.get(ins.attribute(r"stack_frame_id=(\d+)"), "")
 
     def _accessed(self, body, ins, called) -> float:
         """Returns the bytes of HBM that an instruction outside fusions reads and writes."""
-        if ins.opcode.removesuffix("-start") in _FREE or ins.opcode.endswith(("-done", "-update")):
+        if ins.opcode.removesuffix("-start") in FREE or ins.opcode.endswith(("-done", "-update")):
             return 0
         if "AllocateBuffer" in ins.text or "ConcatBitcast" in ins.text:
             return 0
@@ -247,7 +250,7 @@ class Program:
             elif user.opcode == "bitcast":
                 total += self._read(body, user.name, whole)
             elif user.opcode == "fusion":
-                inside = self.computations[user.attribute(_CALLS)]
+                inside = self.computations[user.attribute(CALLS)]
                 inner = hlo_text.parameters(inside)[user.operands.index(name)]
                 total += self._read(inside, inner, whole)
             elif user.opcode != "tuple" and not is_updated:
@@ -267,6 +270,12 @@ class Program:
                 size = min(size, hlo_text.num_bytes(update.shape))
             total += 0 if made.opcode == "parameter" else size
         return total
+
+
+def branches(ins: hlo_text.Instruction) -> list[str]:
+    """Returns the computations that a conditional chooses from."""
+    names = re.findall(r"%([\w.\-]+)", ins.attribute(r"branch_computations=\{([^}]*)\}") or "")
+    return names + re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", ins.text)
 
 
 def _convolution_flops(ins, left, right, out) -> float:

@@ -34,5 +34,5 @@ class EntropyModel(nnx.Module):
         chex.assert_rank(tokens, 2)
         chex.assert_equal_shape([tokens, segments])
         x = self.tok_embeddings(tokens, self.config.compute_dtype)
-        x = run_blocks(self.layers, self.config.transformer, x, segments, self.config.remat)
+        x = run_blocks(self.layers, self.config.transformer, x, segments, self.config)
         return dict(logits=self.output(self.norm(x)).astype(jnp.float32))

@@ -28,4 +28,4 @@ class GlobalTransformer(nnx.Module):
         chex.assert_shape(x, (*segments.shape, self.config.patch_width))
         if self.config.patch_width != stack.dim:
             x = self.token_embedding_projection(x)
-        return run_blocks(self.layers, stack, x, segments, self.config.remat)
+        return run_blocks(self.layers, stack, x, segments, self.config)

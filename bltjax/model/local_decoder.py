@@ -47,7 +47,7 @@ class LocalDecoder(nnx.Module):
         chex.assert_shape(patch_states, (*patches.lengths.shape, config.global_transformer.dim))
         if config.has_decoder_projection:
             patch_states = self.patch_embedding_projection(patch_states)
-        run_block = block_of_rows(local, segments)
+        run_block = block_of_rows(local, segments, config)
 
         if not config.cross_attention.decoder:
             ids = patches.decoder_ids

@@ -46,13 +46,13 @@ class LocalEncoder(nnx.Module):
 
     def __call__(self, embedded, patches, segments):
         """Maps embedded [B, L, E] -> byte states h [B, L, E] and patches [B, P, patch_width]."""
-        local, remat = self.config.local_encoder, self.config.remat
+        local = self.config.local_encoder
         chex.assert_shape(embedded, (*segments.shape, local.dim))
         if not self.config.cross_attention.encoder:
-            h = run_blocks(self.layers, local, embedded, segments, remat)
+            h = run_blocks(self.layers, local, embedded, segments, self.config)
             return h, self._pool(h, patches)
         if not self.config.cross_attention.all_layers_encoder:
-            h = run_blocks(self.layers, local, embedded, segments, remat)
+            h = run_blocks(self.layers, local, embedded, segments, self.config)
             (cross,) = each_layer(self.cross_attn_layers)
             patch_states = self._read(cross, self._queries(h, patches), h, patches)
         else:
@@ -62,7 +62,7 @@ class LocalEncoder(nnx.Module):
     def _alternate(self, h, patches, segments):
         """Runs cross-attention after every block; only the first one pools its queries."""
         local = self.config.local_encoder
-        run_block = block_of_rows(local, segments)
+        run_block = block_of_rows(local, segments, self.config)
 
         def both(layer, carry):
             (block, cross), (h, patch_states) = layer, carry

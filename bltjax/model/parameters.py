@@ -27,9 +27,10 @@ class Linear(nnx.Module):
         self.axes = axes
         self.weight = nnx.Param(truncated_normal(key, (out_dim, in_dim), std, sharding.spec(*axes)))
 
-    def __call__(self, x):
-        """Maps x [B, L, in] -> [B, L, out]."""
-        return checkpoint_name(_project(self.axes, x, self.weight[...]), "linear")
+    def __call__(self, x, change=None):
+        """Maps x [B, L, in] -> [B, L, out]; change: of the weight before it is used."""
+        weight = change(self.weight[...]) if change else self.weight[...]
+        return checkpoint_name(_project(self.axes, x, weight), "linear")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,15 +1,19 @@
 """The transformer block of all stacks: rotary attention and SwiGLU, pre-norm (model.md#block)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from bltjax import sharding
-from bltjax.config import InitConfig, TransformerConfig
+from bltjax.config import BLTConfig, EntropyModelConfig, InitConfig, TransformerConfig
 from bltjax.model.parameters import Linear, RMSNorm
-from bltjax.ops.attention import self_attention
-from bltjax.ops.rotary import apply_rotary, rotary_angles
+from bltjax.ops.attention import Choice, attention_of_rows, choose_attention
+from bltjax.ops.rotary import apply_rotary, in_halves, rotary_angles
 from bltjax.ops.swiglu import swiglu
+
+Model = BLTConfig | EntropyModelConfig
 
 
 def depth_factor(init: InitConfig, dim: int, index, num_layers: int):
@@ -45,7 +49,10 @@ class Attention(nnx.Module):
 
         attend(q, k, v): q [B, L, H, D]; k, v [B, L, G, D] -> [B, L, H, D].
         """
-        q, k, v = (split_heads(w(x), self.config.head_width) for w in (self.wq, self.wk, self.wv))
+        width = self.config.head_width
+        halves = functools.partial(in_halves, head_width=width)
+        q, k, v = self.wq(x, halves), self.wk(x, halves), self.wv(x)
+        q, k, v = (split_heads(x, width) for x in (q, k, v))
         q, k = apply_rotary(q, angles), apply_rotary(k, angles)
         return self.wo(merge_heads(attend(q, k, v)))
 
@@ -123,20 +130,39 @@ def rematerialised(function, remat: str):
     return jax.checkpoint(function, policy=policy if remat == "dots" else None)
 
 
-def run_blocks(blocks: Block, config: TransformerConfig, x, segments, remat: str):
-    """Runs x [B, L, E] through all blocks of a stack."""
-    return scan_layers(blocks, x, block_of_rows(config, segments), remat)[0]
+def run_blocks(blocks: Block, stack: TransformerConfig, x, segments, model: Model):
+    """Runs x [B, L, E] through all blocks of a stack of a model."""
+    return scan_layers(blocks, x, block_of_rows(stack, segments, model), model.remat)[0]
 
 
-def block_of_rows(config: TransformerConfig, segments):
+def block_of_rows(stack: TransformerConfig, segments, model: Model):
     """Returns run_block(block, x) for rows x [B, L, E] whose positions see their segment [B, L]."""
     positions = jnp.arange(segments.shape[1])
-    angles = rotary_angles(positions, config.head_width, config.rope_theta)
-
-    def attend(q, k, v):
-        return self_attention(q, k, v, segments, config.window)
-
+    angles = rotary_angles(positions, stack.head_width, stack.rope_theta)
+    kernel = attention_kernel(stack, model)
+    attend = attention_of_rows(segments, stack.window, kernel.name)
     return lambda block, x: block(x, angles, attend)
+
+
+def attention_kernel(stack: TransformerConfig, model: Model) -> Choice:
+    """Chooses the kernel of self-attention of a stack of a model, for the mesh that is set."""
+    return choose_attention(model.attention, model.compute_dtype, stack.head_width)
+
+
+def attention_report(model: Model) -> str:
+    """Says which kernels of self-attention a model has on the mesh that is set, and why.
+
+    Raises ValueError where the one that is set cannot work there.
+    """
+    if isinstance(model, EntropyModelConfig):
+        names = ("transformer",)
+    else:
+        names = ("local_encoder", "global_transformer", "local_decoder")
+    stacks: dict[Choice, list[str]] = {}
+    for name in names:
+        stacks.setdefault(attention_kernel(getattr(model, name), model), []).append(name)
+    told = [f"{kernel.name} ({kernel.reason}) in {', '.join(s)}" for kernel, s in stacks.items()]
+    return f"attention: {'; '.join(told)}"
 
 
 def split_heads(x, head_width: int):

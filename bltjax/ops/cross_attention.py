@@ -1,17 +1,22 @@
 """Cross-attention between bytes and patches (model.md#cross-attention).
 
 A softmax over the bytes of one patch (encoder) or over the vectors of one patch (decoder), never a
-masked [P*K, L] product. Softmaxes are in float32.
+masked [P*K, L] product. Softmaxes are in float32. Features of all heads stay side by side (see
+`ops/heads.py`), and the K vectors of a patch too: a byte takes one row.
 
 Letters: B rows, L bytes, P patches, K vectors per patch, H heads, D head width.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from bltjax.ops import partial_softmax
+from bltjax.ops.heads import rows_in_memory, spread_heads, sum_heads
 from bltjax.ops.partial_softmax import MASKED
 from bltjax.ops.pooling import segment_max, segment_sum, take_patches
+from bltjax.ops.slots import on_shards
 
 
 def patches_from_bytes_attention(
@@ -23,21 +28,7 @@ def patches_from_bytes_attention(
     gives 0. Shapes: q [B, P, K, H, D]; k, v [B, L, H, D]; patch_ids int32 [B, L], sorted
     -> [B, P, K, H, D]. Cost O(L * w), a softmax per patch for each of w shifts.
     """
-    num_patches, scale = q.shape[1], q.shape[-1] ** -0.5
-
-    def part(offset):
-        ids = patch_ids + offset
-        queries = take_patches(q, ids)
-        scores = jnp.einsum("blkhd,blhd->blkh", queries, k, preferred_element_type=jnp.float32)
-        # Bytes shifted past the last patch would overflow against another patch's maximum.
-        scores = jnp.where((ids < num_patches)[:, :, None, None], scores * scale, MASKED)
-        top = jnp.maximum(jax.lax.stop_gradient(segment_max(scores, ids, num_patches)), MASKED)
-        weights = jnp.exp(scores - take_patches(top, ids))
-        total = segment_sum(weights, ids, num_patches)
-        values = weights[..., None] * v[:, :, None].astype(jnp.float32)
-        return top, total, segment_sum(values, ids, num_patches)
-
-    return _softmax_over_parts(part, window).astype(v.dtype)
+    return on_shards(functools.partial(_patches_from_bytes, window), q, k, v, patch_ids)
 
 
 def bytes_from_patches_attention(
@@ -49,26 +40,73 @@ def bytes_from_patches_attention(
     invisible, and a byte with nothing to see gives 0. Shapes: q [B, L, H, D];
     k, v [B, P, K, H, D]; patch_ids int32 [B, L] (-1: none) -> [B, L, H, D]. Cost O(L * w).
     """
-    keys_values, scale = jnp.concatenate([k, v], axis=-1), q.shape[-1] ** -0.5
+    return on_shards(functools.partial(_bytes_from_patches, window), q, k, v, patch_ids)
+
+
+def _patches_from_bytes(window, q, k, v, patch_ids):
+    _, num_patches, num_vectors, num_heads, width = q.shape
+    queries, keys, values = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+    exact, scale = q.dtype == jnp.float32, width**-0.5
+
+    def part(offset):
+        ids = patch_ids + offset
+        taken = jnp.split(take_patches(queries, ids), num_vectors, axis=-1)
+        scores = [sum_heads(query.astype(jnp.float32) * keys, num_heads, exact) for query in taken]
+        scores = jnp.concatenate(scores, axis=-1) * scale
+        # Bytes shifted past the last patch would overflow against another patch's maximum.
+        scores = jnp.where((ids < num_patches)[:, :, None], scores, MASKED)
+        top = jnp.maximum(jax.lax.stop_gradient(segment_max(scores, ids, num_patches)), MASKED)
+        weights = jnp.exp(scores - take_patches(top, ids))
+        total = segment_sum(weights, ids, num_patches)
+        each = jnp.split(weights, num_vectors, axis=-1)
+        mixed = [spread_heads(weight, width, exact) * values for weight in each]
+        return top, total, segment_sum(jnp.concatenate(mixed, axis=-1), ids, num_patches)
+
+    return _softmax_over_parts(part, window, width, exact).astype(v.dtype).reshape(q.shape)
+
+
+def _bytes_from_patches(window, q, k, v, patch_ids):
+    num_vectors, num_heads, width = k.shape[2:]
+    queries = q.reshape(*q.shape[:2], -1).astype(jnp.float32)
+    keys_values = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (k, v)], axis=-1)
+    exact, scale = q.dtype == jnp.float32, width**-0.5
 
     def part(offset):
         ids = patch_ids - offset
-        visible = (ids >= 0)[:, :, None, None]
-        key, value = jnp.split(take_patches(keys_values, ids), 2, axis=-1)
-        scores = jnp.einsum("blhd,blkhd->blkh", q, key, preferred_element_type=jnp.float32)
-        scores = jnp.where(visible, scores * scale, MASKED)
-        top = jax.lax.stop_gradient(scores.max(axis=2))
-        weights = jnp.exp(scores - top[:, :, None]) * visible.astype(scores.dtype)
-        mixed = jnp.einsum("blkh,blkhd->blhd", weights, value.astype(jnp.float32))
-        return top, weights.sum(axis=2), mixed
+        visible = (ids >= 0)[:, :, None]
+        taken = rows_in_memory(take_patches(keys_values, ids))
+        taken = [x.astype(jnp.float32) for x in jnp.split(taken, 2 * num_vectors, axis=-1)]
+        keys, values = taken[:num_vectors], taken[num_vectors:]
+        scores = [sum_heads(queries * key, num_heads, exact) * scale for key in keys]
+        scores = [jnp.where(visible, score, MASKED) for score in scores]
+        top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, scores))
+        weights = [jnp.exp(score - top) * visible for score in scores]
+        mixed = [
+            spread_heads(weight, width, exact) * value
+            for weight, value in zip(weights, values, strict=True)
+        ]
+        return top, sum(weights), sum(mixed)
 
-    return _softmax_over_parts(part, window).astype(v.dtype)
+    return _softmax_over_parts(part, window, width, exact).astype(v.dtype).reshape(q.shape)
 
 
-def _softmax_over_parts(part, window):
-    """Merges `window` partial softmaxes; part(i): the sums over what lies i patches back."""
-    sums = part(0)
-    if window is not None and window > 1:
-        step = jax.checkpoint(lambda sums, i: (partial_softmax.merge(sums, part(i)), None))
-        sums, _ = jax.lax.scan(step, sums, jnp.arange(1, window))
-    return partial_softmax.mean(sums)
+def _softmax_over_parts(part, window, width, exact):
+    """Merges `window` partial softmaxes; part(i): the sums over what lies i patches back.
+
+    The sums are those of `partial_softmax`, with weighted values as [..., H*D].
+    """
+    top, total, mixed = part(0)
+    if window is None or window == 1:
+        return mixed * spread_heads(1 / jnp.where(total > 0, total, 1), width, exact)
+
+    def by_head(sums):
+        *rest, mixed = sums
+        return *rest, mixed.reshape(*mixed.shape[:-1], -1, width)
+
+    def step(sums, i):
+        return partial_softmax.merge(sums, by_head(part(i))), None
+
+    sums = by_head((top, total, mixed))
+    sums, _ = jax.lax.scan(jax.checkpoint(step), sums, jnp.arange(1, window))
+    return partial_softmax.mean(sums).reshape(mixed.shape)

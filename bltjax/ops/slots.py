@@ -50,8 +50,10 @@ def write_positions(values: jax.Array, new: jax.Array, positions: jax.Array) -> 
 def on_shards(function, *arguments, like=0):
     """Calls a function on the rows and heads of each device on its own.
 
-    like: the number of the argument that the result is sharded as; for several results, a tuple.
+    Within such a function, calls it on what the device has. like: the number of the argument that the result is sharded as; for several results, a tuple.
     """
+    if jax.sharding.get_abstract_mesh().are_all_axes_manual:
+        return function(*arguments)
     specs = tuple(jax.typeof(x).sharding.spec for x in arguments)
     out = tuple(specs[i] for i in like) if isinstance(like, tuple) else specs[like]
     return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*arguments)

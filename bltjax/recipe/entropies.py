@@ -13,7 +13,7 @@ from bltjax.checkpoints import formats, placing
 from bltjax.checkpoints.fingerprints import digest
 from bltjax.checkpoints.orbax_weights import save_weights
 from bltjax.checkpoints.run_directory import RunDirectory
-from bltjax.config import PatchingConfig, RunConfig, differences, to_dict
+from bltjax.config import PatchingConfig, RunConfig, differences, to_dict, to_model_dict
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.records import store as records
 from bltjax.data.records.entropies import add_entropies, make_entropy_fn, receptive_bytes
@@ -207,7 +207,7 @@ def ensure_entropies(
         )
     params = stage.params()
     model = dict(
-        entropy_model=to_dict(stage.model),
+        entropy_model=to_model_dict(stage.model),
         reset_at_newlines=config.patching.reset_at_newlines,
         parameters=digest(params),
     )

@@ -39,6 +39,7 @@ from bltjax.inference.engine import generate
 from bltjax.inference.requests import make_requests
 from bltjax.inference.sampling import Sampling
 from bltjax.model import functional
+from bltjax.model.transformer import attention_report
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
@@ -230,7 +231,11 @@ def watch(
     """Returns what a stage reports: useful FLOPs, traces, its settings, and held-out rows."""
     mean_patch_bytes = patched.mean_patch_bytes if patched else 1.0
     forward = flops_per_byte(stage.model, layout.row_bytes, mean_patch_bytes)["total"]
-    about = dict(config=to_dict(config), mesh=dict(jax.sharding.get_mesh().shape))
+    kernels = attention_report(stage.model)
+    print(f"{stage.name}: {kernels}", flush=True)
+    about = dict(
+        config=to_dict(config), mesh=dict(jax.sharding.get_mesh().shape), attention=kernels
+    )
     peak = peak_flops(stage.model.compute_dtype)
     measure = None
     if stage.training.validate_every:

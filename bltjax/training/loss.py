@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bltjax import sharding
-from bltjax.ops.cross_entropy import next_byte_nats
+from bltjax.ops.cross_entropy import nats_and_log_sums
 from bltjax.vocabulary import BYTE_OFFSET
 
 LN2 = 0.6931471805599453
@@ -24,7 +24,7 @@ def loss_sums(
     section 5). byte_lengths: int32 [V], where ids are tokens, the raw bytes of each; the result
     then has `tokens`, the number of targets that stand for raw bytes.
     """
-    nats = next_byte_nats(logits, targets)
+    nats, log_sums = nats_and_log_sums(logits, targets)
     raw = num_bytes = mask & (targets >= BYTE_OFFSET)
     if byte_lengths is not None:
         num_bytes = raw * sharding.lookup(jnp.asarray(byte_lengths)[:, None], targets)[..., 0]
@@ -42,7 +42,7 @@ def loss_sums(
         sums["source_nats"] = jnp.sum(by_source(nats * raw, source_ids), axis=0)
         sums["source_bytes"] = jnp.sum(by_source(num_bytes.astype(jnp.float32), source_ids), axis=0)
     if with_z:
-        sums["z"] = jnp.sum(mask * jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2)
+        sums["z"] = jnp.sum(mask * log_sums**2)
     return sums
 
 

@@ -21,23 +21,31 @@ from bltjax.training.state import TrainState
 POINTS = 8  # missed updates at which slowly changing factors are sampled, to average them
 
 
-def with_sparse_hash_updates(model_config, config: TrainingConfig, step):
-    """Wraps a training step: it works on the rows of the hash tables that the batch reads."""
+def sparse_hash_step(
+    model_config, config: TrainingConfig, gradients, update, entropy_params, state, batch
+):
+    """Makes a training step on the rows of the hash tables that the batch reads.
 
-    def sparse_step(state: TrainState, batch, *inputs):
-        if HASH_TABLES not in state.params:
-            return step(state, batch, *inputs)
-        tables = state.params[HASH_TABLES]["weight"]
-        ids, places = find_rows(model_config.hash, batch["tokens"], tables)
-        rows = apply_missed_updates(config, take_rows(state, ids))
-        new, metrics = step(rows, batch | dict(ngram_places=places), *inputs)
-        if "skipped_in_a_row" in metrics:
-            # A skipped step leaves out the missed updates too: ids past the last row write nothing.
-            beyond = ids + tables.shape[0] * tables.shape[1]
-            ids = jnp.where(new.health.skipped_in_a_row > 0, beyond, ids)
-        return put_rows(state, new, ids), metrics
+    gradients, update: functions of `step.make_train_step`. Returns the state and metrics.
+    """
+    tables = state.params[HASH_TABLES]["weight"]
+    ids, places = find_rows(model_config.hash, batch["tokens"], tables)
 
-    return sparse_step
+    def rows_of(state):
+        return apply_missed_updates(config, take_rows(state, ids))
+
+    sparse_batch = batch | dict(ngram_places=places)
+    grads, sums = gradients(rows_of(state).params, sparse_batch, entropy_params)
+    # Rows of moments are read a second time, rather than held while gradients are computed.
+    state, grads = jax.lax.optimization_barrier((state, grads))
+    # XLA would read rows again where it writes them, out of copies of the tables (GPUs).
+    rows = jax.lax.optimization_barrier(rows_of(state))
+    new, metrics = update(rows, grads, sums, batch)
+    if "skipped_in_a_row" in metrics:
+        # A skipped step leaves out the missed updates too: ids past the last row write nothing.
+        beyond = ids + tables.shape[0] * tables.shape[1]
+        ids = jnp.where(new.health.skipped_in_a_row > 0, beyond, ids)
+    return put_rows(state, new, ids), metrics
 
 
 def find_rows(hashing, tokens, tables):

@@ -18,7 +18,7 @@ from bltjax.runtime.heap import give_back_after_compiling
 from bltjax.training.loss import bits_per_byte, loss_sums
 from bltjax.training.optimizer import HASH_TABLES, learning_rate
 from bltjax.training.patch_finder import patch_counts
-from bltjax.training.sparse_hash_updates import sum_rows, with_sparse_hash_updates
+from bltjax.training.sparse_hash_updates import sparse_hash_step, sum_rows
 from bltjax.training.state import Health, TrainState
 from bltjax.vocabulary import PAD_ID
 
@@ -44,12 +44,19 @@ def make_train_step(
     gradients = _gradients(model_config, config.z_loss, find_patches, num_sources, byte_lengths)
     if config.accumulation_steps > 1:
         gradients = _accumulated(gradients, config.accumulation_steps)
-    step = _updating(config, optimizer, gradients)
+    update = _updating(config, optimizer)
     if config.skip_loss_above or config.skip_norm_above:
-        step = _guarded(config, step)
-    if config.optimizer.hash_updates == "touched":
-        step = with_sparse_hash_updates(model_config, config, step)
-    return jax.jit(step, donate_argnums=0)
+        update = _guarded(config, update)
+    sparse = config.optimizer.hash_updates == "touched"
+
+    def train_step(state: TrainState, batch, entropy_params=None):
+        if sparse and HASH_TABLES in state.params:
+            parts = gradients, update, entropy_params
+            return sparse_hash_step(model_config, config, *parts, state, batch)
+        grads, sums = gradients(state.params, batch, entropy_params)
+        return update(state, grads, sums, batch)
+
+    return jax.jit(train_step, donate_argnums=0)
 
 
 def _gradients(model_config, z_loss, find_patches, num_sources, byte_lengths):
@@ -85,11 +92,10 @@ def _accumulated(gradients, num_parts: int):
     return accumulated
 
 
-def _updating(config: TrainingConfig, optimizer, gradients):
-    """Returns the step that makes one update from `gradients`."""
+def _updating(config: TrainingConfig, optimizer):
+    """Returns (state, gradients, sums, batch) -> (state, metrics), which makes one update."""
 
-    def step(state: TrainState, batch, entropy_params=None):
-        grads, sums = gradients(state.params, batch, entropy_params)
+    def update(state: TrainState, grads, sums, batch):
         targets = jnp.maximum(sums["targets"], 1)
         grads = jax.tree.map(lambda g: g / targets, grads)
         metrics = _metrics(sums, batch) | dict(
@@ -102,14 +108,14 @@ def _updating(config: TrainingConfig, optimizer, gradients):
         health = state.health._replace(updates=state.health.updates + 1)
         return TrainState(state.step + 1, params, opt_state, health), metrics
 
-    return step
+    return update
 
 
-def _guarded(config: TrainingConfig, step):
-    """Wraps a step: an update that is not `is_usual` is left out, and counted."""
+def _guarded(config: TrainingConfig, update):
+    """Wraps `update`: an update that is not `is_usual` is left out, and counted."""
 
-    def guarded_step(state: TrainState, *inputs):
-        new, metrics = step(state, *inputs)
+    def guarded_update(state: TrainState, *inputs):
+        new, metrics = update(state, *inputs)
         loss, grad_norm = metrics["loss"], metrics["grad_norm"]
         usual = is_usual(config, state.health, loss, grad_norm)
         kept = jax.tree.map(lambda a, b: jnp.where(usual, a, b), new, state)
@@ -117,7 +123,7 @@ def _guarded(config: TrainingConfig, step):
         counts = dict(skipped=health.skipped, skipped_in_a_row=health.skipped_in_a_row)
         return kept._replace(step=new.step, health=health), metrics | counts
 
-    return guarded_step
+    return guarded_update
 
 
 def is_usual(config: TrainingConfig, health: Health, loss, grad_norm):

@@ -23,7 +23,7 @@ from bltjax import sharding
 from bltjax.checkpoints import orbax_weights
 from bltjax.checkpoints.run_directory import RunDirectory, saved_steps
 from bltjax.checkpoints.weights import WeightsError
-from bltjax.config import PatchingConfig, RunConfig, TrainingConfig
+from bltjax.config import PatchingConfig, RunConfig, TrainingConfig, to_dict
 from bltjax.data.records.store import open_store
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.stages import run
@@ -62,6 +62,16 @@ def test_it_opens_goes_on_and_is_evaluated(directory):
     steps = [json.loads(line)["step"] for line in directory.metrics("blt").open()]
     assert steps == list(range(config.blt_training.steps))
     assert nats(directory) == pytest.approx(NATS_AT_END, rel=1e-6)
+
+
+def test_a_run_for_other_devices_opens(directory):
+    """The kernel of attention may change, and a model is read without it."""
+    config = directory.config()
+    on_gpu = dataclasses.replace(config, blt=dataclasses.replace(config.blt, attention="cudnn"))
+    directory.claim(on_gpu)
+    write_checked(directory.path / "config.json", dict(config=to_dict(on_gpu)))
+    assert directory.config().blt.attention == "cudnn"
+    assert nats(directory) == pytest.approx(NATS, rel=1e-6)
 
 
 def claim(path):

@@ -28,8 +28,9 @@ from tests.commands.test_plan import settings
 
 pytestmark = pytest.mark.long  # one interpreter will do
 
-NO_LIBTPU = "libtpu is not installed: pip install -e '.[tpu]'"
-NO_PLUGIN = "the CUDA plugin is not installed: pip install -e '.[cuda]'"
+NO_LIBTPU = "libtpu is not installed: pip install -e '.[aot]'"
+NO_PLUGIN = "no CUDA plugin is installed: pip install -e '.[aot]'"
+HAS_PLUGIN = any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin")))
 
 
 def run(*arguments, timeout=200):
@@ -76,12 +77,14 @@ def test_the_quickstart_on_four_tpus(tmp_path):
     assert text.read_text().startswith("HloModule jit_train_step")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason=NO_PLUGIN)
+@pytest.mark.skipif(not HAS_PLUGIN, reason=NO_PLUGIN)
 def test_reading_prompts_on_four_gpus():
     sizes = ["--config.blt_training.batch_size=4", "--config.mesh.fsdp=2"]
     process = run("--topology=h100:1x1x4", "--program=prefill", *sizes)
     assert (process.returncode, process.stderr) == (0, "")
-    check_report(json.loads(process.stdout.splitlines()[-1]), "h100", optimizer=False)
+    found = json.loads(process.stdout.splitlines()[-1])
+    check_report(found, "h100", optimizer=False)
+    assert found["launches"]["kernels"] > 100 and "GPU launches" in process.stdout
 
 
 @pytest.mark.parametrize(
@@ -102,9 +105,9 @@ def test_what_is_no_topology(name, said):
 
 def test_what_compiles_must_be_there(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"by libtpu, .*: pip install -e '\.\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"by libtpu, .*: pip install -e '\.\[aot\]'"):
         topology.topology_devices("v5e:2x2")
-    with pytest.raises(ValueError, match=r"by jax_cuda12_plugin, .*: pip install -e '\.\[cuda\]'"):
+    with pytest.raises(ValueError, match=r"by jax_cuda13_plugin or .*'\.\[aot\]'"):
         topology.topology_devices("a100:1x1x8")
 
 

@@ -155,6 +155,7 @@ PROBLEMS = [
     (dict(blt__vocab_size=256), "blt.vocab_size=256 260"),
     (dict(blt__compute_dtype="float16"), "blt.compute_dtype='float16' bfloat16"),
     (dict(blt__remat="all"), "blt.remat='all' full"),
+    (dict(entropy_model__attention="fast"), "entropy_model.attention='fast' cudnn"),
     (
         dict(entropy_model__init__std_factor="depth"),
         "entropy_model.init.std_factor='depth' current_depth",
@@ -324,6 +325,7 @@ def test_differences_name_the_field_and_leave_out_free_ones():
             blt_training__log_every=1,
             entropy_training__checkpoint_every=7,
             blt_training__keep_checkpoints=9,
+            blt__attention="tiles",
         )
     )
     assert differences(old, free) == []

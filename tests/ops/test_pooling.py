@@ -7,10 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bltjax.ops import pooling
 from bltjax.ops.pooling import pool_patches, segment_max, segment_sum, take_patches
+from bltjax.ops.sorted_sums import scatter_sums, sorted_sums
 
 B, L, P, E = 3, 19, 6, 4
 REDUCTIONS = {"max": np.max, "min": np.min, "mean": np.mean}
+
+
+@pytest.fixture(params=[scatter_sums, sorted_sums], autouse=True)
+def form(request, monkeypatch):
+    """Every test runs with the sums of CPUs and with those of accelerators."""
+    monkeypatch.setattr(pooling, "scatter_sums", request.param)
 
 
 def random_case(seed):
@@ -96,3 +104,38 @@ def test_mean_of_a_long_patch_in_half_precision():
     h = jnp.concatenate([jnp.zeros((1, 300, 1)), jnp.ones((1, 300, 1))], axis=1)
     mean = pool_patches(h.astype(jnp.bfloat16), jnp.zeros((1, 600), jnp.int32), 1, "mean")
     assert mean.dtype == jnp.bfloat16 and float(mean[0, 0, 0]) == 0.5
+
+
+def test_gradients_in_half_precision_are_float32_sums_rounded_once():
+    """300 ones and a half: bfloat16 would stop at 256, and lose the half."""
+    ids = jnp.concatenate([jnp.full((1, 300), -1), jnp.full((1, 301), 2)], axis=1)
+    x = jnp.ones((1, 2, 1), jnp.bfloat16)  # ids -1 and 2 are clipped to its two rows
+    _, pullback = jax.vjp(lambda x: take_patches(x, ids), x)
+    ones = jnp.ones((1, 601, 1), jnp.bfloat16).at[0, -1].set(4)
+    gradient = pullback(ones)[0]
+    assert gradient.dtype == jnp.bfloat16 and gradient.ravel().tolist() == [300, 304]
+
+
+def test_many_ties_in_half_precision():
+    """512 bytes share a gradient of 512, each gets 1; bfloat16 would count them to 256."""
+    h = jnp.ones((1, 600, 1), jnp.bfloat16).at[0, :88].set(0)
+    ids = jnp.zeros((1, 600), jnp.int32)
+    _, pullback = jax.vjp(lambda h: segment_max(h, ids, 1), h)
+    gradient = pullback(jnp.full((1, 1, 1), 512, jnp.bfloat16))[0].ravel().tolist()
+    assert gradient == [0] * 88 + [1] * 512
+
+
+def test_gradients_of_sums_skip_ids_outside():
+    ids = jnp.array([[-1, 0, 0, 2, 3, 9]])
+    _, pullback = jax.vjp(lambda x: segment_sum(x, ids, 3), jnp.zeros((1, 6, 1)))
+    assert pullback(jnp.array([5.0, 6, 7]).reshape(1, 3, 1))[0].ravel().tolist() == [
+        0,
+        5,
+        5,
+        7,
+        0,
+        0,
+    ]
+    _, pullback = jax.vjp(lambda x: segment_max(x, ids, 3), jnp.zeros((1, 6, 1)))
+    found = pullback(jnp.array([4.0, 6, 7]).reshape(1, 3, 1))[0].ravel().tolist()
+    assert found == [0, 2, 2, 7, 0, 0]

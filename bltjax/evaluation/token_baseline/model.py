@@ -46,7 +46,7 @@ def load(
     """
     run = RunDirectory(Path(path))
     stage = run.stage(run.config(), STAGE)
-    config = stage.model
+    config = dataclasses.replace(stage.model, attention="auto")  # other devices than the run's
     if compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
     params = {STAGE: stage.lazy_params()}

@@ -24,7 +24,8 @@ def splash_attention(q, k, v, segments, window: int | None = None, interpret: bo
         padding = -length % block
         q, k, v = (_heads_first(x, padding) for x in (q, k, v))
         segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-(2**31))
-        kernel = _kernel(length + padding, num_heads, window, block, interpret)
+        sizes = _block_sizes(block, q.shape[-1])
+        kernel = _kernel(length + padding, num_heads, window, sizes, interpret)
         out = jax.vmap(kernel)(_scaled(q), k, v, splash.SegmentIds(segments, segments))
         return jnp.swapaxes(out, 1, 2)[:, :length]
 
@@ -33,13 +34,19 @@ def splash_attention(q, k, v, segments, window: int | None = None, interpret: bo
     )
 
 
-def _kernel(length, num_heads, window, block, interpret):
+def _block_sizes(block: int, width: int) -> splash.BlockSizes:
+    """Returns blocks of one size; heads narrower than the lanes lie with positions along them."""
+    minor = splash.QKVLayout.SEQ_MINOR if width < LANES else splash.QKVLayout.HEAD_DIM_MINOR
+    layouts = dict(q_layout=minor, k_layout=minor, v_layout=minor)
+    return splash.BlockSizes(*(block,) * 8, **layouts)
+
+
+def _kernel(length, num_heads, window, sizes, interpret):
     shape = (length, length)
     if window is None:
         mask = splash.CausalMask(shape)
     else:
         mask = splash.LocalMask(shape, (window - 1, 0), 0)
-    sizes = splash.BlockSizes(*(block,) * 8)
     return splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * num_heads),
         block_sizes=sizes,

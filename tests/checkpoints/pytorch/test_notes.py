@@ -159,9 +159,11 @@ def test_settings_that_model_json_lacks_are_noted(tmp_path):
     (tmp_path / "made" / "checksums.json").unlink()
     file = tmp_path / "made" / "model.json"
     described = json.loads(file.read_text())
+    assert "attention" not in described["blt"] | described["entropy_model"]  # of devices
     del described["patching"]["threshold"], described["blt"]["global_transformer"]["rope_theta"]
     file.write_text(json.dumps(described))
     [note] = formats.read(tmp_path / "made").notes
+    assert "attention" not in note
     assert "patching.threshold=1.33544" in note
     assert "blt.global_transformer.rope_theta=500000.0" in note
     del described["patching"]
