@@ -98,9 +98,7 @@ def read_bytes(
     h = embed_bytes(tokens, _embedding(encoder["tok_embeddings"]), tables, config, before=before)
     states = []
     attend = _ring_attention(local, first, count, tokens.shape[1])
-    h, rings = _run_blocks(
-        encoder["layers"], local, h, cache.encoder, first, attend, states=states
-    )
+    h, rings = _run_blocks(encoder["layers"], local, h, cache.encoder, first, attend, states=states)
     positions = span(first, 0, tokens.shape[1])
     byte, pooled = cache.byte, h
     if cross.encoder:
