@@ -96,9 +96,7 @@ def layer_slice(layers, start: int, stop: int | None):
 
 
 def each_layer(layers) -> list:
-    """Lists the layers of a stack, stacked or as an nnx.List (see `model/unstacked.py`)."""
-    if isinstance(layers, nnx.List):
-        return list(layers)
+    """Lists the layers of a stack."""
     (num_layers,) = {len(w) for w in jax.tree.leaves(layers)}
     return [jax.tree.map(lambda w, i=i: w[i], layers) for i in range(num_layers)]
 

@@ -209,6 +209,7 @@ def test_the_global_stack_runs_once_for_each_closed_patch(tiny):
 def test_one_compilation_for_a_batch_and_a_size_of_room(tiny):
     drawn = dict(temperature=0.7, top_p=0.9)
     tiny.generate([b"a", b"b", b"c"], 10, batch_size=4, **drawn)
+    tiny.generate([b"a"], 10, **drawn)
     tiny.generate([b"a"], 10)
     before = prefill._cache_size(), decode._cache_size()
     tiny.generate([b"another prompt"] * 9, 30, seed=3, temperature=0.5, top_k=9, batch_size=4)

@@ -39,7 +39,7 @@ def test_a_block_computes_the_same(device, rows, formulated_for):
     x = np.random.default_rng(0).normal(size=(rows, 7, LOCAL.dim)).astype(np.float32)
     segments = np.zeros((rows, 7), np.int32)
     block = each_layer(model.layers)[1]
-    expected = block_of_rows(LOCAL, segments)(block, x)
+    expected = block_of_rows(LOCAL, segments, ENTROPY)(block, x)
     with formulated_for(device):
         layers = prepared.prepare(ENTROPY, params)["layers"]
         angles = rotary_angles(jnp.arange(7)[None], LOCAL.head_width, LOCAL.rope_theta)
