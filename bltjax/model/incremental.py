@@ -33,9 +33,9 @@ from bltjax.model.prepared import (
     norm,
     prepare,
     project,
-    rotary_factors,
     run_block,
 )
+from bltjax.ops import platform
 from bltjax.ops.cached_attention import (
     ring_attention,
     slots_attention,
@@ -43,7 +43,7 @@ from bltjax.ops.cached_attention import (
     store_attention,
     write_cache,
 )
-from bltjax.ops.rotary import rotary_angles
+from bltjax.ops.rotary import rotary_factors
 from bltjax.ops.slots import below, on_shards, read_slots, span, write_slots
 
 
@@ -203,8 +203,10 @@ def _run_blocks(layers, stack, x, cache, first, attend, before=None, states=None
     attend(q, k, v, kept): the result and the cache of a layer with the new keys and values.
     before(index, x) runs before each block; what each block yields is added to `states`.
     """
-    angles = rotary_angles(span(first, 0, x.shape[1]), stack.head_width, stack.rope_theta)
-    factors, kept = rotary_factors(angles), []
+    factors = rotary_factors(span(first, 0, x.shape[1]), stack.head_width, stack.rope_theta)
+    if platform.platform() != "cpu":  # else computed in each layer
+        factors = jax.lax.optimization_barrier(factors)
+    kept = []
 
     def attend_and_keep(q, k, v):
         out, keys_values = attend(q, k, v, cache[len(kept)])

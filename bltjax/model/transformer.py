@@ -8,7 +8,7 @@ from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig, InitConfig, TransformerConfig
 from bltjax.model.parameters import Linear, RMSNorm
 from bltjax.ops.attention import Choice, attention_of_rows, choose_attention
-from bltjax.ops.rotary import apply_rotary, rotary_angles
+from bltjax.ops.rotary import apply_rotary, rotary_factors
 from bltjax.ops.swiglu import swiglu
 
 Model = BLTConfig | EntropyModelConfig
@@ -42,13 +42,13 @@ class Attention(nnx.Module):
         self.wv = Linear(kv_dim, config.dim, std=std, axes=("heads", "embed"), key=kv)
         self.wo = Linear(config.dim, q_dim, std=std, axes=("embed", "heads"), key=ko)
 
-    def __call__(self, x, angles, attend):
-        """Maps x [B, L, E], angles [L, D/2] or [B, L, D/2] -> [B, L, E].
+    def __call__(self, x, factors, attend):
+        """Maps x [B, L, E], factors [L, D/2] or [B, L, D/2] -> [B, L, E].
 
         attend(q, k, v): q [B, L, H, D]; k, v [B, L, G, D] -> [B, L, H, D].
         """
         q, k, v = (split_heads(w(x), self.config.head_width) for w in (self.wq, self.wk, self.wv))
-        q, k = apply_rotary(q, angles), apply_rotary(k, angles)
+        q, k = apply_rotary(q, factors), apply_rotary(k, factors)
         return self.wo(merge_heads(attend(q, k, v)))
 
 
@@ -74,9 +74,9 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def __call__(self, x, angles, attend):
+    def __call__(self, x, factors, attend):
         """Applies `Attention` and the feed-forward layer, each with its residual."""
-        x = x + self.attention(self.attention_norm(x), angles, attend)
+        x = x + self.attention(self.attention_norm(x), factors, attend)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -131,10 +131,10 @@ def run_blocks(blocks: Block, stack: TransformerConfig, x, segments, model: Mode
 def block_of_rows(stack: TransformerConfig, segments, model: Model):
     """Returns run_block(block, x) for rows x [B, L, E] whose positions see their segment [B, L]."""
     positions = jnp.arange(segments.shape[1])
-    angles = rotary_angles(positions, stack.head_width, stack.rope_theta)
+    factors = rotary_factors(positions, stack.head_width, stack.rope_theta)
     kernel = attention_kernel(stack, model)
     attend = attention_of_rows(segments, stack.window, kernel.name)
-    return lambda block, x: block(x, angles, attend)
+    return lambda block, x: block(x, factors, attend)
 
 
 def attention_kernel(stack: TransformerConfig, model: Model) -> Choice:

@@ -81,7 +81,7 @@ def _bytes_from_patches(window, q, k, v, patch_ids):
         scores = [sum_heads(queries * key, num_heads, exact) * scale for key in keys]
         scores = [jnp.where(visible, score, MASKED) for score in scores]
         top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, scores))
-        weights = [jnp.exp(score - top) * visible for score in scores]
+        weights = [jnp.where(visible, jnp.exp(score - top), 0) for score in scores]
         mixed = [
             spread_heads(weight, width, exact) * value
             for weight, value in zip(weights, values, strict=True)

@@ -97,7 +97,7 @@ def _segment_max_backward(num_patches, saved, gradient):
     is_top = x == _take(top, ids, mode="fill", fill_value=jnp.nan)
     ties = _sums(is_top.astype(x.dtype), ids, num_patches)
     share = (gradient / jnp.maximum(ties, 1)).astype(x.dtype)
-    return is_top * _take(share, ids, mode="fill", fill_value=0), None
+    return jnp.where(is_top, _take(share, ids, mode="fill", fill_value=0), 0), None
 
 
 _segment_max.defvjp(_segment_max_forward, _segment_max_backward)

@@ -7,24 +7,44 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from bltjax.ops import platform
 from bltjax.ops.slots import on_shards
 
+Factors = tuple[jax.Array, jax.Array]  # cosines and sines, float32
 
-def rotary_angles(positions: jax.Array, head_width: int, theta: float) -> jax.Array:
-    """Returns position * theta^(-2i/D), float32 [..., D/2] (model.md#rotary)."""
+
+def rotary_factors(positions: jax.Array, head_width: int, theta: float) -> Factors:
+    """Returns cosine and sine of position * theta^(-2i/D), [..., D/2] each (model.md#rotary).
+
+    To be computed once for all layers of a stack: within a layer, XLA would compute them again for
+    each row and head.
+    """
     frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     frequencies = frequencies.reshape((1,) * positions.ndim + (-1,))
-    return positions.astype(jnp.float32)[..., None] * frequencies
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rotary(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turns the pairs (2i, 2i+1) of x by the angles, in float32.
+@jax.custom_vjp
+def apply_rotary(x: jax.Array, factors: Factors) -> jax.Array:
+    """Turns the pairs (2i, 2i+1) of x by the angles of `factors`, in float32.
 
-    Shapes: x [B, L, H, D], angles [L, D/2] or [B, L, D/2] -> [B, L, H, D] in x's dtype.
+    Shapes: x [B, L, H, D], factors [L, D/2] or [B, L, D/2] -> [B, L, H, D] in x's dtype. The
+    backward pass is the opposite turn, and keeps nothing of x.
     """
-    angles = angles if angles.ndim == 3 else angles[None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = (f if f.ndim == 3 else f[None] for f in factors)
     if platform.platform() == "tpu":
         return on_shards(_turned_by_product, x, cos, sin)
     return _turned(x, cos, sin)
+
+
+def _forward(x, factors):
+    return apply_rotary(x, factors), factors
+
+
+def _backward(factors, gradient):
+    cos, sin = factors
+    return apply_rotary(gradient, (cos, -sin)), None
+
+
+apply_rotary.defvjp(_forward, _backward)
 
 
 def _turned(x, cos, sin):

@@ -15,7 +15,7 @@ from bltjax.inference.decoders import PlainDecoder, for_generation
 from bltjax.model import functional, prepared
 from bltjax.model.transformer import block_of_rows, each_layer
 from bltjax.ops.attention import self_attention
-from bltjax.ops.rotary import rotary_angles
+from bltjax.ops.rotary import rotary_factors
 
 LOCAL = TransformerConfig(
     dim=16, num_layers=3, num_heads=4, num_kv_heads=2, window=8, ffn_multiple_of=8
@@ -42,12 +42,12 @@ def test_a_block_computes_the_same(device, rows, formulated_for):
     expected = block_of_rows(LOCAL, segments, ENTROPY)(block, x)
     with formulated_for(device):
         layers = prepared.prepare(ENTROPY, params)["layers"]
-        angles = rotary_angles(jnp.arange(7)[None], LOCAL.head_width, LOCAL.rope_theta)
+        factors = rotary_factors(jnp.arange(7)[None], LOCAL.head_width, LOCAL.rope_theta)
         found = prepared.run_block(
             layers[1],
             LOCAL,
             x,
-            prepared.rotary_factors(angles),
+            factors,
             lambda q, k, v: self_attention(q, k, v, segments, LOCAL.window),
         )
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
