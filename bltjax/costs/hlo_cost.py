@@ -29,6 +29,7 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # number of the operand that is written
 CALLS = r"\bcalls=\{?%?([\w.\-]+)"  # the computation of a fusion
 APPLIED = r"\bto_apply=%?([\w.\-]+)"  # of a call
+CONDITION = r"\bcondition=%?([\w.\-]+)"
 BODY = r"\bbody=%?([\w.\-]+)"  # of a loop
 _EXCHANGE = "shard_map/while"  # end of the names of the loops in ops/row_exchange.py
 _EXCHANGE_ROUNDS = 3  # measured: rows of 16k bytes of text over 256 owners
@@ -160,7 +161,7 @@ class Program:
         known = ins.attribute(r'"known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
-        condition = self.computations[ins.attribute(r"condition=%?([\w.\-]+)")]
+        condition = self.computations[ins.attribute(CONDITION)]
         compared = hlo_text.root(condition)
         if compared.opcode != "compare" or "direction=LT" not in compared.text:
             return None
