@@ -197,10 +197,10 @@ def with_cross(config, **changes):
 def dense_attention(monkeypatch):
     """Self-attention as two products a head, and norms without any: what the products are of."""
 
-    def attention(q, k, v, *_):
-        return jax.nn.dot_product_attention(q, k, v)
+    def attention_of_rows(*_):
+        return jax.nn.dot_product_attention
 
-    monkeypatch.setattr(transformer, "self_attention", attention)
+    monkeypatch.setattr(transformer, "attention_of_rows", attention_of_rows)
     monkeypatch.setattr(parameters, "rms_norm", lambda x, weight, eps: x * weight[None, None])
 
 
@@ -310,12 +310,15 @@ def masked_flops(config) -> float:
 
 
 def sums_flops(config) -> float:
-    """The encoder's cross-attention sums values by segments, which is no matrix product."""
-    if isinstance(config, EntropyModelConfig) or not config.cross_attention.encoder:
+    """Scores and values of cross-attention are sums of products, and no matrix products."""
+    if isinstance(config, EntropyModelConfig):
         return 0
-    cross, local = config.cross_attention, config.local_encoder
-    layers = local.num_layers if cross.all_layers_encoder else 1
-    return layers * 2 * cross.k * local.dim * (cross.window_encoder or 1)
+    cross, encoder, decoder = config.cross_attention, config.local_encoder, config.local_decoder
+    of_encoder = encoder.num_layers if cross.all_layers_encoder else 1
+    of_decoder = decoder.num_layers if cross.all_layers_decoder else 1
+    total = cross.encoder * of_encoder * encoder.dim * (cross.window_encoder or 1)
+    total += cross.decoder * of_decoder * decoder.dim * (cross.window_decoder or 1)
+    return 4 * cross.k * total
 
 
 @pytest.mark.parametrize(
