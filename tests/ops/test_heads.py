@@ -13,7 +13,7 @@ from bltjax import sharding
 from bltjax.config import MeshConfig
 from bltjax.costs.hlo_cost import COLLECTIVES
 from bltjax.ops import cross_attention, heads, platform
-from bltjax.ops.rotary import apply_rotary, rotary_factors
+from bltjax.ops.rotary import apply_rotary, lay_out, rotary_factors
 
 B, L, P, K, H, D = 2, 23, 7, 2, 3, 8
 
@@ -73,7 +73,7 @@ def test_rotary(monkeypatch, positions, dtype):
     """A product that swaps pairs is exact, so both forms round the same sums."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=(B, L, H, D)), dtype)
     factors = rotary_factors(positions, D, 10_000.0)
-    plain, on_tpu = both_forms(monkeypatch, lambda x: apply_rotary(x, factors), x)
+    plain, on_tpu = both_forms(monkeypatch, lambda x: apply_rotary(x, lay_out(factors)), x)
     tolerance = 1e-6 if dtype == jnp.float32 else 0.02
     for expected, result in zip(plain, on_tpu, strict=True):
         np.testing.assert_allclose(result, expected, atol=tolerance * np.abs(expected).max())
@@ -86,7 +86,7 @@ def test_shards_exchange_nothing(monkeypatch):
         axes = "batch", None, "heads", None
         x = sharding.reshard(jnp.ones((4, L, 2, D)), sharding.spec(*axes))
         factors = rotary_factors(jnp.arange(L), D, 10_000.0)
-        turn = jax.jit(jax.vjp(lambda x: apply_rotary(x, factors), x)[1])
+        turn = jax.jit(jax.vjp(lambda x: apply_rotary(x, lay_out(factors)), x)[1])
         text = turn.lower(x).compile().as_text()
         assert jax.typeof(turn(x)[0]) == jax.typeof(x)
     assert not any(f" {name}(" in text for name in COLLECTIVES)
