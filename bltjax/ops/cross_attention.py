@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.ops import partial_softmax
-from bltjax.ops.heads import spread_heads, sum_heads
+from bltjax.ops.heads import spread_heads, sum_heads, weigh_heads
 from bltjax.ops.partial_softmax import MASKED
 from bltjax.ops.pooling import segment_max, segment_sum, take_patches, take_vectors
 from bltjax.ops.slots import on_shards
@@ -60,7 +60,7 @@ def _patches_from_bytes(window, q, k, v, patch_ids):
         weights = jnp.exp(scores - take_patches(top, ids))
         total = segment_sum(weights, ids, num_patches)
         each = jnp.split(weights, num_vectors, axis=-1)
-        mixed = [spread_heads(weight, width, exact) * values for weight in each]
+        mixed = [weigh_heads(weight, values, width, exact) for weight in each]
         return top, total, segment_sum(jnp.concatenate(mixed, axis=-1), ids, num_patches)
 
     return _softmax_over_parts(part, window, width, exact).astype(v.dtype).reshape(q.shape)
@@ -75,9 +75,9 @@ def _bytes_from_patches(window, q, k, v, patch_ids):
     def seen(offset):
         ids = patch_ids - offset
         visible = (ids >= 0)[:, :, None]
-        taken = (take_vectors(x, ids, num_vectors) for x in (k, v))
-        keys, values = ([vector.astype(jnp.float32) for vector in vectors] for vectors in taken)
-        scores = [sum_heads(queries * key, num_heads, exact) * scale for key in keys]
+        keys, values = (take_vectors(x, ids, num_vectors) for x in (k, v))
+        products = (queries * key.astype(jnp.float32) for key in keys)
+        scores = [sum_heads(product, num_heads, exact) * scale for product in products]
         scores = [jnp.where(visible, score, MASKED) for score in scores]
         top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, scores))
         weights = [jnp.where(visible, jnp.exp(score - top), 0) for score in scores]
@@ -85,7 +85,7 @@ def _bytes_from_patches(window, q, k, v, patch_ids):
 
     def mixed(weights, values):
         both = zip(weights, values, strict=True)
-        return sum(spread_heads(weight, width, exact) * value for weight, value in both)
+        return sum(weigh_heads(weight, value, width, exact) for weight, value in both)
 
     def part(offset):
         top, weights, values = seen(offset)

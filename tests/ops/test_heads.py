@@ -35,6 +35,25 @@ def both_forms(monkeypatch, function, *arguments):
     return plain, run()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weighed_heads(monkeypatch, dtype):
+    """A product with spread weights, and its gradients."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(B, L, H * D)), dtype)
+    weights = jnp.asarray(rng.normal(size=(B, L, H)), jnp.float32)
+
+    def plain(weights, x):
+        return jnp.repeat(weights, D, axis=-1) * x.astype(jnp.float32)
+
+    expected = both_forms(monkeypatch, plain, weights, x)[0]
+    monkeypatch.undo()
+    exact = dtype == jnp.float32
+    weigh = functools.partial(heads.weigh_heads, width=D, exact=exact)
+    for found in both_forms(monkeypatch, lambda *inputs: weigh(*inputs), weights, x):
+        for one, other in zip(expected, found, strict=True):
+            np.testing.assert_allclose(other, one, atol=2e-4 * np.abs(one).max(), rtol=1e-2)
+
+
 @settings(max_examples=20, deadline=None)
 @given(num_heads=st.integers(1, 5), width=st.integers(1, 9), seed=st.integers(0, 99))
 def test_sums_and_spreads(num_heads, width, seed):
@@ -69,10 +88,11 @@ def test_cross_attention(monkeypatch, side, window, dtype, tolerance):
 
 @pytest.mark.parametrize("positions", [jnp.arange(L), jnp.arange(B * L).reshape(B, L)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rotary(monkeypatch, positions, dtype):
+@pytest.mark.parametrize("width", [D, 128])
+def test_rotary(monkeypatch, positions, dtype, width):
     """A product that swaps pairs is exact, so both forms round the same sums."""
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, L, H, D)), dtype)
-    factors = rotary_factors(positions, D, 10_000.0)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, L, H, width)), dtype)
+    factors = rotary_factors(positions, width, 10_000.0)
     plain, on_tpu = both_forms(monkeypatch, lambda x: apply_rotary(x, lay_out(factors)), x)
     tolerance = 1e-6 if dtype == jnp.float32 else 0.02
     for expected, result in zip(plain, on_tpu, strict=True):
