@@ -2,8 +2,8 @@
 
 Times forward and backward of `ops/kernels/splash_attention.py` for each stack of a config's BLT, on
 one chip, with rows of the config's length and random documents of 2,048 positions on average; the
-fastest sizes go into its `block_size`. --tiny runs short rows in Pallas's interpreter, on any
-machine: it tells that the script works, and nothing of speed.
+fastest size goes into the setting `attention_block`, or into `block_size` for all. --tiny runs
+short rows in Pallas's interpreter, on any machine: that tells of the script, not of speed.
 
 A line has the medians of --repeats calls in ms, the first call left out. Prints, last,
 a JSON line.
