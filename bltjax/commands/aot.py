@@ -54,7 +54,7 @@ def main(argv):
     os.environ.update(ENVIRONMENT)  # before JAX is imported
     with captured_log() as log:
         try:
-            what = (values.slices, values.stage, values.program, values.text)
+            what = (values.slices, values.stage, values.program, values.text, values.rows)
             found = compile_program(config, values.topology, *what)
         except ValueError as error:
             cli.fail(error)
@@ -80,6 +80,7 @@ def define_flags():
     flags.DEFINE_integer("slices", 1, "How many such slices, joined by a slower network.", 1)
     flags.DEFINE_enum("stage", "blt", ["blt", "entropy_model", "token_model"], "Which model.")
     flags.DEFINE_enum("program", "train", PROGRAMS, "What is compiled.")
+    flags.DEFINE_integer("rows", 1, "Texts that a device generates at once.", 1)
     cli.define_path("text", "A file for the optimized program (HLO text).")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from bltjax.costs import compiler_cycles, compiler_errors
 from bltjax.costs.chips import GIB, Chip
 from bltjax.costs.hlo_cost import read_cost
-from bltjax.costs.launches import count_launches
+from bltjax.costs.launches import count_launches, launches_of_decoding
 
 REMATERIALISED = "Involuntary full rematerialization"  # XLA gathers a whole array to reshard it
 LOG_TAIL = 4000  # characters of the compiler's log that are shown where it fails
@@ -29,12 +29,19 @@ REMEDIES = dict(
 
 
 def compile_program(
-    config, topology_name: str, slices: int, stage: str, program: str, text_file: str | None
+    config,
+    topology_name: str,
+    slices: int,
+    stage: str,
+    program: str,
+    text_file: str | None,
+    rows: int = 1,
 ) -> dict:
     """Compiles a program of a RunConfig for a topology; returns its costs per device.
 
     topology_name, slices: see `topology.topology_devices`. program: "train", or of generation
-    "prefill" or "decode". text_file: where the optimized program is written (HLO text), or None.
+    "prefill" or "decode" of so many `rows` a device. text_file: where the optimized program is
+    written (HLO text), or None.
     Raises ValueError for what cannot be compiled, JaxRuntimeError where the compiler fails.
     """
     import jax
@@ -55,7 +62,7 @@ def compile_program(
     with jax.set_mesh(mesh):
         if program == "train":
             print(attention_report(getattr(config, stage)))
-        made = programs.trace(config, stage, program)
+        made = programs.trace(config, stage, program, rows)
         written = jaxpr_flops.Work(made.traced.jaxpr)
         compiled, refused, seconds = _compile(made.traced.lower())
     each = dict(
@@ -74,6 +81,8 @@ def compile_program(
         found |= work(text, written.kernels)
         if devices[0].platform == "gpu":
             found["launches"] = dataclasses.asdict(count_launches(text))
+            if program == "decode":
+                found["launches"] |= launches_of_decoding(text)
         unit = "tokens" if stage == "token_model" else "bytes"
         found["roofline"] = roofline(found, chip, made.num_bytes / len(devices), unit)
         found["compiler"] = compiler_cycles.report(text, found["model_flops"], chip)
@@ -195,6 +204,8 @@ def print_report(found: dict):
     if launches := found.get("launches"):
         number = f"{launches['kernels'] + launches['copies']:10,}"
         print(f"  {'GPU launches':18} {number}      {launches['host_syncs']:,} waits of the host")
+        for name in ("byte", "patch") if "byte" in launches else ():
+            print(f"  {'of a ' + name:18} {launches[name]:10,}")
         for target, times in launches["library_calls"].items():
             print(f"  {'':18} {times:10,}      of {target}")
     if found["unknown_loops"]:

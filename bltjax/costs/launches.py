@@ -7,9 +7,8 @@ runtime works through (its dump "thunk_sequence"), which has some more copies of
 """
 
 import dataclasses
-import re
 
-from bltjax.costs.hlo_cost import APPLIED, FREE, Program, branches
+from bltjax.costs.hlo_cost import APPLIED, BODY, CONDITION, FREE, Program, branches
 
 
 @dataclasses.dataclass
@@ -45,6 +44,20 @@ def count_launches(text: str) -> Launches:
     return _launches(program, program.entry)
 
 
+def launches_of_decoding(text: str) -> dict[str, int]:
+    """Returns the launches for a `byte` of each row, and beside them for a `patch`, a global call.
+
+    text: `compiled.as_text()` of the loop that writes bytes.
+    """
+    program = Program(text, {})
+    loops = [ins for ins in program.computations[program.entry].values() if ins.opcode == "while"]
+    (loop,) = [ins for ins in loops if not _is_counted(ins)]
+    body = loop.attribute(BODY)
+    calls = [ins for ins in program.computations[body].values() if ins.opcode == "conditional"]
+    patch = sum(max(_launches(program, way).total for way in branches(ins)) for ins in calls)
+    return dict(byte=_launches(program, body).total - patch, patch=patch)
+
+
 def _launches(program: Program, name: str) -> Launches:
     total, body = Launches(), program.computations[name]
     for ins in body.values():
@@ -72,12 +85,14 @@ def _launches(program: Program, name: str) -> Launches:
 def _add_loop(total: Launches, program: Program, body: dict, ins):
     rounds = program.rounds(body, ins)
     times = 1 if rounds is None else rounds
-    inside, condition = (
-        _launches(program, ins.attribute(rf"\b{part}=%?([\w.\-]+)"))
-        for part in ("body", "condition")
-    )
+    inside, condition = (_launches(program, ins.attribute(part)) for part in (BODY, CONDITION))
     total.add(inside, times)
-    if not re.search(r'"known_trip_count"', ins.text):
+    if not _is_counted(ins):
         # The runtime evaluates the condition, copies its result to the host and waits for it.
         total.add(condition, times + 1)
         total.host_syncs += times + 1
+
+
+def _is_counted(loop) -> bool:
+    """Tells whether the compiler knows how often a loop runs."""
+    return '"known_trip_count"' in loop.text

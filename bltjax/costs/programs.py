@@ -26,7 +26,7 @@ from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.state import abstract_state
 from bltjax.training.step import make_train_step
 
-ROWS_PER_SHARD, MIN_PATCH_BYTES = 1, 2.0  # of texts that are generated
+MIN_PATCH_BYTES = 2.0  # of texts that are generated
 ANY_THRESHOLD = 1.0  # where none is set yet; the program is the same
 
 
@@ -42,11 +42,14 @@ class Traced(NamedTuple):
     optimizer_bytes: int = 0
 
 
-def trace(config, stage: str, program: str) -> Traced:
-    """Traces a program of a RunConfig on the mesh that is set."""
+def trace(config, stage: str, program: str, rows: int = 1) -> Traced:
+    """Traces a program of a RunConfig on the mesh that is set.
+
+    rows: texts that generation writes at once, on each device that has rows of its own.
+    """
     if program == "train":
         return _trace_train(config, stage)
-    return _trace_prefill(config) if program == "prefill" else _trace_decode(config)
+    return (_trace_prefill if program == "prefill" else _trace_decode)(config, rows)
 
 
 def _trace_train(config, stage) -> Traced:
@@ -87,9 +90,9 @@ def _patching(config):
     return dataclasses.replace(config.patching, threshold=threshold)
 
 
-def _trace_prefill(config) -> Traced:
+def _trace_prefill(config, rows: int) -> Traced:
     """Traces the loop that reads prompts; FLOPs are those of a chunk of each prompt."""
-    shape, params, tokens, request = _generation(config)
+    shape, params, tokens, request = _generation(config, rows)
     num_bytes = shape.size.rows * shape.size.chunk
     return Traced(
         traced=loops.prefill.trace(shape, params, tokens, request),
@@ -100,9 +103,9 @@ def _trace_prefill(config) -> Traced:
     )
 
 
-def _trace_decode(config) -> Traced:
+def _trace_decode(config, rows: int) -> Traced:
     """Traces the loop that writes bytes; FLOPs are those of a byte and a patch of each row."""
-    shape, params, tokens, request = _generation(config)
+    shape, params, tokens, request = _generation(config, rows)
     progress = jax.eval_shape(functools.partial(loops.prefill, shape), params, tokens, request)
     steps = sharding.concrete(jax.eval_shape(lambda: jnp.int32(0)))
     return Traced(
@@ -114,10 +117,10 @@ def _trace_decode(config) -> Traced:
     )
 
 
-def _generation(config):
+def _generation(config, rows: int):
     """Returns shape, parameters, tokens and requests of rows as long as in training, as types."""
     mesh = jax.sharding.get_mesh()
-    rows = ROWS_PER_SHARD * sharding.num_row_shards(mesh)
+    rows *= sharding.num_row_shards(mesh)
     needed = config.entropy_model if needs_entropies(config.patching) else None
     length = engine.num_positions(config.blt_training.row_bytes)
     decoder = BLTDecoder(config.blt, needed, _patching(config))

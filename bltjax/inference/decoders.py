@@ -68,9 +68,9 @@ def prepared_types(decoder: "Decoder", params: dict) -> dict:
 
 def prepared_layers(decoder: "Decoder", params: dict) -> list:
     """Returns the types of the layers in `prepared_types`."""
-    is_layers = lambda x: isinstance(x, tuple)  # noqa: E731
-    found = jax.tree.leaves(prepared_types(decoder, params), is_leaf=is_layers)
-    return [x for x in found if is_layers(x)]
+    types = prepared_types(decoder, params)
+    found = jax.tree.leaves(types, is_leaf=lambda x: isinstance(x, tuple))
+    return [x for x in found if isinstance(x, tuple)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -176,3 +176,29 @@ def test_blocks_that_splash_attention_skips():
     work = jaxpr_flops.Work(jax.jit(kernel).trace(q, q, q).jaxpr)
     seen = np.tri(8, dtype=int) - np.tri(8, k=-3, dtype=int)  # each block and the two before it
     assert work.flops == seen.sum() * block**2 * 2 * 2 * width
+
+
+FALLBACK = """%kernel (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %y = f32[8,8]{1,0} custom-call(%x), custom_call_target="NAME"
+}
+
+%tiles (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %a = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %b = f32[8,8]{1,0} dot(%a, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (i: s32[], x: f32[8,8]) -> f32[8,8] {
+  %i = s32[] parameter(0)
+  %x = f32[8,8]{1,0} parameter(1)
+  ROOT %c = f32[8,8]{1,0} conditional(%i, %x, %x), branch_computations={%kernel, %tiles}
+}
+"""
+
+
+@pytest.mark.parametrize("name, arrays", [("__cudnn$fmhaSoftmax", 2), ("other", 2 * 3)])
+def test_tiles_beside_a_kernel_of_cudnn_do_not_run(name, arrays):
+    """Its bytes count, and FLOPs as the tiles', for the kernel's own are not told."""
+    cost = hlo_cost.read_cost(FALLBACK.replace("NAME", name))
+    assert cost.flops == 2 * 2 * 8**3 and cost.hbm_bytes == arrays * 8 * 8 * 4

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bltjax.costs.launches import count_launches
+from bltjax.costs.launches import count_launches, launches_of_decoding
 
 PROGRAM = """HloModule jit_f
 
@@ -62,3 +62,13 @@ def test_a_program(loop, rounds, syncs):
     assert found.copies == 1 + 1 and found.total == found.kernels + 2
     assert found.host_syncs == syncs
     assert found.library_calls == {"__cudnn$fmhaSoftmax": rounds}
+
+
+def test_of_a_byte_and_of_a_patch():
+    """The open loop writes a byte a round; what it branches to is a call for a patch."""
+    way = "branch_computations={%short, %long}"
+    branch = f"%q = f32[8]{{0}} conditional(%i, %done, %done), {way}"
+    body = "%done = f32[8]{0} fusion-done(%start)\n"
+    assert body in PROGRAM
+    text = PROGRAM.replace(body, body + f"  {branch}\n").replace(" LOOP", "")
+    assert launches_of_decoding(text) == dict(byte=3, patch=3)
