@@ -7,7 +7,6 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from bltjax.ops import platform
 from bltjax.ops.slots import on_shards
 
-LANES = 128  # width of a TPU's registers
 Factors = tuple[jax.Array, jax.Array]  # cosines and sines, float32
 
 
@@ -26,8 +25,8 @@ def rotary_factors(positions: jax.Array, head_width: int, theta: float) -> Facto
 def lay_out(factors: Factors, scale: float = 1.0) -> Factors:
     """Lays `rotary_factors` out as `apply_rotary` reads them, times a scale of what it returns.
 
-    Once for all layers too: [1 or B, L, 1, D/2]; on TPUs [1 or B, L, 1, D], or [1 or B, 1, D, L]
-    where positions lie along the lanes.
+    Once for all layers too: [1 or B, L, 1, D/2]; on TPUs, where positions lie along the lanes,
+    [1 or B, 1, D, L].
     """
     return tuple(_laid_out(f if f.ndim == 3 else f[None]) for f in (scale * f for f in factors))
 
@@ -35,10 +34,8 @@ def lay_out(factors: Factors, scale: float = 1.0) -> Factors:
 def _laid_out(factor):
     if platform.platform() != "tpu":
         return factor[:, :, None]
-    factor = jnp.repeat(factor, 2, axis=2)
-    fills_lanes = factor.shape[2] % LANES == 0
-    factor = factor[:, :, None] if fills_lanes else jnp.swapaxes(factor, 1, 2)[:, None]
-    return jax.lax.optimization_barrier(factor)  # or XLA would repeat it in each layer again
+    # Behind a barrier, or XLA would repeat them in each layer again.
+    return jax.lax.optimization_barrier(jnp.repeat(jnp.swapaxes(factor, 1, 2), 2, axis=1)[:, None])
 
 
 @jax.custom_vjp
@@ -76,26 +73,21 @@ def _turned_by_product(x, cos, sin):
     """Does the same on TPUs, which reach every other number of a register by copying all of them.
 
     A product with a matrix of 0, 1 and -1, exact, gives each number the other one of its pair.
-    Positions lie along the lanes where a head would not fill them.
+    Positions lie along the 128 lanes, which a head would not fill; rows of heads that do take
+    longer all the same, for what the compiler makes of the layers around.
     """
-    if x.shape[-1] % LANES == 0:
-        other = _product("blhe,de->blhd", x, _other_of_pairs(x))
-        return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
-    matrix, x = _other_of_pairs(x), jnp.transpose(x, (0, 2, 3, 1))
-    other = _product("de,bhel->bhdl", matrix, x)
-    turned = (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+    x = jnp.transpose(x, (0, 2, 3, 1))
+    turned = (x.astype(jnp.float32) * cos + _other_of_pairs(x) * sin).astype(x.dtype)
     turned = with_layout_constraint(turned, Layout((0, 1, 2, 3)))
     return jnp.transpose(turned, (0, 3, 1, 2))
 
 
 def _other_of_pairs(x):
-    """Returns the matrix that maps the pairs (a, b) of x [..., D] to (-b, a), in x's dtype."""
-    row, column = jnp.arange(x.shape[-1])[:, None], jnp.arange(x.shape[-1])[None]
+    """Maps the pairs (a, b) of x [B, H, D, L] to (-b, a), float32."""
+    row, column = jnp.arange(x.shape[2])[:, None], jnp.arange(x.shape[2])[None]
     first = (row % 2 == 0) & (column == row + 1)
     second = (row % 2 == 1) & (column == row - 1)
-    return second.astype(x.dtype) - first.astype(x.dtype)
-
-
-def _product(letters, a, b):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
+    matrix = second.astype(x.dtype) - first.astype(x.dtype)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    options = dict(precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum("de,bhel->bhdl", matrix, x, **options)
