@@ -137,7 +137,7 @@ def _take_vectors_backward(num_patches, num_vectors, ids, gradients):
     if platform.platform() != "tpu":
         gradients = [jnp.concatenate(gradients, axis=-1)]
     sums = [_sums(rows_in_memory(g), ids, num_patches) for g in gradients]
-    return rows_in_memory(jnp.concatenate(sums, axis=-1).astype(gradients[0].dtype)), None
+    return jnp.concatenate(sums, axis=-1).astype(gradients[0].dtype), None
 
 
 _take_vectors.defvjp(lambda *inputs: (_take_vectors(*inputs), inputs[-1]), _take_vectors_backward)
