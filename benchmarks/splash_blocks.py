@@ -2,8 +2,8 @@
 
 Times forward and backward of `ops/kernels/splash_attention.py` for each stack of a config's BLT, on
 one chip, with rows of the config's length and random documents of 2,048 positions on average; the
-fastest sizes go into its `block_size`. --tiny runs short rows in Pallas's interpreter, on any
-machine: it tells that the script works, and nothing of speed.
+fastest size goes into the setting `attention_block`, or into `block_size` for all. --tiny runs
+short rows in Pallas's interpreter, on any machine: that tells of the script, not of speed.
 
 A line has the medians of --repeats calls in ms, the first call left out. Prints, last,
 a JSON line.
@@ -19,7 +19,7 @@ from absl import app, flags
 
 from bltjax import sharding
 from bltjax.config import MeshConfig, config_path, read_config
-from bltjax.ops.kernels.splash_attention import LANES, splash_attention
+from bltjax.ops.kernels.splash_attention import LANES, scaled, splash_attention
 
 SIZES = (128, 256, 512, 1024, 2048)
 DOCUMENT = 2048  # positions
@@ -44,7 +44,7 @@ def measure(stack, length, dtype, block) -> dict:
     segments = jnp.asarray(np.cumsum(rng.random((1, length)) < 1 / DOCUMENT, axis=1), jnp.int32)
 
     def attend(q, k, v):
-        return splash_attention(q, k, v, segments, stack.window, flags.FLAGS.tiny, block)
+        return splash_attention(scaled(q), k, v, segments, stack.window, flags.FLAGS.tiny, block)
 
     def total(*inputs):
         return jnp.sum(attend(*inputs).astype(jnp.float32) ** 2)

@@ -3,7 +3,7 @@
 Command:
     python -m bltjax.train --config=configs/blt_1b.py --workdir=DIR --config.data.root=CORPUS
 Hardware:  meant for 64 TPU v5p chips, 4 rows each at a time; not yet run there. The BLT's stage
-           compiles for them, and for 256 v5e chips, where it takes 7.5 GiB of a chip's 16
+           compiles for them, and for 256 v5e chips, where it takes 7.3 GiB of a chip's 16
            (python -m bltjax.aot --config=configs/blt_1b.py --topology=v5e:16x16).
            One GPU of 80 GB: docs/scaling.md#one-gpu.
 Expect:    4,533,879,808 parameters, 1,461,867,520 parameters without hash tables; the entropy

@@ -11,6 +11,7 @@ INIT_FACTORS = ("current_depth", "global_depth", "dim_ratio", "disabled")
 DTYPES = ("float32", "bfloat16")
 REMAT_MODES = ("none", "dots", "full")
 ATTENTION_KERNELS = ("auto", "tiles", "cudnn", "mosaic", "splash")
+MOST_BLOCK = 2**16  # positions of a block; scores of two blocks would fill a TPU's memory
 HASH_TABLES = "encoder_hash_tok_embedding"  # published name of the parameter
 SHARED_TABLE = 4096  # rows; smaller hash tables need not be split over chips
 
@@ -189,6 +190,9 @@ class EntropyModelConfig:
     # `"cudnn"` and `"mosaic"` (GPUs from Hopper on), `"splash"` (TPUs); results are equal up to
     # rounding
     attention: str = "auto"
+    # positions that a kernel of TPUs takes at once, a multiple of 128; None: 512, or 128 for rows
+    # of at most 1,024
+    attention_block: int | None = None
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
@@ -241,6 +245,9 @@ class BLTConfig:
     # `"cudnn"` and `"mosaic"` (GPUs from Hopper on), `"splash"` (TPUs); results are equal up to
     # rounding
     attention: str = "auto"
+    # positions that a kernel of TPUs takes at once, a multiple of 128; None: 512, or 128 for rows
+    # of at most 1,024
+    attention_block: int | None = None
 
     @property
     def patch_width(self) -> int:
@@ -310,6 +317,12 @@ def _common_model_problems(config, name: str) -> list[str]:
     found = one_of(config, name, "compute_dtype", DTYPES)
     found += one_of(config, name, "remat", REMAT_MODES)
     found += one_of(config, name, "attention", ATTENTION_KERNELS)
+    found += positive(config, name, "attention_block", most=MOST_BLOCK)
+    if not found and (config.attention_block or 0) % 128:
+        found.append(
+            f"{name}.attention_block={config.attention_block} must be a multiple of 128, the lanes "
+            "of a TPU's registers"
+        )
     found += one_of(config.init, init, "std_factor", INIT_FACTORS)
     found += positive(config.init, init)
     if not VOCAB_SIZE <= config.vocab_size <= MOST_WIDTH:

@@ -27,6 +27,7 @@ FREE_FIELDS = (
     "accumulation_steps",
     "remat",
     "attention",
+    "attention_block",
     "workers",
     "log_every",
     "validate_every",
@@ -37,7 +38,8 @@ FREE_FIELDS = (
     "profile",
 )
 
-DEVICE_FIELDS = ("attention",)  # of the device that computes a model, not of the model
+# Of the device that computes a model, not of the model.
+DEVICE_FIELDS = "attention", "attention_block"
 
 # In a wheel configs/ lies inside the package, in a checkout beside it.
 CONFIGS = tuple(Path(__file__).parents[up] / "configs" for up in (1, 2))

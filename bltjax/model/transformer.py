@@ -8,7 +8,7 @@ from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig, InitConfig, TransformerConfig
 from bltjax.model.parameters import Linear, RMSNorm
 from bltjax.ops.attention import Choice, attention_of_rows, choose_attention
-from bltjax.ops.rotary import apply_rotary, rotary_factors
+from bltjax.ops.rotary import apply_rotary, lay_out, rotary_factors
 from bltjax.ops.swiglu import swiglu
 
 Model = BLTConfig | EntropyModelConfig
@@ -43,12 +43,13 @@ class Attention(nnx.Module):
         self.wo = Linear(config.dim, q_dim, std=std, axes=("embed", "heads"), key=ko)
 
     def __call__(self, x, factors, attend):
-        """Maps x [B, L, E], factors [L, D/2] or [B, L, D/2] -> [B, L, E].
+        """Maps x [B, L, E] -> [B, L, E].
 
-        attend(q, k, v): q [B, L, H, D]; k, v [B, L, G, D] -> [B, L, H, D].
+        factors: those of `lay_out` for queries, and for keys. attend(q, k, v): q [B, L, H, D];
+        k, v [B, L, G, D] -> [B, L, H, D].
         """
         q, k, v = (split_heads(w(x), self.config.head_width) for w in (self.wq, self.wk, self.wv))
-        q, k = apply_rotary(q, factors), apply_rotary(k, factors)
+        q, k = apply_rotary(q, factors[0]), apply_rotary(k, factors[1])
         return self.wo(merge_heads(attend(q, k, v)))
 
 
@@ -132,8 +133,11 @@ def block_of_rows(stack: TransformerConfig, segments, model: Model):
     """Returns run_block(block, x) for rows x [B, L, E] whose positions see their segment [B, L]."""
     positions = jnp.arange(segments.shape[1])
     factors = rotary_factors(positions, stack.head_width, stack.rope_theta)
-    kernel = attention_kernel(stack, model)
-    attend = attention_of_rows(segments, stack.window, kernel.name)
+    name = attention_kernel(stack, model).name
+    # Splash kernels leave scores as they are: the turn of queries scales them for nothing.
+    scale = stack.head_width**-0.5 if name == "splash" else 1.0
+    factors = lay_out(factors, scale), lay_out(factors)
+    attend = attention_of_rows(segments, stack.window, name, model.attention_block)
     return lambda block, x: block(x, factors, attend)
 
 

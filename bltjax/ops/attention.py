@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.ops.kernels import cudnn_attention, mosaic_attention
-from bltjax.ops.kernels.splash_attention import splash_attention
+from bltjax.ops.kernels.splash_attention import scaled, splash_attention
 from bltjax.ops.kernels.tiled_attention import tiled_attention
 from bltjax.ops.kernels.unrolled_attention import unrolled_attention
 
@@ -40,13 +40,17 @@ def self_attention(q, k, v, segments, window: int | None = None, setting: str = 
     model.md#masks.
     """
     name = choose_attention(setting, q.dtype, q.shape[-1]).name
+    q = scaled(q) if name == "splash" else q
     return attention_of_rows(segments, window, name)(q, k, v)
 
 
-def attention_of_rows(segments: jax.Array, window: int | None, name: str) -> Attend:
+def attention_of_rows(
+    segments: jax.Array, window: int | None, name: str, block: int | None = None
+) -> Attend:
     """Returns `self_attention` of rows, by the kernel of a `Choice`, for many layers to call.
 
-    What a kernel must know of segments [B, L] is computed here, once.
+    What a kernel must know of segments [B, L] is computed here, once. "splash" takes queries that
+    are `scaled`, and block: see `splash_attention`.
     """
     if name == "cudnn":
         packed = cudnn_attention.packed_documents(segments)
@@ -55,7 +59,7 @@ def attention_of_rows(segments: jax.Array, window: int | None, name: str) -> Att
         starts = mosaic_attention.first_keys(segments, window)
         attend = functools.partial(mosaic_attention.mosaic_attention, starts=starts)
     elif name == "splash":
-        attend = splash_attention
+        attend = functools.partial(splash_attention, block=block)
     else:  # those for CPUs, where no device is known
         attend = unrolled_attention if _device()[0] == "gpu" else tiled_attention
     return lambda q, k, v: attend(q, k, v, segments, window)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.ops import partial_softmax
-from bltjax.ops.heads import rows_in_memory, spread_heads, sum_heads
+from bltjax.ops.heads import spread_heads, sum_heads, weigh_heads
 from bltjax.ops.partial_softmax import MASKED
-from bltjax.ops.pooling import segment_max, segment_sum, take_patches
+from bltjax.ops.pooling import segment_max, segment_sum, take_patches, take_vectors
 from bltjax.ops.slots import on_shards
 
 
@@ -60,7 +60,7 @@ def _patches_from_bytes(window, q, k, v, patch_ids):
         weights = jnp.exp(scores - take_patches(top, ids))
         total = segment_sum(weights, ids, num_patches)
         each = jnp.split(weights, num_vectors, axis=-1)
-        mixed = [spread_heads(weight, width, exact) * values for weight in each]
+        mixed = [weigh_heads(weight, values, width, exact) for weight in each]
         return top, total, segment_sum(jnp.concatenate(mixed, axis=-1), ids, num_patches)
 
     return _softmax_over_parts(part, window, width, exact).astype(v.dtype).reshape(q.shape)
@@ -69,26 +69,36 @@ def _patches_from_bytes(window, q, k, v, patch_ids):
 def _bytes_from_patches(window, q, k, v, patch_ids):
     num_vectors, num_heads, width = k.shape[2:]
     queries = q.reshape(*q.shape[:2], -1).astype(jnp.float32)
-    keys_values = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (k, v)], axis=-1)
+    k, v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
     exact, scale = q.dtype == jnp.float32, width**-0.5
 
-    def part(offset):
+    def seen(offset):
         ids = patch_ids - offset
         visible = (ids >= 0)[:, :, None]
-        taken = rows_in_memory(take_patches(keys_values, ids))
-        taken = [x.astype(jnp.float32) for x in jnp.split(taken, 2 * num_vectors, axis=-1)]
-        keys, values = taken[:num_vectors], taken[num_vectors:]
-        scores = [sum_heads(queries * key, num_heads, exact) * scale for key in keys]
+        keys, values = (take_vectors(x, ids, num_vectors) for x in (k, v))
+        products = (queries * key.astype(jnp.float32) for key in keys)
+        scores = [sum_heads(product, num_heads, exact) * scale for product in products]
         scores = [jnp.where(visible, score, MASKED) for score in scores]
         top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, scores))
         weights = [jnp.where(visible, jnp.exp(score - top), 0) for score in scores]
-        mixed = [
-            spread_heads(weight, width, exact) * value
-            for weight, value in zip(weights, values, strict=True)
-        ]
-        return top, sum(weights), sum(mixed)
+        return top, weights, values
 
-    return _softmax_over_parts(part, window, width, exact).astype(v.dtype).reshape(q.shape)
+    def mixed(weights, values):
+        both = zip(weights, values, strict=True)
+        return sum(weigh_heads(weight, value, width, exact) for weight, value in both)
+
+    def part(offset):
+        top, weights, values = seen(offset)
+        return top, sum(weights), mixed(weights, values)
+
+    if window is None or window == 1:  # then weights are divided, rather than all features
+        _, weights, values = seen(0)
+        total = sum(weights)
+        total = jnp.where(total > 0, total, 1)
+        out = mixed([weight / total for weight in weights], values)
+    else:
+        out = _softmax_over_parts(part, window, width, exact)
+    return out.astype(v.dtype).reshape(q.shape)
 
 
 def _softmax_over_parts(part, window, width, exact):

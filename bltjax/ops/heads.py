@@ -7,6 +7,8 @@ with a 0/1 matrix; elsewhere sums and broadcasts, which XLA fuses with what they
 Letters: H heads, D head width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -29,6 +31,29 @@ def spread_heads(x: jax.Array, width: int, exact: bool = True) -> jax.Array:
     if platform.platform() != "tpu":
         return jnp.repeat(x, width, axis=-1)
     return _product("...h,hf->...f", x, x.shape[-1], x.shape[-1] * width, exact)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def weigh_heads(weights: jax.Array, x: jax.Array, width: int, exact: bool = True) -> jax.Array:
+    """Multiplies x [..., H*D] by a float32 weight [..., H] of each head -> float32 [..., H*D].
+
+    The backward pass spreads the weights again: as an array that both passes read they would be
+    written to memory, and each of its numbers read twice.
+    """
+    return spread_heads(weights, width, exact) * x.astype(jnp.float32)
+
+
+def _weigh_backward(width, exact, saved, gradient):
+    weights, x = saved
+    num_heads = weights.shape[-1]
+    to_weights = sum_heads(gradient * x.astype(jnp.float32), num_heads, exact)
+    weights = jax.lax.optimization_barrier(weights)
+    return to_weights, (spread_heads(weights, width, exact) * gradient).astype(x.dtype)
+
+
+weigh_heads.defvjp(
+    lambda weights, x, *static: (weigh_heads(weights, x, *static), (weights, x)), _weigh_backward
+)
 
 
 def rows_in_memory(x: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from bltjax.ops.platform import platform
+from bltjax.ops import platform
+from bltjax.ops.heads import rows_in_memory
 from bltjax.ops.sorted_sums import scatter_sums, sorted_sums
 
 
@@ -35,6 +36,15 @@ def take_patches(x: jax.Array, ids: jax.Array) -> jax.Array:
     return _take_patches(x.shape[1], x, ids)
 
 
+def take_vectors(x: jax.Array, ids: jax.Array, num_vectors: int) -> list[jax.Array]:
+    """Takes the vectors side by side in row ids[b, t] of x [B, P, K*F], K arrays [B, L, F].
+
+    As `take_patches` and a split, but on TPUs gradients are joined once they are sums of patches:
+    joined for each byte, they would take longer than the sums.
+    """
+    return _take_vectors(x.shape[1], num_vectors, x, ids)
+
+
 def pool_patches(h: jax.Array, ids: jax.Array, num_patches: int, mode: str) -> jax.Array:
     """Pools byte states h [B, L, E] into a vector for each patch [B, P, E]; 0 for empty patches.
 
@@ -55,7 +65,7 @@ def _sums(x, ids, num_patches):
     On CPUs a scatter is 1.4 to 10 times as fast as products (two cores, rows of 1,024 to 8,192
     bytes, 2026-11). On GPUs it would be atomic additions, in any order.
     """
-    sums = scatter_sums if platform() == "cpu" else sorted_sums
+    sums = scatter_sums if platform.platform() == "cpu" else sorted_sums
     return sums(x, ids, num_patches)
 
 
@@ -114,3 +124,20 @@ def _take_patches_backward(num_patches, ids, gradient):
 
 
 _take_patches.defvjp(lambda n, x, ids: (_take_patches(n, x, ids), ids), _take_patches_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _take_vectors(num_patches, num_vectors, x, ids):
+    taken = rows_in_memory(_take(x, ids, mode="clip"))
+    return jnp.split(taken, num_vectors, axis=-1)
+
+
+def _take_vectors_backward(num_patches, num_vectors, ids, gradients):
+    ids = jnp.clip(ids, 0, num_patches - 1)
+    if platform.platform() != "tpu":
+        gradients = [jnp.concatenate(gradients, axis=-1)]
+    sums = [_sums(rows_in_memory(g), ids, num_patches) for g in gradients]
+    return jnp.concatenate(sums, axis=-1).astype(gradients[0].dtype), None
+
+
+_take_vectors.defvjp(lambda *inputs: (_take_vectors(*inputs), inputs[-1]), _take_vectors_backward)

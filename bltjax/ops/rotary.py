@@ -22,17 +22,32 @@ def rotary_factors(positions: jax.Array, head_width: int, theta: float) -> Facto
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def lay_out(factors: Factors, scale: float = 1.0) -> Factors:
+    """Lays `rotary_factors` out as `apply_rotary` reads them, times a scale of what it returns.
+
+    Once for all layers too: [1 or B, L, 1, D/2]; on TPUs, where positions lie along the lanes,
+    [1 or B, 1, D, L].
+    """
+    return tuple(_laid_out(f if f.ndim == 3 else f[None]) for f in (scale * f for f in factors))
+
+
+def _laid_out(factor):
+    if platform.platform() != "tpu":
+        return factor[:, :, None]
+    # Behind a barrier, or XLA would repeat them in each layer again.
+    return jax.lax.optimization_barrier(jnp.repeat(jnp.swapaxes(factor, 1, 2), 2, axis=1)[:, None])
+
+
 @jax.custom_vjp
 def apply_rotary(x: jax.Array, factors: Factors) -> jax.Array:
     """Turns the pairs (2i, 2i+1) of x by the angles of `factors`, in float32.
 
-    Shapes: x [B, L, H, D], factors [L, D/2] or [B, L, D/2] -> [B, L, H, D] in x's dtype. The
-    backward pass is the opposite turn, and keeps nothing of x.
+    Shapes: x [B, L, H, D], factors from `lay_out` -> [B, L, H, D] in x's dtype. The backward pass
+    is the opposite turn, and keeps nothing of x.
     """
-    cos, sin = (f if f.ndim == 3 else f[None] for f in factors)
     if platform.platform() == "tpu":
-        return on_shards(_turned_by_product, x, cos, sin)
-    return _turned(x, cos, sin)
+        return on_shards(_turned_by_product, x, *factors)
+    return _turned(x, *factors)
 
 
 def _forward(x, factors):
@@ -48,7 +63,6 @@ apply_rotary.defvjp(_forward, _backward)
 
 
 def _turned(x, cos, sin):
-    cos, sin = cos[:, :, None], sin[:, :, None]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
@@ -59,9 +73,9 @@ def _turned_by_product(x, cos, sin):
     """Does the same on TPUs, which reach every other number of a register by copying all of them.
 
     A product with a matrix of 0, 1 and -1, exact, gives each number the other one of its pair.
-    Positions lie along the 128 lanes, which a head would not fill.
+    Positions lie along the 128 lanes, which a head would not fill; rows of heads that do take
+    longer all the same, for what the compiler makes of the layers around.
     """
-    cos, sin = (jnp.repeat(jnp.swapaxes(y, 1, 2), 2, axis=1)[:, None] for y in (cos, sin))
     x = jnp.transpose(x, (0, 2, 3, 1))
     turned = (x.astype(jnp.float32) * cos + _other_of_pairs(x) * sin).astype(x.dtype)
     turned = with_layout_constraint(turned, Layout((0, 1, 2, 3)))

@@ -46,13 +46,24 @@ def _of_shard(num_ids, x, ids):
     equal = in_tiles[..., :, None] == in_tiles[..., None, :]
     sums = _product("bnst,bntf->bnsf", equal, x.reshape(rows, tiles, TILE, -1))
     every = jnp.arange(num_ids, dtype=ids.dtype)[None, :, None]
-    starts = jnp.sum(ids[:, None] < every, axis=-1, dtype=jnp.int32)
+    starts = _first_places(in_tiles, every)
     absent = _take(ids, jnp.minimum(starts, length - 1)) != every[..., 0]
     first = _take(sums.reshape(rows, tiles * TILE, -1), jnp.where(absent, tiles * TILE, starts))
     tile_starts = TILE * jnp.arange(tiles, dtype=jnp.int32)[None, None]
     goes_on = (in_tiles[:, None, :, 0] == every) & (tile_starts > starts[..., None])
     total = first + _product("bpn,bnf->bpf", goes_on, sums[:, :, 0])
     return total.reshape(rows, num_ids, *rest)
+
+
+def _first_places(in_tiles, every):
+    """Counts the smaller ids in_tiles [B, N, TILE] of each of `every` [1, P, 1] -> int32 [B, P].
+
+    Whole tiles first, then within one: each of P ids meets N + TILE others, not all of them.
+    """
+    smaller = jnp.sum(in_tiles[:, None, :, -1] < every, axis=-1, dtype=jnp.int32)
+    tile = jnp.minimum(smaller, in_tiles.shape[1] - 1)
+    within = jnp.sum(_take(in_tiles, tile) < every, axis=-1, dtype=jnp.int32)
+    return TILE * tile + within
 
 
 def _product(letters, chosen, x):

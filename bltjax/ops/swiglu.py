@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from bltjax.ops import platform
+
 
 @jax.custom_vjp
 def swiglu(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -17,14 +19,19 @@ def swiglu(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _forward(a, b):
     a32, b32 = a.astype(jnp.float32), b.astype(jnp.float32)
+    if platform.platform() == "tpu":
+        return (a32 * b32 * jax.nn.sigmoid(a32)).astype(a.dtype), (a, b)
     return (a32 * b32 / (1 + jnp.exp(-a32))).astype(a.dtype), (a, b)
 
 
 def _backward(saved, gradient):
     a, b, gradient = (x.astype(jnp.float32) for x in (*saved, gradient))
-    inverse = 1 + jnp.exp(-a)  # of sigmoid(a)
-    da = gradient * b * (1 + a - a / inverse) / inverse
-    db = gradient * a / inverse
+    if platform.platform() == "tpu":
+        sigmoid = jax.nn.sigmoid(a)
+        da, db = gradient * b * sigmoid * (1 + a - a * sigmoid), gradient * a * sigmoid
+    else:
+        inverse = 1 + jnp.exp(-a)  # of sigmoid(a)
+        da, db = gradient * b * (1 + a - a / inverse) / inverse, gradient * a / inverse
     return da.astype(saved[0].dtype), db.astype(saved[1].dtype)
 
 

@@ -67,7 +67,8 @@ def test_it_opens_goes_on_and_is_evaluated(directory):
 def test_a_run_for_other_devices_opens(directory):
     """The kernel of attention may change, and a model is read without it."""
     config = directory.config()
-    on_gpu = dataclasses.replace(config, blt=dataclasses.replace(config.blt, attention="cudnn"))
+    blt = dataclasses.replace(config.blt, attention="cudnn", attention_block=256)
+    on_gpu = dataclasses.replace(config, blt=blt)
     directory.claim(on_gpu)
     write_checked(directory.path / "config.json", dict(config=to_dict(on_gpu)))
     assert directory.config().blt.attention == "cudnn"

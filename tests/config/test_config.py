@@ -156,6 +156,9 @@ PROBLEMS = [
     (dict(blt__compute_dtype="float16"), "blt.compute_dtype='float16' bfloat16"),
     (dict(blt__remat="all"), "blt.remat='all' full"),
     (dict(entropy_model__attention="fast"), "entropy_model.attention='fast' cudnn"),
+    (dict(entropy_model__attention_block=0), "entropy_model.attention_block=0 positive"),
+    (dict(blt__attention_block=2**17), "blt.attention_block=131072 65536"),
+    (dict(blt__attention_block=200), "blt.attention_block=200 multiple of 128"),
     (
         dict(entropy_model__init__std_factor="depth"),
         "entropy_model.init.std_factor='depth' current_depth",
@@ -248,6 +251,7 @@ def optional_fields(config, name=""):
         "base_std": 0.5,
         "window_encoder": 2,
         "window_decoder": 2,
+        "attention_block": 128,
         "target_patch_bytes": 3.5,
         "max_patch_length": 4,
         "max_bytes": 10,
@@ -326,6 +330,7 @@ def test_differences_name_the_field_and_leave_out_free_ones():
             entropy_training__checkpoint_every=7,
             blt_training__keep_checkpoints=9,
             blt__attention="tiles",
+            entropy_model__attention_block=1024,
         )
     )
     assert differences(old, free) == []

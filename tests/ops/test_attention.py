@@ -12,7 +12,7 @@ from bltjax import sharding
 from bltjax.ops.attention import self_attention
 from bltjax.ops.cross_attention import bytes_from_patches_attention, patches_from_bytes_attention
 from bltjax.ops.kernels import tiled_attention as tiles
-from bltjax.ops.kernels.splash_attention import splash_attention
+from bltjax.ops.kernels.splash_attention import scaled, splash_attention
 from bltjax.ops.kernels.tiled_attention import tiled_attention
 from tests.ops.reference import assert_all_close, dense_attention, normal, with_gradients
 
@@ -118,7 +118,10 @@ def test_tiles_add_up_in_float32(window):
 )
 def test_splash_kernels(window, heads, kv_heads, block, use_mesh):
     """The TPU's kernels, interpreted, over rows that fill no block (model.md#masks)."""
-    attention = functools.partial(splash_attention, window=window, interpret=True, block=block)
+
+    def attention(q, k, v, segments):
+        return splash_attention(scaled(q), k, v, segments, window, interpret=True, block=block)
+
     rng = np.random.default_rng(0)
     shape = 8, 150, heads, 32
     q, cotangent = normal(rng, *shape), normal(rng, *shape)

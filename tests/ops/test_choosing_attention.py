@@ -1,6 +1,7 @@
 """Which kernel of self-attention a device gets, and what is said where one cannot work."""
 
 import dataclasses
+import functools
 import importlib.util
 
 import jax
@@ -10,9 +11,11 @@ from jax._src.mesh import AbstractDevice
 
 from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig
+from bltjax.model import functional
 from bltjax.model.transformer import attention_report
 from bltjax.ops import attention as ops
 from bltjax.ops.attention import choose_attention
+from bltjax.patching.buffers import buffers_from_lengths
 
 DEVICES = {
     "h100": ("NVIDIA H100 80GB HBM3", "gpu"),
@@ -151,3 +154,22 @@ def test_the_kernel_is_called(device, dtype, called, monkeypatch):
     with jax.sharding.use_abstract_mesh(mesh_of(device)):
         jax.eval_shape(ops.self_attention, q, q, q, ids)
     assert calls == [jnp.dtype(dtype)]
+
+
+@pytest.mark.usefixtures("no_mesh")
+@pytest.mark.parametrize("model", [BLTConfig(attention_block=256), EntropyModelConfig()])
+def test_the_block_size_reaches_the_kernel(model, monkeypatch):
+    blocks = []
+
+    def attend(q, *_, block):
+        blocks.append(block)
+        return q
+
+    monkeypatch.setattr(ops, "splash_attention", attend)
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    with jax.sharding.use_abstract_mesh(mesh_of("v5e")):
+        params = functional.abstract_params(model)
+        patches = jax.eval_shape(lambda: buffers_from_lengths(jnp.full((2, 4), 4), 16))
+        inputs = [patches] if isinstance(model, BLTConfig) else []
+        jax.eval_shape(functools.partial(functional.apply, model), params, tokens, *inputs)
+    assert blocks and set(blocks) == {model.attention_block}

@@ -13,7 +13,7 @@ from bltjax import sharding
 from bltjax.config import MeshConfig
 from bltjax.costs.hlo_cost import COLLECTIVES
 from bltjax.ops import cross_attention, heads, platform
-from bltjax.ops.rotary import apply_rotary, rotary_factors
+from bltjax.ops.rotary import apply_rotary, lay_out, rotary_factors
 
 B, L, P, K, H, D = 2, 23, 7, 2, 3, 8
 
@@ -33,6 +33,25 @@ def both_forms(monkeypatch, function, *arguments):
     plain = run()
     monkeypatch.setattr(platform, "platform", lambda: "tpu")
     return plain, run()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weighed_heads(monkeypatch, dtype):
+    """A product with spread weights, and its gradients."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(B, L, H * D)), dtype)
+    weights = jnp.asarray(rng.normal(size=(B, L, H)), jnp.float32)
+
+    def plain(weights, x):
+        return jnp.repeat(weights, D, axis=-1) * x.astype(jnp.float32)
+
+    expected = both_forms(monkeypatch, plain, weights, x)[0]
+    monkeypatch.undo()
+    exact = dtype == jnp.float32
+    weigh = functools.partial(heads.weigh_heads, width=D, exact=exact)
+    for found in both_forms(monkeypatch, lambda *inputs: weigh(*inputs), weights, x):
+        for one, other in zip(expected, found, strict=True):
+            np.testing.assert_allclose(other, one, atol=2e-4 * np.abs(one).max(), rtol=1e-2)
 
 
 @settings(max_examples=20, deadline=None)
@@ -69,11 +88,12 @@ def test_cross_attention(monkeypatch, side, window, dtype, tolerance):
 
 @pytest.mark.parametrize("positions", [jnp.arange(L), jnp.arange(B * L).reshape(B, L)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rotary(monkeypatch, positions, dtype):
+@pytest.mark.parametrize("width", [D, 128])
+def test_rotary(monkeypatch, positions, dtype, width):
     """A product that swaps pairs is exact, so both forms round the same sums."""
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, L, H, D)), dtype)
-    factors = rotary_factors(positions, D, 10_000.0)
-    plain, on_tpu = both_forms(monkeypatch, lambda x: apply_rotary(x, factors), x)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, L, H, width)), dtype)
+    factors = rotary_factors(positions, width, 10_000.0)
+    plain, on_tpu = both_forms(monkeypatch, lambda x: apply_rotary(x, lay_out(factors)), x)
     tolerance = 1e-6 if dtype == jnp.float32 else 0.02
     for expected, result in zip(plain, on_tpu, strict=True):
         np.testing.assert_allclose(result, expected, atol=tolerance * np.abs(expected).max())
@@ -86,7 +106,7 @@ def test_shards_exchange_nothing(monkeypatch):
         axes = "batch", None, "heads", None
         x = sharding.reshard(jnp.ones((4, L, 2, D)), sharding.spec(*axes))
         factors = rotary_factors(jnp.arange(L), D, 10_000.0)
-        turn = jax.jit(jax.vjp(lambda x: apply_rotary(x, factors), x)[1])
+        turn = jax.jit(jax.vjp(lambda x: apply_rotary(x, lay_out(factors)), x)[1])
         text = turn.lower(x).compile().as_text()
         assert jax.typeof(turn(x)[0]) == jax.typeof(x)
     assert not any(f" {name}(" in text for name in COLLECTIVES)

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.ops import pooling
-from bltjax.ops.pooling import pool_patches, segment_max, segment_sum, take_patches
+from bltjax.ops import platform, pooling
+from bltjax.ops.pooling import (
+    pool_patches,
+    segment_max,
+    segment_sum,
+    take_patches,
+    take_vectors,
+)
 from bltjax.ops.sorted_sums import scatter_sums, sorted_sums
 
 B, L, P, E = 3, 19, 6, 4
@@ -97,6 +103,27 @@ def test_take_is_the_transpose_of_sum():
         segment_sum(jnp.asarray(y, jnp.float32), ids, P),
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu", "tpu"])
+def test_vectors_are_taken_as_one_row(device, monkeypatch):
+    """As a split of `take_patches`, whatever joins the gradients."""
+    rng = np.random.default_rng(1)
+    _, ids = random_case(1)
+    ids = ids - 1
+    x, *cotangents = (jnp.asarray(rng.normal(size=(B, n, E)), jnp.float32) for n in (P, L, L))
+
+    def plain(x):
+        return jnp.split(take_patches(x, ids), 2, axis=-1)
+
+    cotangents = [y[..., : E // 2] for y in cotangents]
+    expected, pull_back = jax.vjp(plain, x)
+    monkeypatch.setattr(platform, "platform", lambda: device)
+    taken, pull_back_vectors = jax.vjp(lambda x: take_vectors(x, ids, 2), x)
+    for one, other in zip(taken, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    gradient = pull_back_vectors(cotangents)[0]
+    np.testing.assert_allclose(gradient, pull_back(cotangents)[0], atol=1e-5)
 
 
 def test_mean_of_a_long_patch_in_half_precision():

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.ops.rotary import apply_rotary, rotary_factors
+from bltjax.ops.rotary import apply_rotary, lay_out, rotary_factors
 
 B, L, H, D = 2, 33, 3, 8
 
 
 def rotate(x, theta):
-    return apply_rotary(x, rotary_factors(jnp.arange(x.shape[1]), x.shape[3], theta))
+    return apply_rotary(x, lay_out(rotary_factors(jnp.arange(x.shape[1]), x.shape[3], theta)))
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bltjax.ops import platform
 from bltjax.ops.swiglu import swiglu
 
 
+@pytest.mark.parametrize("device", ["cpu", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_value_and_gradients(dtype):
+def test_value_and_gradients(dtype, device, monkeypatch):
+    monkeypatch.setattr(platform, "platform", lambda: device)
     a, b, cotangent = 4 * jax.random.normal(jax.random.key(0), (3, 5, 7, 33), dtype)
     a = a.at[0, 0, :4].set(jnp.array([-1e30, -200.0, 200.0, 0.0], dtype))
 

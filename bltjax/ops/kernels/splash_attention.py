@@ -13,9 +13,9 @@ LANES = 128  # width of a TPU's registers; block sizes are multiples of it
 def splash_attention(q, k, v, segments, window=None, interpret=False, block: int | None = None):
     """Attends from each position to itself and `window` - 1 before it (None: all) in its segment.
 
-    q [B, L, H, D]; k, v [B, L, G, D], G dividing H; segments int32 [B, L] -> [B, L, H, D]. Rows and
-    heads may be sharded, positions not. interpret: run the kernels on any platform, slowly. block:
-    positions of a block, a multiple of 128; None: see `block_size`.
+    q [B, L, H, D], `scaled`; k, v [B, L, G, D], G dividing H; segments int32 [B, L]
+    -> [B, L, H, D]. Rows and heads may be sharded, positions not. interpret: run the kernels on
+    any platform, slowly. block: positions of a block, a multiple of 128; None: see `block_size`.
     """
     specs = tuple(jax.typeof(x).sharding.spec for x in (q, k, v, segments))
 
@@ -27,12 +27,17 @@ def splash_attention(q, k, v, segments, window=None, interpret=False, block: int
         segments = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=-(2**31))
         sizes = _block_sizes(side, q.shape[-1])
         kernel = _kernel(length + padding, num_heads, window, sizes, interpret)
-        out = jax.vmap(kernel)(_scaled(q), k, v, splash.SegmentIds(segments, segments))
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
         return jnp.swapaxes(out, 1, 2)[:, :length]
 
     return jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)(
         q, k, v, segments
     )
+
+
+def scaled(q):
+    """Divides queries [..., D] by sqrt(D), as these kernels take them."""
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
 
 def block_size(length: int) -> int:
@@ -63,7 +68,3 @@ def _kernel(length, num_heads, window, sizes, interpret):
 
 def _heads_first(x, padding):
     return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))), 1, 2)
-
-
-def _scaled(q):
-    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
