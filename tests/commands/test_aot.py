@@ -281,16 +281,16 @@ def test_what_remat_computes_again():
         assert again == pytest.approx(sum(parts[name] for name in scanned))
 
 
-def test_programs_that_serve(no_mesh):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_programs_that_serve(rows, no_mesh):
     """A piece of prompts, and a byte of each row, need the FLOPs of their bytes and patches."""
     from bltjax import sharding
     from bltjax.costs import jaxpr_flops
 
     config = from_config_dict(RunConfig, settings("configs/quickstart.py"))
     with jax.set_mesh(sharding.make_mesh(config.mesh, jax.devices()[:1])):
-        prefill = programs.trace(config, "blt", "prefill")
-        decode = programs.trace(config, "blt", "decode")
-    rows = programs.ROWS_PER_SHARD
+        prefill = programs.trace(config, "blt", "prefill", rows)
+        decode = programs.trace(config, "blt", "decode", rows)
     assert prefill.num_bytes == 128 * rows and decode.num_bytes == rows
     for program, patch_bytes in ((prefill, 4.5), (decode, 1.0)):
         needed = program.num_bytes * flops_per_byte(config.blt, 1024, patch_bytes)["total"]
