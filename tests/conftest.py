@@ -4,6 +4,7 @@
 import atexit
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -33,6 +34,7 @@ from absl import flags
 
 from bltjax import sharding
 from bltjax.config import MeshConfig
+from bltjax.costs.topology import CUDA_PLUGINS
 from bltjax.ops import platform
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
@@ -101,3 +103,10 @@ def formulated_for(monkeypatch):
 def use_mesh():
     """`with use_mesh(data, fsdp, tensor):` runs a block on another mesh of simulated devices."""
     return lambda *sizes: jax.set_mesh(mesh_of(*sizes))
+
+
+@pytest.fixture(scope="session")
+def cuda_plugin():
+    """Skips where programs for GPUs cannot be compiled."""
+    if not any(map(importlib.util.find_spec, CUDA_PLUGINS)):
+        pytest.skip("no CUDA plugin is installed: pip install -e '.[aot]'")

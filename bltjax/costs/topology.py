@@ -16,7 +16,7 @@ EXAMPLES = {
     "h100": "h100:1x2x8",
     "h200": "h200:1x2x8",
 }
-_CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 _POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}  # chips, at most
 _WRAPPED = ("v4", "v5p", "tpu7x")  # three-dimensional: cubes of 4 close to a torus
 # What XLA must know of a GPU: (compute capability, SMs, shared memory of a block and of an SM, L2,
@@ -55,7 +55,7 @@ def topology_devices(name: str, slices: int = 1) -> tuple[Chip, list]:
     """Returns the chip of a topology and its devices. Raises ValueError with the remedy."""
     chip, sizes = chip_and_sizes(name)
     is_gpu = chip in _GPUS
-    compilers = _CUDA_PLUGINS if is_gpu else ("libtpu",)
+    compilers = CUDA_PLUGINS if is_gpu else ("libtpu",)
     if not any(map(importlib.util.find_spec, compilers)):
         raise ValueError(
             f"--topology={name} is compiled by {' or '.join(compilers)}, which is not installed: "

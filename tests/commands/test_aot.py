@@ -29,8 +29,6 @@ from tests.commands.test_plan import settings
 pytestmark = pytest.mark.long  # one interpreter will do
 
 NO_LIBTPU = "libtpu is not installed: pip install -e '.[aot]'"
-NO_PLUGIN = "no CUDA plugin is installed: pip install -e '.[aot]'"
-HAS_PLUGIN = any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin")))
 
 
 def run(*arguments, timeout=200):
@@ -78,7 +76,7 @@ def test_the_quickstart_on_four_tpus(tmp_path):
     assert text.read_text().startswith("HloModule jit_train_step")
 
 
-@pytest.mark.skipif(not HAS_PLUGIN, reason=NO_PLUGIN)
+@pytest.mark.usefixtures("cuda_plugin")
 def test_reading_prompts_on_four_gpus():
     sizes = ["--config.blt_training.batch_size=4", "--config.mesh.fsdp=2"]
     process = run("--topology=h100:1x1x4", "--program=prefill", *sizes)

@@ -1,6 +1,5 @@
 """The largest published size on one H100, compiled where there is none: minutes of a compiler."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,9 +10,8 @@ from bltjax.costs.chips import GIB
 from bltjax.costs.hlo_text import computations, dimensions
 from tests import processes
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("cuda_plugin")]
 
-HAS_PLUGIN = any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin")))
 LAYERS, CONDITIONS = 1 + 25 + 9, 3  # of all stacks; passes of a step: forward, again, backward
 ONE_GPU = ["--config.mesh.fsdp=1", "--config.blt_training.accumulation_steps=1"]
 ONE_GPU += ["--config.blt_training.batch_size=8", "--config.blt_training.row_bytes=8192"]
@@ -22,8 +20,6 @@ ONE_GPU += ["--config.blt_training.optimizer.hash_updates=touched"]
 
 def compiled(tmp_path, *arguments):
     """Returns the report of `bltjax aot`, and the instructions of the program."""
-    if not HAS_PLUGIN:
-        pytest.skip("no CUDA plugin is installed: pip install -e '.[aot]'")
     text = tmp_path / "program.hlo"
     command = [sys.executable, "-m", "bltjax.aot", "--config=blt_1b", "--topology=h100:1x1x1"]
     process = subprocess.run(

@@ -1,6 +1,5 @@
 """The loop that writes bytes as it is compiled for a GPU that is not there: launches and copies."""
 
-import importlib.util
 import math
 
 import jax
@@ -14,7 +13,6 @@ from bltjax.costs.launches import count_launches
 
 pytestmark = pytest.mark.long
 
-HAS_PLUGIN = any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin")))
 LAYERS = 2  # of each of the four stacks
 CHANGES = {
     "blt.compute_dtype": "bfloat16",
@@ -27,10 +25,8 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def program():
+def program(cuda_plugin):
     """The traced program's inputs, and the text and the memory of the compiled one."""
-    if not HAS_PLUGIN:
-        pytest.skip("no CUDA plugin is installed: pip install -e '.[aot]'")
     config = read_config("configs/quickstart.py", CHANGES)
     _, devices = topology.topology_devices("h100:1x1x1")
     with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):

@@ -53,6 +53,14 @@ def normal(rng, *shape, scale=1.0):
     return (scale * rng.normal(size=shape)).astype(np.float32)
 
 
+def attention_inputs(rng, batch, length, heads, kv_heads, num_ids=5, width=8):
+    """Draws q, k, v, segments, cotangent; num_ids: of documents, those of a row at most."""
+    q, cotangent = normal(rng, 2, batch, length, heads, width, scale=3)
+    k, v = normal(rng, 2, batch, length, kv_heads, width)
+    segments = np.sort(rng.integers(-1, num_ids - 1, (batch, length)), axis=1)
+    return q, k, v, segments.astype(np.int32), cotangent
+
+
 def visible(segments, window):
     """Which positions [B, L, L] see which: model.md#masks, before them, near, in one document."""
     segments = np.asarray(segments)

@@ -19,7 +19,13 @@ from bltjax import sharding
 from bltjax.model.transformer import rematerialised
 from bltjax.ops.kernels import cudnn_attention as kernel
 from bltjax.ops.kernels.cudnn_attention import cudnn_attention, packed_documents
-from tests.ops.reference import assert_all_close, dense_attention, normal, visible, with_gradients
+from tests.ops.reference import (
+    assert_all_close,
+    attention_inputs,
+    dense_attention,
+    visible,
+    with_gradients,
+)
 
 
 def entries(lengths, offsets, elements, positions):
@@ -87,14 +93,6 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(kernel, "_kernel_call", fake_kernels)
 
 
-def inputs(rng, batch, length, heads, kv_heads, num_documents, width=8):
-    """q, k, v, segments, cotangent."""
-    q, cotangent = normal(rng, 2, batch, length, heads, width, scale=3)
-    k, v = normal(rng, 2, batch, length, kv_heads, width)
-    segments = np.sort(rng.integers(-3, num_documents - 3, (batch, length)), axis=1)
-    return q, k, v, segments.astype(np.int32), cotangent
-
-
 def attention(window, most):
     return lambda q, k, v, segments: cudnn_attention(
         q, k, v, segments, window, packed_documents(segments, most)
@@ -113,7 +111,7 @@ def attention(window, most):
 @settings(max_examples=25)
 def test_any_shape(batch, length, heads, window, num_documents, seed):
     """Some rows have more documents than 4, of which the tiles take care."""
-    given = inputs(np.random.default_rng(seed), batch, length, *heads, num_documents)
+    given = attention_inputs(np.random.default_rng(seed), batch, length, *heads, num_documents)
     q, k, v, segments, cotangent = given
     found = with_gradients(attention(window, most=4))(*given)
     assert_all_close(found, dense_attention(q, k, v, visible(segments, window), cotangent))
@@ -123,7 +121,7 @@ def test_any_shape(batch, length, heads, window, num_documents, seed):
 def test_over_a_mesh(use_mesh):
     """Each device has its own documents, and the tiles where they are too many for it."""
     rng = np.random.default_rng(0)
-    q, k, v, segments, cotangent = inputs(rng, 8, 30, 4, 2, 1)
+    q, k, v, segments, cotangent = attention_inputs(rng, 8, 30, 4, 2, 1)
     segments[2:] = np.sort(rng.integers(0, 20, (6, 30)), axis=1)
     segments[4:] = np.arange(30) // 10
     with use_mesh(2, 2, 2):

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from bltjax import sharding
 from bltjax.ops.kernels import mosaic_attention as kernel
 from bltjax.ops.kernels.mosaic_attention import mosaic_attention
-from tests.ops.reference import assert_all_close, dense_attention, normal, visible, with_gradients
+from tests.ops.reference import (
+    assert_all_close,
+    attention_inputs,
+    dense_attention,
+    visible,
+    with_gradients,
+)
 
 
 def dense_kernel(q, k, v, starts, ends):
@@ -34,14 +40,6 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(kernel, "_BLOCK", 8)
 
 
-def inputs(rng, batch, length, heads, kv_heads, width=8):
-    """q, k, v, segments, cotangent."""
-    q, cotangent = normal(rng, 2, batch, length, heads, width, scale=3)
-    k, v = normal(rng, 2, batch, length, kv_heads, width)
-    segments = np.sort(rng.integers(-1, 4, (batch, length)), axis=1).astype(np.int32)
-    return q, k, v, segments, cotangent
-
-
 @pytest.mark.usefixtures("on_cpu")
 @given(
     st.integers(1, 3),
@@ -53,7 +51,7 @@ def inputs(rng, batch, length, heads, kv_heads, width=8):
 @settings(max_examples=25)
 def test_any_shape(batch, length, heads, window, seed):
     """Folded and not, of lengths that fill no block."""
-    given = inputs(np.random.default_rng(seed), batch, length, *heads)
+    given = attention_inputs(np.random.default_rng(seed), batch, length, *heads)
     q, k, v, segments, cotangent = given
     found = with_gradients(functools.partial(mosaic_attention, window=window))(*given)
     assert_all_close(found, dense_attention(q, k, v, visible(segments, window), cotangent))
@@ -61,7 +59,7 @@ def test_any_shape(batch, length, heads, window, seed):
 
 @pytest.mark.usefixtures("on_cpu")
 def test_over_a_mesh(use_mesh):
-    q, k, v, segments, cotangent = inputs(np.random.default_rng(0), 8, 50, 4, 2)
+    q, k, v, segments, cotangent = attention_inputs(np.random.default_rng(0), 8, 50, 4, 2)
     with use_mesh(2, 2, 2):
         heads_split = sharding.spec("batch", None, "heads", None)
         placed = [jax.reshard(x, heads_split) for x in (q, k, v, cotangent)]
@@ -78,7 +76,7 @@ def test_tokamax_reads_the_ranges_alike(window, length, monkeypatch):
     """Its plain form, under the mask that its kernels are given."""
     plain = functools.partial(kernel._kernel, implementation="xla")
     monkeypatch.setattr(kernel, "_kernel", plain)
-    q, k, v, segments, cotangent = inputs(np.random.default_rng(0), 2, length, 4, 2)
+    q, k, v, segments, cotangent = attention_inputs(np.random.default_rng(0), 2, length, 4, 2)
     run = with_gradients(functools.partial(mosaic_attention, window=window))
     expected = dense_attention(q, k, v, visible(segments, window), cotangent)
     assert_all_close(run(q, k, v, segments, cotangent), expected)

@@ -14,19 +14,11 @@ from bltjax.ops.kernels import unrolled_attention as kernel
 from bltjax.ops.kernels.unrolled_attention import unrolled_attention
 from tests.ops.reference import (
     assert_all_close,
+    attention_inputs,
     dense_attention,
-    normal,
     visible,
     with_gradients,
 )
-
-
-def inputs(rng, batch, length, heads, kv_heads, width=8, num_documents=4):
-    """q, k, v, segments, cotangent."""
-    q, cotangent = normal(rng, 2, batch, length, heads, width, scale=3)
-    k, v = normal(rng, 2, batch, length, kv_heads, width)
-    segments = np.sort(rng.integers(-1, num_documents, (batch, length)), axis=1)
-    return q, k, v, segments.astype(np.int32), cotangent
 
 
 def expected(q, k, v, segments, cotangent, window):
@@ -54,7 +46,7 @@ def unrolled(request, monkeypatch):
 )
 def test_tiles(window, length, heads, kv_heads):
     """Several tiles, each with several before it (model.md#masks)."""
-    given = inputs(np.random.default_rng(length), 2, length, heads, kv_heads)
+    given = attention_inputs(np.random.default_rng(length), 2, length, heads, kv_heads)
     run = with_gradients(functools.partial(unrolled_attention, window=window, tile=16))
     assert_all_close(run(*given), expected(*given, window))
 
@@ -68,13 +60,13 @@ def test_tiles(window, length, heads, kv_heads):
 )
 @settings(max_examples=25)
 def test_any_shape(batch, length, heads, window, seed):
-    given = inputs(np.random.default_rng(seed), batch, length, *heads)
+    given = attention_inputs(np.random.default_rng(seed), batch, length, *heads)
     run = with_gradients(functools.partial(unrolled_attention, window=window, tile=16))
     assert_all_close(run(*given), expected(*given, window))
 
 
 def test_the_default_tile():
-    given = inputs(np.random.default_rng(0), 1, 700, 2, 1, num_documents=3)
+    given = attention_inputs(np.random.default_rng(0), 1, 700, 2, 1, num_ids=4)
     for window in (None, 300):
         run = with_gradients(functools.partial(unrolled_attention, window=window))
         assert_all_close(run(*given), expected(*given, window))
@@ -83,7 +75,7 @@ def test_the_default_tile():
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_a_few_rows_at_a_time(rows, monkeypatch):
     monkeypatch.setattr(kernel, "MOST_SCORES", rows * 2 * 48 * 16)
-    given = inputs(np.random.default_rng(rows), 6, 40, 2, 1)
+    given = attention_inputs(np.random.default_rng(rows), 6, 40, 2, 1)
     run = with_gradients(functools.partial(unrolled_attention, window=20, tile=16))
     assert_all_close(run(*given), expected(*given, 20))
 
@@ -91,7 +83,7 @@ def test_a_few_rows_at_a_time(rows, monkeypatch):
 @pytest.mark.parametrize("window", [None, 33])
 def test_sums_are_in_float32(window):
     """Of bfloat16 inputs; a sum in bfloat16 would be off by several times as much."""
-    given = inputs(np.random.default_rng(3), 2, 300, 2, 2, width=32, num_documents=1)
+    given = attention_inputs(np.random.default_rng(3), 2, 300, 2, 2, width=32, num_ids=2)
     q, k, v, segments, cotangent = given
     q, k, v, cotangent = (jnp.asarray(x / 3, jnp.bfloat16) for x in (q, k, v, cotangent))
     run = with_gradients(functools.partial(unrolled_attention, window=window, tile=16))
@@ -102,7 +94,7 @@ def test_sums_are_in_float32(window):
 
 
 def test_over_a_mesh(use_mesh):
-    q, k, v, segments, cotangent = inputs(np.random.default_rng(0), 8, 50, 4, 2)
+    q, k, v, segments, cotangent = attention_inputs(np.random.default_rng(0), 8, 50, 4, 2)
     with use_mesh(2, 2, 2):
         heads_split = sharding.spec("batch", None, "heads", None)
         placed = [jax.reshard(x, heads_split) for x in (q, k, v, cotangent)]

@@ -1,7 +1,5 @@
 """The training step as it is compiled for a GPU that is not there: what it adds up, and copies."""
 
-import importlib.util
-
 import jax
 import pytest
 
@@ -12,15 +10,12 @@ from bltjax.costs.hlo_text import arrays, computations
 
 pytestmark = pytest.mark.long
 
-HAS_PLUGIN = any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin")))
 TABLES = "f32[6,32768,64]"
 
 
 @pytest.fixture(scope="module")
-def instructions():
+def instructions(cuda_plugin):
     """All of the step of a small model in bfloat16 with sparse updates of its tables."""
-    if not HAS_PLUGIN:
-        pytest.skip("no CUDA plugin is installed: pip install -e '.[aot]'")
     optimizer = "blt_training.optimizer.hash_updates"
     changes = {"blt.compute_dtype": "bfloat16", optimizer: "touched", "blt.remat": "full"}
     config = read_config("configs/quickstart.py", changes)
