@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ from bltjax import sharding
 from bltjax.checkpoints import formats, placing
 from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.evaluation.patch_use import patch_use_of_documents
 from bltjax.evaluation.score import BLTScoring, ByteScoring, Score
-from bltjax.evaluation.text_model import TextModel
+from bltjax.evaluation.text_model import Text, TextModel
 from bltjax.evaluation.token_baseline import model as token_model
 from bltjax.evaluation.token_baseline.model import TokenModel
 from bltjax.inference.decoders import BLTDecoder
@@ -141,6 +143,21 @@ class Model(TextModel):
         for i, row in enumerate(rows):
             result[i, : len(row)] = row
         return result
+
+    def patch_use(
+        self, documents: Sequence[Text], num_rows: int = 64, row_bytes: int | None = None
+    ) -> dict:
+        """Returns the bits per byte more that disturbed latents cost, see docs/evaluation.md.
+
+        Documents fill rows one after the other, of which `num_rows` at most count. row_bytes: as in
+        `score`. Raises ValueError where there are no patches.
+        """
+        scoring = self._scoring()
+        if not isinstance(scoring, BLTScoring):
+            raise ValueError("this is an entropy model alone: it has no patches to use")
+        row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
+        with jax.set_mesh(self.mesh):
+            return patch_use_of_documents(scoring, documents, num_rows, row_bytes)
 
     def _decoder(self) -> BLTDecoder:
         if self.config is None:

@@ -219,6 +219,14 @@ def shard_rows(tree):
     return jax.tree.map(lambda x: reshard(x, batch_spec(jnp.ndim(x))), tree)
 
 
+def rows_before(x: jax.Array) -> jax.Array:
+    """Returns for each row of a batch [B, ...] the row before it, for the first one the last.
+
+    Every device gets the whole batch meanwhile.
+    """
+    return shard_rows(jnp.roll(reshard(x, PartitionSpec()), 1, axis=0))
+
+
 def one_per_shard(row: jax.Array) -> jax.Array:
     """Returns a batch with a copy of a row [L] per row shard, the smallest that a mesh holds."""
     rows = num_row_shards(jax.sharding.get_abstract_mesh())

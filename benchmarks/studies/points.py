@@ -221,6 +221,9 @@ def read(point: Point, directory: Path) -> dict | None:
         bits_per_byte=result["bits_per_byte"],
         # Unlike the mean, not moved by one source of scripts that a model never saw.
         median_source=statistics.median(s["bits_per_byte"] for s in result["sources"].values()),
+        # None of models without patches, and of runs that were finished before it was measured.
+        patch_use=result.get("patch_use", {}).get("zeroed"),
+        entropy_model_bits_per_byte=result.get("entropy_model", {}).get("bits_per_byte"),
         training_flops=flops.training,
         flops_per_byte=flops.model["total"],
         paper_flops_per_byte=flops.paper,

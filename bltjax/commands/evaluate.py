@@ -3,8 +3,8 @@
 PATH is a file, a glob, or a directory of which every file that is not hidden is read: as a text,
 decompressed if need be, or, where it holds records (.jsonl, .parquet and others), as one for each.
 Top-level directories, and files of records beside them, are the sources, with a result each; so are
-languages, where records name theirs. Prints a table of bits per byte, with xz for scale. Further
-parts, with --data or without:
+languages, where records name theirs. Prints a table of bits per byte, with xz for scale, and how much
+a BLT uses its patches. Further parts, with --data or without:
 
     --suites=characters,noise   questions about characters; multiple choice from --data, with noise
     --samples=N                 how much of what the model writes is valid UTF-8
@@ -34,6 +34,7 @@ def run(chosen) -> dict:
     model, result = cli.open_model(), {}
     if texts is not None:
         result |= evaluate(model, texts, row_bytes=chosen.row_bytes)
+        result |= suites.patch_use_suite(model, texts, chosen.patch_use_rows, chosen.row_bytes)
     if "characters" in chosen.suites:
         result["characters"] = suites.character_suite(model, chosen.words, chosen.limit)
     if "noise" in chosen.suites:
@@ -76,6 +77,8 @@ def define_flags():
     cli.define_model_flags()
     cli.define_text_flags("data")
     cli.define_path("data", "A file, a directory of files, or a glob.")
+    rows = "Rows of --data that the use of patches is measured on; 0: none."
+    flags.DEFINE_integer("patch_use_rows", 64, rows, 0)
     flags.DEFINE_list("suites", [], f"Further parts, see above: {', '.join(suites.SUITES)}.")
     flags.DEFINE_integer("samples", 0, "Texts to draw from the model.", 0)
     flags.DEFINE_list("tasks", [], "Tasks of lm-evaluation-harness (pip install 'bltjax[eval]').")

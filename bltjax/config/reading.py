@@ -32,6 +32,7 @@ FREE_FIELDS = (
     "log_every",
     "validate_every",
     "validation_rows",
+    "patch_use_rows",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",

@@ -54,6 +54,8 @@ class EvaluationConfig:
     max_bytes: int = 100_000_000  # bytes of held-out documents, approximately
     # held-out rows that `validate_every` measures, an even share of each source
     validation_rows: int = 64
+    # held-out rows that the use of patches is measured on, an even share of each source; 0: none
+    patch_use_rows: int = 64
     # fit n-gram models on the training bytes, for comparison; switch it off for large corpora,
     # whose counts do not fit in memory
     baselines: bool = True
@@ -67,7 +69,7 @@ class EvaluationConfig:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(self, name, "max_bytes", most=MOST_BYTES)
         found += positive(self, name, "batch_size", "validation_rows")
-        found += not_negative(self, name, "temperature")
+        found += not_negative(self, name, "temperature", "patch_use_rows")
         return found + positive(self, name, "sample_bytes", most=MOST_ROW)
 
 

@@ -1,6 +1,6 @@
 """Measures the bits per byte of a model on held-out rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,13 +17,7 @@ def evaluate(eval_step, params, batches: Iterator[Row], sources: Sequence[str], 
     `source_nats`, `source_bytes`. Returns these sums, `bits_per_byte` over raw bytes, and `sources`
     with bits_per_byte and bytes of each source.
     """
-    totals = {}
-    for rows in batches:  # each process has all rows, and puts its own on its devices
-        own = sharding.rows_of_process(len(rows.tokens))
-        rows = Row(*(x[own] for x in rows))
-        batch = sharding.put_batch(as_batch(rows, sources=True))
-        sums = jax.device_get(eval_step(params, batch, *frozen))
-        totals = {k: totals.get(k, 0.0) + np.float64(v) for k, v in sums.items()}
+    totals = sum_up(eval_step, params, batches, *frozen)
     by_source = zip(sources, totals.pop("source_nats"), totals.pop("source_bytes"), strict=True)
     return {
         **{k: float(v) for k, v in totals.items()},
@@ -34,3 +28,18 @@ def evaluate(eval_step, params, batches: Iterator[Row], sources: Sequence[str], 
             if size
         },
     }
+
+
+def sum_up(step, params, batches: Iterable[Row], *frozen) -> dict:
+    """Returns the sums, in float64, of what a step gives for batches of rows.
+
+    step: jitted (params, batch, *frozen) -> dict of arrays.
+    """
+    totals: dict = {}
+    for rows in batches:  # each process has all rows, and puts its own on its devices
+        own = sharding.rows_of_process(len(rows.tokens))
+        rows = Row(*(x[own] for x in rows))
+        batch = sharding.put_batch(as_batch(rows, sources=True))
+        sums = jax.device_get(step(params, batch, *frozen))
+        totals = {k: totals.get(k, 0.0) + np.float64(v) for k, v in sums.items()}
+    return totals

@@ -86,7 +86,7 @@ class ByteScoring:
     def pack(self, documents: Iterable[np.ndarray], row_length: int) -> Iterator[Packed]:
         """Yields the ids [S] of each document in rows; a short one has a single row."""
         for ids in documents:
-            yield Packed(ids, 0, pack_bytes([ids], _row_length(len(ids), row_length)))
+            yield Packed(ids, 0, pack_bytes([ids], fitting_length(len(ids), row_length)))
 
 
 @dataclass
@@ -104,12 +104,12 @@ class BLTScoring(ByteScoring):
         """Raises ValueError where the rule needs an entropy model and there is none."""
         shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
         for chunk in in_chunks(documents, len, _CHUNK_BATCHES * BATCH_BYTES * shards):
-            for ids, starts in zip(chunk, self._find_starts(chunk), strict=True):
-                length = _row_length(len(ids) + 1, row_length)  # + 1: patches cover one more
+            for ids, starts in zip(chunk, self.find_starts(chunk), strict=True):
+                length = fitting_length(len(ids) + 1, row_length)  # + 1: patches cover one more
                 rows = pack_patches([(ids, starts)], length, length)
                 yield Packed(ids, int(starts.sum()), rows)
 
-    def _find_starts(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def find_starts(self, documents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns bool [S] for each document's ids [S]: its patch starts, without the one at S."""
         patching, entropies = self.patching, [None] * len(documents)
         if needs_entropies(patching):
@@ -162,10 +162,10 @@ def document_entropies(
 ) -> list[np.ndarray]:
     """Returns float32 entropies [S] in nats of each document's ids [S], in any company the same."""
     # Windows of a longer document start with what its bytes look back on: at most a quarter.
-    longest = _row_length(max(BATCH_BYTES, 4 * receptive_bytes(config)))
+    longest = fitting_length(max(BATCH_BYTES, 4 * receptive_bytes(config)))
     by_length = collections.defaultdict(list)
     for i, ids in enumerate(documents):
-        by_length[_row_length(len(ids), longest)].append(i)
+        by_length[fitting_length(len(ids), longest)].append(i)
     results = [None] * len(documents)
     for length, members in by_length.items():
         found = corpus_entropies(
@@ -174,7 +174,7 @@ def document_entropies(
             config,
             [documents[i] for i in members],
             row_bytes=length,
-            batch_size=_batch_size(length),
+            batch_size=rows_at_once(length),
         )
         for i, entropies in zip(members, found, strict=True):
             results[i] = entropies
@@ -255,7 +255,7 @@ def _run_batches(step, model: ByteScoring, rows: Iterator[tuple[int, Row]]):
     running = collections.deque()
     for group in _groups(rows):
         owners, members = zip(*group, strict=True)
-        (rows_of_batch,) = whole_batches(iter(members), _batch_size(len(members[0].tokens)))
+        (rows_of_batch,) = whole_batches(iter(members), rows_at_once(len(members[0].tokens)))
         batch = as_batch(rows_of_batch)
         num_bytes = int(model.byte_lengths[batch["targets"][raw_targets(batch)]].sum())
         result = step(model.config, model.params, sharding.put_batch(batch))
@@ -271,7 +271,7 @@ def _groups(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
     for owner, row in rows:
         shape = len(row.tokens), len(row.patch_lengths)
         waiting[shape].append((owner, row))
-        if len(waiting[shape]) == _batch_size(shape[0]):
+        if len(waiting[shape]) == rows_at_once(shape[0]):
             yield waiting.pop(shape)
     yield from waiting.values()
 
@@ -280,7 +280,7 @@ def trim(row: Row) -> Row:
     """Returns the row in the smallest shape of the list that holds its ids and patches."""
     used = int(np.count_nonzero(row.tokens != PAD_ID))
     # Room for one more patch than bytes, the tail; packing gives no full row more than its length.
-    length = _row_length(used + 1, len(row.tokens))
+    length = fitting_length(used + 1, len(row.tokens))
     lengths = row.patch_lengths
     if lengths.size:
         num_patches = np.count_nonzero(lengths)
@@ -289,7 +289,7 @@ def trim(row: Row) -> Row:
     return Row(*(field[:length] for field in row[:-1]), lengths)
 
 
-def _row_length(num_ids: int, row_bytes: int = 2**30) -> int:
+def fitting_length(num_ids: int, row_bytes: int = 2**30) -> int:
     """Returns the smallest power of two from 64 that holds `num_ids`, at most `row_bytes`."""
     return min(max(_MIN_LENGTH, 1 << (num_ids - 1).bit_length()), row_bytes)
 
@@ -302,7 +302,7 @@ def _num_columns(num_patches: int, length: int) -> int:
     return columns
 
 
-def _batch_size(length: int) -> int:
+def rows_at_once(length: int) -> int:
     shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
     return shards * max(1, min(_MAX_ROWS, BATCH_BYTES // length))
 

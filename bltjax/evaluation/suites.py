@@ -6,13 +6,32 @@ Each function measures a model, prints the result as a table, and returns it.
 from collections.abc import Sequence
 from pathlib import Path
 
+from bltjax.config import BLTConfig
 from bltjax.evaluation import characters, multiple_choice, noise, samples
+from bltjax.evaluation.patch_use import told
 from bltjax.evaluation.related_words import WORDS
+from bltjax.evaluation.texts import Texts, read_texts
 from bltjax.runtime.terminal import print_table
 
 SUITES = ("characters", "noise")
 QUESTIONS = 50  # of each character task
 ITEMS = 100  # of multiple choice
+
+
+def patch_use_suite(model, texts: Texts, num_rows: int, row_bytes: int | None) -> dict:
+    """Measures how much a BLT uses its patches, on the first texts of each source.
+
+    Returns dict(patch_use), or an empty one of a model without patches.
+    """
+    if not num_rows or not isinstance(model.config, BLTConfig):
+        return {}
+    row_bytes = model.lengths.row_bytes if row_bytes is None else row_bytes
+    share = -(-num_rows * row_bytes // len(set(texts.sources)))
+    sample = texts._replace(share=min(share, texts.share or share))
+    documents = [document.data for document in read_texts(sample, [])]
+    found = model.patch_use(documents, num_rows, row_bytes)
+    print(f"\n{told(found)}")
+    return dict(patch_use=found)
 
 
 def character_suite(model, words: str | None, count: int | None, seed: int = 0) -> dict:

@@ -50,6 +50,23 @@ def intermediates(config, params, tokens, *inputs, **known) -> dict:
     return _model(config, params)(tokens, *inputs, **known)
 
 
+def without_global_blocks(config: BLTConfig, params: dict, patch_states) -> jax.Array:
+    """Returns what the global transformer would make of patch_states if it had no blocks.
+
+    Maps [B, P, patch_width] -> [B, P, G]: where widths differ the projection is left.
+    """
+    return _model(config, params).global_transformer.widen(patch_states)
+
+
+def decode(config: BLTConfig, params: dict, byte_states, global_states, patches, document_ids):
+    """Returns the logits float32 [B, L, V] of the local decoder alone.
+
+    byte_states, global_states: as in `intermediates`, or others in their place.
+    """
+    decoder = _model(config, params).local_decoder
+    return decoder(byte_states, global_states, patches, document_ids)[0]
+
+
 def entropies(config: EntropyModelConfig, params: dict, tokens, reset_at_newlines, document_ids=0):
     """Returns entropies float32 [B, L], nats, of the byte after each of tokens int32 [B, L].
 

@@ -26,6 +26,10 @@ class GlobalTransformer(nnx.Module):
         """Maps x [B, P, patch_width], segments int32 [B, P] -> [B, P, G]."""
         stack = self.config.global_transformer
         chex.assert_shape(x, (*segments.shape, self.config.patch_width))
-        if self.config.patch_width != stack.dim:
-            x = self.token_embedding_projection(x)
-        return run_blocks(self.layers, stack, x, segments, self.config)
+        return run_blocks(self.layers, stack, self.widen(x), segments, self.config)
+
+    def widen(self, x):
+        """Maps x [B, P, patch_width] -> [B, P, G], what the first block reads."""
+        if self.config.patch_width != self.config.global_transformer.dim:
+            return self.token_embedding_projection(x)
+        return x

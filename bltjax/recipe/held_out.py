@@ -8,8 +8,10 @@ from bltjax.checkpoints.run_directory import RunDirectory, Stage
 from bltjax.config import RunConfig
 from bltjax.data.batches.lanes import Lane, Layout
 from bltjax.data.batches.loader import whole_batches
+from bltjax.data.batches.rows import Row
 from bltjax.data.records.store import Shard, Store
 from bltjax.evaluation.bits_per_byte import evaluate
+from bltjax.evaluation.patch_use import make_patch_use_step
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.entropies import Patched, blt_layout, in_step_patches
@@ -27,11 +29,19 @@ class HeldOut(NamedTuple):
     eval_step: Any
     frozen: list  # further arguments of the step
     entropies: bool = False  # of the records, which rows with patches are made of
+    use_step: Any = None  # measures the use of patches, where the model has some
 
     def rows(self, store: Store, shards: list[Shard]) -> Lane:
         """Returns the rows of shards, which each document begins with as much context as it can."""
         documents = corpus.in_order(store, shards, self.entropies)
         return Lane(documents, self.layout._replace(pool=1), 0, 1)
+
+    def sample(self, store: Store, num_rows: int) -> list[Row]:
+        """Returns so many first rows, about, in even shares of the sources."""
+        share = -(-num_rows // len(store.sources))
+        of_source = ([s for s in self.shards if s.source == name] for name in store.sources)
+        parts = (itertools.islice(self.rows(store, own), share) for own in of_source if own)
+        return list(itertools.chain.from_iterable(parts))
 
 
 def held_out(
@@ -63,16 +73,14 @@ def held_out(
         shards = corpus.select(config, store, config.evaluation.max_bytes, "validation")
     finder, frozen = (in_step.find_patches, [in_step.entropy_params]) if in_step else (None, [])
     eval_step = make_eval_step(stage.model, finder, len(store.sources), lengths)
-    return HeldOut(layout, shards, eval_step, frozen, entropies)
+    use_step = make_patch_use_step(stage.model, finder) if stage.name == "blt" else None
+    return HeldOut(layout, shards, eval_step, frozen, entropies, use_step)
 
 
 def validation(config: RunConfig, store: Store, held: HeldOut) -> Callable[[dict], dict]:
     """Returns what measures parameters on a fixed sample of held-out rows."""
-    share = -(-config.evaluation.validation_rows // len(store.sources))
-    of_source = ([s for s in held.shards if s.source == name] for name in store.sources)
-    parts = (itertools.islice(held.rows(store, own), share) for own in of_source if own)
-    rows = itertools.chain.from_iterable(parts)
-    batches = list(whole_batches(rows, config.evaluation.batch_size))
+    rows = held.sample(store, config.evaluation.validation_rows)
+    batches = list(whole_batches(iter(rows), config.evaluation.batch_size))
 
     def measure(params: dict) -> dict:
         found = evaluate(held.eval_step, params, batches, store.sources, *held.frozen)

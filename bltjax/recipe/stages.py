@@ -33,6 +33,7 @@ from bltjax.data.batches.rows import utilisation
 from bltjax.data.records.store import Documents, Shard, Store
 from bltjax.evaluation.bits_per_byte import evaluate
 from bltjax.evaluation.ngram_baselines import baselines
+from bltjax.evaluation.patch_use import patch_use, told
 from bltjax.evaluation.patches.view import view_of
 from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.engine import generate
@@ -44,7 +45,7 @@ from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches
-from bltjax.recipe.held_out import held_out, in_step_patching, validation
+from bltjax.recipe.held_out import HeldOut, held_out, in_step_patching, validation
 from bltjax.runtime.progress import announced
 from bltjax.runtime.system_errors import writing
 from bltjax.runtime.terminal import printable, printable_name
@@ -263,10 +264,9 @@ def evaluate_model(
 ) -> dict:
     """Measures the bits per byte of held-out documents, beside n-gram models and xz."""
     stage = directory.stage(config, name)
-    held = held_out(config, directory, store, patched, stage)
-    batches = whole_batches(held.rows(store, held.shards), config.evaluation.batch_size)
+    held, params = held_out(config, directory, store, patched, stage), stage.params()
     with announced("evaluate: compiling and measuring"):
-        sums = evaluate(held.eval_step, stage.params(), batches, store.sources, *held.frozen)
+        sums = measure_held_out(config, store, held, params)
     print(
         f"held out: {sums['bits_per_byte']:.4f} bits per byte over {sums['bytes']:.0f} bytes",
         flush=True,
@@ -285,11 +285,50 @@ def evaluate_model(
     )
     if "tokens" in sums:
         result["mean_token_bytes"] = sums["bytes"] / sums["tokens"]
+    if held.use_step and config.evaluation.patch_use_rows:
+        result["patch_use"] = measure_patch_use(config, store, held, params)
+        result["compilations"]["patch_use"] = held.use_step._cache_size()
+    if name == "entropy_model":
+        result["entropy_model"] = dict(bits_per_byte=sums["bits_per_byte"])
+    elif uses_entropy_model(config, directory):
+        result["entropy_model"] = measure_entropy_model(config, directory, store)
     if config.evaluation.baselines and jax.process_index() == 0:
         result["baselines"] = measure_baselines(
             corpus.select(config, store, BASELINE_BYTES), held.shards
         )
     return result
+
+
+def measure_held_out(config: RunConfig, store: Store, held: HeldOut, params: dict) -> dict:
+    """Returns what `evaluate` finds over all held-out rows."""
+    batches = whole_batches(held.rows(store, held.shards), config.evaluation.batch_size)
+    return evaluate(held.eval_step, params, batches, store.sources, *held.frozen)
+
+
+def measure_patch_use(config: RunConfig, store: Store, held: HeldOut, params: dict) -> dict:
+    """Prints and returns how much a BLT uses its patches, on a sample of held-out rows."""
+    settings = config.evaluation
+    rows = held.sample(store, settings.patch_use_rows)
+    with announced("patch use: compiling and measuring"):
+        found = patch_use(held.use_step, params, rows, settings.batch_size, *held.frozen)
+    print(told(found), flush=True)
+    return found
+
+
+def uses_entropy_model(config: RunConfig, directory: RunDirectory) -> bool:
+    """Returns whether a run trained an entropy model or found patches by one."""
+    wanted = "entropy_model" in config.stages or needs_entropies(config.patching)
+    return wanted and directory.is_trained("entropy_model")
+
+
+def measure_entropy_model(config: RunConfig, directory: RunDirectory, store: Store) -> dict:
+    """Prints and returns the bits per byte that the entropy model needs of the same documents."""
+    stage = directory.stage(config, "entropy_model")
+    held = held_out(config, directory, store, None, stage)
+    with announced("entropy model: compiling and measuring"):
+        bits = measure_held_out(config, store, held, stage.params())["bits_per_byte"]
+    print(f"entropy model: {bits:.4f} bits per byte of the held-out documents", flush=True)
+    return dict(bits_per_byte=bits)
 
 
 def measure_baselines(train: list[Shard], validation: list[Shard]) -> dict:

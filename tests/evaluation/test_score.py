@@ -222,7 +222,7 @@ def test_few_shapes_are_compiled_whatever_the_text():
 def test_shapes_are_tight_and_forty_at_most():
     shapes = set()
     for num_ids in range(2, 8193):
-        length = module._row_length(num_ids, 8192)
+        length = module.fitting_length(num_ids, 8192)
         assert num_ids <= length and (length < 2 * num_ids or length == 64)
         for num_patches in {2, num_ids // 9, num_ids // 3, num_ids} - {0, 1}:
             columns = module._num_columns(num_patches, length)
@@ -230,7 +230,7 @@ def test_shapes_are_tight_and_forty_at_most():
             assert columns < 2 * num_patches or columns == length // 16
             shapes.add((length, columns))
     assert len(shapes) == 40
-    assert module._row_length(90, 100) == 100 and module._num_columns(20, 100) == 25
+    assert module.fitting_length(90, 100) == 100 and module._num_columns(20, 100) == 25
 
 
 def test_the_same_scores_on_a_mesh(use_mesh, monkeypatch):
