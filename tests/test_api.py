@@ -16,6 +16,7 @@ from bltjax import sharding
 from bltjax.checkpoints.pytorch.convert import convert
 from bltjax.checkpoints.weights import WeightsError
 from bltjax.config import MeshConfig
+from bltjax.evaluation.patch_use import DISTURBED
 from bltjax.vocabulary import encode
 from tests import directories, golden, processes
 
@@ -57,6 +58,15 @@ def test_hugging_faces_model_finds_patches_and_gives_the_published_logits(model)
     np.testing.assert_array_equal(lengths, expected["patch_lengths_meta"])
     np.testing.assert_allclose(model.logits(expected["tokens"]), expected["logits_meta"], **CLOSE)
     np.testing.assert_allclose(model.logits(expected["tokens"]), expected["logits_hf"], **CLOSE)
+
+
+def test_patch_use(model, tmp_path):
+    found = model.patch_use(["some text of a few patches, " * 20], row_bytes=128)
+    assert found["bytes"] == 560 and min(abs(found[kind]) for kind in DISTURBED) > 0
+    assert model.patch_use(["some text of a few patches, " * 20], 2, 128)["bytes"] < 256
+    alone = bltjax.load(directories.hub(tmp_path / "meta", "meta_entropy"))
+    with pytest.raises(ValueError, match="no patches to use"):
+        alone.patch_use(["a"])
 
 
 def test_a_model_of_meta_takes_the_entropy_model_beside_it_or_another(tmp_path):

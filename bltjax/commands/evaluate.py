@@ -3,8 +3,8 @@
 PATH is a file, a glob, or a directory of which every file that is not hidden is read: as a text,
 decompressed if need be, or, where it holds records (.jsonl, .parquet and others), as one for each.
 Top-level directories, and files of records beside them, are the sources, with a result each; so are
-languages, where records name theirs. Prints a table of bits per byte, with xz for scale, and how much
-a BLT uses its patches. Further parts, with --data or without:
+languages, where records name theirs. Prints a table of bits per byte, with xz for scale, and how
+much a BLT uses its patches. Further parts, with --data or without:
 
     --suites=characters,noise   questions about characters; multiple choice from --data, with noise
     --samples=N                 how much of what the model writes is valid UTF-8

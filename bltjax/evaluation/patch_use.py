@@ -5,6 +5,7 @@ the local decoder, are others than its own. Whatever the encoder's byte states t
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -18,7 +19,7 @@ from bltjax.data.batches.loader import whole_batches
 from bltjax.data.batches.packing import pack_patches
 from bltjax.data.batches.rows import Row
 from bltjax.evaluation.bits_per_byte import sum_up
-from bltjax.evaluation.score import BLTScoring, fitting_length, rows_at_once
+from bltjax.evaluation.score import BLTScoring, check_row, fitting_length, rows_at_once
 from bltjax.model import functional
 from bltjax.ops.pooling import take_patches
 from bltjax.patching.buffers import PatchBuffers, buffers_from_lengths
@@ -84,7 +85,7 @@ def latents_of_row_before(latents, patches: PatchBuffers) -> jax.Array:
     reads it.
     """
     used = jnp.maximum(jnp.sum(patches.mask, axis=1) - 1, 1)
-    columns = jnp.arange(latents.shape[1]) % sharding.rows_before(used)[:, None]
+    columns = jnp.arange(latents.shape[1])[None] % sharding.rows_before(used)[:, None]
     return take_patches(sharding.rows_before(latents), columns)
 
 
@@ -110,14 +111,15 @@ def patch_use_of_documents(
 ) -> dict:
     """Returns `patch_use` over the first rows of documents, which they fill one after the other.
 
-    Raises ValueError where there is no document.
+    Raises ValueError where there is no document or no row.
     """
+    check_row(row_bytes)
     ids = [model.encode(document) for document in as_list("documents", documents)]
-    if not ids:
-        raise ValueError("there are no documents: give at least one")
+    if not ids or num_rows < 1:
+        raise ValueError(f"{num_rows} rows of {len(ids)} documents: give at least one of both")
     length = fitting_length(sum(map(len, ids)) + 1, row_bytes)  # + 1: patches cover one more
     pairs = zip(ids, model.find_starts(ids), strict=True)
-    rows = [row for row, _ in zip(pack_patches(pairs, length, length), range(num_rows))]
+    rows = list(itertools.islice(pack_patches(pairs, length, length), num_rows))
     columns = max(np.count_nonzero(row.patch_lengths) for row in rows)
     rows = [row._replace(patch_lengths=row.patch_lengths[:columns]) for row in rows]
     return patch_use(_step(model.config), model.params, rows, rows_at_once(length))

@@ -15,7 +15,8 @@ from tests.data.sources.test_formats_and_damage import CASES
 
 UNSET = dict(
     kind="auto", field="", max_bytes=None, row_bytes=None, suites=[], samples=0, tasks=[],
-    lines=False, show_patches=False, png=None, html=None, threshold=None, color="never",
+    patch_use_rows=0, lines=False, show_patches=False, png=None, html=None, threshold=None,
+    color="never",
 )  # fmt: skip
 
 

@@ -168,6 +168,7 @@ def test_patches_found_in_the_step(run, start):
     last = json.loads((other / "blt" / "metrics.jsonl").read_text().splitlines()[-1])
     assert abs(last["mean_patch_bytes"] - 4.5) < 2 and last["overflow"] >= 0
     assert 0 < result["bits_per_byte"] < 8
+    assert result["compilations"]["patch_use"] == 1 and result["patch_use"]["bytes"] > 0
 
 
 def test_an_entropy_model_is_brought_or_missed(run, start, tmp_path):

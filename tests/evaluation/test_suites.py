@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from bltjax import cli
+from bltjax.checkpoints.weights import Lengths
 from bltjax.commands import evaluate
-from bltjax.config import PatchingConfig
+from bltjax.config import BLTConfig, PatchingConfig, TokenModelConfig
 from bltjax.evaluation import files, suites
 from bltjax.evaluation.characters import TASKS
 from bltjax.evaluation.noise import KINDS
+from bltjax.evaluation.patch_use import DISTURBED
 from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
 from tests.commands.test_score import FakeModel, run
@@ -24,7 +26,7 @@ space_starts = functools.partial(patch_starts, PatchingConfig("space"))
 ASKED = dict(
     kind="auto", field="", data=None, suites=[], samples=0, tasks=[], row_bytes=None, max_bytes=None
 )
-ASKED |= dict(limit=None, words=None, tasks_path=None, noise=None)
+ASKED |= dict(patch_use_rows=0, limit=None, words=None, tasks_path=None, noise=None)
 
 
 @pytest.fixture
@@ -37,6 +39,27 @@ def answers(monkeypatch):
         return evaluate.run(SimpleNamespace(**(ASKED | flags))), model
 
     return ask
+
+
+def test_the_use_of_patches_is_measured_on_even_shares_of_the_sources(answers, tmp_path, capsys):
+    for source in ("a", "b"):
+        (tmp_path / source).mkdir()
+        (tmp_path / source / "text").write_text(source * 200)
+    found = dict.fromkeys(DISTURBED, 0.125) | dict(another_row=None, bits_per_byte=1.0, bytes=9)
+    asked = []
+    _, model = answers(data=str(tmp_path))
+    model.config, model.lengths = BLTConfig(), Lengths(row_bytes=64)
+    model.patch_use = lambda *given: asked.append(given) or found
+    result, _ = answers(data=str(tmp_path), patch_use_rows=3)
+    assert result["patch_use"] == found
+    assert asked == [([b"a" * 96, b"b" * 96], 3, 64)]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "0.1250 zeroed" in line and "another" not in line and "9 bytes" in line
+    answers(data=str(tmp_path), patch_use_rows=3, max_bytes=20, row_bytes=32)
+    assert asked[1] == ([b"a" * 10, b"b" * 10], 3, 32)
+    model.config = TokenModelConfig()
+    assert "patch_use" not in answers(data=str(tmp_path), patch_use_rows=3)[0]
+    assert len(asked) == 2
 
 
 def test_lines_are_documents_with_a_source_and_a_language(tmp_path, capsys):

@@ -75,6 +75,7 @@ def test_the_run_says_what_it_measured(whole, corpus):
     assert lines[-1]["bits_per_byte"] < 0.7 * lines[0]["bits_per_byte"]  # it learns
     assert lines[-1]["mean_token_bytes"] > 2 and lines[-1]["compilations"] == 1
     assert result["compilations"] == dict(token_model=1, evaluate=1)
+    assert "patch_use" not in result and "entropy_model" not in result
     assert 2 < result["mean_token_bytes"] < 9
     store = open_corpus(config_of(corpus), RunDirectory(workdir))
     assert result["validation_bytes"] == store.num_bytes("validation")

@@ -143,6 +143,8 @@ def test_two_processes_are_one_run(start, whole, tmp_path):
             np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5, atol=1e-5)
     for key in ("bits_per_byte", "threshold", "validation_bytes"):
         np.testing.assert_allclose(result[key], alone[key], rtol=1e-5)
+    assert result["patch_use"] == pytest.approx(alone["patch_use"], abs=1e-4)
+    assert result["entropy_model"] == pytest.approx(alone["entropy_model"], rel=1e-5)
 
 
 def test_a_killed_process_ends_the_other_and_nothing_is_lost(start, whole, tmp_path):

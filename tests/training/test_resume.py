@@ -16,6 +16,7 @@ import pytest
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.commands.train import DIVERGED
 from bltjax.config import RunConfig, from_config_dict
+from bltjax.evaluation.patch_use import DISTURBED
 from bltjax.runtime.signals import STOPPED
 from tests import processes
 from tests.processes import metrics, wait_for_step
@@ -74,7 +75,13 @@ def test_the_last_line_reports_everything(uninterrupted):
     _, result = uninterrupted
     assert result["bits_per_byte"] > 0
     assert set(result["baselines"]) == {"order_0", "order_2", "order_3", "order_5", "xz"}
-    assert result["compilations"] == dict(entropy_model=1, entropies=1, blt=1, evaluate=1)
+    assert result["compilations"] == dict(
+        entropy_model=1, entropies=1, blt=1, evaluate=1, patch_use=1
+    )
+    use = result["patch_use"]
+    assert 0 < use["bytes"] <= result["validation_bytes"] and abs(use["zeroed"]) > 0
+    assert {*use} == {*DISTURBED, "bits_per_byte", "bytes"}
+    assert 0 < result["entropy_model"]["bits_per_byte"] < 9
     assert abs(result["mean_patch_bytes"] - 4.5) < 0.5
     assert 0 < result["byte_utilisation"] <= 1 and 0 < result["patch_utilisation"] <= 1
     assert result["parameters"]["blt"]["total"] > result["parameters"]["blt"]["without_hash_tables"]
