@@ -234,6 +234,9 @@ class BLTConfig:
     pooling: str = "max"
     # project patches for the decoder also where widths are equal, as Hugging Face does
     always_project: bool = False
+    # the decoder starts from a linear layer of the encoder's byte states that is zero at first, so
+    # that it has to read patches from the start (H-Net); otherwise from these states, as published
+    skip_projection: bool = False
     vocab_size: int = VOCAB_SIZE  # ids it predicts: 4 special ids and 256 bytes; at least 260
     init: InitConfig = InitConfig()  # initial weights
     # `"float32"` or `"bfloat16"`, of activations; parameters are float32

@@ -54,7 +54,8 @@ def flops_per_byte(
             pairs=cross.k * (cross.window_decoder or 1),
         ),
         output=_matrix(decoder.dim, config.vocab_size),
-        projections=patches * _projections(config),
+        projections=patches * _projections(config)
+        + config.skip_projection * _matrix(encoder.dim, decoder.dim),
     )
 
 

@@ -162,6 +162,8 @@ def predict(config: BLTConfig, params, cache: BLTCache, num_new: int, first, cou
     decoder, local, cross = params["local_decoder"], config.local_decoder, config.cross_attention
     positions = span(first, 0, num_new)
     h = read_slots(cache.states, positions % cache.states.shape[1])
+    if config.skip_projection:
+        h = project(h, decoder["skip_projection"])
     attend = _ring_attention(local, first, count, num_new)
     if cross.decoder:
         slots, visible = _patch_slots(cache.read[0][0].shape[2], cross, patch_numbers)

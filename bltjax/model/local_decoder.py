@@ -24,6 +24,10 @@ class LocalDecoder(nnx.Module):
             self.patch_embedding_projection = Linear(
                 config.read_width, dim, std=dim**-0.5, axes=(None, "embed"), key=key_patch
             )
+        if config.skip_projection:
+            self.skip_projection = Linear(
+                local.dim, local.dim, std=0.0, axes=(None, "embed"), key=key_out
+            )
         # base_std reaches the global stack only (model.md#initial-weights).
         init = dataclasses.replace(config.init, base_std=None)
         self.layers = make_blocks(local, init, key_blocks)
@@ -47,6 +51,8 @@ class LocalDecoder(nnx.Module):
         chex.assert_shape(patch_states, (*patches.lengths.shape, config.global_transformer.dim))
         if config.has_decoder_projection:
             patch_states = self.patch_embedding_projection(patch_states)
+        if config.skip_projection:
+            h = self.skip_projection(h)
         run_block = block_of_rows(local, segments, config)
 
         if not config.cross_attention.decoder:

@@ -325,6 +325,27 @@ def test_a_projection_between_equal_widths_may_be_there():
     )
 
 
+@pytest.mark.long
+def test_a_skip_projection_is_zero_at_first():
+    """The identity changes nothing; as drawn, the decoder knows a byte by its patch alone."""
+    skipping = dataclasses.replace(TINY, skip_projection=True)
+    params = functional.init(skipping, jax.random.key(0))
+    decoder = params["local_decoder"]
+    weight = decoder["skip_projection"]["weight"]
+    assert weight.shape == (8, 8) and not weight.any()
+    patches = buffers_from_starts(jnp.ones((B, L + 1), bool), L + 1)
+    rows = patches, jnp.zeros((B, L), jnp.int32)
+    h = jax.random.normal(jax.random.key(1), (B, L, 8))
+    latents = jax.random.normal(jax.random.key(2), (*patches.starts.shape, 16))
+    decode = functools.partial(functional.decode, skipping, params)
+    assert (decode(h, latents, *rows) == decode(-h, latents, *rows)).all()
+    assert (decode(h, latents, *rows) != decode(h, -latents, *rows)).any()
+    decoder["skip_projection"]["weight"] = jnp.eye(8)
+    with_identity = logits_of(skipping, params)
+    del decoder["skip_projection"]
+    np.testing.assert_allclose(with_identity, logits_of(TINY, params), rtol=0, atol=1e-6)
+
+
 def test_feed_forward_width_can_be_given():
     config = dataclasses.replace(
         TINY, global_transformer=stack(16, 2, ffn_multiple_of=8, ffn_width=13)

@@ -56,6 +56,7 @@ CONFIGS = {
     "min pooling, one way": changed(
         B7, pooling="min", cross_attention=ONLY_ENCODER, hash=HashConfig((), 97)
     ),
+    "a skip projection": changed(A, skip_projection=True),
     "mean pooling, the other way": changed(A, pooling="mean", cross_attention=ONLY_DECODER),
 }
 LINES = dataclasses.replace(ENTROPY, reset_at_newlines=True)
@@ -67,6 +68,7 @@ CASES = [  # config, rule, positions of a piece, device that parameters are laid
     (WINDOWS, LINES, 16, None),
     (NO_CROSS, dataclasses.replace(ENTROPY, max_patch_length=3), 7, "cpu"),
     ("mean pooling, the other way", PatchingConfig(rule="static"), 16, "cpu"),
+    ("a skip projection", PatchingConfig(rule="static"), 16, "cpu"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (

@@ -311,6 +311,7 @@ def _cannot_say(blt: BLTConfig, patching: PatchingConfig) -> list[str]:
         f"cross_attention.window_encoder={cross.window_encoder}": cross.window_encoder,
         f"cross_attention.window_decoder={cross.window_decoder}": cross.window_decoder,
         "cross_attention.doubled_residual=False": not cross.doubled_residual,
+        "skip_projection=True": blt.skip_projection,
         f"pooling={blt.pooling!r}": blt.pooling != "max",
         "hash.sizes=()": not blt.hash.sizes,
         f"patching.rule={patching.rule!r}": patching.rule != "entropy",

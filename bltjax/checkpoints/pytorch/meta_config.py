@@ -235,6 +235,8 @@ def write_blt(weights: Weights, problems: list[str]) -> dict:
         and not dataclasses.replace(config, always_project=False).has_decoder_projection
     ):
         problems.append("always_project=True: Meta's code has no projection between equal widths")
+    if config.skip_projection:
+        problems.append("skip_projection=True: Meta's code has no layer there")
     sides = [cross.encoder_heads] * cross.encoder + [cross.decoder_heads] * cross.decoder
     if {heads for side in sides for heads in side} - {cross.num_heads}:
         problems.append(

@@ -181,8 +181,9 @@ def test_metas_settings_say_all_that_ours_do(data):
 def test_metas_format_refuses_what_it_cannot_say():
     problems = []
     patching = PatchingConfig(rule="words", target_patch_bytes=None, reset_at_newlines=True)
-    config = BLTConfig(local_decoder=TransformerConfig(window=9, norm_eps=1e-3))
+    local = TransformerConfig(window=9, norm_eps=1e-3)
+    config = BLTConfig(local_decoder=local, skip_projection=True)
     meta_config.write_blt(Weights(config, None, patching, {}), problems)
     meta_config.write_patcher(patching, problems)
-    for says in ("window", "norm_eps", "rule='words'", "reset_at_newlines"):
+    for says in ("window", "norm_eps", "skip_projection", "rule='words'", "reset_at_newlines"):
         assert sum(says in problem for problem in problems) == 1, says
