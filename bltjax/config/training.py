@@ -15,6 +15,7 @@ from bltjax.config.checks import (
 
 SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
 MOMENTS = ("float32", "bfloat16", "factored")
+MATRICES = ("adam", "muon")
 UPDATES = ("dense", "touched")
 # Settings of an optimizer for parts that only a byte latent transformer has.
 OF_BLT_PARTS = (
@@ -45,6 +46,10 @@ class OptimizerConfig:
     beta2: float = 0.95  # decay of the second moment
     epsilon: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled weight decay
+    # how the matrices of layers and projections learn: `"adam"`, as published; `"muon"`: by their
+    # momentum made orthogonal, at rates and with decay as for Adam, and half of its moments. Byte
+    # tables, hash tables, norms and the last matrix keep Adam
+    matrices: str = "adam"
     clip_norm: float = 1.0  # gradients with a larger global norm are scaled down to it
     # times `learning_rate`, for the global transformer; 0 freezes it and holds no moments.
     # Byte-ifying a trained transformer (paper, section 6.2) wants about 0.1
@@ -77,6 +82,7 @@ class OptimizerConfig:
                 f"{name}.min_ratio={self.min_ratio} must be positive with "
                 f"{name}.schedule={self.schedule!r}, which divides by it"
             )
+        found += one_of(self, name, "matrices", MATRICES)
         found += one_of(self, name, "hash_moments", MOMENTS)
         found += one_of(self, name, "hash_updates", UPDATES)
         for share in ("beta1", "beta2"):

@@ -11,6 +11,7 @@ import optax
 
 from bltjax.config import OptimizerConfig
 from bltjax.config.model import HASH_TABLES
+from bltjax.training.muon import scale_by_muon
 
 PARTS = {  # by the first word of a parameter's name
     "global_transformer": "global",
@@ -133,21 +134,40 @@ def _rates(config: OptimizerConfig) -> dict[str, float]:
 
 
 def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Scales by Adam's moments, smaller ones for hash tables where asked, none for frozen parts."""
+    """Scales by Adam's moments, smaller ones for hash tables where asked, none for frozen parts.
+
+    Matrices may have Muon's momentum instead.
+    """
     rates = _rates(config)
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
-    if config.hash_moments == "float32" and all(rates.values()):
+    muon = config.matrices == "muon"
+    if config.hash_moments == "float32" and all(rates.values()) and not muon:
         return adam
     hash_rules = dict(float32=adam, bfloat16=_held_in_bfloat16(adam), factored=_factored(config))
 
-    def rule(name, _):
+    def rule(name, param):
         part = part_of(name)
-        return "frozen" if rates[part] == 0 else "hash" if part == "hash" else "adam"
+        if rates[part] == 0:
+            return "frozen"
+        if muon and is_matrix_of_layers(name, param):
+            return "muon"
+        return "hash" if part == "hash" else "adam"
 
     return optax.partition(
-        dict(adam=adam, hash=hash_rules[config.hash_moments], frozen=optax.set_to_zero()),
+        dict(
+            adam=adam,
+            hash=hash_rules[config.hash_moments],
+            muon=scale_by_muon(),
+            frozen=optax.set_to_zero(),
+        ),
         lambda params: _map_named(rule, params),
     )
+
+
+def is_matrix_of_layers(name: str, param) -> bool:
+    """Tells whether a parameter maps vectors to vectors, within a stack or between two."""
+    stacked = "layers" in name.split(".") or "cross_attn_layers" in name.split(".")
+    return (stacked and param.ndim == 3) or name.split(".")[-2].endswith("_projection")
 
 
 def _held_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:
