@@ -27,7 +27,12 @@ from bltjax.ops import platform
 from bltjax.ops.norm import rms_norm
 from bltjax.ops.swiglu import swiglu
 
-_MATRICES = {"output", "patch_embedding_projection", "token_embedding_projection"}
+_MATRICES = {
+    "output",
+    "patch_embedding_projection",
+    "token_embedding_projection",
+    "hash_projection",
+}
 
 
 class Block(NamedTuple):
