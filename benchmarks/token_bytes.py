@@ -1,8 +1,9 @@
 """Mean bytes of a token by language: `python -m benchmarks.token_bytes --corpus=PATH`.
 
-One tokenizer for each pattern of words (`tokenizer.pattern`), trained on one mixture of the sources,
-as much of each as there is of the others; told are the mean bytes of its tokens in each source, on
-every fifth document, which it was not trained on. Sources of fewer documents are left out.
+One tokenizer for each pattern of words (`tokenizer.pattern`), trained on one mixture of the
+sources, as much of each as there is of the others; told are the mean bytes of its tokens in each
+source, on every fifth document, which it was not trained on. Sources of fewer documents are left
+out.
 """
 
 import fnmatch
