@@ -167,7 +167,7 @@ class Ours(Process):
         from flax import nnx
 
         from bltjax.model.blt import BLT
-        from bltjax.model.embeddings import embed_bytes
+        from bltjax.model.embeddings import embed_ids
         from bltjax.patching.buffers import buffers_from_lengths
         from bltjax.training.loss import loss_sums
 
@@ -180,7 +180,7 @@ class Ours(Process):
             encoder, tables, decoder = (nnx.merge(graphs[name], params[name]) for name in LOCAL)
             patches = buffers_from_lengths(batch["patch_lengths"], batch["tokens"].shape[1])
             documents = batch["document_ids"]
-            embedded = embed_bytes(batch["tokens"], encoder.tok_embeddings, tables, self.model)
+            embedded = embed_ids(batch["tokens"], encoder.tok_embeddings, tables, self.model)
             byte_states, patch_states = encoder(embedded, patches, documents)
             logits, _ = decoder(byte_states, patch_states, patches, documents)
             sums = loss_sums(logits, batch["targets"], batch["loss_mask"])

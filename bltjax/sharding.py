@@ -27,6 +27,7 @@ from bltjax.config import (
     EntropyModelConfig,
     MeshConfig,
     RunConfig,
+    TokenModelConfig,
     TransformerConfig,
 )
 from bltjax.config.model import SHARED_TABLE
@@ -125,7 +126,7 @@ def check_model(
         for size, value, axis in _split_sizes(config)
         if value % mesh.shape[axis]
     ]
-    if isinstance(config, BLTConfig) and config.hash.sizes:
+    if config.hash.sizes:
         rows, shards = config.hash.rows, num_row_shards(mesh)
         if rows >= SHARED_TABLE and rows % shards:
             found.append(
@@ -149,6 +150,8 @@ def _split_sizes(config) -> Iterator[tuple[str, int, str]]:
         for side, heads in (("encoder", cross.encoder_heads), ("decoder", cross.decoder_heads)):
             for kind, number in zip(("heads", "kv heads"), heads, strict=True):
                 yield f"cross_attention {side} {kind}", number, "tensor"
+    if isinstance(config, TokenModelConfig) and config.hash.sizes:
+        yield "hash_dim", config.hash_width, "fsdp"
 
 
 def num_row_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
@@ -338,9 +341,10 @@ def check_batch_sizes(config: RunConfig, mesh: jax.sharding.Mesh | jax.sharding.
 
 def check_hash_updates(config: RunConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
     """Raises ValueError for sparse updates on several devices: touched rows are found on one."""
-    touched = config.blt_training.optimizer.hash_updates == "touched"
-    if touched and "blt" in config.stages and mesh.size > 1:
-        raise ValueError(
-            f"blt_training.optimizer.hash_updates='touched' is for one device, and mesh="
-            f"{dict(mesh.shape)} has {mesh.size}: choose 'dense', large batches read most rows"
-        )
+    for name in (TRAINING[stage] for stage in config.stages if stage in TRAINING):
+        touched = getattr(config, name).optimizer.hash_updates == "touched"
+        if touched and mesh.size > 1:
+            raise ValueError(
+                f"{name}.optimizer.hash_updates='touched' is for one device, and mesh="
+                f"{dict(mesh.shape)} has {mesh.size}: choose 'dense', large batches read most rows"
+            )

@@ -1,9 +1,10 @@
 """Equal FLOPs per byte: `python -m benchmarks.studies.fixed_inference --workdir=DIR`.
 
 Models whose forward passes cost the same per byte, as in the paper's figure 1 and table 2: a larger
-patch pays for a wider global transformer. BPE and BLTs with patches of 4, 6 and 8 bytes, each
-trained on several amounts of text, each run with a schedule of its own. On larger hardware at two
-costs of inference.
+patch pays for a wider global transformer. BPE, with and without hash n-gram tables like a BLT's,
+and BLTs with patches of 4, 6 and 8 bytes, each trained on several amounts of text, each run with a
+schedule of its own; bytes without patches, with such tables, on the largest amount alone. On larger
+hardware at two costs of inference.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ TRAINING_BYTES = {
     "pod": (3e10, 1e11, 3e11),
 }
 PATCHES = (4, 6, 8)
+TABLES = "BPE with tables"
 
 
 def plan(given: study.Settings) -> list[Point]:
@@ -27,7 +29,7 @@ def plan(given: study.Settings) -> list[Point]:
     for level in LEVELS[given.size]:
         bpe = shared.tokens(f"BPE-{level}", level, family="BPE")
         cost = account(bpe).model["total"]
-        families = [bpe]
+        families = [bpe, shared.tokens(f"BPE_tables-{level}", level, tables=True, family=TABLES)]
         for patch in PATCHES:
             families.append(
                 width_for(
@@ -41,10 +43,26 @@ def plan(given: study.Settings) -> list[Point]:
                     cost,
                 )
             )
-        for num_bytes in TRAINING_BYTES[given.size]:
-            sized = [with_bytes(point, num_bytes) for point in families]
-            found += [p._replace(name=f"{p.name}-{num_bytes / 1e6:g}MB") for p in sized]
+        amounts = TRAINING_BYTES[given.size]
+        found += [_sized(point, amount) for amount in amounts for point in families]
+        of_bytes = width_for(
+            lambda dim, level=level: shared.tokens(
+                f"bytes_tables-{level}",
+                level,
+                dim,
+                bytes_only=True,
+                tables=True,
+                family="bytes with tables",
+            ),
+            cost,
+        )
+        found.append(_sized(of_bytes, amounts[-1]))
     return found
+
+
+def _sized(point: Point, num_bytes: float) -> Point:
+    point = with_bytes(point, num_bytes)
+    return point._replace(name=f"{point.name}-{num_bytes / 1e6:g}MB")
 
 
 def report(rows: Sequence[dict], out: Path):
@@ -69,28 +87,35 @@ def report(rows: Sequence[dict], out: Path):
 
 
 def seen(rows: Sequence[dict]) -> list[str]:
-    """For each cost: from which amount of text on a BLT is better than BPE."""
+    """For each cost and family: after which amounts of text it is better than either BPE."""
     sentences = []
     for level in sorted({row["level"] for row in rows}):
         own = [row for row in rows if row["level"] == level]
-        bpe = _ordered(own, "BPE")
-        for family in dict.fromkeys(r["family"] for r in own if r["family"] != "BPE"):
-            pairs = list(zip(_ordered(own, family), bpe, strict=False))
-            better = [b for b, p in pairs if b["bits_per_byte"] < p["bits_per_byte"]]
-            said = ", ".join(
-                f"{b['bits_per_byte'] - p['bits_per_byte']:+.4f} at {b['training_bytes']:.2g} bytes"
-                for b, p in pairs
-            )
-            sentences.append(
-                f"Level {level}, {family}: {said} beside BPE; it is better in {len(better)} of "
-                f"{len(pairs)}."
-            )
+        for family in dict.fromkeys(row["family"] for row in own):
+            for bpe in ("BPE", TABLES):
+                pairs = _pairs(own, family, bpe)
+                if family == bpe or not pairs:
+                    continue
+                gaps = [(b["bits_per_byte"] - p["bits_per_byte"], b) for b, p in pairs]
+                said = ", ".join(f"{g:+.4f} at {b['training_bytes']:.2g} bytes" for g, b in gaps)
+                sentences.append(
+                    f"Level {level}, {family}: {said} beside {bpe}; it is better in "
+                    f"{sum(gap < 0 for gap, _ in gaps)} of {len(gaps)}."
+                )
     return sentences
 
 
-def _ordered(rows: Sequence[dict], family: str) -> list[dict]:
-    own = [row for row in rows if row["family"] == family]
-    return sorted(own, key=lambda row: row["training_bytes"])
+def _pairs(rows: Sequence[dict], family: str, other: str) -> list[tuple[dict, dict]]:
+    """Rows of two families after the same amounts of text, by the ends of their names."""
+    by_amount = {_amount(row): row for row in rows if row["family"] == other}
+    own = [row for row in rows if row["family"] == family and _amount(row) in by_amount]
+    return [
+        (row, by_amount[_amount(row)]) for row in sorted(own, key=lambda row: row["training_bytes"])
+    ]
+
+
+def _amount(row: dict) -> str:
+    return row["name"].rsplit("-", 1)[-1]
 
 
 if __name__ == "__main__":

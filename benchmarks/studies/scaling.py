@@ -1,11 +1,13 @@
 """Bits per byte against training FLOPs: `python -m benchmarks.studies.scaling --workdir=DIR`.
 
-Six families at three budgets of equal training FLOPs that span a factor of eight, as in the paper's
-figure 6: BLTs with patches of 4, 6 and 8 bytes by entropy, with patches between spaces, a
-transformer over BPE tokens, and one over bytes. At each budget the global transformer of every BLT
-and the transformer over tokens have one shape (paper, section 5.1), and what is cheaper sees more
-text; the transformer over bytes is as narrow as makes its bytes cost what those of BPE do. Three
-seeds at the smallest budget. The entropy model's FLOPs are listed, and not part of a budget.
+Eight families at three budgets of equal training FLOPs that span a factor of eight, as in the
+paper's figure 6: BLTs with patches of 4, 6 and 8 bytes by entropy, with patches between spaces, a
+transformer over BPE tokens, and one over bytes, each also with hash n-gram tables over its own ids,
+of the rows, width and number that the BLTs' have. At each budget the global transformer of every
+BLT and the transformer over tokens have one shape (paper, section 5.1), and what is cheaper sees
+more text; the transformer over bytes is as narrow as makes its bytes cost what those of BPE do.
+Three seeds of most families at the smallest budget. The entropy model's FLOPs are listed, and not
+part of a budget.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,17 @@ BUDGETS = {  # training FLOPs of a point at each level
     "pod": (1e20, 2.83e20, 8e20),
 }
 SEEDS = (3, 1, 1)  # at each level
-FAMILIES = ("BLT entropy 4", "BLT entropy 6", "BLT entropy 8", "BLT space", "bytes", "BPE")
+FEW_SEEDS = (1, 1, 1)
+FAMILIES = {
+    "BLT entropy 4": SEEDS,
+    "BLT entropy 6": SEEDS,
+    "BLT entropy 8": SEEDS,
+    "BLT space": SEEDS,
+    "bytes": SEEDS,
+    "bytes with tables": FEW_SEEDS,
+    "BPE": SEEDS,
+    "BPE with tables": SEEDS,
+}
 
 
 def plan(given: study.Settings) -> list[Point]:
@@ -31,19 +43,21 @@ def plan(given: study.Settings) -> list[Point]:
     return [
         with_seed(with_flops(family_point(shared, family, level), budget), seed)
         for level, budget in enumerate(BUDGETS[given.size])
-        for seed in range(SEEDS[level])
-        for family in FAMILIES
+        for seed in range(max(seeds[level] for seeds in FAMILIES.values()))
+        for family, seeds in FAMILIES.items()
+        if seed < seeds[level]
     ]
 
 
 def family_point(shared: Shared, family: str, level: int) -> Point:
     name, about = f"{family.replace(' ', '_')}-{level}", dict(family=family)
-    if family == "BPE":
-        return shared.tokens(name, level, **about)
-    if family == "bytes":
+    tables = family.endswith("with tables")
+    if family.startswith("BPE"):
+        return shared.tokens(name, level, tables=tables, **about)
+    if family.startswith("bytes"):
         cost = account(shared.tokens(name, level)).model["total"]
         return width_for(
-            lambda dim: shared.tokens(name, level, dim, bytes_only=True, **about),
+            lambda dim: shared.tokens(name, level, dim, bytes_only=True, tables=tables, **about),
             cost,
         )
     _, rule, *target = family.split()

@@ -2,7 +2,7 @@
 
 WORKDIR/text/SOURCE/     a sample of the corpus, where the size of the study asks for one
 WORKDIR/entropy/         the entropy model and the records (configs/studies/entropy.py)
-WORKDIR/tokenizer.json   of the BPE models
+WORKDIR/tokenizer.json   of the BPE models; tokenizer-marks.json has the pattern `marks`
 WORKDIR/measured.json    mean bytes of a token and of a patch between spaces
 """
 
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from benchmarks.studies.points import CONFIGS, ROOT, Point, environment
 from bltjax.config import DataConfig, PatchingConfig, SourceConfig, read_config
+from bltjax.config.run import PATTERNS
 from bltjax.data.sources.files import python_library_root
 from bltjax.data.sources.units import Document, list_units, read_unit
 from bltjax.runtime.files import replacing
@@ -27,13 +28,15 @@ from configs.studies import tokens as tokens_file
 SAMPLE_BYTES = {"laptop": 12_000_000}  # with what a study adds; other sizes read the whole corpus
 LOOK_BYTES = 200_000_000  # of a source, among which its share is drawn
 TOKENIZER_BYTES = 20_000_000
-ASSUMED = dict(token_bytes=4.0, space_bytes=6.0)  # as long as nothing is measured
+# As long as nothing is measured.
+ASSUMED = dict(token_bytes=4.0, token_bytes_marks=4.0, space_bytes=6.0)
 
 
 class Shared(NamedTuple):
     directory: Path
     size: str
     token_bytes: float
+    token_bytes_marks: float
     space_bytes: float
 
     @property
@@ -55,15 +58,26 @@ class Shared(NamedTuple):
         arguments = f"{self.size},level={level}" + (f",dim={dim}" if dim else "")
         return Point(name, f"blt.py:{arguments}", patch_bytes, settings, dict(level=level) | about)
 
-    def tokens(self, name, level=0, dim=None, bytes_only=False, **about) -> Point:
-        """A transformer over BPE tokens or over bytes, whose rows span those of the BLTs."""
+    def tokenizer(self, pattern: str = "letters") -> Path:
+        """Where the tokenizer with a pattern for words lies."""
+        name = "tokenizer.json" if pattern == "letters" else f"tokenizer-{pattern}.json"
+        return self.directory / name
+
+    def tokens(
+        self, name, level=0, dim=None, bytes_only=False, tables=False, pattern="letters", **about
+    ) -> Point:
+        """A transformer over BPE tokens or over bytes, whose rows span those of the BLTs.
+
+        tables: with hash n-gram tables like a BLT's. pattern: for words, of the tokenizer.
+        """
         arguments = f"{self.size},level={level}" + (f",dim={dim}" if dim else "")
+        arguments += ",tables=1" if tables else ""
         if bytes_only:
             arguments, token_bytes = f"{arguments},vocab={tokens_file.BYTES_ONLY}", 1.0
             settings = {"data.records": self.records}
         else:
-            token_bytes = self.token_bytes
-            path = str((self.directory / "tokenizer.json").absolute())
+            token_bytes = self.token_bytes if pattern == "letters" else self.token_bytes_marks
+            path = str(self.tokenizer(pattern).absolute())
             settings = {"data.records": self.records, "tokenizer.path": path}
         row = max(8, round(tokens_file.BATCH[self.size][1] / token_bytes / 8) * 8)
         settings["token_training.row_bytes"] = row
@@ -75,7 +89,7 @@ def assumed(directory: Path, size: str) -> Shared:
     """What is known before anything is made, or what was measured."""
     path = directory / "measured.json"
     found = json.loads(path.read_text()) if path.exists() else ASSUMED
-    return Shared(directory, size, found["token_bytes"], found["space_bytes"])
+    return Shared(directory, size, **{name: found[name] for name in ASSUMED})
 
 
 def prepare(
@@ -95,10 +109,11 @@ def prepare(
     directory.mkdir(parents=True, exist_ok=True)
     path, asked = directory / "measured.json", [size, corpus, patterns, settings or {}]
     if path.exists():
-        made = json.loads(path.read_text())["made_of"]
-        if made != asked:
+        made = json.loads(path.read_text())
+        if made["made_of"] != asked or ASSUMED.keys() - made.keys():
             raise ValueError(
-                f"{directory} was made with {made}, not {asked}: give another --workdir"
+                f"{directory} was made with {made['made_of']} by this or an older version, not "
+                f"{asked}: give another --workdir"
             )
         return assumed(directory, size)
     text = _text(directory, size, corpus, patterns, balanced, extra or {})
@@ -213,23 +228,27 @@ def _run(module: str, config: str, directory: Path, arguments: list[str]):
 
 
 def _measure(directory: Path, vocabulary: int) -> dict:
-    """Trains the tokenizer too, on training documents."""
+    """Trains the tokenizers too, on training documents."""
     from bltjax.data import tokenizer
     from bltjax.data.records.store import open_store
     from bltjax.recipe.entropies import sample_lengths
 
     shared = Shared(directory, "", **ASSUMED)
-    texts = training_text(shared, TOKENIZER_BYTES)
-    made = tokenizer.train(texts, vocabulary)
-    made.save(directory / "tokenizer.json")
-    held = held_out(shared, 1_000_000)
-    ids = sum(len(made.encode(text, add_bos=False, add_eos=False)) for text in held)
+    texts, held = training_text(shared, TOKENIZER_BYTES), held_out(shared, 1_000_000)
+    token_bytes = {}
+    for pattern in PATTERNS:
+        made = tokenizer.train(texts, vocabulary, pattern)
+        made.save(shared.tokenizer(pattern))
+        ids = sum(len(made.encode(text, add_bos=False, add_eos=False)) for text in held)
+        token_bytes[pattern] = sum(map(len, held)) / ids
     store = open_store(shared.records)
     lengths = sample_lengths(PatchingConfig(rule="space"), store.shards())
     sizes = {source: sum(s.num_bytes for s in store.shards(source)) for source in lengths}
     patches = sum(size / lengths[source].mean() for source, size in sizes.items())
     return dict(
-        token_bytes=sum(map(len, held)) / ids, space_bytes=float(sum(sizes.values()) / patches)
+        token_bytes=token_bytes["letters"],
+        token_bytes_marks=token_bytes["marks"],
+        space_bytes=float(sum(sizes.values()) / patches),
     )
 
 

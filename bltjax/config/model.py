@@ -155,7 +155,7 @@ class CrossAttentionConfig:
 
 @dataclass(frozen=True)
 class HashConfig:
-    """Embeddings of the n bytes that end at each position, found by a hash (model.md#n-grams)."""
+    """Embeddings of the n ids that end at each position, found by a hash (model.md#n-grams)."""
 
     # lengths of the n-grams, one table each, from 1 to 16
     sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
@@ -165,12 +165,34 @@ class HashConfig:
     num_functions: int = 1  # hash functions, each with tables of its own, at most 11
 
     @property
+    def num_tables(self) -> int:
+        """Number of tables."""
+        return len(self.sizes) * self.num_functions
+
+    @property
     def rows(self) -> int:
         """Rows of a table in memory: a large one has unused rows, so that chips can share it."""
         if self.vocab < SHARED_TABLE:
             return self.vocab
         step = 1024 if self.vocab < 2**18 else 10_240  # 5 * 2^11: for 40 GPUs, for 2048 chips
         return -(-self.vocab // step) * step
+
+    def problems(self, name: str) -> list[str]:
+        """Returns what is wrong with the settings, a line each; name: of the group."""
+        if not self.sizes:
+            return []
+        found = positive(self, name)
+        if not all(1 <= n <= 16 for n in self.sizes) or len(self.sizes) > 16:
+            found.append(f"{name}.sizes={shown(self.sizes)} must be at most 16 numbers in 1..16")
+        if self.vocab > 2**28 or self.num_functions > 11:
+            found.append(
+                f"{name} has vocab={self.vocab}, num_functions={self.num_functions}: at most 2**28 "
+                "rows and 11 functions"
+            )
+        return found
+
+
+NO_TABLES = HashConfig(sizes=())
 
 
 @dataclass(frozen=True)
@@ -194,6 +216,13 @@ class EntropyModelConfig:
     # of at most 1,024
     attention_block: int | None = None
 
+    hash = NO_TABLES  # no setting here, one of token models
+
+    @property
+    def hash_width(self) -> int:
+        """Width of the rows of hash n-gram tables."""
+        return self.transformer.dim
+
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = self.transformer.problems(f"{name}.transformer")
@@ -212,10 +241,23 @@ class TokenModelConfig(EntropyModelConfig):
     transformer: TransformerConfig = TransformerConfig()  # its stack
     # most ids that the tokenizer may have; it has fewer where there is little text. At least 260
     vocab_size: int = 4096
+    # hash n-gram embeddings of ids, whose sizes count tokens; without sizes there are none
+    hash: HashConfig = NO_TABLES
+    # width of the rows of their tables; a matrix takes them to the width of the stack where that is
+    # another one. None: that of the stack
+    hash_dim: int | None = None
+
+    @property
+    def hash_width(self) -> int:
+        """Width of the rows of hash n-gram tables."""
+        return self.hash_dim or self.transformer.dim
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        return self.transformer.problems(f"{name}.transformer") + _common_model_problems(self, name)
+        found = self.transformer.problems(f"{name}.transformer")
+        found += self.hash.problems(f"{name}.hash")
+        found += positive(self, name, "hash_dim", most=MOST_WIDTH)
+        return found + _common_model_problems(self, name)
 
 
 @dataclass(frozen=True)
@@ -271,9 +313,9 @@ class BLTConfig:
         return self.always_project or len(widths) > 1
 
     @property
-    def num_hash_tables(self) -> int:
-        """Number of hash n-gram tables."""
-        return len(self.hash.sizes) * self.hash.num_functions
+    def hash_width(self) -> int:
+        """Width of the rows of hash n-gram tables."""
+        return self.local_encoder.dim
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
@@ -300,18 +342,7 @@ class BLTConfig:
             )
         found += cross.problems(f"{name}.cross_attention", f"{name}.local_encoder.dim", local.dim)
         found += one_of(self, name, "pooling", POOLING_MODES)
-        if self.hash.sizes:
-            found += positive(self.hash, f"{name}.hash")
-            if not all(1 <= n <= 16 for n in self.hash.sizes) or len(self.hash.sizes) > 16:
-                found.append(
-                    f"{name}.hash.sizes={shown(self.hash.sizes)} must be at most 16 numbers in "
-                    "1..16"
-                )
-            if self.hash.vocab > 2**28 or self.hash.num_functions > 11:
-                found.append(
-                    f"{name}.hash has vocab={self.hash.vocab}, num_functions="
-                    f"{self.hash.num_functions}: at most 2**28 rows and 11 functions"
-                )
+        found += self.hash.problems(f"{name}.hash")
         return found + _common_model_problems(self, name)
 
 

@@ -3,12 +3,19 @@
 import dataclasses
 from dataclasses import dataclass
 
-from bltjax.config.checks import MOST, MOST_BYTES, MOST_ROW, not_negative, positive, shown
+from bltjax.config.checks import MOST, MOST_BYTES, MOST_ROW, not_negative, one_of, positive, shown
 from bltjax.config.data import DataConfig
 from bltjax.config.model import BLTConfig, EntropyModelConfig, TokenModelConfig
 from bltjax.config.patching import PatchingConfig
-from bltjax.config.training import OF_BLT_PARTS, OptimizerConfig, ProfileConfig, TrainingConfig
+from bltjax.config.training import (
+    OF_BLT_PARTS,
+    OF_HASH_TABLES,
+    OptimizerConfig,
+    ProfileConfig,
+    TrainingConfig,
+)
 
+PATTERNS = ("letters", "marks")  # of tokenizers
 STAGES = ("entropy_model", "entropies", "blt", "evaluate", "sample")  # default: a BLT
 ALL_STAGES = (*STAGES, "token_model")
 TRAINING = dict(  # of stages that train a model: the name of their settings
@@ -25,10 +32,20 @@ class TokenizerConfig:
     path: str = ""  # a `tokenizer.json` of another run; empty: it is trained
     # bytes of training documents, in a seeded order, that it is trained on
     train_bytes: int = 20_000_000
+    # what words are made of, before pairs are merged: `"letters"`, as in the paper's tokenizer, or
+    # `"marks"`: letters and combining marks, so that vowel signs do not cut words
+    pattern: str = "letters"
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        return positive(self, name, "train_bytes", most=MOST_BYTES)
+        found = positive(self, name, "train_bytes", most=MOST_BYTES)
+        found += one_of(self, name, "pattern", PATTERNS)
+        if self.path and self.pattern != "letters":
+            found.append(
+                f"{name}.pattern={self.pattern!r} changes nothing: the tokenizer of {name}.path="
+                f"{shown(self.path)} brings its own, leave it 'letters'"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -107,20 +124,20 @@ class RunConfig:
                 f"stages={shown(self.stages)} must be one or more of {ALL_STAGES}, each once"
             )
         found += self._profile_problems()
-        found += self._patchless_problems("entropy_training", "entropy model")
-        found += self._patchless_problems("token_training", "token model")
+        found += self._patchless_problems("entropy_training", self.entropy_model, "entropy model")
+        found += self._patchless_problems("token_training", self.token_model, "token model")
         if found:
             more = [f"and {len(found) - MOST_TOLD} more"] * (len(found) > MOST_TOLD)
             raise ValueError("; ".join([*found[:MOST_TOLD], *more]))
 
-    def _patchless_problems(self, name: str, model: str) -> list[str]:
+    def _patchless_problems(self, name: str, model: EntropyModelConfig, called: str) -> list[str]:
         """Returns settings that would change nothing, for a model without patches."""
         training, found = getattr(self, name), []
-        for setting in OF_BLT_PARTS:
+        for setting in OF_BLT_PARTS + OF_HASH_TABLES * (not model.hash.sizes):
             value, default = (getattr(o, setting) for o in (training.optimizer, OptimizerConfig()))
             if value != default:
                 found.append(
-                    f"{name}.optimizer.{setting}={value!r} changes nothing: the {model} has no "
+                    f"{name}.optimizer.{setting}={value!r} changes nothing: the {called} has no "
                     f"such part, leave it {default!r}"
                 )
         if training.row_bytes == 0 < training.row_patches:

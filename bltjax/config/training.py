@@ -17,15 +17,10 @@ SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
 MOMENTS = ("float32", "bfloat16", "factored")
 MATRICES = ("adam", "muon")
 UPDATES = ("dense", "touched")
-# Settings of an optimizer for parts that only a byte latent transformer has.
-OF_BLT_PARTS = (
-    "global_rate",
-    "local_rate",
-    "hash_rate",
-    "decay_hash_tables",
-    "hash_moments",
-    "hash_updates",
-)
+# Settings of an optimizer for parts that not every model has: only a byte latent transformer has
+# the first two, and a token model may have hash tables.
+OF_BLT_PARTS = ("global_rate", "local_rate")
+OF_HASH_TABLES = ("hash_rate", "decay_hash_tables", "hash_moments", "hash_updates")
 
 
 @dataclass(frozen=True)

@@ -91,9 +91,8 @@ def compile_program(
 
 def hash_table_bytes(config, stage: str) -> int:
     """Returns the bytes of one whole hash table in float32; 0 for a model without any."""
-    if stage != "blt" or not config.blt.hash.sizes:
-        return 0
-    return 4 * config.blt.hash.rows * config.blt.local_encoder.dim
+    model = getattr(config, stage)
+    return 4 * model.hash.rows * model.hash_width if model.hash.sizes else 0
 
 
 def _compile(lowered):

@@ -23,10 +23,13 @@ def flops_per_byte(
         stack = config.transformer
         positions = 1 / patch_bytes if isinstance(config, TokenModelConfig) else 1.0  # per byte
         keys = mean_visible(context_bytes * positions, stack.window)
-        return _with_total(
+        terms = dict(
             transformer=positions * stack_flops(stack, keys),
             output=positions * _matrix(stack.dim, config.vocab_size),
         )
+        if config.hash.sizes and config.hash_width != stack.dim:
+            terms["hash_projection"] = positions * _matrix(config.hash_width, stack.dim)
+        return _with_total(**terms)
     encoder, decoder = config.local_encoder, config.local_decoder
     trunk, cross = config.global_transformer, config.cross_attention
     patches, slots = 1 / patch_bytes, cross.k / patch_bytes  # per byte

@@ -3,7 +3,10 @@
 Ids begin with those of `vocabulary`, 4 special ids and the 256 single bytes; merged pairs follow.
 Before merging, text is cut by the regular expression of Llama 3, whose tokenizer the paper's
 baselines use (section 4.2): words keep the space before them, digits come in threes, and line ends
-stay with the blanks before them. Bytes that are not UTF-8 become single bytes. Training needs the
+stay with the blanks before them. That cuts words at combining marks, such as the vowel signs of
+Hindi, Tamil or Thai, which a second pattern counts among the letters; text without spaces between
+words, such as Thai and Khmer, then has whole phrases between its cuts. Bytes that are not UTF-8
+become single bytes. Training needs the
 `tokenizers` library (extra `tokens`); a tokenizer is saved as a file of that library.
 """
 
@@ -24,10 +27,11 @@ from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE, text_byte
 
 # No merge can produce these, since letters are cut from the characters around them.
 SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|spare|>")
-CUTS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+CUTS = {  # by the pattern's name, config/run.py:PATTERNS
+    name: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?" + word + r"+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+    for name, word in dict(letters=r"\p{L}", marks=r"[\p{L}\p{M}]").items()
+}
 LEAST_PAIRS = 2  # occurrences of a pair that is merged
 # Longer texts are encoded in parts, since cutting takes memory in proportion to their length.
 PART_CHARACTERS = 1_000_000
@@ -122,19 +126,22 @@ def load(path: Path) -> Tokenizer:
         raise ValueError(f"{path}: {error}") from error
 
 
-def train(documents: Iterable[bytes], vocab_size: int) -> Tokenizer:
+def train(documents: Iterable[bytes], vocab_size: int, pattern: str = "letters") -> Tokenizer:
     """Trains a tokenizer of at most `vocab_size` ids by merging the most frequent pairs.
 
-    The result does not depend on the order of the documents. Raises ValueError for a vocabulary
-    without room for every byte.
+    pattern: of `CUTS`, which the tokenizer keeps. The result does not depend on the order of the
+    documents. Raises ValueError for an unknown pattern, and for a vocabulary without room for every
+    byte.
     """
+    if pattern not in CUTS:
+        raise ValueError(f"pattern={pattern!r} must be one of {', '.join(CUTS)}")
     if vocab_size < VOCAB_SIZE:
         raise ValueError(f"vocab_size={vocab_size} must be at least {VOCAB_SIZE}: bytes take those")
     library = need("tokenizers", "tokens")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
         [
-            library.pre_tokenizers.Split(library.Regex(CUTS), "isolated"),
+            library.pre_tokenizers.Split(library.Regex(CUTS[pattern]), "isolated"),
             library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

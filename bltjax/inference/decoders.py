@@ -124,10 +124,11 @@ class PlainDecoder:
         positions = span(first, 0, num_new)
         tokens = read_positions(state.tokens, positions)
         lengths = on_rows(lambda ids, table: table[ids], tokens, self.tokenizer.byte_lengths())
-        before = jnp.where(first > 0, read_positions(state.num_bytes, first[:, None] - 1)[:, 0], 0)
-        num_bytes = before[:, None] + jnp.cumsum(lengths, axis=1)
+        so_far = jnp.where(first > 0, read_positions(state.num_bytes, first[:, None] - 1)[:, 0], 0)
+        num_bytes = so_far[:, None] + jnp.cumsum(lengths, axis=1)
+        before = _ids_before(self.model, state.tokens, first)
         new, layers = functional.read_tokens(
-            self.model, params, state.cache.layers, tokens, first, count
+            self.model, params, state.cache.layers, tokens, first, count, 0, before
         )
         states = state.cache.states
         states = write_slots(states, new, positions % states.shape[1])
@@ -234,8 +235,7 @@ class BLTDecoder:
             )
             entropies = next_byte_entropy(functional.token_logits(*model, states))
         record = note_starts(self.patching, record, first, count, entropies)
-        earlier = span(first, -ngram_reach(self.blt), 0)
-        before = jnp.where(earlier >= 0, read_positions(record.tokens, earlier), 0)
+        before = _ids_before(self.blt, record.tokens, first)
         opens = read_positions(record.start_positions, _patch_of(record, positions)) == positions
         cache = functional.read_bytes(
             self.blt, params["blt"], state.blt, tokens, before, first, count, opens
@@ -292,6 +292,12 @@ class BLTDecoder:
 
 
 Decoder = PlainDecoder | BLTDecoder
+
+
+def _ids_before(config, tokens, first):
+    """Returns int32 [B, n]: the ids before positions `first` that n-grams reach, 0 before any."""
+    earlier = span(first, -ngram_reach(config), 0)
+    return jnp.where(earlier >= 0, read_positions(tokens, earlier), 0)
 
 
 def _num_complete(state: BLTState, last):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bltjax.config import BLTConfig
-from bltjax.model.embeddings import embed_bytes
+from bltjax.model.embeddings import embed_ids
 from bltjax.model.global_transformer import GlobalTransformer
 from bltjax.model.hash_tables import HashTables
 from bltjax.model.local_decoder import LocalDecoder
@@ -21,9 +21,8 @@ class BLT(nnx.Module):
         key_encoder, key_hash, key_global, key_decoder = jax.random.split(key, 4)
         self.local_encoder = LocalEncoder(config, key_encoder)
         if config.hash.sizes:
-            dim = config.local_encoder.dim
             self.encoder_hash_tok_embedding = HashTables(
-                config.num_hash_tables, config.hash.rows, dim, std=dim**-0.5, key=key_hash
+                config.hash, config.hash_width, key=key_hash
             )
         self.global_transformer = GlobalTransformer(config, key_global)
         self.local_decoder = LocalDecoder(config, key_decoder)
@@ -48,7 +47,7 @@ class BLT(nnx.Module):
         chex.assert_equal_shape([patches.starts, patches.lengths, patches.mask])
         tables = self.encoder_hash_tok_embedding if self.config.hash.sizes else None
         byte_embedding = self.local_encoder.tok_embeddings
-        embedded = embed_bytes(tokens, byte_embedding, tables, self.config, ngrams)
+        embedded = embed_ids(tokens, byte_embedding, tables, self.config, ngrams)
         byte_states, patch_states = self.local_encoder(embedded, patches, document_ids)
         global_states = self.global_transformer(
             patch_states, patch_documents(tokens, document_ids, patches.starts)

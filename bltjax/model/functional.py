@@ -39,7 +39,7 @@ def apply(
 
     For a BLTConfig `inputs` are the PatchBuffers and, optionally, document ids [B, L]; for an
     EntropyModelConfig, optionally, segment ids [B, L]. Without ids a document ends at its EOS.
-    known: `ngrams` of `BLT.__call__`, whose hash tables are then not read.
+    known: `ngrams` of the model's `__call__`, whose hash tables are then not read.
     """
     return intermediates(config, params, tokens, *inputs, **known)["logits"]
 

@@ -5,6 +5,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec, reshard
 
 from bltjax import sharding
+from bltjax.config import HashConfig
 from bltjax.model.parameters import truncated_normal
 from bltjax.ops import row_exchange
 
@@ -12,10 +13,9 @@ from bltjax.ops import row_exchange
 class HashTables(nnx.Module):
     """The n-gram tables of all sizes and functions in one [T, rows, dim] (model.md#n-grams)."""
 
-    def __init__(self, num_tables, rows, dim, *, std, key):
-        self.weight = nnx.Param(
-            truncated_normal(key, (num_tables, rows, dim), std, sharding.table_spec(rows, dim))
-        )
+    def __init__(self, config: HashConfig, dim, *, key):
+        shape, spec = (config.num_tables, config.rows, dim), sharding.table_spec(config.rows, dim)
+        self.weight = nnx.Param(truncated_normal(key, shape, dim**-0.5, spec))
 
     def __call__(self, ids, dtype):
         """Sums the rows `ids` int32 [B, L, T] of all tables, in float32 -> [B, L, dim]."""

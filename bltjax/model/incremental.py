@@ -25,7 +25,7 @@ from bltjax.model.cross_attention import (
     vectors_to_wide,
     wide_to_vectors,
 )
-from bltjax.model.embeddings import embed_bytes
+from bltjax.model.embeddings import embed_ids
 from bltjax.model.hash_tables import lookup_sum
 from bltjax.model.prepared import (
     cross_keys_values,
@@ -59,14 +59,23 @@ def _prepared(function):
 
 @_prepared
 def read_tokens(
-    config: EntropyModelConfig, params, cache: Stack, tokens, first, count, line_starts=0
+    config: EntropyModelConfig,
+    params,
+    cache: Stack,
+    tokens,
+    first,
+    count,
+    line_starts=0,
+    before=None,
 ):
     """Returns states [B, T, E] of the last layer after tokens int32 [B, T], and the new cache.
 
-    line_starts int32 [B, T]: the first position that each may see, with a window.
+    line_starts int32 [B, T]: the first position that each may see, with a window. before: int32
+    [B, n]: the `ngram_reach` ids before the tokens, 0 where there are none.
     """
     stack = config.transformer
-    x = _embedding(params["tok_embeddings"])(tokens, config.compute_dtype)
+    tables = _tables(config, params)
+    x = embed_ids(tokens, _embedding(params["tok_embeddings"]), tables, config, before=before)
 
     def attend(q, k, v, kept):
         if stack.window is None:
@@ -92,10 +101,8 @@ def read_bytes(
     bool [B, T]: a patch starts here.
     """
     encoder, local, cross = params["local_encoder"], config.local_encoder, config.cross_attention
-    tables = None
-    if config.hash.sizes:
-        tables = functools.partial(lookup_sum, params[HASH_TABLES]["weight"])
-    h = embed_bytes(tokens, _embedding(encoder["tok_embeddings"]), tables, config, before=before)
+    tables = _tables(config, params)
+    h = embed_ids(tokens, _embedding(encoder["tok_embeddings"]), tables, config, before=before)
     states = []
     attend = _ring_attention(local, first, count, tokens.shape[1])
     h, rings = _run_blocks(encoder["layers"], local, h, cache.encoder, first, attend, states=states)
@@ -186,6 +193,16 @@ def predict(config: BLTConfig, params, cache: BLTCache, num_new: int, first, cou
 
     h, rings = _run_blocks(decoder["layers"], local, h, cache.decoder, first, attend, before=read)
     return _logits(decoder, local, h), cache._replace(decoder=rings)
+
+
+def _tables(config, params):
+    """Returns the lookup of the hash tables of a model, see `HashTables`; None without any."""
+    if not config.hash.sizes:
+        return None
+    look_up = functools.partial(lookup_sum, params[HASH_TABLES]["weight"])
+    if "hash_projection" not in params:
+        return look_up
+    return lambda ids, dtype: project(look_up(ids, dtype), params["hash_projection"])
 
 
 def _embedding(params):

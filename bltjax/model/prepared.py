@@ -30,8 +30,13 @@ from bltjax.ops.swiglu import swiglu
 _MATRICES = {
     "output",
     "patch_embedding_projection",
+<<<<<<< HEAD
     "skip_projection",
     "token_embedding_projection",
+=======
+    "token_embedding_projection",
+    "hash_projection",
+>>>>>>> baselines
 }
 
 

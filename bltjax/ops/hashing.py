@@ -1,6 +1,6 @@
-"""Rolling polynomial hashes of byte n-grams, exact to 64 bits without 64-bit integers.
+"""Rolling polynomial hashes of n-grams, exact to 64 bits without 64-bit integers.
 
-The published hash of an n-gram w is `sum_i w_i * p^i` (i = 0 is the oldest byte) in wrapping int64,
+The published hash of an n-gram w is `sum_i w_i * p^i` (i = 0 is the oldest id) in wrapping int64,
 then floor-mod V. Accelerators have no fast int64 and JAX disables it by default, so the sum is kept
 as four 16-bit limbs in uint32. See model.md#n-grams.
 """
@@ -29,43 +29,71 @@ PRIMES = (
 )
 MAX_NGRAM = 16
 MAX_VOCAB = 1 << 28
+ID_BITS = 12  # of an id that are hashed at once
+MAX_IDS = 1 << 2 * ID_BITS
 
 
-def ngram_hash_ids(tokens: Array, sizes: Sequence[int], num_functions: int, vocab: int) -> Array:
+def ngram_hash_ids(
+    tokens: Array,
+    sizes: Sequence[int],
+    num_functions: int,
+    vocab: int,
+    num_ids: int = 1 << ID_BITS,
+) -> Array:
     """Returns the hash table row of every n-gram, one column per (function, size).
 
-    tokens: integers [..., L] in [0, 4096); the n-gram at t is tokens[t-n+1..t], with zeros before
-    position 0. Result: int32 [..., L, F*N] in [0, vocab), functions in the outer loop and sizes in
-    the inner one. Raises ValueError for more functions than primes, or a size or vocab off range.
+    tokens: integers [..., L] in [0, num_ids); the n-gram at t is tokens[t-n+1..t], with zeros
+    before position 0. Result: int32 [..., L, F*N] in [0, vocab), functions in the outer loop and
+    sizes in the inner one. Raises ValueError for more functions than primes, or a size, vocab or
+    num_ids off range.
     """
-    _check(sizes, num_functions, vocab)
-    powers = _power_limbs(sizes, num_functions)
+    _check(sizes, num_functions, vocab, num_ids)
+    tokens = tokens.astype(jnp.uint32)
+    if num_ids <= 1 << ID_BITS:
+        digits = _hash_digits(tokens, _power_limbs(sizes, num_functions))
+    else:  # id = low + 2^12 high, and so are the hashes
+        low, high = tokens & (1 << ID_BITS) - 1, tokens >> ID_BITS
+        parts = (
+            _hash_digits(low, _power_limbs(sizes, num_functions)),
+            _hash_digits(high, _power_limbs(sizes, num_functions, 1 << ID_BITS)),
+        )
+        digits = _carry([a + b for a, b in zip(*parts, strict=True)])
+    return _floor_mod(digits, vocab).astype(jnp.int32)
+
+
+def _hash_digits(tokens: Array, powers: np.ndarray) -> list[Array]:
+    """Returns the hashes of uint32 tokens [..., L] below 2^12 as digits, see `_carry`."""
     num_limbs, width, columns = powers.shape
     powers = powers.reshape(num_limbs, width, *[1] * tokens.ndim, columns)
-    views = _shifted_views(tokens.astype(jnp.uint32), width)
+    views = _shifted_views(tokens, width)
     # A sum stays below 16 * 2^12 * 2^16 = 2^32. Its few terms are added one by one, not contracted:
     # then everything from here to the result is elementwise, and XLA makes it one loop.
     limbs = [sum(view * power for view, power in zip(views, limb, strict=True)) for limb in powers]
-    return _floor_mod(_carry(limbs), vocab).astype(jnp.int32)
+    return _carry(limbs)
 
 
-def _check(sizes: Sequence[int], num_functions: int, vocab: int) -> None:
+def _check(sizes: Sequence[int], num_functions: int, vocab: int, num_ids: int) -> None:
     if not 1 <= num_functions <= len(PRIMES):
         raise ValueError(f"num_functions is {num_functions}; there are primes for 1..{len(PRIMES)}")
     if not sizes or min(sizes) < 1 or max(sizes) > MAX_NGRAM:
         raise ValueError(f"n-gram sizes are {tuple(sizes)}; give one or more in 1..{MAX_NGRAM}")
     if not 1 <= vocab <= MAX_VOCAB:
         raise ValueError(f"hash vocab is {vocab}; it must lie in 1..{MAX_VOCAB}")
+    if not 1 <= num_ids <= MAX_IDS:
+        raise ValueError(f"num_ids is {num_ids}; n-grams are hashed of 1..{MAX_IDS} ids")
 
 
-def _power_limbs(sizes: Sequence[int], num_functions: int) -> np.ndarray:
-    """Returns uint32 [4, W, F*N]: the limbs, lowest first, of the factor of the byte W-1-w back."""
+def _power_limbs(sizes: Sequence[int], num_functions: int, times: int = 1) -> np.ndarray:
+    """Returns uint32 [4, W, F*N]: the limbs, lowest first, of the factor of the id W-1-w back.
+
+    times: a number that all factors are multiplied by.
+    """
     width = max(sizes)
     limbs = np.zeros((4, width, num_functions, len(sizes)), np.uint32)
     for f, prime in enumerate(PRIMES[:num_functions]):
         for s, size in enumerate(sizes):
             for i in range(size):
-                power = pow(prime, i, 1 << 64)
+                power = pow(prime, i, 1 << 64) * times % (1 << 64)
                 limbs[:, width - size + i, f, s] = [power >> 16 * k & 0xFFFF for k in range(4)]
     return limbs.reshape(4, width, -1)
 

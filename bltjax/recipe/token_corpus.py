@@ -32,7 +32,7 @@ def ensure_tokenizer(config: RunConfig, directory: RunDirectory, store: Store) -
             found = tokenizer.load(given)
         else:
             texts = sample(config, store, config.tokenizer.train_bytes)
-            found = tokenizer.train(texts, model.vocab_size)
+            found = tokenizer.train(texts, model.vocab_size, config.tokenizer.pattern)
         found.byte_lengths(model.vocab_size)  # raises where the model has too few ids
         found.save(path)
     sharding.barrier("the tokenizer is there")

@@ -18,11 +18,12 @@ PARTS = {  # by the first word of a parameter's name
     "local_encoder": "local",
     "local_decoder": "local",
     HASH_TABLES: "hash",
-    # The entropy model is one part, which always learns at the plain learning rate.
+    # The entropy model and token models are one part, which always learns at the plain rate.
     "tok_embeddings": "entropy",
     "layers": "entropy",
     "norm": "entropy",
     "output": "entropy",
+    "hash_projection": "entropy",
 }
 
 

@@ -29,7 +29,7 @@ def sparse_hash_step(
     gradients, update: functions of `step.make_train_step`. Returns the state and metrics.
     """
     tables = state.params[HASH_TABLES]["weight"]
-    ids, places = find_rows(model_config.hash, batch["tokens"], tables)
+    ids, places = find_rows(model_config, batch["tokens"], tables)
 
     def rows_of(state):
         return apply_missed_updates(config, take_rows(state, ids))
@@ -48,13 +48,16 @@ def sparse_hash_step(
     return put_rows(state, new, ids), metrics
 
 
-def find_rows(hashing, tokens, tables):
+def find_rows(model_config, tokens, tables):
     """Finds the rows of tables [T, rows, E] that the n-grams of tokens [B, L] read, each once.
 
-    hashing: HashConfig. Returns ids int32 [U] into the rows of all tables, U = B * L * T, and
-    places int32 [B, L, T] in ids. An id that no place uses is beyond the last row.
+    Returns ids int32 [U] into the rows of all tables, U = B * L * T, and places int32 [B, L, T] in
+    ids. An id that no place uses is beyond the last row.
     """
-    hashed = ngram_hash_ids(tokens, hashing.sizes, hashing.num_functions, hashing.vocab)
+    own = model_config.hash
+    hashed = ngram_hash_ids(
+        tokens, own.sizes, own.num_functions, own.vocab, model_config.vocab_size
+    )
     num_tables, rows, _ = tables.shape
     ids = number_rows(hashed, rows).reshape(-1)
     # The last reader of a row stands for all of its readers: cheaper than sorting.

@@ -6,8 +6,9 @@ Command:
 Hardware:  as configs/studies/blt.py.
 Expect:    a point of a plot; benchmarks/studies/ starts these runs, and gives them their steps.
 
-Arguments as of blt.py: SIZE[,level=N][,dim=N][,vocab=N]. vocab: of the byte-level BPE; with 260 it
-has no merges, and the model is a plain transformer over bytes.
+Arguments as of blt.py: SIZE[,level=N][,dim=N][,vocab=N][,tables=1]. vocab: of the byte-level BPE;
+with 260 it has no merges, and the model is a plain transformer over bytes. tables: with as many
+hash n-gram tables as the BLT of the level has, of the same rows and width, over its own ids.
 """
 
 from bltjax.config import default_config
@@ -22,12 +23,20 @@ BATCH = {"laptop": (2, 1024), "gpu": (32, 4096), "pod": (512, 8192)}  # rows, by
 TOKEN_BYTES = 4  # of the mean token; a study gives the number of its corpus
 BYTES_ONLY = 260  # ids of bytes and special ones
 VOCABULARY = {"laptop": 4096, "gpu": 16_384, "pod": 65_536}
+# Of hash tables: rows, and the widths of the levels, which are those of the local stacks of blt.py.
+TABLES = {
+    "laptop": (8192, [64, 80, 96]),
+    "gpu": (100_000, [256, 320, 384]),
+    "pod": (500_002, [768, 1024, 1024]),
+}
+BYTE_GRAMS = (3, 4, 5, 6, 7, 8)
+TOKEN_GRAMS = (2, 3)  # times three hash functions
 FFN_MULTIPLE = {"laptop": 32, "gpu": 128, "pod": 256}
 RATE_TIMES_WIDTH = {"laptop": 0.7, "gpu": 0.5, "pod": 0.5}
 
 
 def get_config(arguments: str = "laptop"):
-    size, level, dim, vocabulary = parse(arguments)
+    size, level, dim, vocabulary, tables = parse(arguments)
     config = default_config()
     config.stages = ("token_model", "evaluate")
     config.evaluation.baselines = False
@@ -50,6 +59,13 @@ def get_config(arguments: str = "laptop"):
     optimizer.learning_rate = RATE_TIMES_WIDTH[size] / stack.dim
     optimizer.warmup_steps, optimizer.min_ratio = 50, 0.01
 
+    if tables:
+        hashing, (hashing.vocab, widths) = model.hash, TABLES[size]
+        hashing.sizes = BYTE_GRAMS if vocabulary == BYTES_ONLY else TOKEN_GRAMS
+        hashing.num_functions = len(BYTE_GRAMS) // len(hashing.sizes)
+        model.hash_dim = widths[level]
+        optimizer.hash_rate = stack.dim / model.hash_dim
+
     if size != "laptop":
         model.compute_dtype, model.remat = "bfloat16", "dots" if size == "gpu" else "full"
         config.evaluation.batch_size = 64
@@ -58,13 +74,13 @@ def get_config(arguments: str = "laptop"):
     return config
 
 
-def parse(arguments: str) -> tuple[str, int, int | None, int]:
-    """(size, level, dim, vocabulary) of "gpu,level=1,dim=640,vocab=8192"."""
+def parse(arguments: str) -> tuple[str, int, int | None, int, bool]:
+    """(size, level, dim, vocabulary, tables) of "gpu,level=1,dim=640,vocab=8192,tables=1"."""
     size, *more = arguments.split(",")
     given = {name: int(number) for name, number in (item.split("=") for item in more)}
-    if size not in LEVELS or set(given) - {"level", "dim", "vocab"}:
+    if size not in LEVELS or set(given) - {"level", "dim", "vocab", "tables"}:
         raise ValueError(
-            f"{arguments!r} must be one of {', '.join(LEVELS)} with level=, dim= or vocab="
+            f"{arguments!r} must be one of {', '.join(LEVELS)} with level=, dim=, vocab= or tables="
         )
-    vocabulary = given.get("vocab", VOCABULARY[size])
-    return size, given.get("level", 0), given.get("dim"), vocabulary
+    vocabulary, tables = given.get("vocab", VOCABULARY[size]), bool(given.get("tables", 0))
+    return size, given.get("level", 0), given.get("dim"), vocabulary, tables

@@ -228,3 +228,14 @@ def test_block_sizes_of_attention_for_tpus():
         (stack, block) for stack in ("local", "patches") for block in (128, 256)
     }
     assert all(line["forward_ms"] > 0 for line in found)
+
+
+def test_bytes_of_a_token_are_those_of_held_out_documents(script):
+    hindi = "हिन्दी में लिखा हुआ".encode()
+    documents = dict(hi=[hindi] * 5, en=[b"the patch"] * 4 + [b"the patch of the byte"], few=[b"x"])
+    found = {row["source"]: row for row in script("token_bytes").measure(documents, 400)}
+    assert found.keys() == {"hi", "en"} and found["hi"]["bytes"] == len(hindi)
+    assert (
+        found["en"]["letters"] == found["en"]["marks"] == 21 / 12
+    )  # two words, and " of the byte" in 10
+    assert found["hi"]["marks"] > 1.5 * found["hi"]["letters"]

@@ -107,7 +107,7 @@ def test_files_of_records_or_directories_are_sources(tmp_path):
 @pytest.mark.parametrize("size", SIZES)
 def test_scaling_spends_its_budgets(size, given):
     planned, budgets = scaling.plan(given(size)), scaling.BUDGETS[size]
-    assert len(planned) == len({p.name for p in planned}) == 6 * sum(scaling.SEEDS)
+    assert len(planned) == len({p.name for p in planned}) == 7 * 5 + 3
     assert budgets[-1] / budgets[0] == pytest.approx(8) and len(budgets) == 3
     for point in planned:
         found = account(point)
@@ -115,7 +115,8 @@ def test_scaling_spends_its_budgets(size, given):
         assert (found.entropy_model > 0) == ("entropy" in point.about["family"])
         assert run_config(point).data.seed == point.about["seed"]
     costs = {p.about["family"]: account(p).model["total"] for p in planned}
-    assert costs["bytes"] == pytest.approx(costs["BPE"], rel=0.1)
+    for family in ("bytes", "bytes with tables", "BPE with tables"):
+        assert costs[family] == pytest.approx(costs["BPE"], rel=0.1)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -123,10 +124,12 @@ def test_inference_costs_the_same_at_any_patch(size, given):
     planned = fixed_inference.plan(given(size))
     for level in fixed_inference.LEVELS[size]:
         own = [p for p in planned if p.about["level"] == level]
-        costs = [account(p).model["total"] for p in own]
-        assert max(costs) < 1.05 * min(costs)
+        costs = {p.about["family"]: account(p).model["total"] for p in own}
+        of_bytes = costs.pop("bytes with tables")  # narrow, so that a step in width is a large one
+        assert max(costs.values()) < 1.05 * min(costs.values())
+        assert of_bytes == pytest.approx(costs["BPE"], rel=0.1)
         bytes_of = {round(account(p).num_bytes / 1e5) for p in own}
-        assert len(own) == 12 and len({p.name for p in own}) == 12
+        assert len(own) == 16 and len({p.name for p in own}) == 16
         for wanted in fixed_inference.TRAINING_BYTES[size]:
             assert any(abs(1e5 * b / wanted - 1) < 0.05 for b in bytes_of)
         widths = {
@@ -140,11 +143,51 @@ def test_inference_costs_the_same_at_any_patch(size, given):
 @pytest.mark.parametrize("size", SIZES)
 def test_pairs_are_trained_equally(size, given):
     plain = shared.assumed(given(size).directory, size)
-    pairs = robustness.plan(given(size), plain, plain), multilingual.plan(given(size), plain)
-    for planned in (pairs[0][:2], pairs[0][2:], pairs[1]):
-        blt, bpe = map(account, planned)
-        assert blt.training == pytest.approx(bpe.training, rel=0.05)
-        assert blt.num_bytes == pytest.approx(bpe.num_bytes, rel=0.05)
+    pairs = robustness.plan(given(size), plain, plain)
+    blt, *others = multilingual.plan(given(size), plain)
+    assert len(others) == 4
+    for blt, other in (pairs[:2], pairs[2:], *((blt, other) for other in others)):
+        blt, other = account(blt), account(other)
+        assert blt.training == pytest.approx(other.training, rel=0.05)
+        assert blt.num_bytes == pytest.approx(other.num_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_baselines_have_the_tables_of_the_blts(size, given):
+    """As many, of the same rows and width, with the same rate: as many parameters in them."""
+    planned = scaling.plan(given(size))
+    with_tables = {p.about["family"] for p in planned if "with tables" in p.about["family"]}
+    assert with_tables == {"bytes with tables", "BPE with tables"}
+    for point in planned:
+        config, blt = run_config(point), blt_file.get_config(f"{size},level={point.about['level']}")
+        if point.stage == "blt":
+            continue
+        model, training = config.token_model, config.token_training
+        if point.about["family"] not in with_tables:
+            assert model.hash.sizes == ()
+            continue
+        own, published = model.hash, blt.blt.hash
+        assert (own.vocab, model.hash_width) == (published.vocab, blt.blt.local_encoder.dim)
+        assert own.num_tables == len(published.sizes) * published.num_functions
+        if point.about["family"] == "bytes with tables":
+            assert own.sizes == tuple(published.sizes)
+        rates = [
+            o.learning_rate * o.hash_rate for o in (training.optimizer, blt.blt_training.optimizer)
+        ]
+        assert rates[0] == pytest.approx(rates[1])
+
+
+def test_words_of_each_tokenizer(given):
+    points_of = {
+        p.name: p
+        for p in multilingual.plan(
+            given("laptop"), shared.assumed(given("laptop").directory, "laptop")
+        )
+    }
+    paths = [points_of[name].settings["tokenizer.path"] for name in ("BPE", "BPE_marks")]
+    assert [path.rpartition("/")[2] for path in paths] == ["tokenizer.json", "tokenizer-marks.json"]
+    assert points_of["BPE_marks_tables"].settings["tokenizer.path"] == paths[1]
+    assert "tokenizer.path" not in points_of["bytes_tables"].settings
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -184,11 +227,16 @@ def test_a_sample_takes_of_each_source_its_share(tmp_path):
 
 
 def test_another_corpus_takes_another_workdir(tmp_path):
-    made = dict(token_bytes=3.0, space_bytes=5.0, made_of=["laptop", "", ["*"], {}])
+    made = dict(token_bytes=3.0, token_bytes_marks=3.5, space_bytes=5.0)
+    made |= dict(made_of=["laptop", "", ["*"], {}])
     (tmp_path / "measured.json").write_text(json.dumps(made))
     assert shared.prepare(tmp_path, "laptop", "", ["*"]).token_bytes == 3.0
     with pytest.raises(ValueError, match="give another --workdir"):
         shared.prepare(tmp_path, "laptop", "", ["en_*"])
+    del made["token_bytes_marks"]  # of before it was measured
+    (tmp_path / "measured.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="give another --workdir"):
+        shared.prepare(tmp_path, "laptop", "", ["*"])
 
 
 def test_sources_that_match_nothing_are_named(tmp_path):

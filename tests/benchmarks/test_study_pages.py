@@ -55,11 +55,30 @@ def test_the_page_of_scaling(tmp_path):
 
 
 def test_the_page_of_fixed_inference(tmp_path):
-    rows = [row("BPE", 0, 2.0), row("BLT entropy 4", 0, 1.9)]
+    rows = [
+        row(family, 0, bits, name=f"{family}-0-{megabytes}MB", training_bytes=megabytes * 1e6)
+        for family, megabytes, bits in (
+            ("BPE", 1, 2.0),
+            ("BPE", 2, 1.5),
+            ("BPE with tables", 1, 1.7),
+            ("BPE with tables", 2, 1.6),
+            ("BLT entropy 4", 1, 1.9),
+            ("BLT entropy 4", 2, 1.4),
+            ("bytes with tables", 2, 1.8),
+        )
+    ]
     fixed_inference.report(rows, tmp_path)
-    assert "-0.1000 at 1e+06 bytes beside BPE; it is better in 1 of 1." in check_page(
-        tmp_path, "curves-0.png"
+    page = check_page(tmp_path, "curves-0.png")
+    assert (
+        "BLT entropy 4: -0.1000 at 1e+06 bytes, -0.1000 at 2e+06 bytes beside BPE; it is better in "
+        "2 of 2." in page
     )
+    assert (
+        "BLT entropy 4: +0.2000 at 1e+06 bytes, -0.2000 at 2e+06 bytes beside BPE with tables; it "
+        "is better in 1 of 2." in page
+    )
+    # Compared after as much text, not by rank.
+    assert "bytes with tables: +0.3000 at 2e+06 bytes beside BPE; it is better in 0 of 1." in page
 
 
 def test_the_page_of_ablations(tmp_path):
@@ -85,14 +104,18 @@ def test_the_page_of_languages(tmp_path):
             language=language,
             BLT_bits_per_byte=blt,
             BPE_bits_per_byte=2.0,
+            BPE_marks_bits_per_byte=1.5,
             BLT_patch_bytes=4.5,
             BPE_token_bytes=3.0,
+            BPE_marks_token_bytes=3.5,
         )
         for language, blt in (("de", 1.9), ("th", 1.0), ("en", 2.1))
     ]
-    multilingual.report([row("BLT", 0, 1.7), row("BPE", 0, 2.0)], languages, tmp_path)
+    rows = [row("BLT", 0, 1.7), row("BPE", 0, 2.0), row("BPE_marks", 0, 1.5)]
+    multilingual.report(rows, languages, tmp_path)
     page = check_page(tmp_path, "bits.png", "sizes.png")
-    assert "ahead in 2 of 3 languages: by 1.0000 bits per byte in th" in page
+    assert "ahead of BPE in 2 of 3 languages: by 1.0000 bits per byte in th" in page
+    assert "ahead of BPE marks in 1 of 3 languages: by 0.5000 bits per byte in th" in page
 
 
 def test_the_page_of_robustness(tmp_path):

@@ -152,6 +152,21 @@ PROBLEMS = [
     (dict(blt__hash__vocab=0), "blt.hash.vocab=0"),
     (dict(blt__hash__sizes=(3, 17)), "blt.hash.sizes=(3, 17) 1..16"),
     (dict(blt__hash__num_functions=12), "blt.hash num_functions=12 11 functions"),
+    (dict(token_model__hash__sizes=(0, 2)), "token_model.hash.sizes=(0, 2) 1..16"),
+    (dict(token_model__hash_dim=0), "token_model.hash_dim=0 positive"),
+    (
+        dict(token_training__optimizer__hash_rate=2.0),
+        "token_training.optimizer.hash_rate=2.0 nothing 1.0",
+    ),
+    (
+        dict(token_model__hash__sizes=(2,), token_training__optimizer__local_rate=2.0),
+        "token_training.optimizer.local_rate=2.0 nothing 1.0",
+    ),
+    (dict(tokenizer__pattern="words"), "tokenizer.pattern='words' ('letters', 'marks')"),
+    (
+        dict(tokenizer__path="a.json", tokenizer__pattern="marks"),
+        "tokenizer.pattern='marks' tokenizer.path='a.json' 'letters'",
+    ),
     (dict(blt__vocab_size=256), "blt.vocab_size=256 260"),
     (dict(blt__compute_dtype="float16"), "blt.compute_dtype='float16' bfloat16"),
     (dict(blt__remat="all"), "blt.remat='all' full"),
@@ -235,6 +250,7 @@ def test_settings_that_look_alike_are_valid():
     changed(blt_training__row_bytes=0, blt_training__row_patches=512)
     changed(blt_training__optimizer__min_ratio=0.0)
     changed(blt__hash__sizes=(), blt__hash__vocab=0)
+    changed(token_model__hash__sizes=(2,), token_training__optimizer__hash_rate=2.0)
     changed(blt__global_transformer__dim=130, blt__global_transformer__head_dim=32)
     changed(blt__cross_attention__num_kv_heads=4, blt__cross_attention__num_heads_decoder=2)
 
@@ -252,6 +268,7 @@ def optional_fields(config, name=""):
         "window_encoder": 2,
         "window_decoder": 2,
         "attention_block": 128,
+        "hash_dim": 16,
         "target_patch_bytes": 3.5,
         "max_patch_length": 4,
         "max_bytes": 10,

@@ -247,6 +247,24 @@ def test_every_matrix_product_of_the_traced_model_is_counted(config, dense_atten
     assert found == pytest.approx(terms["total"] + masked_flops(config) - sums_flops(config))
 
 
+@pytest.mark.parametrize("width", [None, 24])
+def test_tables_of_tokens_cost_their_projection_alone(width, dense_attention):
+    stack = dataclasses.replace(ENCODER, window=ROW)
+    hashing = HashConfig((2, 3), 5000, num_functions=2)
+    plain = TokenModelConfig(stack, vocab_size=300)
+    config = dataclasses.replace(plain, hash=hashing, hash_dim=width)
+    terms, without = (flops.flops_per_byte(c, ROW, 1) for c in (config, plain))
+    assert terms["total"] - without["total"] == (2 * 24 * 32 if width else 0)
+    found = dot_flops(trace(config)) / (BATCH * ROW)
+    assert found == pytest.approx(terms["total"] + masked_flops(config))
+    params = functional.abstract_params(config)
+    report = flops.parameter_report(config, params)
+    assert params["encoder_hash_tok_embedding"]["weight"].shape == (4, 5120, width or 32)
+    assert report["hash_tables"] == 4 * 5000 * (width or 32)
+    of_plain = flops.parameter_report(plain, functional.abstract_params(plain))["total"]
+    assert report["without_hash_tables"] - of_plain == (24 * 32 if width else 0)
+
+
 def test_backward_costs_twice_the_forward(dense_attention):
     config = EntropyModelConfig(dataclasses.replace(ENCODER, window=ROW))
     tokens = jax.ShapeDtypeStruct((BATCH, ROW), jnp.int32)

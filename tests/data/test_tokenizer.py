@@ -16,6 +16,9 @@ TEXTS = [b"the patch, the byte; the latent\n", "naïve 日本 naïve 日本\n\n"
 TEXTS += [b"\xff\xfe the \x00\x00\x00\x00", b"", b"    x = 12345\n    y = 12345\n"] * 2
 TRAINED = tokenizer.train(TEXTS, 400)
 BYTES_ONLY = tokenizer.train([], VOCAB_SIZE)
+# Words with vowel signs, tone marks and joined consonants, which are combining marks.
+MARKED = ["हिन्दी", "தமிழ்", "বাংলা", "ภาษาไทยที่นี่", "ភាសាខ្មែរ", "e\u0301te\u0301"]
+WITH_MARKS = tokenizer.train([f"{w} {w}".encode() for w in MARKED] * 3, 1000, "marks")
 
 
 @given(
@@ -40,6 +43,38 @@ def test_text_is_cut_as_by_llama():
     found = TRAINED._library.pre_tokenizer.pre_tokenize_str("It's 12345\n\n  x=(y)  z")
     pieces = [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in found]
     assert pieces == ["It", "'s", " ", "123", "45", "\n\n", " ", " x", "=(", "y", ")", " ", " z"]
+
+
+def pieces(tokens, text):
+    """What a tokenizer cuts a text into before it merges."""
+    found = tokens._library.pre_tokenizer.pre_tokenize_str(text)
+    return [text[slice(*place)] for _, place in found]
+
+
+@pytest.mark.parametrize("word", MARKED)
+def test_marks_cut_words_unless_they_belong_to_them(word):
+    text = f"{word} {word}, 12{word}"
+    assert pieces(WITH_MARKS, text) == [word, f" {word}", ",", " ", "12", word]
+    assert max(map(len, pieces(TRAINED, text))) < len(word)
+    ids = WITH_MARKS.encode(text, add_bos=False, add_eos=False)
+    assert WITH_MARKS.decode(ids) == text.encode()
+    assert [WITH_MARKS.decode([i]).decode() for i in ids[:2]] == [word, f" {word}"]
+
+
+def test_without_marks_the_patterns_cut_alike():
+    text = "It's 12345\n\n  x=(y)  z naïve 日本 !!❤ "
+    assert pieces(WITH_MARKS, text) == pieces(TRAINED, text)
+    assert pieces(WITH_MARKS, "!!❤\ufe0f x") == ["!!❤\ufe0f", " x"]  # a mark of no letter
+
+
+def test_a_tokenizer_keeps_its_pattern(tmp_path):
+    WITH_MARKS.save(tmp_path / "tokenizer.json")
+    loaded = tokenizer.load(tmp_path / "tokenizer.json")
+    plain = tokenizer.train([], VOCAB_SIZE, "marks")
+    assert loaded.digest == WITH_MARKS.digest and plain.digest != BYTES_ONLY.digest
+    assert pieces(loaded, MARKED[0]) == [MARKED[0]]
+    with pytest.raises(ValueError, match="pattern='words' must be one of letters, marks"):
+        tokenizer.train([], 300, "words")
 
 
 def test_no_text_names_a_special_id():

@@ -77,6 +77,24 @@ def test_equals_python_integers(tokens, sizes, num_functions, vocab):
     np.testing.assert_array_equal(ids, oracle(row, sizes, num_functions, vocab))
 
 
+@pytest.mark.parametrize(
+    "vocab", [8192, 2**16 + 1, 2**24 + 1, 2**28], ids=lambda vocab: f"{vocab} rows"
+)
+def test_ids_of_tokens_are_hashed_whole(vocab):
+    """They have more than the 12 bits that are hashed at once."""
+    num_ids = hashing.MAX_IDS
+    row = np.random.default_rng(0).integers(0, num_ids, 24)
+    row[:16], row[-2:] = num_ids - 1, [4095, 4096]
+    sizes = (hashing.MAX_NGRAM, 2, 1)
+    ids = hashing.ngram_hash_ids(jnp.asarray(row), sizes, 11, vocab, num_ids)
+    np.testing.assert_array_equal(ids, oracle(row, sizes, 11, vocab))
+    few = jnp.asarray(row % 4096)
+    np.testing.assert_array_equal(
+        hashing.ngram_hash_ids(few, sizes, 2, vocab, num_ids),
+        hashing.ngram_hash_ids(few, sizes, 2, vocab),
+    )
+
+
 def test_any_leading_shape():
     tokens = jax.random.randint(jax.random.key(0), (2, 3, 10), 0, 260)
     ids = jax.jit(hashing.ngram_hash_ids, static_argnums=(1, 2, 3))(tokens, (3, 2), 2, 97)
@@ -108,6 +126,7 @@ def test_the_batch_stays_sharded(shape):
         ({"sizes": (17, 3)}, r"sizes are \(17, 3\)"),
         ({"vocab": 0}, "vocab is 0"),
         ({"vocab": 2**28 + 1}, "vocab is 268435457"),
+        ({"num_ids": 2**24 + 1}, "num_ids is 16777217"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -12,7 +12,7 @@ import pytest
 import bltjax
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import RunDirectory
-from bltjax.config import MeshConfig, RunConfig, from_config_dict
+from bltjax.config import HashConfig, MeshConfig, RunConfig, from_config_dict
 from bltjax.costs.memory_plan import plan_stage
 from bltjax.data import tokenizer
 from bltjax.data.batches.lanes import Lane, Layout
@@ -175,6 +175,33 @@ def test_a_run_of_it_loads_as_a_token_model(whole):
     assert model.score([b"patch byte"])[0].bits_per_byte > 0
     with pytest.raises(ValueError, match="give no entropy_model"):
         bltjax.load(workdir, entropy_model=workdir)
+
+
+def test_a_run_with_tables_whose_words_keep_marks(corpus, tmp_path):
+    """Rows that the last steps did not read have made up for it before they are saved."""
+    config = config_of(corpus)
+    optimizer = dataclasses.replace(
+        config.token_training.optimizer, hash_rate=2.0, hash_updates="touched"
+    )
+    config = dataclasses.replace(
+        config,
+        tokenizer=dataclasses.replace(config.tokenizer, pattern="marks"),
+        token_model=dataclasses.replace(
+            config.token_model, hash=HashConfig((2, 3), 4099), hash_dim=8
+        ),
+        token_training=dataclasses.replace(config.token_training, optimizer=optimizer),
+    )
+    result = run_in(tmp_path / "run", config)
+    assert result["compilations"] == dict(token_model=1, evaluate=1)
+    counted = result["parameters"]["token_model"]
+    assert counted["total"] - counted["without_hash_tables"] == 2 * 4099 * 8
+    model = bltjax.load(tmp_path / "run")
+    assert "M}]+" in model.tokenizer.text and model.config == config.token_model
+    store = open_corpus(config, RunDirectory(tmp_path / "run"))
+    held = [d.data for d in Documents(store.shards(part="validation"))]
+    scores = model.score(held, row_bytes=config.token_training.row_bytes)
+    bits = sum(s.nats for s in scores) / np.log(2) / sum(map(len, held))
+    assert bits == pytest.approx(result["bits_per_byte"], rel=0.05)  # rows are packed otherwise
 
 
 def test_commands_of_bytes_say_what_is_wrong(whole):

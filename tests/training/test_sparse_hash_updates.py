@@ -20,6 +20,7 @@ from bltjax.config import (
     OptimizerConfig,
     PatchingConfig,
     RunConfig,
+    TokenModelConfig,
     TrainingConfig,
     TransformerConfig,
 )
@@ -48,6 +49,7 @@ MODEL = BLTConfig(
     hash=HashConfig((2, 3), ROWS),
     pooling="max",
 )
+TOKENS = TokenModelConfig(STACK, hash=HashConfig((2, 3), ROWS))
 FEW = dataclasses.replace(MODEL, hash=HashConfig((2, 3), 5))  # rows: any batch reads all of them
 OPTIMIZER = OptimizerConfig(learning_rate=0.02, warmup_steps=3, clip_norm=0.3)
 STEPS = 40
@@ -123,9 +125,7 @@ def read(batch, model=MODEL):
 def test_rows_are_named_once_and_every_ngram_finds_its_own():
     tokens = host_batch(0, letters=4)["tokens"]
     tables = np.arange(2 * ROWS, dtype=np.float32).reshape(2, ROWS, 1)
-    ids, places = jax.device_get(
-        sparse_hash_updates.find_rows(MODEL.hash, jnp.asarray(tokens), tables)
-    )
+    ids, places = jax.device_get(sparse_hash_updates.find_rows(MODEL, jnp.asarray(tokens), tables))
     named = ids[ids < 2 * ROWS]
     assert ids.shape == (B * L * 2,) and len(set(ids)) == len(ids)
     hashed = np.asarray(ngram_hash_ids(tokens, (2, 3), 1, ROWS)) + np.array([0, ROWS])
@@ -305,6 +305,17 @@ def test_many_devices_are_refused(use_mesh):
     entropy_alone = dataclasses.replace(config, stages=("entropy_model",))
     with use_mesh(1, 1, 2):
         check_hash_updates(entropy_alone, jax.sharding.get_mesh())
+
+
+def test_of_a_token_model_too(use_mesh):
+    config = dataclasses.replace(
+        RunConfig(), stages=("token_model",), token_model=TOKENS, token_training=training("touched")
+    )
+    with (
+        use_mesh(1, 1, 2),
+        pytest.raises(ValueError, match=r"token_training\.optimizer\.hash_upda"),
+    ):
+        check_hash_updates(config, jax.sharding.get_mesh())
 
 
 def test_a_model_without_tables_trains_as_ever():

@@ -1,10 +1,19 @@
 """Steps of the token model: what is counted of tokens, on one device and on several."""
 
+import dataclasses
+
 import jax
 import numpy as np
+import pytest
 
 from bltjax import sharding
-from bltjax.config import OptimizerConfig, TokenModelConfig, TrainingConfig, TransformerConfig
+from bltjax.config import (
+    HashConfig,
+    OptimizerConfig,
+    TokenModelConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
 from bltjax.model import functional
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.state import start_state
@@ -14,6 +23,7 @@ from bltjax.vocabulary import BYTE_OFFSET
 B, L, V = 4, 16, 264
 STACK = TransformerConfig(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_multiple_of=8)
 MODEL = TokenModelConfig(STACK, vocab_size=V)
+TABLES = dataclasses.replace(MODEL, hash=HashConfig((2, 3), 4099), hash_dim=8)
 LENGTHS = np.array([0] * BYTE_OFFSET + [1] * 256 + [2, 3, 5, 9], np.int32)
 
 
@@ -30,12 +40,12 @@ def host_batch():
     )
 
 
-def random_params():
+def random_params(model=MODEL):
     """The same on every mesh."""
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda x: jax.device_put(rng.normal(0, 0.2, x.shape).astype(np.float32), x.sharding),
-        sharding.concrete(functional.abstract_params(MODEL)),
+        sharding.concrete(functional.abstract_params(model)),
     )
 
 
@@ -61,17 +71,17 @@ def test_bits_per_byte_are_those_of_the_logits():
     assert sums["targets"] == batch["loss_mask"].sum() > num_tokens  # EOS and BOS are trained
 
 
-def metrics_on(use_mesh, sizes, parts):
+def metrics_on(use_mesh, sizes, parts, model=MODEL, **settings):
     config = TrainingConfig(
         steps=4,
         batch_size=B,
         accumulation_steps=parts,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1, **settings),
     )
     with use_mesh(*sizes):
         optimizer = make_optimizer(config.optimizer, config.steps)
-        state = start_state(random_params(), optimizer)
-        step = make_train_step(MODEL, config, optimizer, num_sources=2, byte_lengths=LENGTHS)
+        state = start_state(random_params(model), optimizer)
+        step = make_train_step(model, config, optimizer, num_sources=2, byte_lengths=LENGTHS)
         found = []
         for _ in range(config.steps):
             state, metrics = step(state, sharding.put_batch(host_batch()))
@@ -91,3 +101,27 @@ def test_meshes_and_parts_change_nothing(use_mesh):
     batch = host_batch()
     counted = LENGTHS[batch["targets"]] * batch["loss_mask"]
     assert first["bytes"] == counted.sum() == first["source_bytes"].sum()
+
+
+@pytest.mark.long
+def test_hash_tables_are_trained_alike_on_a_mesh(use_mesh):
+    """The tables' rows and features lie on different devices of it."""
+    expected = metrics_on(use_mesh, (1, 1, 1), 1, TABLES, hash_rate=2.0)
+    found = metrics_on(use_mesh, (2, 2, 2), 1, TABLES, hash_rate=2.0)
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.05
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, expected
+    )
+    others = metrics_on(use_mesh, (1, 1, 1), 1, TABLES, hash_rate=0.0)
+    assert others[0]["loss"] == expected[0]["loss"] and others[-1]["loss"] > expected[-1]["loss"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("parts", [1, 2])
+def test_updates_of_the_rows_that_are_read_train_tables_of_tokens_too(parts, use_mesh):
+    """Every step has the same batch, so that no row misses an update."""
+    dense = metrics_on(use_mesh, (1, 1, 1), parts, TABLES)
+    touched = metrics_on(use_mesh, (1, 1, 1), parts, TABLES, hash_updates="touched")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), touched, dense
+    )

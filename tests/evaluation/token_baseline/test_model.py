@@ -8,7 +8,7 @@ import pytest
 
 from bltjax import sharding
 from bltjax.checkpoints.weights import Lengths
-from bltjax.config import TokenModelConfig, TransformerConfig
+from bltjax.config import HashConfig, TokenModelConfig, TransformerConfig
 from bltjax.data import tokenizer
 from bltjax.evaluation.token_baseline.model import TokenModel
 from bltjax.inference import engine
@@ -21,10 +21,13 @@ TRAINED = tokenizer.train(WORDS * 3, 300)
 ROW = 64
 
 
-def made(window=None) -> TokenModel:
+TABLES = dict(hash=HashConfig((2, 4), 5003, num_functions=2), hash_dim=8)
+
+
+def made(window=None, **tables) -> TokenModel:
     """A model whose vocabulary is larger than the tokenizer's, and which likes long tokens."""
     stack = TransformerConfig(dim=16, num_layers=2, num_heads=2, ffn_multiple_of=8, window=window)
-    config = TokenModelConfig(stack, vocab_size=len(TRAINED) + 7)
+    config = TokenModelConfig(stack, vocab_size=len(TRAINED) + 7, **tables)
     rng = np.random.default_rng(5)
     params = jax.tree.map(
         lambda x: rng.normal(0, 0.35, x.shape).astype(np.float32),
@@ -159,10 +162,13 @@ def slow_text(model, prompt, num_bytes):
 PROMPTS = ["the patch", b"", b"\xff\xfe", "naïve 日本 x = 12"]
 
 
-@pytest.mark.parametrize(("window", "chunk"), [(None, 128), (8, 5)])
-def test_greedy_text_is_that_of_computing_everything_anew(window, chunk, monkeypatch):
+@pytest.mark.parametrize(
+    ("window", "chunk", "tables"),
+    [(None, 128, {}), (8, 5, {}), (None, 2, TABLES), (8, 128, TABLES | dict(hash_dim=None))],
+)
+def test_greedy_text_is_that_of_computing_everything_anew(window, chunk, tables, monkeypatch):
     monkeypatch.setattr(engine, "CHUNK", chunk)  # positions of a prompt that are read at once
-    model = made(window)
+    model = made(window, **tables)
     texts = model.generate(PROMPTS, max_new_bytes=18)
     assert texts == [slow_text(model, prompt, 18) for prompt in PROMPTS]
     assert max(map(len, texts)) == 18 and len(set(texts)) > 2
@@ -231,6 +237,18 @@ def test_a_mesh_changes_nothing(model, use_mesh):
     with use_mesh(2, 1, 2):
         other = made()
     assert other.generate(PROMPTS[:3], 10) == model.generate(PROMPTS[:3], 10)
+    pairs = zip(other.score(TEXTS), model.score(TEXTS), strict=True)
+    assert all(a.nats == pytest.approx(b.nats, rel=1e-5) for a, b in pairs)
+
+
+@pytest.mark.long
+def test_tables_that_are_shared_by_a_mesh_change_nothing(use_mesh):
+    model = made(**TABLES)
+    with use_mesh(2, 2, 2):
+        other = made(**TABLES)
+    table = other.params["encoder_hash_tok_embedding"]["weight"]
+    assert table.sharding.shard_shape(table.shape) == (4, 5120 // 4, 4)
+    assert other.generate(PROMPTS, 10) == model.generate(PROMPTS, 10)
     pairs = zip(other.score(TEXTS), model.score(TEXTS), strict=True)
     assert all(a.nats == pytest.approx(b.nats, rel=1e-5) for a, b in pairs)
 
