@@ -1,11 +1,13 @@
 """Finds the patches and entropies of texts, for pictures and tables."""
 
+import dataclasses
 from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
 from bltjax.config import PatchingConfig
+from bltjax.patching import falling
 from bltjax.patching.boundaries import needs_entropies, patch_starts, rule_of
 from bltjax.vocabulary import encode
 
@@ -110,12 +112,25 @@ def view_of(text: bytes, ids, entropies, patching, trained) -> PatchView:
     if entropies is None:
         return PatchView(text, starts, None, None, num_trained)
     entropies = entropies[: len(text)]  # the first is after BOS, about byte 0
+    return PatchView(text, starts, entropies, _levels(patching, ids, entropies), num_trained)
+
+
+def _levels(patching: PatchingConfig, ids, entropies) -> np.ndarray | None:
+    """Returns what the entropy of each byte must exceed to start a patch; None without such."""
+    rule = rule_of(patching)
+    if rule.by_length:
+        unlimited = dataclasses.replace(patching, max_patch_length=None)
+        places = np.arange(len(entropies), dtype=np.int32)
+        opened = np.zeros(len(entropies) + 1, np.int32)  # before each byte, and the end
+        starts = _starts(unlimited, ids, entropies)
+        opened[starts + 1] = starts
+        lengths = places - np.maximum.accumulate(opened)[:-1]
+        return falling.levels(patching.threshold, np.maximum(lengths, 1))
     levels = [  # a byte above all of them starts a patch
         np.float32(getattr(patching, threshold)) + entropies - score(entropies)
-        for score, threshold in rule_of(patching).scores
+        for score, threshold in rule.scores
     ]
-    highest = np.maximum.reduce(levels) if levels else None
-    return PatchView(text, starts, entropies, highest, num_trained)
+    return np.maximum.reduce(levels) if levels else None
 
 
 def _starts(patching: PatchingConfig, ids, entropies) -> np.ndarray:
