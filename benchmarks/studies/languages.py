@@ -40,7 +40,7 @@ LARGER = {  # settings of a larger entropy model that is trained for longer
         f"{TRAINING}optimizer.warmup_steps": 50,
     },
     "gpu": {f"{STACK}dim": 512, f"{STACK}num_layers": 10, f"{TRAINING}steps": 20_000},
-    "pod": {f"{STACK}dim": 1024, f"{STACK}num_layers": 16, f"{TRAINING}steps": 200_000},
+    "pod": {f"{STACK}dim": 1152, f"{STACK}num_layers": 18, f"{TRAINING}steps": 200_000},
 }
 
 
