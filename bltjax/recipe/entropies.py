@@ -32,7 +32,8 @@ from bltjax.recipe.corpus import needed_bytes, select, shares
 from bltjax.runtime.files import alone
 from bltjax.vocabulary import encode
 
-CALIBRATION_BYTES = 2_000_000  # or a shard of each source, where patches are found in the step
+# Or a shard of each source, where patches are found in the step; and of documents for a search.
+CALIBRATION_BYTES = 2_000_000
 ROWS_PER_DEVICE = 4  # of the entropy model at a time
 SAMPLE_BYTES, SAMPLE_SHARDS = 8_000_000, 256  # of documents whose patches are measured
 WEIGHT_STEPS = 1000  # to which the weights of sources are rounded in calibration
@@ -148,7 +149,7 @@ def wanted_threshold(
     patching = config.patching
     if patching.rule in CALIBRATED:
         return counts.threshold(patching.target_patch_bytes, patching.rule)
-    sample = sample_documents(shards, entropies=True)
+    sample = sample_documents(shards, True, CALIBRATION_BYTES)  # it is walked a dozen times
     unlimited = dataclasses.replace(patching, max_patch_length=None)  # as in a histogram
 
     def mean_at(threshold: float) -> float:
@@ -215,13 +216,18 @@ def lengths_of(
     return {name: np.concatenate([*map(lengths, own)]) for name, own in documents.items()}
 
 
-def sample_documents(shards: list[Shard], entropies: bool) -> dict[str, list[Document]]:
-    """Returns the first documents of some shards, by source, with their entropies or without."""
+def sample_documents(
+    shards: list[Shard], entropies: bool, num_bytes: int = SAMPLE_BYTES
+) -> dict[str, list[Document]]:
+    """Returns the first documents of some shards, by source, with their entropies or without.
+
+    num_bytes: about, in all; at least one document of each shard that is taken.
+    """
     found = collections.defaultdict(list)
     sources = [[s for s in shards if s.source == name] for name in {s.source: 0 for s in shards}]
     for own in sources:
         own = own[:: -(-len(own) // SAMPLE_SHARDS)]
-        share = SAMPLE_BYTES // len(own) // len(sources)
+        share = num_bytes // len(own) // len(sources)
         for shard in own:
             size = 0
             for document in Documents([shard], entropies=entropies):

@@ -218,7 +218,7 @@ def test_a_search_is_short_and_ends_at_what_no_threshold_attains():
 
     assert calibrate.search_threshold(2.5, mean_at) == pytest.approx(1.5, abs=2.5e-3)
     assert len(asked) < 15
-    with pytest.raises(ValueError, match="target_patch_bytes is 4.5; .* is 3 bytes"):
+    with pytest.raises(ValueError, match=r"target_patch_bytes is 4\.5; .* is 3 bytes"):
         calibrate.search_threshold(4.5, mean_at)
     assert len(asked) < 100
 
