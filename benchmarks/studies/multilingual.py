@@ -27,6 +27,7 @@ from bltjax.recipe import entropies
 
 BUDGETS = {"laptop": 3.2e13, "gpu": 2e17, "pod": 4e20}  # training FLOPs of a point
 LEVEL, PATCH = 1, 4.5
+RULE = "falling"  # patches of similar length in all scripts, see benchmarks/studies/languages.py
 SAMPLE_BYTES = 200_000  # of a language, on which its patches and tokens are measured
 
 
@@ -40,7 +41,7 @@ BASELINES = {
 
 
 def plan(given: study.Settings, shared: Shared) -> list[Point]:
-    blt = shared.blt("BLT", LEVEL, target=PATCH, family="BLT")
+    blt = shared.blt("BLT", LEVEL, target=PATCH, rule=RULE, family="BLT")
     cost = account(blt).model["total"]
     others = [
         width_for(
@@ -83,7 +84,7 @@ def patch_sizes(given: study.Settings, shared: Shared) -> dict[str, float]:
     threshold = RunDirectory(given.directory / "points" / "BLT").threshold()
     if threshold is None:
         return {}
-    patching = PatchingConfig(threshold=threshold)
+    patching = PatchingConfig(rule=RULE, threshold=threshold)
     shards = open_store(shared.records).shards()
     lengths = entropies.sample_lengths(patching, shards)
     return {source: float(own.mean()) for source, own in lengths.items()}

@@ -80,10 +80,16 @@ def curves(path: Path, series: dict[str, list[tuple]], x: str, y: str, log_x: bo
     _finish(figure, axes, path, x, y)
 
 
-def bars(path: Path, groups: dict[str, dict[str, float]], y: str, chance: float | None = None):
+def bars(
+    path: Path,
+    groups: dict[str, dict[str, float]],
+    y: str,
+    chance: float | None = None,
+    log: bool = False,
+):
     """Bars side by side as a PNG; groups: name of a colour -> {place: value}.
 
-    chance: what guessing would attain, drawn as a line.
+    chance: what guessing would attain, drawn as a line. log: whether y is logarithmic.
     """
     places = list(dict.fromkeys(place for values in groups.values() for place in values))
     figure, axes = _figure(width=max(6.5, min(12, 0.4 * len(places))))
@@ -94,6 +100,8 @@ def bars(path: Path, groups: dict[str, dict[str, float]], y: str, chance: float 
     if chance is not None:
         axes.axhline(chance, color="black", ls="--", lw=1.5, label=f"chance, {chance:g}")
     axes.set_xticks(range(len(places)), places, rotation=45, ha="right")
+    if log:
+        axes.set_yscale("log")
     _finish(figure, axes, path, "", y)
 
 

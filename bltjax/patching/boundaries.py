@@ -22,6 +22,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from bltjax.patching import falling
 from bltjax.vocabulary import BPE_ID, BYTE_OFFSET, EOS_ID
 
 NEWLINE_ID = ord("\n") + BYTE_OFFSET
@@ -34,6 +35,7 @@ class Context(NamedTuple):
     entropies: np.ndarray | None  # float32, nats: of the byte that follows
     positions: np.ndarray  # int32, in their document; what is before 0 is no part of it
     from_start: np.ndarray | bool  # False: the document began before its position 0
+    open_bytes: np.ndarray | int  # int32 [...], of the patch that is open before all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Rule:
     # each of the entropies [..., S] and looks at the one before it at most.
     scores: tuple[tuple[Callable, str], ...] = ()
     looks_back: int = 0
+    by_length: bool = False  # it looks at the length of the open patch too
     num_forced: int = 2  # positions at the start of a document that start patches in any case
     fixed_mean: Callable | None = None  # PatchingConfig -> mean bytes of a patch, whatever the text
     needs_delimiters: bool = False  # id 3 among the tokens, which raw bytes do not have
@@ -60,6 +63,11 @@ class Rule:
     def can_be_calibrated(self) -> bool:
         """Returns whether its threshold can be set for a wanted mean patch."""
         return len(self.scores) == 1
+
+    @property
+    def has_histogram(self) -> bool:
+        """Returns whether counts of its scores tell the mean patch at any threshold."""
+        return self.can_be_calibrated and not self.by_length
 
 
 def _previous(x):
@@ -91,6 +99,16 @@ def _above_two_thresholds(config, context):
     if config.published_skip_at_3:
         opens &= ~(context.from_start & (context.positions == 2))
     return opens
+
+
+def _above_falling_threshold(config, context):
+    """Starts a patch where the entropy times the bytes of the patch so far is above the threshold.
+
+    The longer a patch is, the less uncertainty ends it: text of any script then has patches of
+    similar lengths, which still start at its harder bytes.
+    """
+    begins = context.positions == 0
+    return falling.opens(config.threshold, context.entropies, begins, context.open_bytes)
 
 
 def _word_ends(config, context):
@@ -188,6 +206,7 @@ _TABLE = (
         looks_back=1,
         num_forced=3,
     ),
+    Rule("falling", _above_falling_threshold, ((_entropy, "threshold"),), by_length=True),
     Rule("space", _word_ends, looks_back=1),
     Rule("static", _every_patch_size, fixed_mean=lambda config: float(config.patch_size)),
     Rule("byte", _every_byte, fixed_mean=lambda config: 1.0),
@@ -239,7 +258,7 @@ def patch_starts(config, tokens, entropies=None):
     return starts
 
 
-def starts_after(config, tokens, entropies, positions, from_start=True):
+def starts_after(config, tokens, entropies, positions, from_start=True, open_bytes=0):
     """Returns whether a patch starts after each position, bool [..., S], without max_patch_length.
 
     The arguments are those of `Context`; entropies may be of any float type. Raises ValueError as
@@ -259,7 +278,7 @@ def starts_after(config, tokens, entropies, positions, from_start=True):
             entropies = _bf16(entropies)
             threshold, add = _bf16(np.float32([config.threshold, config.threshold_add])).tolist()
             config = dataclasses.replace(config, threshold=threshold, threshold_add=add)
-    opens = rule.opens(config, Context(tokens, entropies, positions, from_start))
+    opens = rule.opens(config, Context(tokens, entropies, positions, from_start, open_bytes))
     num_forced = _namespace(positions).where(from_start, rule.num_forced, 2)
     return opens | (positions + 1 < num_forced)
 

@@ -7,19 +7,21 @@ size at a threshold taken from the grid (all its values are float32 numbers).
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from bltjax.patching.boundaries import RULES
+from bltjax.patching.falling import STEPS_PER_NAT
 
-CALIBRATED = {name: rule for name, rule in RULES.items() if rule.can_be_calibrated}
-STEPS_PER_NAT = 4096
+CALIBRATED = {name: rule for name, rule in RULES.items() if rule.has_histogram}
 # Shares of an 8B model's compute that go with bytes and with patches (paper eq. 13-17).
 BYTE_COMPUTE, PATCH_COMPUTE = 0.26, 0.74
 MAX_NATS = 8.0  # of 260 ids they are at most ln 260 = 5.56; files may come of other vocabularies
 _OFFSET = int(MAX_NATS * STEPS_PER_NAT) + 2  # the bin of score 0; the lowest rise leaves one free
 _BINS = 2 * _OFFSET + 1
 _CHUNK = 1 << 18  # scores that are counted together
+_MOST_STEPS, _NEAR = 2**30, 1e-3  # of a search: highest threshold, distance that will do
 _LAST_LENGTH = 256  # of a length histogram: this and longer
 
 
@@ -168,6 +170,37 @@ class ScoreHistogram:
                 self._counts[rule] += np.bincount(bins.astype(np.int64) + _OFFSET, minlength=_BINS)
                 waiting.clear()
         self._num_waiting = 0
+
+
+def search_threshold(
+    target_patch_bytes: float, mean_at: Callable[[float], float], tolerance: float = 0.1
+) -> float:
+    """Returns a threshold in nats, a multiple of 1 / 4096, with nearly the wanted mean patch.
+
+    For rules without a histogram. mean_at: the mean patch at a threshold, which grows with it;
+    the search ends where it is within a thousandth of the target. Raises ValueError for a target
+    that no threshold attains to within the fraction `tolerance`.
+    """
+    found = {}
+
+    def distance(steps: int) -> float:
+        found[steps] = mean_at(steps / STEPS_PER_NAT) / target_patch_bytes - 1
+        return found[steps]
+
+    low, high = 0, STEPS_PER_NAT
+    while distance(high) < 0 and high < _MOST_STEPS:
+        low, high = high, 2 * high
+    while high - low > 1 and min(map(abs, found.values())) > _NEAR:
+        middle = (low + high) // 2
+        low, high = (middle, high) if distance(middle) < 0 else (low, middle)
+    best = min(found, key=lambda steps: abs(found[steps]))
+    if abs(found[best]) > tolerance:
+        nearest = target_patch_bytes * (1 + found[best])
+        raise ValueError(
+            f"target_patch_bytes is {target_patch_bytes}; on these documents the nearest mean of "
+            f"a threshold is {nearest:.4g} bytes"
+        )
+    return best / STEPS_PER_NAT
 
 
 def length_histogram(lengths: np.ndarray) -> np.ndarray:

@@ -54,14 +54,15 @@ def note_starts(config, record: Record, first, count, entropies: jax.Array) -> R
     back = rule_of(config).looks_back
     shown = span(first, -back, entropies.shape[1])
     earlier = read_positions(record.entropies, shown[:, :back])
+    last = jnp.where(first > 0, read_positions(record.rule_starts, first[:, None] - 1)[:, 0], 0)
     starts = starts_after(
         config,
         read_positions(record.tokens, shown),
         jnp.concatenate([earlier, entropies], axis=1),
         shown,
+        open_bytes=first - last,  # rules that look at it do not look back
     )[:, back:]
     following = positions + 1
-    last = jnp.where(first > 0, read_positions(record.rule_starts, first[:, None] - 1)[:, 0], 0)
     last_start = jax.lax.cummax(jnp.where(starts, following, last[:, None]), axis=1)
     if config.max_patch_length is not None:
         starts = (following - last_start) % config.max_patch_length == 0

@@ -2,13 +2,13 @@
 
 from collections import Counter
 
-from bltjax.config import RunConfig
+from bltjax.config import PatchingConfig, RunConfig
 from bltjax.data.records import store as records
 from bltjax.data.records.store import Store
 from bltjax.evaluation.patches.pictures import histogram_lines
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.patching.calibrate import CALIBRATED, ScoreHistogram, describe_lengths, length_histogram
-from bltjax.recipe.entropies import Patched, blt_layout, in_step_patches
+from bltjax.recipe.entropies import Patched, blt_layout, in_step_patches, sample_lengths
 from bltjax.runtime.terminal import print_table
 
 
@@ -16,7 +16,8 @@ def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
     """Returns sizes, mean patch and threshold of the training part, by source and by language too.
 
     The `threshold` of a source or language is the one that would give it alone the wanted mean;
-    None where none does. Patch lengths are those of a sample.
+    None where none does. Under rules without a histogram sources have the mean patch of a sample
+    alone. Patch lengths are those of a sample.
     """
     patching, histogram = patched.patching, length_histogram(patched.lengths)
     layout = blt_layout(config, patched)
@@ -46,7 +47,16 @@ def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
     )
     if patching.rule in CALIBRATED:
         _add_thresholds(report, config, store, patched)
+    else:
+        _add_means(report, store, patching)
     return report
+
+
+def _add_means(report: dict, store: Store, patching: PatchingConfig):
+    known = [s for s in store.shards() if records.has_entropies(s)]
+    shards = known if needs_entropies(patching) else store.shards()
+    for source, lengths in sample_lengths(patching, shards).items():
+        report["sources"][source]["mean_patch_bytes"] = float(lengths.mean())
 
 
 def _add_thresholds(report: dict, config: RunConfig, store: Store, patched: Patched):

@@ -18,14 +18,22 @@ from bltjax.data.batches.lanes import Layout
 from bltjax.data.records import store as records
 from bltjax.data.records.entropies import add_entropies, make_entropy_fn, receptive_bytes
 from bltjax.data.records.store import Documents, Shard, Store
+from bltjax.data.sources.readers import Document
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts, needs_entropies, patch_starts
-from bltjax.patching.calibrate import CALIBRATED, ScoreHistogram, row_bytes_for, row_patches_for
+from bltjax.patching.calibrate import (
+    CALIBRATED,
+    ScoreHistogram,
+    row_bytes_for,
+    row_patches_for,
+    search_threshold,
+)
 from bltjax.recipe.corpus import needed_bytes, select, shares
 from bltjax.runtime.files import alone
 from bltjax.vocabulary import encode
 
-CALIBRATION_BYTES = 2_000_000  # or a shard of each source, where patches are found in the step
+# Or a shard of each source, where patches are found in the step; and of documents for a search.
+CALIBRATION_BYTES = 2_000_000
 ROWS_PER_DEVICE = 4  # of the entropy model at a time
 SAMPLE_BYTES, SAMPLE_SHARDS = 8_000_000, 256  # of documents whose patches are measured
 WEIGHT_STEPS = 1000  # to which the weights of sources are rounded in calibration
@@ -121,7 +129,7 @@ def measure_patches(
         counts = histogram(config, store, sample)
         threshold = directory.threshold()
         if threshold is None and patching.target_patch_bytes is not None:
-            threshold = counts.threshold(patching.target_patch_bytes, patching.rule)
+            threshold = wanted_threshold(config, store, sample, counts)
         if threshold is not None:
             patching = dataclasses.replace(patching, threshold=threshold)
     lengths = sample_lengths(patching, sample)
@@ -129,6 +137,26 @@ def measure_patches(
     of_read = mean_patch(config, patching, store, read) if read != sample else None
     every = np.concatenate(list(lengths.values()))
     return Patched(patching, mean, every, train, validation, compilations, of_read)
+
+
+def wanted_threshold(
+    config: RunConfig, store: Store, shards: list[Shard], counts: ScoreHistogram
+) -> float:
+    """Returns the threshold of the wanted mean patch: of shards, or of a sample of them.
+
+    counts: of these shards. Raises ValueError where no threshold has that mean.
+    """
+    patching = config.patching
+    if patching.rule in CALIBRATED:
+        return counts.threshold(patching.target_patch_bytes, patching.rule)
+    sample = sample_documents(shards, True, CALIBRATION_BYTES)  # it is walked a dozen times
+    unlimited = dataclasses.replace(patching, max_patch_length=None)  # as in a histogram
+
+    def mean_at(threshold: float) -> float:
+        lengths = lengths_of(dataclasses.replace(unlimited, threshold=threshold), sample)
+        return _mean_of_lengths(config, store, lengths)
+
+    return search_threshold(patching.target_patch_bytes, mean_at)
 
 
 def mean_patch(
@@ -146,7 +174,10 @@ def mean_patch(
     if patching.rule in CALIBRATED and patching.max_patch_length is None:
         counts = counts or histogram(config, store, shards)
         return counts.mean_patch_bytes(patching.threshold, patching.rule)
-    lengths = lengths or sample_lengths(patching, shards)
+    return _mean_of_lengths(config, store, lengths or sample_lengths(patching, shards))
+
+
+def _mean_of_lengths(config: RunConfig, store: Store, lengths: dict[str, np.ndarray]) -> float:
     by_source = shares(config, store).items()
     return 1 / sum(share / lengths[name].mean() for name, share in by_source if share)
 
@@ -169,21 +200,42 @@ def histogram(config: RunConfig, store: Store, shards: list[Shard]) -> ScoreHist
 
 def sample_lengths(patching: PatchingConfig, shards: list[Shard]) -> dict[str, np.ndarray]:
     """Returns patch lengths by source, of the first documents of some shards."""
+    return lengths_of(patching, sample_documents(shards, needs_entropies(patching)))
+
+
+def lengths_of(
+    patching: PatchingConfig, documents: dict[str, list[Document]]
+) -> dict[str, np.ndarray]:
+    """Returns patch lengths by source of documents by source."""
+
+    def lengths(document: Document) -> np.ndarray:
+        ids = encode(document.data)
+        starts = patch_starts(patching, ids, document.entropies)[: len(ids)]
+        return lengths_from_starts(starts)
+
+    return {name: np.concatenate([*map(lengths, own)]) for name, own in documents.items()}
+
+
+def sample_documents(
+    shards: list[Shard], entropies: bool, num_bytes: int = SAMPLE_BYTES
+) -> dict[str, list[Document]]:
+    """Returns the first documents of some shards, by source, with their entropies or without.
+
+    num_bytes: about, in all; at least one document of each shard that is taken.
+    """
     found = collections.defaultdict(list)
     sources = [[s for s in shards if s.source == name] for name in {s.source: 0 for s in shards}]
     for own in sources:
         own = own[:: -(-len(own) // SAMPLE_SHARDS)]
-        share = SAMPLE_BYTES // len(own) // len(sources)
+        share = num_bytes // len(own) // len(sources)
         for shard in own:
             size = 0
-            for document in Documents([shard], entropies=needs_entropies(patching)):
-                ids = encode(document.data)
-                starts = patch_starts(patching, ids, document.entropies)[: len(ids)]
-                found[shard.source].append(lengths_from_starts(starts))
-                size += len(ids)
+            for document in Documents([shard], entropies=entropies):
+                found[shard.source].append(document)
+                size += len(document.data) + 2
                 if size >= share:
                     break
-    return {source: np.concatenate(lengths) for source, lengths in found.items()}
+    return dict(found)
 
 
 def ensure_entropies(

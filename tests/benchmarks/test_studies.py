@@ -14,6 +14,7 @@ import pytest
 from benchmarks.studies import (
     ablations,
     fixed_inference,
+    languages,
     multilingual,
     pages,
     points,
@@ -206,6 +207,24 @@ def test_every_ablation_is_a_change_and_reads_the_same_bytes(size, given):
             assert now[-1] == before[-1]
         own_records = config.data.records != base.data.records
         assert own_records == (point.about["group"] == "entropy model")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_languages_differ_in_the_rule_or_the_entropy_model_alone(size, given):
+    before, *others = languages.plan(given(size))
+    base, names = run_config(before), {p.name for p in others}
+    assert base.patching.rule == languages.BEFORE and len(names) == len(others) == 4
+    assert languages.AFTER in {run_config(p).patching.rule for p in others}
+    for point in others:
+        config = run_config(point)
+        assert account(point).num_bytes == account(before).num_bytes
+        assert config.blt == base.blt and config.blt_training == base.blt_training
+        assert config.patching.target_patch_bytes == base.patching.target_patch_bytes
+        larger = config.entropy_model != base.entropy_model
+        assert larger == (config.data.records != base.data.records)
+        assert larger or config.patching != base.patching
+        if larger:
+            assert account(point).entropy_model > 2 * account(before).entropy_model
 
 
 def test_a_sample_takes_of_each_source_its_share(tmp_path):

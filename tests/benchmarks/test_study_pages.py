@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.studies import ablations, fixed_inference, multilingual, pages, robustness, scaling
+from benchmarks.studies import (
+    ablations,
+    fixed_inference,
+    languages,
+    multilingual,
+    pages,
+    robustness,
+    scaling,
+)
 from bltjax.evaluation.noise import KINDS, WHERE
 from tests.figures import collisions
 
@@ -116,6 +124,21 @@ def test_the_page_of_languages(tmp_path):
     page = check_page(tmp_path, "bits.png", "sizes.png")
     assert "ahead of BPE in 2 of 3 languages: by 1.0000 bits per byte in th" in page
     assert "ahead of BPE marks in 1 of 3 languages: by 0.5000 bits per byte in th" in page
+
+
+def test_the_page_of_patches_by_language(tmp_path):
+    sizes = dict(entropy=(112.0, 1.4), falling=(4.6, 3.5))
+    found = [
+        dict(language=language)
+        | {f"{rule}: patch_bytes": sizes[rule][i] for rule in sizes}
+        | {f"{rule}: bits_per_byte": 2.0 + i for rule in sizes}
+        for i, language in enumerate(("el", "zh"))
+    ]
+    languages.report([row(rule, 0, 2.0) for rule in sizes], found, tmp_path)
+    page = check_page(tmp_path, "sizes.png", "bits.png")
+    assert "Entropy: patches of 1.40 (zh) to 112.00 bytes (el), 2.5000 bits per byte" in page
+    assert "| el | 112.000 | 4.600 | 2.000 | 2.000 |" in page
+    assert "| entropy | 2 | 1.400 | zh |" in page and "| falling | 0 | 3.500 | zh |" in page
 
 
 def test_the_page_of_robustness(tmp_path):

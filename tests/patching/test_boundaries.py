@@ -31,6 +31,7 @@ CONFIGS = {name: PatchingConfig(name, threshold=1.0, threshold_add=0.5) for name
         "global_monotonic", threshold=0.5, published_skip_at_3=True
     ),
     "space, at most 2": PatchingConfig("space", max_patch_length=2),
+    "falling, at most 3": PatchingConfig("falling", threshold=2.5, max_patch_length=3),
 }
 
 S = 16
@@ -131,6 +132,42 @@ def test_entropy_rules_against_loops(entropies, threshold):
     assert both()[2:].tolist() == expected
     expected[1] = False
     assert both(published_skip_at_3=True)[2:].tolist() == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(entropies=ENTROPIES, threshold=st.sampled_from([-1.0, 0.0, 1.0, 2.0, 4.5, 7.0, 1e9]))
+def test_falling_against_a_loop(entropies, threshold):
+    h, expected, last = np.array(entropies, np.float32), [0, 1], 1
+    for s in range(2, S + 1):
+        if h[s - 1] > threshold * 4096 // (s - last) / 4096:
+            expected.append(s)
+            last = s
+    found = starts_of("falling", entropies=h, threshold=threshold)
+    assert np.flatnonzero(found).tolist() == expected
+
+
+def test_even_patches_of_even_entropies():
+    """Where the score is the same at each byte, four times as hard is half as long."""
+    easy, hard = np.full(400, 0.25, np.float32), np.full(400, 1.0, np.float32)
+    lengths = [
+        boundaries.lengths_from_starts(starts_of("falling", entropies=h, threshold=3.875))[2:-1]
+        for h in (easy, hard)
+    ]
+    assert set(lengths[0]) == {16} and set(lengths[1]) == {4}
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_a_falling_threshold_goes_on_with_an_open_patch(array):
+    h = np.random.default_rng(0).uniform(0, 3, (2, 40)).astype(np.float32)
+    config = PatchingConfig("falling", threshold=6.0)
+    whole = patch_starts(config, np.zeros((2, 40), int), h)
+    places = np.broadcast_to(np.arange(40), (2, 40))
+    for cut in (1, 7, 20):
+        opened = cut - np.maximum.accumulate(np.where(whole, np.arange(41), 0), axis=1)[:, cut]
+        rest = boundaries.starts_after(
+            config, array(places), array(h[:, cut:]), array(places[:, cut:]), True, array(opened)
+        )
+        np.testing.assert_array_equal(rest, whole[:, cut + 1 :])
 
 
 def test_the_threshold_is_strict_and_compared_in_float32():
@@ -251,7 +288,7 @@ def test_segments(array):
     assert lines.tolist() == [[0, 0, 0, 1, 2, 2, 3, 3]]
 
 
-@pytest.mark.parametrize("rule", ["entropy", "monotonic", "global_monotonic"])
+@pytest.mark.parametrize("rule", ["entropy", "monotonic", "global_monotonic", "falling"])
 def test_missing_entropies(rule):
     with pytest.raises(ValueError, match=f"'{rule}' needs the entropies .* run the entropy model"):
         starts_of(rule, np.ones(4, int))

@@ -196,6 +196,33 @@ def test_foreign_histograms_are_refused():
             ScoreHistogram.from_arrays(arrays | {name: value})
 
 
+@settings(max_examples=20, deadline=None)
+@given(target=st.floats(1.2, 20), seed=st.integers(0, 99))
+def test_a_rule_without_a_histogram_is_searched(target, seed):
+    documents = [h.astype(np.float32) for h in correlated(60, np.float16, seed)]
+
+    def mean_at(threshold):
+        return brute_force_mean(documents, threshold, "falling")
+
+    threshold = calibrate.search_threshold(target, mean_at)
+    assert threshold * 4096 == round(threshold * 4096)
+    assert mean_at(threshold) == pytest.approx(target, rel=0.05)
+
+
+def test_a_search_is_short_and_ends_at_what_no_threshold_attains():
+    asked = []
+
+    def mean_at(threshold):
+        asked.append(threshold)
+        return min(1 + threshold, 3.0)
+
+    assert calibrate.search_threshold(2.5, mean_at) == pytest.approx(1.5, abs=2.5e-3)
+    assert len(asked) < 15
+    with pytest.raises(ValueError, match=r"target_patch_bytes is 4\.5; .* is 3 bytes"):
+        calibrate.search_threshold(4.5, mean_at)
+    assert len(asked) < 100
+
+
 def test_lengths_are_counted_and_described():
     found = calibrate.length_histogram(np.array([1, 1, 3, 255, 256, 9000], np.int32))
     assert found.dtype == np.int64 and found.shape == (257,)

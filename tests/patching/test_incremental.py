@@ -25,6 +25,8 @@ CONFIGS = {name: PatchingConfig(name, threshold=1.0, threshold_add=0.25) for nam
     "space, at most 2": PatchingConfig("space", max_patch_length=2),
     "static 1": PatchingConfig("static", patch_size=1),
     "bpe, at most 4": PatchingConfig("bpe", max_patch_length=4),
+    "falling in bfloat16": PatchingConfig("falling", threshold=4.006, bf16_compat=True),
+    "falling, at most 4": PatchingConfig("falling", threshold=5.0, max_patch_length=4),
 }
 # Few values, so that some equal a threshold and each other, in bfloat16 if not in float32.
 ENTROPIES = [0.0, 0.5, 1.0, 1.3345, 1.3354, 1.337, 1.3301, 1.5, 1.75, 2.25]

@@ -13,6 +13,7 @@ from bltjax.data.records import store as records
 from bltjax.patching.calibrate import ScoreHistogram
 from bltjax.recipe import corpus, entropies
 from bltjax.recipe.checks import check_sources, check_stages
+from bltjax.recipe.corpus_report import corpus_report
 from tests.configs.tiny import get_config
 
 
@@ -111,6 +112,26 @@ def test_the_first_threshold_of_a_working_directory_stays(fresh, tmp_path):
     (tmp_path / "patching.json").write_text(json.dumps(dict(threshold=0.5)))
     again = entropies.find_patches(run, RunDirectory(tmp_path), fresh)
     assert again.patching.threshold == 0.5 and again.mean_patch_bytes < 2.2
+
+
+def test_a_falling_threshold_gives_the_wanted_mean_and_even_sources(fresh, tmp_path):
+    """One of them six times as hard as the other; each counts by its share of the mixture."""
+    with_entropies(fresh, scales=(0.5, 3.0))
+    apart = {}
+    for rule in ("entropy", "falling"):
+        run = reading(fresh, tmp_path, "blt", weights=(1.0, 2.0), rule=rule)
+        (tmp_path / rule).mkdir()
+        found = entropies.find_patches(run, RunDirectory(tmp_path / rule), fresh, everything=True)
+        assert found.mean_patch_bytes == pytest.approx(4.5, rel=0.02)
+        assert entropies.blt_layout(run, found).row_patches
+        lengths = entropies.sample_lengths(found.patching, fresh.shards())
+        means = {name: own.mean() for name, own in lengths.items()}
+        assert 1 / (1 / means["large"] + 2 / means["small"]) == pytest.approx(1.5, rel=0.02)
+        apart[rule] = means["large"] / means["small"]
+    assert apart["entropy"] > 20 and 1 < apart["falling"] < 4
+    report = corpus_report(run, fresh, found)
+    told = {name: source["mean_patch_bytes"] for name, source in report["sources"].items()}
+    assert told == means and report["threshold"] == found.patching.threshold
 
 
 @pytest.mark.parametrize("in_step", [False, True])

@@ -43,6 +43,7 @@ CONFIGS = {name: PatchingConfig(name, threshold=0.2, patch_size=3) for name in R
     "global_monotonic": PatchingConfig("global_monotonic", threshold=MIDDLE),
     "skip_at_3": PatchingConfig("global_monotonic", threshold=0.2, published_skip_at_3=True),
     "entropy, limited": PatchingConfig("entropy", threshold=0.8, max_patch_length=3),
+    "falling, limited": PatchingConfig("falling", threshold=1.5, max_patch_length=4),
     "static, limited": PatchingConfig("static", patch_size=5, max_patch_length=2),
     "skip_at_3, limited": PatchingConfig(
         "global_monotonic", threshold=0.2, published_skip_at_3=True, max_patch_length=4

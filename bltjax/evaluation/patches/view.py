@@ -1,11 +1,13 @@
 """Finds the patches and entropies of texts, for pictures and tables."""
 
+import dataclasses
 from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
 from bltjax.config import PatchingConfig
+from bltjax.patching import falling
 from bltjax.patching.boundaries import needs_entropies, patch_starts, rule_of
 from bltjax.vocabulary import encode
 
@@ -109,13 +111,31 @@ def view_of(text: bytes, ids, entropies, patching, trained) -> PatchView:
     num_trained = len(starts if trained == patching else _starts(trained, ids, entropies))
     if entropies is None:
         return PatchView(text, starts, None, None, num_trained)
-    entropies = entropies[: len(text)]  # the first is after BOS, about byte 0
+    rule, of_bytes = rule_of(patching), entropies[: len(text)]  # the first is after BOS, of byte 0
+    if rule.by_length:
+        levels = _falling_levels(patching, ids, entropies)
+    else:
+        levels = _levels(patching, of_bytes)
+    return PatchView(text, starts, of_bytes, levels, num_trained)
+
+
+def _falling_levels(patching: PatchingConfig, ids, entropies) -> np.ndarray:
+    """Returns what the entropy of each byte must exceed to start a patch, float32 [bytes]."""
+    num_bytes = len(ids) - 2
+    starts = _starts(dataclasses.replace(patching, max_patch_length=None), ids, entropies)
+    opened = np.zeros(num_bytes + 1, np.int32)  # where the patch before each byte, and the end, did
+    opened[starts + 1] = starts
+    lengths = np.arange(num_bytes, dtype=np.int32) - np.maximum.accumulate(opened)[:-1]
+    return falling.levels(patching.threshold, np.maximum(lengths, 1))
+
+
+def _levels(patching: PatchingConfig, entropies) -> np.ndarray | None:
+    """Returns the same under a rule by entropies alone; None under others."""
     levels = [  # a byte above all of them starts a patch
         np.float32(getattr(patching, threshold)) + entropies - score(entropies)
         for score, threshold in rule_of(patching).scores
     ]
-    highest = np.maximum.reduce(levels) if levels else None
-    return PatchView(text, starts, entropies, highest, num_trained)
+    return np.maximum.reduce(levels) if levels else None
 
 
 def _starts(patching: PatchingConfig, ids, entropies) -> np.ndarray:
