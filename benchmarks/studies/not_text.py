@@ -110,7 +110,7 @@ def split_seed(sizes: dict[str, int]) -> int:
 
     def held_out(seed: int) -> float:
         own = [n for name, n in sizes.items() if is_held_out(name, HELD_OUT, seed)]
-        return sum(own) / sum(sizes.values()) if len(own) > 1 else math.inf
+        return sum(own) / sum(sizes.values()) if 0 < len(own) < len(sizes) else math.inf
 
     off = {seed: abs(held_out(seed) / HELD_OUT - 1) for seed in range(1000)}
     return next((seed for seed in off if off[seed] < 0.3), min(off, key=off.get))
