@@ -119,7 +119,7 @@ def prepare(
     text = _text(directory, size, corpus, patterns, balanced, extra or {})
     arguments = [f"--config.{name}={value}" for name, value in (settings or {}).items()]
     for module in ("bltjax.train", "bltjax.preprocess"):
-        _run(module, f"entropy.py:{size},corpus={text}", directory, arguments)
+        run_command(module, f"entropy.py:{size},corpus={text}", directory, arguments)
     measured = _measure(directory, tokens_file.VOCABULARY[size])
     with replacing(path) as file:
         file.write(json.dumps(measured | dict(made_of=asked)).encode())
@@ -213,7 +213,7 @@ def _read(source: SourceConfig) -> Iterator[tuple[str, bytes]]:
             return
 
 
-def _run(module: str, config: str, directory: Path, arguments: list[str]):
+def run_command(module: str, config: str, directory: Path, arguments: list[str]):
     """A command of bltjax to its end, in DIRECTORY/entropy. Raises ValueError where it fails."""
     path = f"--config={CONFIGS}/{config}"
     command = [sys.executable, "-m", module, path, f"--workdir={directory / 'entropy'}", *arguments]
@@ -254,3 +254,8 @@ def _measure(directory: Path, vocabulary: int) -> dict:
 
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+
+def digest(text: str) -> str:
+    """A name for a text, of eight letters and digits."""
+    return _hash(text).hex()[:8]

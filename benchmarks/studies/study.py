@@ -40,12 +40,13 @@ class Settings(NamedTuple):
     dry_run: bool
 
 
-def define_flags(sources: str = "*"):
+CORPUS_HELP = "A file or directory, see configs/studies/entropy.py; default: Python's."
+
+
+def define_flags(sources: str = "*", corpus_help: str = CORPUS_HELP):
     flags.DEFINE_string("workdir", None, "Where the points are kept; run again, it goes on there.")
     flags.DEFINE_string("out", None, "Where results go; default: WORKDIR/results.")
-    flags.DEFINE_string(
-        "corpus", "", "A file or directory, see configs/studies/entropy.py; default: Python's."
-    )
+    flags.DEFINE_string("corpus", "", corpus_help)
     flags.DEFINE_list("sources", sources, "Patterns of the names of its sources that are read.")
     flags.DEFINE_enum("size", "laptop", SIZES, "For which hardware the models are.")
     flags.DEFINE_integer("jobs", None, "Points at a time; default: one, on a laptop two.", 1)

@@ -38,6 +38,13 @@ class SourceConfig:
     weight: float = 0.0
     subset: str = ""  # `huggingface` only: name of the dataset's configuration
     split: str = "train"  # `huggingface` only: the split that is read
+    # endings of the text files, or of those of raw bytes, that are read in its directories; empty:
+    # those of `data.suffixes`; `('',)`: any
+    suffixes: tuple[str, ...] = ()
+
+    def text_suffixes(self, data: "DataConfig") -> tuple[str, ...]:
+        """Returns the endings of the text files that are read in its directories."""
+        return self.suffixes or data.suffixes
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""

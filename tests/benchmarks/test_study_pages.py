@@ -10,6 +10,7 @@ from benchmarks.studies import (
     fixed_inference,
     languages,
     multilingual,
+    not_text,
     pages,
     robustness,
     scaling,
@@ -160,6 +161,33 @@ def test_the_page_of_robustness(tmp_path):
     assert "| clean | 0.900 | 2.000 | 0.900 | 2.000 |" in page
     assert "| chance | 0.250 |  | 0.250 |  |" in page
     assert page.count("| spelling | 0.000 | 0.990 | 0.100 | 0.990 | 0.100 |") == 2
+
+
+def test_the_page_of_bytes_that_are_no_text(tmp_path):
+    rows = [
+        row("", 0, bits, kind=kind, patches=patches)
+        for kind, patches, bits in (
+            ("wav16", "entropy", 5.5),
+            ("wav16", "static", 5.25),
+            ("elf", "entropy", 2.5),
+        )
+    ]
+    kinds = [
+        dict(kind="wav16", origin="debian", files=9, order_2=6.0, xz=6.25, flac=5.0),
+        dict(kind="elf", origin="this machine's", files=3, order_2=2.75, xz=2.0),
+    ]
+    parts = [dict(kind="wav16", part="low byte", bytes=10, entropy_bits=7.5, static_bits=7.4)]
+    for name, own in (("results", rows), ("kinds", kinds), ("parts", parts)):
+        pages.write_csv(tmp_path / f"{name}.csv", own)
+    read = [pages.read_csv(tmp_path / f"{name}.csv") for name in ("results", "kinds", "parts")]
+    not_text.report(*read, tmp_path)
+    page = check_page(tmp_path, "bits.png")
+    assert (
+        "* wav16: FLAC 5.00, BLT static 5.25, BLT entropy 5.50, order-2 n-grams 6.00, xz 6.25."
+        in page
+    )
+    assert "\n* elf: xz 2.00, BLT entropy 2.50, order-2 n-grams 2.75." in page
+    assert "| wav16 | low byte |" in page and "](wav16-static.png)" in page
 
 
 def test_what_is_kept_is_what_the_studies_make(tmp_path, monkeypatch):

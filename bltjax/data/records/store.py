@@ -273,6 +273,8 @@ def _settings(data: DataConfig) -> dict:
     settings["sources"] = [dataclasses.asdict(source) for source in data.named_sources()]
     for source in settings["sources"]:
         del source["weight"]
+        if not source["suffixes"]:  # records that are older than this setting are these
+            del source["suffixes"]
     return json.loads(json.dumps(settings))
 
 

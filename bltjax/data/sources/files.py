@@ -88,7 +88,7 @@ def _no_file(
     facts = "; ".join(described(left_out, source, data)) or "there is no file at all"
     wanted = ENDINGS if source.kind == "auto" else [source.kind]
     endings = [ending for kind in wanted for ending in ENDINGS.get(kind, ())]
-    endings += data.suffixes if source.kind in ("auto", "text", "bytes") else ()
+    endings += source.text_suffixes(data) if source.kind in ("auto", "text", "bytes") else ()
     ends = "" if "" in endings else f" ends in one of {', '.join(endings)}"
     return ValueError(
         f"source {source.name!r} of kind {source.kind!r}: no file below {location!r}"
@@ -145,8 +145,8 @@ class _Search:
     """Finds files below directories. `left_out` collects {path: (rule, detail)} of the others."""
 
     def __init__(self, source: SourceConfig, data: DataConfig, lenient: bool):
-        self.kind, self.suffixes, self.exclude = source.kind, data.suffixes, data.exclude
-        self.lenient = lenient
+        self.kind, self.exclude, self.lenient = source.kind, data.exclude, lenient
+        self.suffixes = tuple(source.text_suffixes(data))
         self.left_out: dict[str, tuple[str, str]] = {}
 
     def kind_of(self, path: str, explicit: bool) -> str | None:
@@ -154,11 +154,9 @@ class _Search:
 
         explicit: the file was named by a path or a glob, and not found in a directory.
         """
-        suffixes = tuple(self.suffixes)
-        if self.kind == "bytes":
-            is_text = path.endswith(suffixes)
-        else:
-            is_text = path.endswith(suffixes) or without_compression(path).endswith(suffixes)
+        is_text = path.endswith(self.suffixes)
+        if self.kind != "bytes":
+            is_text |= without_compression(path).endswith(self.suffixes)
         if self.kind != "auto":
             endings = ENDINGS.get(self.kind, ())
             fits = is_text if self.kind in ("text", "bytes") else path.lower().endswith(endings)

@@ -67,8 +67,14 @@ def _reason(rule: str, files: list[_File], source: SourceConfig, data: DataConfi
     if rule == ENDING:
         if source.kind not in ("auto", "text", "bytes"):
             return f"with other endings ({_groups(files)}); to have them: another kind"
-        texts = [e for e in _largest(files) if e and not container_of(b"", without_compression(e))]
-        more = _setting("suffixes", (*data.suffixes, *texts))
+        endings = [ending for ending in _largest(files) if ending]
+        if source.kind != "bytes":  # an archive or a picture is no text, but it has bytes
+            endings = [e for e in endings if not container_of(b"", without_compression(e))]
+        wanted = (*source.text_suffixes(data), *endings)
+        if source.suffixes:
+            more = f"\"'suffixes': {wanted}\" of this source"
+        else:
+            more = _setting("suffixes", wanted)
         return f"with other endings ({_groups(files)}); to have them: {more}, or \"('',)\" for any"
     if rule == EXCLUDED:
         others = tuple(name for name in data.exclude if name not in _largest(files))

@@ -140,6 +140,13 @@ def test_refuses_other_settings(corpus, store):
     ):
         with pytest.raises(ValueError, match=f"{message}; use those, or make records in another"):
             records.build(store.directory, changed(corpus, **kwargs))
+    endings = tuple(SourceConfig(s.name, s.path, suffixes=(".txt",)) for s in corpus.sources)
+    with pytest.raises(
+        ValueError, match=r"data.sources\[0\].suffixes: None there, \['.txt'\] here"
+    ):
+        records.build(store.directory, changed(corpus, sources=endings))
+    # Records that are older than the setting know nothing of it.
+    assert "suffixes" not in records.load(store.directory / records.STORE)["data"]["sources"][0]
     weighted = tuple(SourceConfig(s.name, s.path, weight=2.0) for s in corpus.sources)
     # These decide no document.
     assert records.build(store.directory, changed(corpus, sources=weighted, workers=3)) == store

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.sources import units as sources
+from bltjax.data.sources.files import find_files
 from bltjax.data.sources.units import Bad, Document
 
 
@@ -248,6 +249,38 @@ def test_bytes_are_kept_as_they_are(tmp_path):
     assert names(tmp_path, "bytes", suffixes=(".gz",)) == ["a.gz", "a.txt.gz"]
     [units] = read(tmp_path, "bytes", suffixes=(".gz",))
     assert {document.data for document in units} == {data}
+
+
+def test_a_source_has_endings_of_its_own(tmp_path):
+    for name in ("a.wav", "deep/b.wav", "c.txt", "d.png", "e.wav.gz"):
+        write(tmp_path, name, b"RIFF\x10\x00\x00\x00WAVEdata")
+    data = DataConfig()
+
+    def found(kind, suffixes):
+        source = SourceConfig("s", str(tmp_path), kind, suffixes=suffixes)
+        return sorted(file.name for file in find_files(source, data).files)
+
+    assert found("bytes", ()) == ["c.txt"]  # those of the corpus
+    assert found("bytes", (".wav",)) == ["a.wav", "deep/b.wav"]
+    assert found("text", (".wav",)) == ["a.wav", "deep/b.wav", "e.wav.gz"]
+    assert found("bytes", ("",)) == ["a.wav", "c.txt", "d.png", "deep/b.wav", "e.wav.gz"]
+
+
+def test_bytes_that_are_left_out_are_told_with_pictures_and_sounds(tmp_path):
+    for name in ("a.wav", "b.png", "c.txt"):
+        write(tmp_path, name)
+
+    def told(kind, suffixes=()):
+        source = SourceConfig("s", str(tmp_path), kind, suffixes=suffixes)
+        return sources.survey(source, DataConfig())[1][0]
+
+    assert ".wav" in told("bytes").partition("to have them: --config.data.suffixes=")[2]
+    assert ".wav" not in told("text").partition("to have them: ")[2]  # it holds no text
+    wanted = "to have them: \"'suffixes': ('.txt', '.png', '.wav')\" of this source"
+    assert wanted in told("bytes", (".txt",)).replace("'.wav', '.png'", "'.png', '.wav'")
+    nothing = SourceConfig("s", str(tmp_path), "bytes", suffixes=(".mid",))
+    with pytest.raises(ValueError, match=r"ends in one of \.mid: give another path, kind or suff"):
+        find_files(nothing, DataConfig())
 
 
 def test_reasons_are_counted_and_are_one_line_each():
