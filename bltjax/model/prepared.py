@@ -28,15 +28,11 @@ from bltjax.ops.norm import rms_norm
 from bltjax.ops.swiglu import swiglu
 
 _MATRICES = {
+    "hash_projection",
     "output",
     "patch_embedding_projection",
-<<<<<<< HEAD
     "skip_projection",
     "token_embedding_projection",
-=======
-    "token_embedding_projection",
-    "hash_projection",
->>>>>>> baselines
 }
 
 
