@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from bltjax.config.checks import MOST_ROW, MOST_WIDTH, one_of, positive, shown
+from bltjax.config.checks import MOST_ROW, MOST_WIDTH, not_negative, one_of, positive, shown
 from bltjax.vocabulary import VOCAB_SIZE
 
 POOLING_MODES = ("max", "min", "mean")
@@ -179,9 +179,7 @@ class HashConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        if not self.sizes:
-            return []
-        found = positive(self, name)
+        found = positive(self, name) if self.sizes else not_negative(self, name)
         if not all(1 <= n <= 16 for n in self.sizes) or len(self.sizes) > 16:
             found.append(f"{name}.sizes={shown(self.sizes)} must be at most 16 numbers in 1..16")
         if self.vocab > 2**28 or self.num_functions > 11:
