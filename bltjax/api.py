@@ -11,6 +11,7 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.checkpoints import formats, placing
+from bltjax.checkpoints.demo import directory_of
 from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.evaluation.patch_use import patch_use_of_documents
@@ -40,6 +41,8 @@ def load(
 ) -> "Model | TokenModel":
     """Loads the model in a directory: bltjax's, a training run's, Hugging Face's or Meta's.
 
+    load("demo") gives the small model in the package, where the current directory has no "demo".
+
     Args:
       path: the directory. A run with the stage `token_model` alone gives a TokenModel.
       entropy_model: a directory with the entropy model, where the first has none or another is
@@ -58,9 +61,9 @@ def load(
     """
     formats.check_dtype(dtype)
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise ValueError(f"path={path!r} must be the directory of a model")
-    path = os.path.expanduser(path)
-    entropy_model = entropy_model and os.path.expanduser(entropy_model)
+        raise ValueError(f"path={path!r} must be the directory of a model, or 'demo'")
+    path = directory_of(path)
+    entropy_model = entropy_model and directory_of(entropy_model)
     mesh = mesh or _mesh_that_is_set() or sharding.make_mesh(devices=jax.devices()[:1])
     if (axes := getattr(mesh, "axis_names", None)) != sharding.MESH_AXES:
         raise ValueError(

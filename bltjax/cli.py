@@ -98,7 +98,10 @@ class _PathParser(flags.ArgumentParser):
 
 def define_model_flags():
     """Defines --checkpoint, --entropy_model, --dtype and --bf16_compat, for `open_model`."""
-    define_path("checkpoint", "A directory of weights, or of a training run.")
+    define_path(
+        "checkpoint",
+        "A directory of weights or of a training run, or demo, a model in the package.",
+    )
     define_path("entropy_model", "A directory with the entropy model, if the checkpoint has none.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; default: as they are stored.")
     flags.DEFINE_bool("bf16_compat", False, "Find patches as the published demo does.")
@@ -199,10 +202,11 @@ def open_model():
     """Loads the model that the flags name, with a progress bar."""
     from bltjax import api
     from bltjax.checkpoints import formats  # late: JAX takes seconds
+    from bltjax.checkpoints.demo import directory_of
 
     chosen = flags.FLAGS
     given = [d for d in (chosen.checkpoint, chosen.entropy_model) if d is not None]
-    bar = progress_bar("loading", sum(formats.stored_bytes(Path(d)) for d in given))
+    bar = progress_bar("loading", sum(formats.stored_bytes(directory_of(d)) for d in given))
     with warnings.catch_warnings():
         warnings.showwarning = _print_note
         model = api.load(

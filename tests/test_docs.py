@@ -30,7 +30,7 @@ from tests import directories, processes
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for pattern in ("*.md", "docs/*.md", "launch/*.md", "benchmarks/**/*.md")
+    for pattern in ("*.md", "docs/*.md", "launch/*.md", "benchmarks/**/*.md", "bltjax/demo/*.md")
     for path in sorted(ROOT.glob(pattern))
 }
 COMMANDS = {path.stem for path in (ROOT / "bltjax" / "commands").glob("[!_]*.py")}
@@ -369,7 +369,7 @@ def test_the_tree_is_what_is_there():
     listed = listed_files(blocks(section("docs/architecture.md", "The tree"))[0])
     package = ROOT / "bltjax"
     files = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
-    there = files | {f"{Path(path).parent}/" for path in files}
+    there = files | {f"{Path(path).parent}/" for path in files} | {"bltjax/demo/"}
     assert listed == there
 
 

@@ -1,5 +1,6 @@
 """The wheel holds everything that commands need, wherever they are run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -32,17 +33,19 @@ def test_every_file_of_the_package_and_every_config_is_in_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel[0]).namelist())
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "bltjax").rglob("*.py")}
     configs = {f"bltjax/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.py")}
-    assert package | configs | {"bltjax/py.typed"} <= inside
+    demo = {str(p.relative_to(ROOT)) for p in (ROOT / "bltjax/demo").rglob("*") if p.is_file()}
+    assert package | configs | demo | {"bltjax/py.typed"} <= inside and len(demo) > 2
 
 
-def test_the_console_script_finds_a_config_by_name_in_an_empty_directory(wheel, tmp_path):
-    def bltjax(*arguments):
+def test_the_console_script_finds_what_is_in_the_wheel_from_any_directory(wheel, tmp_path):
+    def bltjax(*arguments, **options):
         return subprocess.run(
             [sys.executable, wheel[1] / "bin/bltjax", *arguments],
             cwd=tmp_path,
             env=os.environ | dict(PYTHONPATH=str(wheel[1])),
             capture_output=True,
             text=True,
+            **options,
         )
 
     planned = bltjax("plan", "--config=quickstart", "--chips=1")
@@ -50,6 +53,8 @@ def test_the_console_script_finds_a_config_by_name_in_an_empty_directory(wheel, 
     wrong = bltjax("plan", "--config=quickstrat", "--chips=1")
     assert wrong.returncode == 2 and "quickstart, " in wrong.stderr
     assert str(wheel[1]) not in wrong.stderr
+    scored = bltjax("score", "--checkpoint=demo", "--input=-", input="import os\n")
+    assert scored.returncode == 0 and json.loads(scored.stdout.splitlines()[-1]), scored.stderr
     unknown = bltjax("trian")
     assert unknown.returncode == 2 and "choose one of aot, convert" in unknown.stderr
     listed = bltjax()

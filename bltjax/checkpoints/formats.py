@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bltjax.checkpoints.checksums import CHECKSUMS, checksum_problems
+from bltjax.checkpoints.demo import NAME, way_past
 from bltjax.checkpoints.lazy_arrays import Cast
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
@@ -62,11 +63,14 @@ def detect(directory: Path) -> str:
     """
     directory = Path(directory)
     if directory.is_file():
-        raise NotADirectoryError(f"{directory} is a file: give the directory that it is in")
+        raise NotADirectoryError(
+            f"{directory} is a file: give the directory that it is in{way_past(directory)}"
+        )
     if not directory.is_dir():
         raise FileNotFoundError(
             f"no directory {directory}: give one with weights (config.json, params.json or "
-            f"{MODEL} inside), or the working directory of a run"
+            f"{MODEL} inside), the working directory of a run, or {NAME}, a model in the package"
+            f"{way_past(directory)}"
         )
     if (directory / UNFINISHED).exists():
         raise WeightsError(directory, ["it is what an interrupted conversion left: convert again"])
@@ -86,7 +90,7 @@ def detect(directory: Path) -> str:
             "of a training run"
         ]
     if problems == ["config.json is missing"]:
-        problems = [f"it holds none of config.json, params.json and {MODEL}"]
+        problems = [f"it holds none of config.json, params.json and {MODEL}{way_past(directory)}"]
     raise WeightsError(directory, problems)
 
 

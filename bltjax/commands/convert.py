@@ -48,7 +48,7 @@ def main(argv):
 
 
 def define_flags():
-    cli.define_path("source", "Weights: bltjax's, a run's, Hugging Face's or Meta's.")
+    cli.define_path("source", "Weights: bltjax's, a run's, Hugging Face's or Meta's, or demo.")
     cli.define_path("target", "A directory that is not there yet.")
     flags.DEFINE_enum("format", None, FORMATS, "Of the target.")
     cli.define_path("entropy_model", "A directory with the entropy model, if the source has none.")

@@ -9,7 +9,6 @@ report as JSON.
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
@@ -26,6 +25,7 @@ def main(argv):
 
     import jax
 
+    from bltjax.checkpoints.demo import directory_of
     from bltjax.recipe import corpus
     from bltjax.recipe.checks import check_run
     from bltjax.recipe.corpus_report import corpus_report, print_report
@@ -36,7 +36,7 @@ def main(argv):
         config, directory, mesh = check_run(config, workdir, needs_models=False)
         with jax.set_mesh(mesh):
             if flags.FLAGS.entropy_model is not None:
-                import_entropy_model(config, directory, Path(flags.FLAGS.entropy_model))
+                import_entropy_model(config, directory, directory_of(flags.FLAGS.entropy_model))
             store = corpus.open_corpus(config, directory)
             patched = find_patches(config, directory, store, everything=True)
         report = corpus_report(config, store, patched)

@@ -76,3 +76,23 @@ def test_published_lengths_are_positive(name, read, field, value):
     functools.reduce(dict.__getitem__, groups, settings)[last] = value
     assert read(settings, problems) is None
     assert len(problems) == 1 and f"{field}={value} must be at least 1" in problems[0]
+
+
+def test_rows_of_training_go_through_hugging_faces_format(tmp_path):
+    directories.hub(tmp_path / "hf", "hf_A_1b_like", bltjax_row_bytes=512)
+    convert(tmp_path / "hf", tmp_path / "ours", "bltjax")
+    convert(tmp_path / "ours", tmp_path / "again", "hf")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["bltjax_row_bytes"] == 512
+    directories.hub(tmp_path / "published", "hf_A_1b_like")
+    convert(tmp_path / "published", tmp_path / "same", "hf")
+    assert "bltjax_row_bytes" not in (tmp_path / "same" / "config.json").read_text()
+    for directory, row_bytes in dict(ours=512, again=512, published=8192, same=8192).items():
+        assert formats.read(tmp_path / directory).lengths.row_bytes == row_bytes
+
+
+@pytest.mark.parametrize("value", ["a", 4, None, 2**40])
+def test_rows_that_nothing_can_be_scored_in_are_one_problem(tmp_path, value):
+    directories.hub(tmp_path / "hf", "hf_A_1b_like", bltjax_row_bytes=value)
+    with pytest.raises(WeightsError, match=r"- config\.bltjax_row_bytes") as raised:
+        formats.read(tmp_path / "hf")
+    assert len(raised.value.problems) == 1

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from bltjax.checkpoints.checksums import write_checksums
+from bltjax.checkpoints.demo import directory_of
 from bltjax.runtime.files import new_directory
 from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
@@ -43,7 +44,7 @@ def convert(
     from bltjax.checkpoints.weights import flat
 
     started = time.perf_counter()
-    sources = [Path(os.path.expanduser(p)) for p in (source, entropy_model) if p is not None]
+    sources = [directory_of(p) for p in (source, entropy_model) if p is not None]
     target = Path(os.path.expanduser(target)).absolute()
     formats.check_dtype(dtype)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):

@@ -24,6 +24,7 @@ from bltjax.config import (
 )
 from bltjax.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE
 
+ROW_BYTES = "bltjax_row_bytes"  # rows of training, a field of ours that transformers passes over
 GENERATION = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "use_cache": False}
 
 
@@ -127,6 +128,8 @@ def read(config: dict, problems: list[str]) -> Weights | None:
         )
         for ours, theirs in groups.items()
     }
+    if ROW_BYTES in config:
+        longest["row_bytes"] = fields.take(ROW_BYTES, int, least=8)
     lengths = Lengths(**longest)
     _check_supported(fields, blt)
     if not with_patcher:
@@ -179,6 +182,8 @@ def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
         {"encoder_config": {**local, "sliding_window": encoder.window}},
         {"decoder_config": local},
     ]
+    if weights.lengths.row_bytes != Lengths().row_bytes:
+        theirs.append({ROW_BYTES: weights.lengths.row_bytes})
     if blt.patch_width != trunk.dim:
         theirs.append({"global_config": {"encoder_cross_output_size": blt.patch_width}})
     if weights.entropy_model is not None:
