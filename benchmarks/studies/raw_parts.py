@@ -49,10 +49,11 @@ def _bits(model, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
     size = WINDOW * len(firsts) + 1
     padded = np.pad(ids, (0, size - len(ids)), constant_values=BYTE_OFFSET)
     opens = np.pad(starts[: len(ids)], (0, size - len(ids)))
-    rows = [np.flatnonzero(np.append(True, opens[i + 1 : i + WINDOW])) for i in firsts]
+    # A patch may open after the last byte of a window too, which decides what that byte reads.
+    rows = [np.flatnonzero(np.append(True, opens[i + 1 : i + WINDOW + 1])) for i in firsts]
     lengths = np.zeros((len(rows), 1 + max(map(len, rows))), np.int32)
     for row, at in zip(lengths, rows, strict=True):
-        row[: len(at) + 1] = np.diff([*at, WINDOW, WINDOW + 1])
+        row[: len(at)] = np.diff([*at, WINDOW + 1])
     found = []
     for i in range(0, len(rows), BATCH):
         own = slice(i, i + BATCH)

@@ -217,7 +217,11 @@ class RunDirectory:
         """Returns lines on the settings that are others than those of the directory."""
         file = self.path / CONFIG
         try:
-            return differences(read_checked(file)["config"], claim["config"])
+            there = read_checked(file)["config"]
+            with contextlib.suppress(ValueError, TypeError):
+                # Settings that are newer than the run have their defaults.
+                there = to_dict(from_config_dict(RunConfig, there))
+            return differences(there, claim["config"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}): put the file back as it was written (settings are "

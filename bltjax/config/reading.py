@@ -226,7 +226,7 @@ def to_dict(config) -> dict:
     def plain(value):
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     return plain(dataclasses.asdict(config))
 

@@ -1,4 +1,4 @@
-"""How much a model uses its patches (docs/evaluation.md#patch-use).
+"""Measures how much a model uses its patches (docs/evaluation.md#patch-use).
 
 The bits per byte more that it needs where the latents, the states [B, P, G] of patches that enter
 the local decoder, are others than its own. Whatever the encoder's byte states tell stays the same.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from bltjax.config import BLTConfig
 from bltjax.evaluation import characters, multiple_choice, noise, samples
-from bltjax.evaluation.patch_use import told
 from bltjax.evaluation.related_words import WORDS
 from bltjax.evaluation.texts import Texts, read_texts
 from bltjax.runtime.terminal import print_table
@@ -25,6 +24,8 @@ def patch_use_suite(model, texts: Texts, num_rows: int, row_bytes: int | None) -
     """
     if not num_rows or not isinstance(model.config, BLTConfig):
         return {}
+    from bltjax.evaluation.patch_use import told  # late: it loads JAX
+
     row_bytes = model.lengths.row_bytes if row_bytes is None else row_bytes
     share = -(-num_rows * row_bytes // len(set(texts.sources)))
     sample = texts._replace(share=min(share, texts.share or share))

@@ -1,4 +1,4 @@
-"""What is said to JAX before it looks for devices.
+"""Tells JAX of the platforms and devices of this machine, before it looks for them.
 
 Libtpu may be installed for `aot` alone, and a CPU may stand for several devices.
 """

@@ -262,7 +262,8 @@ def test_bytes_cost_what_the_scorer_says(tmp_path):
     found = raw_parts.costs(model, data)
     with jax.set_mesh(model.mesh):
         (score,) = score_documents(model._scoring(), [data], row_bytes=raw_parts.WINDOW)
-    assert found.bits.sum() / len(data) == pytest.approx(score.bits_per_byte, rel=1e-5)
+    # Packed rows cut the patch that reaches over their border elsewhere.
+    assert found.bits.sum() / len(data) == pytest.approx(score.bits_per_byte, rel=1e-4)
     assert score.num_patches - found.starts.sum() in (1, 2)  # that of BOS, and one at EOS
     (seen,) = look(model, [data])
     assert np.array_equal(np.flatnonzero(found.starts), seen.starts)

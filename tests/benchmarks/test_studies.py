@@ -18,6 +18,7 @@ from benchmarks.studies import (
     multilingual,
     pages,
     points,
+    recipe,
     robustness,
     scaling,
     shared,
@@ -207,6 +208,24 @@ def test_every_ablation_is_a_change_and_reads_the_same_bytes(size, given):
             assert now[-1] == before[-1]
         own_records = config.data.records != base.data.records
         assert own_records == (point.about["group"] == "entropy model")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_change_of_the_recipe_is_one_and_reads_the_same_bytes(size, given):
+    points_of = {point.name: point for point in recipe.plan(given(size))}
+    baseline = points_of[recipe.BASELINE]
+    base, num_bytes = run_config(baseline), account(baseline).num_bytes
+    others = {name: point for name, point in points_of.items() if point is not baseline}
+    assert len(others) >= 30
+    for point in others.values():
+        config = run_config(point)
+        assert account(point).num_bytes == pytest.approx(num_bytes, rel=0.01)
+        same_width = point.about.get("width") == base.blt.local_encoder.dim
+        same_rate = point.about.get("rate") == base.blt_training.optimizer.learning_rate
+        assert (config == base) == (same_width and same_rate), point.name
+    assert base.blt_training.optimizer.matrices == "muon"
+    before = run_config(points_of["before-one_rate"]).blt_training.optimizer
+    assert before.learning_rate == 2 * recipe.RATE[size] and before.matrices == "adam"
 
 
 @pytest.mark.parametrize("size", SIZES)

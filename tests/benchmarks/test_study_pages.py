@@ -12,6 +12,7 @@ from benchmarks.studies import (
     multilingual,
     not_text,
     pages,
+    recipe,
     robustness,
     scaling,
 )
@@ -105,6 +106,28 @@ def test_the_page_of_ablations(tmp_path):
     assert "+0.3000" in page
     with pytest.raises(ValueError, match="the baseline has not finished"):
         ablations.report(rows[1:], tmp_path)
+
+
+def test_the_page_of_the_recipe(tmp_path):
+    rows = [
+        row("", 0, bits, group=group, change=change, patch_use=use)
+        for group, change, bits, use in (
+            ("recipe", "recipe", 2.0, 0.2),
+            ("decay", "0.1", 2.1, 0.1),
+            ("decay", "1", 1.9, 0.05),
+        )
+    ]
+    rows += [
+        row("", 0, bits, group="widths", change="", patch_use=0.1, width=width, rate=rate)
+        for width, rate, bits in ((64, 0.01, 2.0), (64, 0.02, 1.8), (32, 0.01, 2.2))
+    ]
+    recipe.report(rows, tmp_path)
+    page = check_page(tmp_path, "changes.png", "use.png", "widths.png")
+    best = "1 1.9000 (use 0.050), recipe 2.0000 (use 0.200), 0.1 2.1000 (use 0.100)"
+    assert f"Decay, from best to worst: {best}." in page
+    assert "The best of these rates is 0.01 at width 32, 0.02 at width 64." in page
+    with pytest.raises(ValueError, match="the recipe has not finished"):
+        recipe.report(rows[1:], tmp_path)
 
 
 def test_the_page_of_languages(tmp_path):

@@ -20,6 +20,7 @@ import bltjax
 from bltjax.commands import score as score_command
 from bltjax.config import BLTConfig, PatchingConfig
 from bltjax.evaluation import files as evaluate_command
+from bltjax.evaluation.patch_use import DISTURBED
 from bltjax.evaluation.patches.view import look
 from bltjax.evaluation.score import Score
 from bltjax.evaluation.texts import find_texts
@@ -64,6 +65,10 @@ class FakeModel:
     def score(self, documents, on_progress=lambda num_bytes: None, **options):
         self.calls.append((list(documents), options))
         return [self._score(document, on_progress) for document in documents]
+
+    def patch_use(self, documents, num_rows, row_bytes):
+        use = dict.fromkeys(DISTURBED, 0.25)
+        return use | dict(bits_per_byte=0.5, bytes=sum(map(len, documents)))
 
     def _score(self, document, on_progress):
         on_progress(len(document))
@@ -273,6 +278,7 @@ def test_evaluate_prints_json_in_the_last_line(corpus):
     assert "left out of data: 2 files" in err[2] and err[3:] == ["[{'row_bytes': 64}]"]
     assert out[3].split()[:3] == ["caf\\xe9", "1", "0"]
     result = json.loads(out[-1], parse_constant=pytest.fail)
+    assert result["patch_use"]["zeroed"] == 0.25
     assert result["documents"] == 7 and result["sources"][name]["bits_per_byte"] is None
 
 
