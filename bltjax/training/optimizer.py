@@ -154,21 +154,20 @@ def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
             return "muon"
         return "hash" if part == "hash" else "adam"
 
+    rules = dict(adam=adam, hash=hash_rules[config.hash_moments], frozen=optax.set_to_zero())
+    if muon:  # a state for it would not be that of checkpoints of runs without it
+        rules["muon"] = scale_by_muon()
     return optax.partition(
-        dict(
-            adam=adam,
-            hash=hash_rules[config.hash_moments],
-            muon=scale_by_muon(),
-            frozen=optax.set_to_zero(),
-        ),
+        rules,
         lambda params: _map_named(rule, params),
     )
 
 
 def is_matrix_of_layers(name: str, param) -> bool:
     """Tells whether a parameter maps vectors to vectors, within a stack or between two."""
-    stacked = "layers" in name.split(".") or "cross_attn_layers" in name.split(".")
-    return (stacked and param.ndim == 3) or name.split(".")[-2].endswith("_projection")
+    *modules, _ = name.split(".")
+    stacked = "layers" in modules or "cross_attn_layers" in modules
+    return (stacked and param.ndim == 3) or modules[-1].endswith("_projection")
 
 
 def _held_in_bfloat16(adam: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -86,6 +86,21 @@ def test_other_parameters_learn_as_without_it():
     assert sizes == sum(by_name(params)[name].size for name in matrices)
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(hash_moments="bfloat16"), dict(global_rate=0.0)], ids=str
+)
+def test_runs_without_it_keep_their_state(settings):
+    """Checkpoints of such runs, also older ones, hold a state of these rules and no other."""
+    config = dataclasses.replace(CONFIG, **settings)
+    state = make_optimizer(config, 10).init(random_params())
+    (rules,) = [x for x in jax.tree.leaves(state, is_leaf=is_partition) if is_partition(x)]
+    assert rules.inner_states.keys() == {"adam", "hash", "frozen"}
+
+
+def is_partition(state) -> bool:
+    return hasattr(state, "inner_states")
+
+
 def test_chips_that_share_a_matrix_make_the_same_update(use_mesh):
     gradients = np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)
     found = []
