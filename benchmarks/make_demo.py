@@ -45,8 +45,7 @@ Held-out documents, as these weights score them, each on its own:
 |---|---|---|---|---|
 {table}
 
-Use of patches: bits per byte more with latents {use}
-([what that is](../../docs/evaluation.md#patch-use)).
+Use of patches (docs/evaluation.md#patch-use): bits per byte more with latents {use}.
 
 N-gram models of the training text, and `xz -9` of everything at once, need {baselines}.
 

@@ -21,7 +21,6 @@ ALL_STAGES = (*STAGES, "token_model")
 TRAINING = dict(  # of stages that train a model: the name of their settings
     entropy_model="entropy_training", blt="blt_training", token_model="token_training"
 )
-MOST_CPU_DEVICES = 1024
 MOST_TOLD = 20  # problems of a config in one message
 
 
@@ -55,16 +54,13 @@ class MeshConfig:
     data: int = -1  # rows of a batch are split over it; on several TPU slices it spans them
     fsdp: int = 1  # rows of a batch, weights, gradients and moments are split over it
     tensor: int = 1  # heads and feed-forward units are split over it
-    # devices that a CPU stands for, each with rows of its own: small models keep two cores busier
-    # as two devices than as one. `XLA_FLAGS` that say a number go before; accelerators do not care
-    cpu_devices: int = 1
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         sizes = self.data, self.fsdp, self.tensor
         if sizes.count(-1) > 1 or any(s != -1 and not 1 <= s <= MOST for s in sizes):
             return [f"{name}={sizes}: axes must lie between 1 and {MOST}, only one may be -1"]
-        return positive(self, name, "cpu_devices", most=MOST_CPU_DEVICES)
+        return []
 
 
 @dataclass(frozen=True)

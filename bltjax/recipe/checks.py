@@ -18,7 +18,6 @@ from bltjax.data.records.store import (
 )
 from bltjax.data.sources.units import list_units, refuse_without_document
 from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
-from bltjax.runtime.platforms import split_cpu
 
 
 class CheckedRun(NamedTuple):
@@ -36,7 +35,6 @@ def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool 
     ValueError or OSError that names the value and the remedy.
     """
     directory = RunDirectory(Path(os.path.expanduser(workdir)).absolute())
-    split_cpu(config.mesh.cpu_devices, os.environ)
     mesh = sharding.make_mesh(config.mesh)
     check_rule(config.patching)
     check_sources(config, directory)

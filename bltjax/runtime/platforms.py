@@ -1,12 +1,8 @@
-"""Tells JAX of the platforms and devices of this machine, before it looks for them.
+"""Keeps JAX from starting libtpu where it is installed for `aot` and there is no TPU."""
 
-Libtpu may be installed for `aot` alone, and a CPU may stand for several devices.
-"""
-
-import contextlib
 import importlib.util
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -21,7 +17,6 @@ CHOICES = (
 ROOT = Path("/")
 GOOGLE = "0x1ae0"  # vendor of PCI devices
 NO_TPUS = ("0x001f", "0x0042")  # its disks and network cards
-COUNT_FLAG = "--xla_force_host_platform_device_count"
 CUDA = ("xla_cuda12", "xla_cuda13")  # names of JAX's own plugins
 
 
@@ -41,19 +36,6 @@ def skip_absent_tpu(environ: MutableMapping[str, str]):
         environ["JAX_PLATFORMS"] = "cuda,cpu" if plugins else "cpu"
         if "jax" in sys.modules:  # it has read the variable
             sys.modules["jax"].config.update("jax_platforms", environ["JAX_PLATFORMS"])
-
-
-def split_cpu(num_devices: int, environ: Mapping[str, str]):
-    """Lets a CPU stand for so many devices; to be called before JAX looks for devices.
-
-    Changes nothing where XLA_FLAGS say how many, or where JAX has looked already.
-    """
-    if num_devices == 1 or COUNT_FLAG in environ.get("XLA_FLAGS", ""):
-        return
-    import jax  # late: others of these come before it
-
-    with contextlib.suppress(RuntimeError):  # there are devices already
-        jax.config.update("jax_num_cpu_devices", num_devices)
 
 
 def has_tpu() -> bool:

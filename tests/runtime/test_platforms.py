@@ -1,9 +1,6 @@
 """libtpu without a TPU: JAX is told of the platforms that are there, and of nothing else."""
 
-import os
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -74,20 +71,3 @@ def test_what_looks_like_a_tpu(monkeypatch, tmp_path, files, expected):
         (tmp_path / name).write_text(f"{text}\n")
     monkeypatch.setattr(platforms, "ROOT", tmp_path)
     assert platforms.has_tpu() == expected
-
-
-@pytest.mark.parametrize("flags, told", [("", 2), ("--xla_force_host_platform_device_count=1", 1)])
-def test_a_cpu_stands_for_several_devices(tmp_path, flags, told):
-    """In a process of its own, where nothing has looked for devices; another number comes late."""
-    program = """
-        import sys
-        from bltjax.config import read_config
-        from bltjax.recipe.checks import check_run
-        for devices in (2, 1, 4):
-            config = read_config("tests/configs/tiny.py", {"mesh.cpu_devices": devices})
-            print(check_run(config, sys.argv[1]).mesh.size)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
-    environ = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(ROOT))
-    found = subprocess.run(command, env=environ, cwd=ROOT, text=True, capture_output=True)
-    assert found.stdout.split() == [str(told)] * 3, found.stderr
