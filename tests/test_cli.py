@@ -69,7 +69,7 @@ def test_flags(tmp_path):
     found = parsed(*right, *([QUICK, argument] for argument in WRONG), **env)
     home = str(tmp_path)
     assert found[:3] == [
-        [1000, f"{home}/run", f"{home}/a b"],
+        [480, f"{home}/run", f"{home}/a b"],
         [7, "~nobody_at_all", None],
         [8, None, None],
     ]

@@ -92,6 +92,9 @@ class DataConfig:
     # bytes taken of each source, approximately; files are taken in an order drawn from `seed`;
     # None: all
     max_bytes: int | None = None
+    # bytes of a document that training reads, its first ones; None: all. A small run learns more of
+    # many beginnings than of a few whole files
+    max_document_bytes: int | None = None
     # bytes of documents in a shard of records; a shard is the unit of resuming and of shared work
     shard_bytes: int = 64_000_000
     # a directory of records made by `bltjax preprocess` elsewhere; empty: `WORKDIR/records`
@@ -102,7 +105,8 @@ class DataConfig:
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "bad_records", ("skip", "fail"))
-        found += positive(self, name, "shard_bytes", "max_bytes", most=MOST_BYTES)
+        sizes = "shard_bytes", "max_bytes", "max_document_bytes"
+        found += positive(self, name, *sizes, most=MOST_BYTES)
         found += not_negative(self, name, "workers", most=MOST_WORKERS)
         found += not_negative(self, name, "seed", most=MOST_SEED)
         if not TINY <= self.validation_fraction < 1:

@@ -13,6 +13,7 @@ REMAT_MODES = ("none", "dots", "full")
 ATTENTION_KERNELS = ("auto", "tiles", "cudnn", "mosaic", "splash")
 MOST_BLOCK = 2**16  # positions of a block; scores of two blocks would fill a TPU's memory
 HASH_TABLES = "encoder_hash_tok_embedding"  # published name of the parameter
+INITIAL_ROWS = ("normal", "zeros")
 SHARED_TABLE = 4096  # rows; smaller hash tables need not be split over chips
 
 
@@ -163,6 +164,8 @@ class HashConfig:
     # never used, so that chips can share them
     vocab: int = 500_002
     num_functions: int = 1  # hash functions, each with tables of its own, at most 11
+    # `"normal"`, as published, or `"zeros"`: n-grams that training never saw then add nothing
+    initial_rows: str = "normal"
 
     @property
     def num_tables(self) -> int:
@@ -180,6 +183,7 @@ class HashConfig:
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = positive(self, name) if self.sizes else not_negative(self, name)
+        found += one_of(self, name, "initial_rows", INITIAL_ROWS)
         if not all(1 <= n <= 16 for n in self.sizes) or len(self.sizes) > 16:
             found.append(f"{name}.sizes={shown(self.sizes)} must be at most 16 numbers in 1..16")
         if self.vocab > 2**28 or self.num_functions > 11:

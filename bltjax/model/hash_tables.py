@@ -1,6 +1,7 @@
 """Hash tables of n-grams, whose rows are split over the chips."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec, reshard
 
@@ -15,7 +16,10 @@ class HashTables(nnx.Module):
 
     def __init__(self, config: HashConfig, dim, *, key):
         shape, spec = (config.num_tables, config.rows, dim), sharding.table_spec(config.rows, dim)
-        self.weight = nnx.Param(truncated_normal(key, shape, dim**-0.5, spec))
+        if config.initial_rows == "zeros":
+            self.weight = nnx.Param(jnp.zeros(shape, jnp.float32, out_sharding=spec))
+        else:
+            self.weight = nnx.Param(truncated_normal(key, shape, dim**-0.5, spec))
 
     def __call__(self, ids, dtype):
         """Sums the rows `ids` int32 [B, L, T] of all tables, in float32 -> [B, L, dim]."""

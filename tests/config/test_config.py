@@ -185,6 +185,8 @@ PROBLEMS = [
     (dict(data__bad_records="ignore"), "data.bad_records='ignore' skip"),
     (dict(data__workers=-1), "data.workers=-1"),
     (dict(data__max_bytes=0), "data.max_bytes=0"),
+    (dict(data__max_document_bytes=0), "data.max_document_bytes=0"),
+    (dict(blt__hash__initial_rows="ones"), "blt.hash.initial_rows='ones'"),
     (dict(data__shard_bytes=0), "data.shard_bytes=0"),
     (dict(data__root="hf://"), "data.root='hf://' dataset"),
     (dict(data__sources=SOURCES, data__root="x"), "data.root='x' data.sources one"),
@@ -272,6 +274,7 @@ def optional_fields(config, name=""):
         "target_patch_bytes": 3.5,
         "max_patch_length": 4,
         "max_bytes": 10,
+        "max_document_bytes": 10,
         "first_step": 7,
     }
     for field in dataclasses.fields(config):

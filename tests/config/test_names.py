@@ -103,7 +103,7 @@ def test_names_of_config_files_and_of_python_are_found_too():
         ("patching.in_step=None", "must be true or false"),
         ("stages=('blt'", "must be a tuple"),
         ("blt=3", "config.blt is a group of settings, set one in it, such as --config.blt."),
-        ("blt.hash={}", "(others: sizes, vocab, num_functions)"),
+        ("blt.hash={}", "(others: sizes, vocab, num_functions, initial_rows)"),
         ("blt.init.base_std=" + "7x" * 500, "7x7x... must be a number or None"),
         ("=5", "--config. is not a setting: did you mean"),
     ],

@@ -95,3 +95,14 @@ def test_without_sizes_nothing_is_there():
     )
     del tables["encoder_hash_tok_embedding"]
     jax.tree.map(np.testing.assert_array_equal, tables, expected)
+
+
+def test_tables_may_start_at_zero():
+    """All other weights are those of the published start."""
+    hashing = dataclasses.replace(NARROW.hash, initial_rows="zeros")
+    zero = dataclasses.replace(NARROW, hash=hashing)
+    normal, found = (functional.init(config, jax.random.key(0)) for config in (NARROW, zero))
+    tables = found.pop("encoder_hash_tok_embedding")["weight"]
+    assert tables.shape == (4, 997, 8) and not np.any(tables)
+    assert np.any(normal.pop("encoder_hash_tok_embedding")["weight"])
+    jax.tree.map(np.testing.assert_array_equal, found, normal)

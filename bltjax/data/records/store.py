@@ -270,10 +270,12 @@ def _settings(data: DataConfig) -> dict:
         for name, value in dataclasses.asdict(data).items()
         if name not in ("root", "sources", "records", "workers")
     }
+    if settings["max_document_bytes"] is None:  # records that are older than this setting
+        del settings["max_document_bytes"]
     settings["sources"] = [dataclasses.asdict(source) for source in data.named_sources()]
     for source in settings["sources"]:
         del source["weight"]
-        if not source["suffixes"]:  # records that are older than this setting are these
+        if not source["suffixes"]:  # and than this one
             del source["suffixes"]
     return json.loads(json.dumps(settings))
 

@@ -10,6 +10,7 @@ shard is missing is written anew, without entropies.
 import contextlib
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,6 +149,9 @@ def _write_chunk(
                 bad += [record] * (len(bad) < NAMED_BAD)
                 continue
             part = PARTS[units.is_held_out(record.name, data.validation_fraction, data.seed)]
+            if part == "train" and len(record.data) > (data.max_document_bytes or math.inf):
+                record = _beginning(record, data.max_document_bytes)
+                raw, fingerprint = _encoded(record)
             if part not in parts:
                 path = directory / source.name / part / f"{name}.array_record"
                 writer = stack.enter_context(replacing_records(path))
@@ -174,6 +178,13 @@ def _write_chunk(
     about = dict(unit=task.key, content=digest.hexdigest())
     found = dict(records=num_read, last=last, shards=shards, bad=num_bad, first_bad=bad)
     return found | about
+
+
+def _beginning(document: Document, num_bytes: int) -> Document:
+    entropies = document.entropies
+    if entropies is not None:  # its last one is of the end, which opens no patch
+        entropies = entropies[: num_bytes + 2]
+    return document._replace(data=document.data[:num_bytes], entropies=entropies)
 
 
 def _drop_chunk(directory: Path, source: SourceConfig, name: str):

@@ -1,5 +1,6 @@
 """Killed at any moment, or done by several processes, a store ends with the same files."""
 
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -175,3 +176,22 @@ def test_entropies_of_the_source_are_kept(tmp_path):
     documents = records.Documents([with_entropies], entropies=True)
     for n in range(8):
         np.testing.assert_array_equal(documents[n].entropies, rows[n])
+
+
+def test_training_reads_the_beginnings_of_documents(tmp_path):
+    rows = [np.linspace(0, 5, n + 2, dtype=np.float16) for n in range(60)]
+    unit = [Document(f"{n}", bytes(range(n)), "en", rows[n]) for n in range(60)]
+    data = DataConfig(validation_fraction=0.3, max_document_bytes=20, shard_bytes=300)
+    with FakeSources([unit]):
+        store = records.build(tmp_path, data)
+    for part, most in (("train", 20), ("validation", 59)):
+        shards = store.shards(part=part)
+        documents = records.Documents(shards, entropies=True)
+        sizes = [len(documents[i].data) for i in range(len(documents))]
+        assert (max(sizes) == 20) == (part == "train") and sum(sizes) == store.num_bytes(part)
+        for i, size in enumerate(sizes):
+            n = int(documents[i].name)
+            assert documents[i].data == bytes(range(min(n, most)))
+            np.testing.assert_array_equal(documents[i].entropies, rows[n][: size + 2])
+    with FakeSources([unit]), pytest.raises(ValueError, match="max_document_bytes"):
+        records.build(tmp_path, dataclasses.replace(data, max_document_bytes=30))
