@@ -17,32 +17,35 @@ TRAINING_BYTES = {"laptop": 1.2e6, "gpu": 1e9, "pod": 1e11}
 PATCH = 4.5
 BASELINE = "recipe"
 OPTIMIZER = "blt_training.optimizer."
-RATE = {"laptop": 5e-3, "gpu": 2e-3, "pod": 1e-3}
+RATE = {"laptop": 7e-3, "gpu": 2e-3, "pod": 1e-3}
 RECIPE = {  # beside the rate
     f"{OPTIMIZER}matrices": "muon",
-    f"{OPTIMIZER}local_rate": 1.0,
-    f"{OPTIMIZER}hash_rate": 4.0,
-    f"{OPTIMIZER}weight_decay": 0.3,
+    f"{OPTIMIZER}local_rate": 0.5,
+    f"{OPTIMIZER}hash_rate": 2.5,
+    "blt.hash.sizes": (2, 3, 4, 5),
+    "blt.hash.initial_rows": "zeros",
 }
 ADAM = {f"{OPTIMIZER}matrices": "adam"}
 LOCAL = "blt.local_encoder.", "blt.local_decoder."
 CHANGES = {  # group -> change -> settings; "rate" is a multiple of the recipe's
     "before": {
         "one rate": ADAM
-        | {"rate": 2, f"{OPTIMIZER}hash_rate": 1.0, f"{OPTIMIZER}weight_decay": 0.1},
+        | {"rate": 1.5, f"{OPTIMIZER}hash_rate": 1.0, f"{OPTIMIZER}local_rate": 1.0}
+        | {"blt.hash.sizes": (3, 4, 5, 6, 7, 8), "blt.hash.initial_rows": "normal"},
         "Adam": ADAM,
-        "Adam, half": ADAM | {"rate": 0.5, f"{OPTIMIZER}hash_rate": 8.0},
+        "Adam, half": ADAM | {"rate": 0.5, f"{OPTIMIZER}hash_rate": 5.0},
     },
     "rates": {
         "half": {"rate": 0.5},
-        "double": {"rate": 2, f"{OPTIMIZER}hash_rate": 2.0},
-        "tables half": {f"{OPTIMIZER}hash_rate": 2.0},
-        "tables double": {f"{OPTIMIZER}hash_rate": 8.0},
-        "local double": {f"{OPTIMIZER}local_rate": 2.0},
+        "double": {"rate": 2, f"{OPTIMIZER}hash_rate": 1.25},
+        "tables half": {f"{OPTIMIZER}hash_rate": 1.25},
+        "tables double": {f"{OPTIMIZER}hash_rate": 5.0},
+        "local double": {f"{OPTIMIZER}local_rate": 1.0},
+        "local half": {f"{OPTIMIZER}local_rate": 0.25},
         "global double": {f"{OPTIMIZER}global_rate": 2.0},
     },
     "decay": {
-        "0.1": {f"{OPTIMIZER}weight_decay": 0.1},
+        "0.3": {f"{OPTIMIZER}weight_decay": 0.3},
         "1": {f"{OPTIMIZER}weight_decay": 1.0},
         "none of tables": {f"{OPTIMIZER}decay_hash_tables": False},
     },
@@ -67,7 +70,9 @@ CHANGES = {  # group -> change -> settings; "rate" is a multiple of the recipe's
     },
     "tables": {
         "32,768 rows": {"blt.hash.vocab": 32_768},
+        "sizes 3 to 8": {"blt.hash.sizes": (3, 4, 5, 6, 7, 8)},
         "sizes 3 to 6": {"blt.hash.sizes": (3, 4, 5, 6)},
+        "not from zero": {"blt.hash.initial_rows": "normal"},
         "no tables": {"blt.hash.sizes": ()},
     },
 }
