@@ -16,16 +16,20 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_ names of mallopt
 NEVER = 2**31 - 1
 
 
+def keep_between_steps():
+    """Keeps the memory of arrays that are freed, for the next step, where a CPU computes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and jax.default_backend() == "cpu":
+        mallopt(TRIM_THRESHOLD, NEVER)
+        mallopt(MMAP_MAX, 0)  # large arrays come from the heap as well
+
+
 @functools.cache
 def give_back_after_compiling():
-    """Gives memory back after each long compilation; on CPUs keeps all else for the next step."""
-    library = ctypes.CDLL(None)
-    trim = getattr(library, "malloc_trim", None)
+    """Gives memory back after each long compilation."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
         return
-    if jax.default_backend() == "cpu":
-        library.mallopt(TRIM_THRESHOLD, NEVER)
-        library.mallopt(MMAP_MAX, 0)  # large arrays come from the heap as well
 
     def compiled(event: str, seconds: float, **_):
         if event == COMPILED and seconds > LONG:

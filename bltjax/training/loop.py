@@ -17,6 +17,7 @@ from bltjax.checkpoints.training_state import Checkpoints
 from bltjax.config import ProfileConfig, TrainingConfig
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.batches.loader import as_batch, batches
+from bltjax.runtime import heap
 from bltjax.runtime.progress import announced
 from bltjax.runtime.signals import Stopped, noticing
 from bltjax.training.metrics import MetricsLog, SourceMeter, StepMeans
@@ -88,6 +89,7 @@ def train(
     saved, and ValueError for other data than that of the checkpoint.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    heap.keep_between_steps()
     tokenizer = data.layout.tokenizer
     byte_lengths = tokenizer and tokenizer.byte_lengths(model_config.vocab_size)
     optimizer = make_optimizer(config.optimizer, config.steps)

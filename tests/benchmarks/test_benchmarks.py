@@ -72,7 +72,7 @@ def test_a_config_is_measured_at_a_constant_rate(script, monkeypatch):
     ((name, (model, optimizer)),) = comparing.models().items()
     assert name == "quickstart" and model.hash.vocab == 32_768
     assert (model.remat, model.compute_dtype) == ("full", "bfloat16")
-    assert optimizer.learning_rate == 1e-2
+    assert optimizer.learning_rate == 7e-3
     assert (optimizer.schedule, optimizer.hash_updates) == ("constant", "touched")
 
 

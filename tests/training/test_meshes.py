@@ -57,6 +57,9 @@ def quickstart(hash_rows) -> RunConfig:
     settings = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]()
     settings.blt_training.batch_size = ROWS
     settings.blt.hash.vocab = hash_rows
+    optimizer = settings.blt_training.optimizer
+    optimizer.hash_updates = "dense"  # touched rows are for one device
+    optimizer.warmup_steps = 5  # of twenty
     return from_config_dict(RunConfig, settings)
 
 
