@@ -14,7 +14,6 @@ def get_config():
     config = default_config()
     config.stages = ("token_model", "evaluate")
     config.data.seed, config.data.shard_bytes = 42, 100_000
-    config.data.max_document_bytes = 4096
 
     # The shape of the quickstart's global transformer.
     transformer = config.token_model.transformer
