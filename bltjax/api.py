@@ -32,6 +32,7 @@ def load(
     path: str | os.PathLike,
     *,
     entropy_model: str | os.PathLike | None = None,
+    adapter: str | os.PathLike | None = None,
     dtype: str | None = None,
     compute_dtype: str | None = None,
     bf16_compat: bool = False,
@@ -47,6 +48,7 @@ def load(
       path: the directory. A run with the stage `token_model` alone gives a TokenModel.
       entropy_model: a directory with the entropy model, where the first has none or another is
         wanted.
+      adapter: a directory with a low-rank adapter in PEFT's format, which is added to the matrices.
       dtype: "float32" or "bfloat16" to cast the parameters; None keeps them as they are stored.
       compute_dtype: of activations; None is float32, or what a bltjax model was trained with. The
         entropy model of a BLT is not touched.
@@ -64,6 +66,7 @@ def load(
         raise ValueError(f"path={path!r} must be the directory of a model, or 'demo'")
     path = directory_of(path)
     entropy_model = entropy_model and directory_of(entropy_model)
+    adapter = adapter and directory_of(adapter)
     mesh = mesh or _mesh_that_is_set() or sharding.make_mesh(devices=jax.devices()[:1])
     if (axes := getattr(mesh, "axis_names", None)) != sharding.MESH_AXES:
         raise ValueError(
@@ -71,11 +74,14 @@ def load(
             "bltjax.sharding.make_mesh, and give it as mesh="
         )
     if token_model.is_token_run(path):
-        if entropy_model is not None or bf16_compat:
-            raise ValueError(f"{path} holds a token model: give no entropy_model, no bf16_compat")
+        if entropy_model is not None or adapter is not None or bf16_compat:
+            raise ValueError(
+                f"{path} holds a token model: give no entropy_model, no adapter, no bf16_compat"
+            )
         return token_model.load(path, mesh, dtype, compute_dtype, on_progress)
     with jax.set_mesh(mesh):
-        weights = formats.cast(formats.read(path, entropy_model, on_progress, verify), dtype)
+        weights = formats.read(path, entropy_model, on_progress, verify, adapter)
+        weights = formats.cast(weights, dtype)
         for name in weights.params:
             sharding.check_model(getattr(weights, name), name, mesh)
         for note in weights.notes:

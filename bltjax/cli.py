@@ -97,12 +97,13 @@ class _PathParser(flags.ArgumentParser):
 
 
 def define_model_flags():
-    """Defines --checkpoint, --entropy_model, --dtype and --bf16_compat, for `open_model`."""
+    """Defines --checkpoint, --entropy_model, --adapter, --dtype and --bf16_compat."""
     define_path(
         "checkpoint",
         "A directory of weights or of a training run, or demo, a model in the package.",
     )
     define_path("entropy_model", "A directory with the entropy model, if the checkpoint has none.")
+    define_path("adapter", "A directory with a low-rank adapter, added to the matrices.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; default: as they are stored.")
     flags.DEFINE_bool("bf16_compat", False, "Find patches as the published demo does.")
 
@@ -212,6 +213,7 @@ def open_model():
         model = api.load(
             chosen.checkpoint,
             entropy_model=chosen.entropy_model,
+            adapter=chosen.adapter,
             dtype=chosen.dtype,
             bf16_compat=chosen.bf16_compat,
             on_progress=bar.update,

@@ -33,7 +33,12 @@ def named_leaves(tree) -> dict:
 
 def digest(tree) -> str:
     """Returns 16 hexadecimal digits that tell pytrees of arrays apart, of leaves and paths."""
-    text = json.dumps(leaf_fingerprints(tree))
+    return digest_of(leaf_fingerprints(tree))
+
+
+def digest_of(fingerprints: dict[str, int]) -> str:
+    """Returns the digest of a pytree of these fingerprints, by path."""
+    text = json.dumps(fingerprints)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

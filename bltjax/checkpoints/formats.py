@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bltjax.checkpoints import adapters
 from bltjax.checkpoints.checksums import CHECKSUMS, checksum_problems
 from bltjax.checkpoints.demo import NAME, way_past
 from bltjax.checkpoints.lazy_arrays import Cast
@@ -23,6 +24,7 @@ from bltjax.checkpoints.pytorch.writing import WritePlan
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.training_state import CheckpointError
 from bltjax.checkpoints.weights import (
+    Adapter,
     Lengths,
     Weights,
     WeightsError,
@@ -39,6 +41,7 @@ from bltjax.config import (
     from_config_dict,
     to_model_dict,
 )
+from bltjax.config.lora import LoRAConfig
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
 from bltjax.patching.boundaries import check_rule, needs_entropies
@@ -49,6 +52,7 @@ from bltjax.runtime.progress import OnProgress
 VERSION = 1  # of model.json
 MODEL, WEIGHTS = "model.json", "weights"
 BLTJAX, RUN, HF, META = "bltjax", "run", "hf", "meta"
+PEFT = "peft"  # an adapter alone, which is only written
 # Names in a directory that are never taken for absent where they are links to nothing.
 _READ = (
     r"(model|config|params|train_args|patching)\.json|weights|blt|entropy_model"
@@ -99,11 +103,13 @@ def read(
     entropy_model: str | os.PathLike | None = None,
     on_progress: OnProgress = None,
     verify: bool = True,
+    adapter: str | os.PathLike | None = None,
 ) -> Weights:
     """Reads the model in a directory of any format, its parameters lazy; needs a mesh to be set.
 
     entropy_model: a directory whose entropy model is taken. verify: compare the files with
-    checksums.json, where there is one. Raises WeightsError, which lists every problem found,
+    checksums.json, where there is one. adapter: a directory with an adapter, which is added to its
+    matrices. Raises WeightsError, which lists every problem found,
     FileNotFoundError, or CheckpointError for a damaged checkpoint.
     """
     problems: list[str] = []
@@ -118,6 +124,8 @@ def read(
             weights = _with_another(weights, other, entropy_model)
     if problems or weights is None:
         raise WeightsError(directory, problems)
+    if adapter is not None:
+        weights = adapters.merged(weights, adapters.read(Path(adapter), weights))
     return weights._replace(notes=(*weights.notes, *_notes_on_half(weights)))
 
 
@@ -180,7 +188,8 @@ def left_behind(directory: Path) -> list[str]:
 
 def plan(weights: Weights, format: str) -> WritePlan:
     """Plans a directory in a format. Raises WeightsError for what the format cannot express."""
-    return {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}[format](weights)
+    planners = {BLTJAX: _plan_bltjax, HF: writing.plan_hf, META: writing.plan_meta}
+    return (planners | {PEFT: adapters.plan})[format](weights)
 
 
 def _plan_bltjax(weights: Weights) -> WritePlan:
@@ -304,7 +313,7 @@ def _read_run(path: Path, on_progress: OnProgress) -> Weights:
     if stages[0].name == "blt" and (threshold := directory.threshold()) is not None:
         stages[0].check_data(threshold=threshold)
     _check(path, configs, params, on_progress)
-    return Weights(
+    weights = Weights(
         configs.get("blt"),
         configs.get("entropy_model"),
         patching,
@@ -312,6 +321,18 @@ def _read_run(path: Path, on_progress: OnProgress) -> Weights:
         Lengths(row_bytes=stages[0].training.row_bytes or directory.row_bytes()),
         notes if "blt" in names else _without_blt(config),
     )
+    return _with_adapters_merged(weights, config.start_from)
+
+
+def _with_adapters_merged(weights: Weights, base_path: str) -> Weights:
+    """Returns the weights of a run whose BLT may have adapters as one that has none."""
+    if weights.blt is None or not weights.blt.lora.rank:
+        return weights
+    base, own = adapters.separated(weights.params["blt"])
+    adapter = Adapter(weights.blt.lora, own, base_path)
+    plain = dataclasses.replace(weights.blt, lora=LoRAConfig())
+    weights = weights._replace(blt=plain, params=weights.params | dict(blt=base))
+    return adapters.merged(weights, adapter)
 
 
 def _without_blt(config: RunConfig) -> tuple[str, ...]:

@@ -124,6 +124,25 @@ class Cast:
         return cast
 
 
+class Adapted:
+    """Matrices [..., out, in] with an adapter: whole + scale * up @ down, computed in float32.
+
+    up: [..., out, rank]; down: [..., rank, in].
+    """
+
+    def __init__(self, whole: LazyArray, up: LazyArray, down: LazyArray, scale: float):
+        self.whole, self.up, self.down, self.scale = whole, up, down, scale
+        self.shape, self.dtype = tuple(whole.shape), np.dtype(whole.dtype)
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        *layers, rows, columns = index
+        every = slice(0, self.down.shape[-2])
+        up = np.asarray(self.up[(*layers, rows, every)], np.float32)
+        down = np.asarray(self.down[(*layers, every, columns)], np.float32)
+        whole = np.asarray(self.whole[index], np.float32)
+        return (whole + np.float32(self.scale) * (up @ down)).astype(self.dtype)
+
+
 def num_bytes(array: LazyArray) -> int:
     """Returns the size of a whole array."""
     return math.prod(array.shape) * np.dtype(array.dtype).itemsize

@@ -2,12 +2,14 @@
 
 config.json       settings; a run that finds others does not touch the directory
 patching.json     where patches start, with the calibrated threshold
+start.json        of a run with `start_from`: digests of the parameters that it began with
 rows.json         the rows of the BLT, whose budgets may follow from the mean patch
 tokenizer.json    tokenizer of the token model
 records/          the corpus, unless data.records names another (data/records/store.py)
 entropy_model/, blt/, token_model/        the stages that train a model, each with
   checkpoints/    its training state (training_state.py), or instead
   weights/        parameters that were imported (orbax_weights.py)
+  best/           with `keep_best`, the parameters with the fewest held-out bits per byte
   metrics.jsonl   what it reports, also in tensorboard/ and profile/
 result.json       the measurements of a finished run
 error.log         the traceback of the last error
@@ -44,7 +46,10 @@ from bltjax.runtime.plain_files import check_utf8
 from bltjax.runtime.system_errors import OF_WRITES, UnwritableError, unwritable
 
 CONFIG, PATCHING, ROWS = "config.json", "patching.json", "rows.json"
-CHECKPOINTS, WEIGHTS, METRICS = "checkpoints", "weights", "metrics.jsonl"  # of a stage
+START = "start.json"
+# Of a stage.
+CHECKPOINTS, BEST, WEIGHTS, METRICS = "checkpoints", "best", "weights", "metrics.jsonl"
+ENDED = "ended"  # in the position of a checkpoint after which training ended early
 KEPT_IN = dict(  # where that is which identifies the data of a run
     corpus="the records",
     threshold=PATCHING,
@@ -56,6 +61,7 @@ REMEDIES = {  # for a damaged file of which there is no copy
     CONFIG: "",
     PATCHING: ", or delete it and run bltjax.train again, which finds it anew",
     ROWS: ", or delete it and run bltjax.train again",
+    START: ", or delete it",
 }
 MODELS = ("entropy_model", "blt", "token_model")
 LAST_STEP = 2**31 - 1  # steps are counted in int32
@@ -100,10 +106,29 @@ class Stage:
         """Directory of imported parameters, which stand for trained ones."""
         return self.directory / WEIGHTS
 
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints of which the newest is the model."""
+        best = self.directory / BEST
+        is_best = self.training.keep_best and saved_steps(best)
+        return best if is_best else self.directory / CHECKPOINTS
+
     def is_finished(self) -> bool:
         """Returns whether there are parameters that training will not change any more."""
         steps = saved_steps(self.directory / CHECKPOINTS)
-        return self.weights.is_dir() or self.training.steps in steps
+        if self.weights.is_dir() or self.training.steps in steps:
+            return True
+        return self.training.patience > 0 and ENDED in self._position()
+
+    def _position(self) -> dict:
+        """Reads the position of the newest checkpoint; {} where it is not to be read."""
+        from bltjax.checkpoints import orbax_weights
+
+        checkpoints = self.directory / CHECKPOINTS
+        if steps := saved_steps(checkpoints):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # who reads it tells of damage
+                return orbax_weights.read_record(checkpoints / str(steps[-1]))["position"]
+        return {}
 
     def params(self) -> dict:
         """Reads the newest parameters onto the mesh that is set.
@@ -117,17 +142,11 @@ class Stage:
         abstract = functional.abstract_params(self.model)
         if self.weights.is_dir():
             return placing.put_lazy(orbax_weights.open_weights(self.weights), abstract)
-        return training_state.load_params(self.directory / CHECKPOINTS, abstract)
+        return training_state.load_params(self.checkpoints, abstract)
 
     def check_data(self, **identity):
         """Raises ValueError where the newest checkpoint is of other data, see `check_identity`."""
-        from bltjax.checkpoints import orbax_weights
-
-        checkpoints, position = self.directory / CHECKPOINTS, {}
-        if steps := saved_steps(checkpoints):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # who reads it tells of damage
-                position = orbax_weights.read_record(checkpoints / str(steps[-1]))["position"]
-        check_identity(position, identity, checkpoints)
+        check_identity(self._position(), identity, self.directory / CHECKPOINTS)
 
     def lazy_params(self) -> dict:
         """Opens the newest parameters as lazy arrays; needs no devices. Raises as `params`."""
@@ -135,7 +154,7 @@ class Stage:
 
         if self.weights.is_dir():
             return orbax_weights.open_weights(self.weights)
-        return orbax_weights.open_params(self.directory / CHECKPOINTS)
+        return orbax_weights.open_params(self.checkpoints)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +344,20 @@ class RunDirectory:
         """Writes the rows of the BLT, at least their `row_bytes`."""
         with alone(self.path):
             write_checked(self.path / ROWS, rows)
+
+    def keep_start(self, model: str, digest: str):
+        """Writes the digest of the parameters that a model starts from.
+
+        Raises ValueError where the run has begun with others.
+        """
+        with alone(self.path):
+            kept = self._read(START) if (self.path / START).exists() else {}
+            if kept.get(model, digest) != digest:
+                raise ValueError(
+                    f"{self.path} began with the {model} {kept[model]}, and start_from has "
+                    f"{digest} now: put that directory back, or choose a new --workdir"
+                )
+            write_checked(self.path / START, kept | {model: digest})
 
     def write_result(self, result: dict):
         """Writes the measurements of a finished run."""

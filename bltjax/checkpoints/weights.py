@@ -8,6 +8,7 @@ import numpy as np
 from bltjax.checkpoints.host_fingerprints import HostFingerprint
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes, num_nonfinite, tree_leaves
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config.lora import LoRAConfig
 from bltjax.runtime.progress import OnProgress
 from bltjax.runtime.terminal import printable
 
@@ -28,12 +29,26 @@ class Lengths(NamedTuple):
     row_bytes: int = 8192
 
 
+class Adapter(NamedTuple):
+    """Low-rank adapters of the matrices of a BLT (`bltjax/model/lora.py`).
+
+    params: nested dicts of lazy arrays, at the paths of matrices {"lora_A": {"weight": [..., r,
+    in]}, "lora_B": {"weight": [..., out, r]}}. base_path: of what they were trained on; None where
+    nobody says.
+    """
+
+    config: LoRAConfig
+    params: dict
+    base_path: str | None = None
+
+
 class Weights(NamedTuple):
     """A byte latent transformer, an entropy model, or both with the rule that joins them.
 
     params: {"blt": ..., "entropy_model": ...}, nested dicts of lazy arrays under the paths of
     `functional.abstract_params`, in the dtype they are stored in. A model that is not there has
-    neither config nor parameters. notes: what a user of the source should know.
+    neither config nor parameters. notes: what a user of the source should know. adapter: one that
+    the BLT's parameters hold already, and what they were without it.
     """
 
     blt: BLTConfig | None
@@ -42,6 +57,8 @@ class Weights(NamedTuple):
     params: dict[str, dict]
     lengths: Lengths = Lengths()
     notes: tuple[str, ...] = ()
+    adapter: Adapter | None = None
+    base: dict | None = None
 
     def with_entropy_model(self, other: "Weights") -> "Weights":
         """Returns this model with the entropy model of another directory."""

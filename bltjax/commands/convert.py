@@ -20,7 +20,7 @@ def main(argv):
     chosen = flags.FLAGS
     cli.no_arguments(argv, "give --source, --target and --format")
     if None in (chosen.source, chosen.target, chosen.format):
-        cli.fail("give --source=DIR, --target=DIR and --format=bltjax, hf or meta")
+        cli.fail("give --source=DIR, --target=DIR and --format=bltjax, hf, meta or peft")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: leave accelerators to others
     try:
         result = convert(
@@ -28,6 +28,7 @@ def main(argv):
             chosen.target,
             chosen.format,
             entropy_model=chosen.entropy_model,
+            adapter=chosen.merge_adapter,
             dtype=chosen.dtype,
             progress=True,
             dry_run=chosen.dry_run,
@@ -52,6 +53,7 @@ def define_flags():
     cli.define_path("target", "A directory that is not there yet.")
     flags.DEFINE_enum("format", None, FORMATS, "Of the target.")
     cli.define_path("entropy_model", "A directory with the entropy model, if the source has none.")
+    cli.define_path("merge_adapter", "A directory with an adapter, added to the source's matrices.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Cast the parameters; default: as in the source.")
     flags.DEFINE_bool("dry_run", False, "Only check, and list what would be written.")
 

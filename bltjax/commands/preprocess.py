@@ -30,11 +30,15 @@ def main(argv):
     from bltjax.recipe.checks import check_run
     from bltjax.recipe.corpus_report import corpus_report, print_report
     from bltjax.recipe.entropies import find_patches, import_entropy_model
+    from bltjax.recipe.start import import_first_entropy_model
 
     try:
+        trains = "entropy_model" in config.stages
         config = dataclasses.replace(config, stages=("entropies",))
-        config, directory, mesh = check_run(config, workdir, needs_models=False)
+        config, directory, mesh, start = check_run(config, workdir, needs_models=False)
         with jax.set_mesh(mesh):
+            if start and not trains:
+                import_first_entropy_model(config, directory, start)
             if flags.FLAGS.entropy_model is not None:
                 import_entropy_model(config, directory, directory_of(flags.FLAGS.entropy_model))
             store = corpus.open_corpus(config, directory)

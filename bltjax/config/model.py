@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from bltjax.config.checks import MOST_ROW, MOST_WIDTH, not_negative, one_of, positive, shown
+from bltjax.config.lora import LoRAConfig
 from bltjax.vocabulary import VOCAB_SIZE
 
 POOLING_MODES = ("max", "min", "mean")
@@ -218,7 +219,8 @@ class EntropyModelConfig:
     # of at most 1,024
     attention_block: int | None = None
 
-    hash = NO_TABLES  # no setting here, one of token models
+    # No settings here: of token models, and of byte latent transformers.
+    hash, lora = NO_TABLES, LoRAConfig()
 
     @property
     def hash_width(self) -> int:
@@ -281,6 +283,7 @@ class BLTConfig:
     # the decoder starts from a linear layer of the encoder's byte states that is zero at first, so
     # that it has to read patches from the start (H-Net); otherwise from these states, as published
     skip_projection: bool = False
+    lora: LoRAConfig = LoRAConfig()  # adapters, which then learn alone
     vocab_size: int = VOCAB_SIZE  # ids it predicts: 4 special ids and 256 bytes; at least 260
     init: InitConfig = InitConfig()  # initial weights
     # `"float32"` or `"bfloat16"`, of activations; parameters are float32
@@ -344,7 +347,7 @@ class BLTConfig:
             )
         found += cross.problems(f"{name}.cross_attention", f"{name}.local_encoder.dim", local.dim)
         found += one_of(self, name, "pooling", POOLING_MODES)
-        found += self.hash.problems(f"{name}.hash")
+        found += self.hash.problems(f"{name}.hash") + self.lora.problems(f"{name}.lora")
         return found + _common_model_problems(self, name)
 
 

@@ -232,8 +232,12 @@ def to_dict(config) -> dict:
 
 
 def to_model_dict(config) -> dict:
-    """Returns `to_dict` without DEVICE_FIELDS, for files that describe a model."""
-    return {key: value for key, value in to_dict(config).items() if key not in DEVICE_FIELDS}
+    """Returns `to_dict` without what is not of the model, for files that describe one.
+
+    That is DEVICE_FIELDS, and adapters: where a model is written they are part of its matrices.
+    """
+    left_out = (*DEVICE_FIELDS, "lora")
+    return {key: value for key, value in to_dict(config).items() if key not in left_out}
 
 
 def differences(old, new, name: str = "config", skipped=FREE_FIELDS) -> list[str]:

@@ -97,6 +97,9 @@ class RunConfig:
     # what this run does, in order; one or more of `entropy_model`, `entropies`, `blt`, `evaluate`,
     # `sample` and `token_model`
     stages: tuple[str, ...] = STAGES
+    # a directory with weights in any format, or `demo`, that models start from; their shapes and
+    # where patches start come from there; empty: they start from random numbers
+    start_from: str = ""
     data: DataConfig = DataConfig()  # the corpus
     patching: PatchingConfig = PatchingConfig()  # where patches start
     entropy_model: EntropyModelConfig = EntropyModelConfig()  # shape of the entropy model
@@ -112,7 +115,9 @@ class RunConfig:
     profile: ProfileConfig = ProfileConfig()  # a trace of some training steps
 
     def __post_init__(self):
-        groups = [f.name for f in dataclasses.fields(self) if f.name != "stages"]
+        groups = [
+            f.name for f in dataclasses.fields(self) if f.name not in ("stages", "start_from")
+        ]
         found = [p for group in groups for p in getattr(self, group).problems(group)]
         once = set(self.stages)
         if not once or len(once) < len(self.stages) or not once <= set(ALL_STAGES):

@@ -72,6 +72,11 @@ class OptimizerConfig:
         found += between(self, name, "min_ratio", 0, 1)
         found += not_negative(self, name, "warmup_steps", "weight_decay", "exp_factor")
         found += not_negative(self, name, "global_rate", "local_rate", "hash_rate")
+        if not any((self.global_rate, self.local_rate, self.hash_rate)):
+            found.append(
+                f"{name}.global_rate, local_rate and hash_rate are all 0: nothing would learn, "
+                "leave one above 0"
+            )
         if self.schedule == "wsd" and self.min_ratio < TINY:
             found.append(
                 f"{name}.min_ratio={self.min_ratio} must be positive with "
@@ -126,6 +131,13 @@ class TrainingConfig:
     # steps between measurements of a fixed sample of held-out rows (`evaluation.validation_rows`),
     # for the progress line, `metrics.jsonl` and TensorBoard; 0: none
     validate_every: int = 0
+    # keep the parameters with the fewest held-out bits per byte, of those that `validate_every`
+    # measures, beside the newest checkpoint; they are then what the run is evaluated, loaded and
+    # converted with
+    keep_best: bool = False
+    # measurements of held-out rows in a row without a new best after which training ends; 0: it
+    # goes through all `steps`
+    patience: int = 0
     checkpoint_every: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     # checkpoints at multiples of this step are kept for good; a multiple of `checkpoint_every`; 0:
@@ -138,7 +150,7 @@ class TrainingConfig:
         found = positive(self, name, "steps", "batch_size", "accumulation_steps")
         found += positive(self, name, "log_every", "checkpoint_every", "keep_checkpoints")
         found += not_negative(self, name, "row_bytes", "row_patches", most=MOST_ROW)
-        found += not_negative(self, name, "z_loss", "keep_every", "validate_every")
+        found += not_negative(self, name, "z_loss", "keep_every", "validate_every", "patience")
         found += not_negative(self, name, "seed", most=MOST_SEED)
         found += finite(self, name, "skip_loss_above", "skip_norm_above")
         if self.batch_size % max(self.accumulation_steps, 1):
@@ -152,6 +164,12 @@ class TrainingConfig:
                 found.append(
                     f"{name}.{limit}={value} would leave out ordinary updates: give a number above "
                     "1, or 0 for none"
+                )
+        for setting in ("keep_best", "patience"):
+            if getattr(self, setting) and not self.validate_every:
+                found.append(
+                    f"{name}.{setting}={getattr(self, setting)} goes by held-out rows, which "
+                    f"{name}.validate_every=0 never measures: give the steps between measurements"
                 )
         if self.keep_every % max(self.checkpoint_every, 1):
             found.append(

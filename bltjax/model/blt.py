@@ -11,6 +11,7 @@ from bltjax.model.global_transformer import GlobalTransformer
 from bltjax.model.hash_tables import HashTables
 from bltjax.model.local_decoder import LocalDecoder
 from bltjax.model.local_encoder import LocalEncoder
+from bltjax.model.lora import add_adapters
 from bltjax.patching.boundaries import document_segments
 from bltjax.vocabulary import EOS_ID
 
@@ -26,6 +27,8 @@ class BLT(nnx.Module):
             )
         self.global_transformer = GlobalTransformer(config, key_global)
         self.local_decoder = LocalDecoder(config, key_decoder)
+        if config.lora.rank:
+            add_adapters(self, config.lora, jax.random.fold_in(key, 1))
 
     def __call__(self, tokens, patches, document_ids=None, ngrams=None):
         """Returns logits and every intermediate, by name.

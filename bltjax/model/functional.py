@@ -14,6 +14,7 @@ from bltjax.config import BLTConfig, EntropyModelConfig
 from bltjax.model import incremental, prepared
 from bltjax.model.blt import BLT
 from bltjax.model.entropy_model import EntropyModel
+from bltjax.model.lora import matrices, only_adapters, set_dropout
 from bltjax.patching.boundaries import entropy_segments
 from bltjax.patching.entropy import next_byte_entropy
 
@@ -25,6 +26,11 @@ def init(config: BLTConfig | EntropyModelConfig, key: jax.Array) -> dict:
     those of model.md#initial-weights.
     """
     return jax.jit(lambda key: _parameters(config, key))(key)
+
+
+def adapters(config: BLTConfig, key: jax.Array) -> dict:
+    """Draws the initial values of the adapters of a model alone, sharded over the mesh."""
+    return jax.jit(lambda key: only_adapters(_parameters(config, key)))(key)
 
 
 def abstract_params(config: BLTConfig | EntropyModelConfig) -> dict:
@@ -39,15 +45,27 @@ def apply(
 
     For a BLTConfig `inputs` are the PatchBuffers and, optionally, document ids [B, L]; for an
     EntropyModelConfig, optionally, segment ids [B, L]. Without ids a document ends at its EOS.
-    known: `ngrams` of the model's `__call__`, whose hash tables are then not read.
+    known: `ngrams` of the model's `__call__`, whose hash tables are then not read; `dropout_key` of
+    `intermediates`.
     """
     return intermediates(config, params, tokens, *inputs, **known)["logits"]
 
 
-def intermediates(config, params, tokens, *inputs, **known) -> dict:
-    """Returns everything that a forward pass computes, by name; see `BLT.__call__`."""
+def intermediates(config, params, tokens, *inputs, dropout_key=None, **known) -> dict:
+    """Returns everything that a forward pass computes, by name; see `BLT.__call__`.
+
+    dropout_key: draws which inputs of adapters are left out; None: none are.
+    """
     tokens, inputs = sharding.shard_rows((tokens, inputs))
-    return _model(config, params)(tokens, *inputs, **known)
+    model = _model(config, params)
+    if dropout_key is not None:
+        set_dropout(model, dropout_key)
+    return model(tokens, *inputs, **known)
+
+
+def matrix_names(config: BLTConfig) -> list[str]:
+    """Returns the names of the matrices that may have adapters."""
+    return [name for name, _ in matrices(nnx.eval_shape(lambda: _build(config, jax.random.key(0))))]
 
 
 def without_global_blocks(config: BLTConfig, params: dict, patch_states) -> jax.Array:

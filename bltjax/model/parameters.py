@@ -29,7 +29,31 @@ class Linear(nnx.Module):
 
     def __call__(self, x):
         """Maps x [B, L, in] -> [B, L, out]."""
-        return checkpoint_name(_project(self.axes, x, self.weight[...]), "linear")
+        y = _project(self.axes, x, self.weight[...])
+        if hasattr(self, "lora_A"):  # an adapter, see lora.py
+            y = y + self._adapter(x)
+        return checkpoint_name(y, "linear")
+
+    def _adapter(self, x):
+        out_axis, in_axis = self.axes
+        if hasattr(self, "dropout_key"):
+            x = drop(self.dropout_key[...], self.dropout, x)
+        low = _project((None, in_axis), x, self.lora_A.weight[...])
+        return self.lora_scale * _project((out_axis, None), low, self.lora_B.weight[...])
+
+
+class Matrix(nnx.Module):
+    """A parameter of an adapter, under a name of its own."""
+
+    def __init__(self, weight):
+        self.weight = nnx.Param(weight)
+
+
+def drop(key, share: float, x):
+    """Sets a share of the elements of x to 0, and scales the others up."""
+    spec = jax.typeof(x).sharding.spec
+    kept = jax.random.bernoulli(key, 1 - share, x.shape, out_sharding=spec)
+    return jnp.where(kept, x / (1 - share), 0).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,5 +1,6 @@
 """Checks a run before it writes anything: stages, sizes, mesh, text, working directory."""
 
+import difflib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import jax
 
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import RunDirectory
+from bltjax.checkpoints.weights import Weights
 from bltjax.config import RunConfig
 from bltjax.data.records.store import (
     ENTROPIES,
@@ -17,7 +19,10 @@ from bltjax.data.records.store import (
     open_store,
 )
 from bltjax.data.sources.units import list_units, refuse_without_document
+from bltjax.model import functional
+from bltjax.model.lora import matches
 from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
+from bltjax.recipe.start import resolve
 
 
 class CheckedRun(NamedTuple):
@@ -26,6 +31,7 @@ class CheckedRun(NamedTuple):
     config: RunConfig
     directory: RunDirectory
     mesh: jax.sharding.Mesh
+    start: Weights | None = None  # that models begin with, see `recipe.start`
 
 
 def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool = True):
@@ -36,13 +42,36 @@ def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool 
     """
     directory = RunDirectory(Path(os.path.expanduser(workdir)).absolute())
     mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        config, start = resolve(config, directory)
+        check_adapters(config)
     check_rule(config.patching)
     check_sources(config, directory)
     if needs_models:
-        check_stages(config, directory)
+        check_stages(config, directory, start)
     sharding.check_layout(config, used_models(config, directory), mesh)
     directory.claim(config)
-    return CheckedRun(config, directory, mesh)
+    return CheckedRun(config, directory, mesh, start)
+
+
+def check_adapters(config: RunConfig):
+    """Raises ValueError for adapters of nothing: of weights that are random, or of no matrix."""
+    lora = config.blt.lora
+    if not lora.rank:
+        return
+    if not config.start_from:
+        raise ValueError(
+            f"blt.lora.rank={lora.rank}: adapters adapt trained weights, give their directory as "
+            "start_from, or rank 0"
+        )
+    names = functional.matrix_names(config.blt)
+    for pattern in lora.targets:
+        if not any(matches(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1) or names[:1]
+            raise ValueError(
+                f"blt.lora.targets: {pattern!r} matches no matrix: did you mean {near[0]}? There "
+                f"are {', '.join(names)}"
+            )
 
 
 def used_models(config: RunConfig, directory: RunDirectory | None = None) -> list[str]:
@@ -57,7 +86,7 @@ def used_models(config: RunConfig, directory: RunDirectory | None = None) -> lis
     return ["entropy_model"] * entropy_model + ["blt"] * blt + ["token_model"] * tokens
 
 
-def check_stages(config: RunConfig, directory: RunDirectory):
+def check_stages(config: RunConfig, directory: RunDirectory, start: Weights | None = None):
     """Raises ValueError where a model that the stages use is not trained by them, or before."""
     used = used_models(config, directory)
     if rule_of(config.patching).needs_delimiters and "blt" in used:
@@ -66,7 +95,7 @@ def check_stages(config: RunConfig, directory: RunDirectory):
             "files of raw bytes do not have: choose another rule"
         )
     for name in used:
-        if name in config.stages or directory.is_trained(name):
+        if name in config.stages or directory.is_trained(name) or (start and name in start.params):
             continue
         if name == "entropy_model" and has_all_entropies(config, directory):
             continue

@@ -72,15 +72,23 @@ def import_entropy_model(config: RunConfig, directory: RunDirectory, source: Pat
             f"the entropy model in {source} is not that of the config "
             f"({changed[0].replace('config.', 'entropy_model.', 1)}): change the config"
         )
-    params, stage = external.params["entropy_model"], directory.stage(config, "entropy_model")
+    put_entropy_model(config, directory, external.params["entropy_model"], source)
+
+
+def put_entropy_model(config: RunConfig, directory: RunDirectory, params: dict, source):
+    """Puts parameters of a source, lazy arrays, in the place of a trained entropy model.
+
+    Raises ValueError where another model is there already.
+    """
+    stage = directory.stage(config, "entropy_model")
     with alone(directory.path):  # other processes may import it at once
         if not directory.is_trained(stage.name):
             save_weights(stage.weights, params)
     given = placing.put_lazy(params, functional.abstract_params(config.entropy_model))
     if digest(given) != digest(stage.params()):
         raise ValueError(
-            f"{stage.directory} holds another entropy model than {source}: leave --entropy_model "
-            "out, or choose another --workdir"
+            f"{stage.directory} holds another entropy model than {source}: leave that out, or "
+            "choose another --workdir"
         )
 
 

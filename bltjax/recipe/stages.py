@@ -15,44 +15,36 @@ a BLT is measured against; a run of it wants stages of its own.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import RunDirectory, Stage
+from bltjax.checkpoints.weights import Weights
 from bltjax.config import RunConfig, to_dict
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte, format_report, parameter_report
 from bltjax.costs.peak import peak_flops
 from bltjax.data.batches.lanes import Lane, Layout
-from bltjax.data.batches.loader import whole_batches
 from bltjax.data.batches.rows import utilisation
-from bltjax.data.records.store import Documents, Shard, Store
-from bltjax.evaluation.bits_per_byte import evaluate
-from bltjax.evaluation.ngram_baselines import baselines
-from bltjax.evaluation.patch_use import patch_use, told
-from bltjax.evaluation.patches.view import view_of
-from bltjax.inference.decoders import BLTDecoder, for_generation
-from bltjax.inference.engine import generate
-from bltjax.inference.requests import make_requests
-from bltjax.inference.sampling import Sampling
+from bltjax.data.records.store import Store
 from bltjax.model import functional
 from bltjax.model.transformer import attention_report
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.recipe import corpus, token_corpus
 from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.entropies import Patched, blt_layout, find_patches
-from bltjax.recipe.held_out import HeldOut, held_out, in_step_patching, validation
-from bltjax.runtime.progress import announced
+from bltjax.recipe.final import evaluate_model, show_sample
+from bltjax.recipe.held_out import held_out, in_step_patching, validation
+from bltjax.recipe.start import first_params, import_first_entropy_model
 from bltjax.runtime.system_errors import writing
-from bltjax.runtime.terminal import printable, printable_name
+from bltjax.runtime.terminal import printable_name
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
-from bltjax.vocabulary import encode, text_bytes
+from bltjax.training.optimizer import learning, make_optimizer
+from bltjax.training.state import abstract_state
 
-BASELINE_BYTES = 100_000_000  # that n-gram models are fitted on, about: they count in memory
 MEASURED_ROWS = 256  # whose budgets are reported
 HEADLINES = dict(  # in the order in which they run
     entropy_model="train the small byte model, which tells how hard bytes are to guess",
@@ -76,7 +68,7 @@ def run(checked: CheckedRun) -> dict:
 
 def run_alone(checked: CheckedRun) -> dict:
     """Does the work of `run` in a working directory that the run owns."""
-    config, directory, mesh = checked
+    config, directory, mesh, start = checked
     started = time.perf_counter()
     workdir = printable_name(str(directory.path))
     on = f"{dict(mesh.shape)} on {jax.devices()[0].device_kind}"
@@ -84,7 +76,7 @@ def run_alone(checked: CheckedRun) -> dict:
     result = dict(workdir=str(directory.path), compilations={}, parameters={})
     with jax.set_mesh(mesh):
         store = corpus.open_corpus(config, directory)
-        for part in run_stages(config, directory, store):
+        for part in run_stages(config, directory, store, start):
             for of_each_stage in ("compilations", "parameters"):
                 result[of_each_stage] |= part.pop(of_each_stage, {})
             result |= part
@@ -95,13 +87,17 @@ def run_alone(checked: CheckedRun) -> dict:
     return result
 
 
-def run_stages(config: RunConfig, directory: RunDirectory, store: Store) -> Iterator[dict]:
+def run_stages(
+    config: RunConfig, directory: RunDirectory, store: Store, start: Weights | None = None
+) -> Iterator[dict]:
     """Runs the stages one by one; yields the part of the result that each of them gives."""
     stages, patched = set(config.stages), None
+    if start:
+        import_first_entropy_model(config, directory, start)
     evaluated = directory.evaluated(stages) if "evaluate" in stages else None
     if "entropy_model" in stages:
         begin("entropy_model", config)
-        yield train_entropy_model(config, directory, store)
+        yield train_entropy_model(config, directory, store, start)
     if "token_model" in stages:
         begin("token_model", config)
         yield train_token_model(config, directory, store)
@@ -112,7 +108,7 @@ def run_stages(config: RunConfig, directory: RunDirectory, store: Store) -> Iter
         yield describe_patches(config, patched)
     if "blt" in stages:
         begin("blt", config)
-        yield train_blt(config, directory, store, patched)
+        yield train_blt(config, directory, store, patched, start)
     if evaluated:
         begin("evaluate", config)
         yield evaluate_model(config, directory, store, patched, evaluated)
@@ -128,7 +124,9 @@ def begin(name: str, config: RunConfig):
     print(f"stage {place}, {name}: {HEADLINES[name]}", flush=True)
 
 
-def train_entropy_model(config: RunConfig, directory: RunDirectory, store: Store) -> dict:
+def train_entropy_model(
+    config: RunConfig, directory: RunDirectory, store: Store, start: Weights | None = None
+) -> dict:
     """Trains the entropy model; does nothing where one was imported."""
     stage = directory.stage(config, "entropy_model")
     if stage.weights.is_dir():
@@ -138,7 +136,8 @@ def train_entropy_model(config: RunConfig, directory: RunDirectory, store: Store
     layout = Layout(stage.training.row_bytes)
     data = corpus.training_data(config, store, shards, layout, entropies=False)
     reported = watch(config, directory, store, stage, layout)
-    trained = train_stage(stage, identified(data, store), reported)
+    first = first_params(config, directory, stage, start)
+    trained = train_stage(stage, identified(data, store), reported, first_params=first)
     return dict(parameters=parameters, compilations={stage.name: trained.compilations})
 
 
@@ -153,7 +152,13 @@ def describe_patches(config: RunConfig, patched: Patched) -> dict:
     return result
 
 
-def train_blt(config: RunConfig, directory: RunDirectory, store: Store, patched: Patched) -> dict:
+def train_blt(
+    config: RunConfig,
+    directory: RunDirectory,
+    store: Store,
+    patched: Patched,
+    start: Weights | None = None,
+) -> dict:
     """Trains the byte latent transformer."""
     stage = directory.stage(config, "blt")
     parameters = count_parameters(stage)
@@ -167,7 +172,8 @@ def train_blt(config: RunConfig, directory: RunDirectory, store: Store, patched:
     data = identified(data, store, row_bytes=layout.row_bytes, row_patches=layout.row_patches)
     if needs_entropies(config.patching):
         data.identity["threshold"] = patched.patching.threshold
-    trained = train_stage(stage, data, reported, in_step)
+    first = first_params(config, directory, stage, start)
+    trained = train_stage(stage, data, reported, in_step, first)
     return filled | dict(
         parameters=parameters,
         compilations={stage.name: trained.compilations},
@@ -202,7 +208,11 @@ def identified(data: TrainingData, store: Store, **others) -> TrainingData:
 
 
 def train_stage(
-    stage: Stage, data: TrainingData, reporting: Reporting, in_step: InStep | None = None
+    stage: Stage,
+    data: TrainingData,
+    reporting: Reporting,
+    in_step: InStep | None = None,
+    first_params: Callable[[], dict] | None = None,
 ):
     """Trains the model of a stage in its directory; returns a TrainResult.
 
@@ -210,13 +220,28 @@ def train_stage(
     """
     with writing(stage.directory):
         stage.directory.mkdir(exist_ok=True)
-    return train(stage.name, stage.model, stage.training, data, stage.directory, in_step, reporting)
+    named = stage.name, stage.model, stage.training
+    return train(*named, data, stage.directory, in_step, reporting, first_params)
 
 
 def count_parameters(stage: Stage) -> dict:
     """Prints the parameters of a stage's model; returns their numbers by its name."""
     counts = parameter_report(stage.model, functional.abstract_params(stage.model))
     print(f"{stage.name}: {format_report(counts)}", flush=True)
+    settings = stage.training.optimizer
+    state = abstract_state(stage.model, make_optimizer(settings, stage.training.steps))
+    learn, total = (
+        sum(x.size for x in jax.tree.leaves(params))
+        for params in (learning(settings, state.params), state.params)
+    )
+    if learn < total:
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state)) / 1e6
+        print(
+            f"{stage.name}: {learn:,} of {total:,} parameters learn, the optimizer holds "
+            f"{held:.1f} MB",
+            flush=True,
+        )
+        counts["learning"] = learn
     return {stage.name: counts}
 
 
@@ -257,117 +282,3 @@ def measure_rows(data: TrainingData) -> dict:
     patches = f" and {layout.row_patches} patches" if layout.row_patches else ""
     print(f"rows: {layout.row_bytes} bytes{patches}; {shares} are real", flush=True)
     return found
-
-
-def evaluate_model(
-    config: RunConfig, directory: RunDirectory, store: Store, patched: Patched | None, name: str
-) -> dict:
-    """Measures the bits per byte of held-out documents, beside n-gram models and xz."""
-    stage = directory.stage(config, name)
-    held, params = held_out(config, directory, store, patched, stage), stage.params()
-    with announced("evaluate: compiling and measuring"):
-        sums = measure_held_out(config, store, held, params)
-    print(
-        f"held out: {sums['bits_per_byte']:.4f} bits per byte over {sums['bytes']:.0f} bytes",
-        flush=True,
-    )
-    if len(sums["sources"]) > 1:
-        for source, of in sums["sources"].items():
-            print(
-                f"  {printable_name(source)}: {of['bits_per_byte']:.4f} over {of['bytes']} bytes",
-                flush=True,
-            )
-    result = dict(
-        bits_per_byte=sums["bits_per_byte"],
-        validation_bytes=int(sums["bytes"]),
-        sources=sums["sources"],
-        compilations=dict(evaluate=held.eval_step._cache_size()),
-    )
-    if "tokens" in sums:
-        result["mean_token_bytes"] = sums["bytes"] / sums["tokens"]
-    if held.use_step and config.evaluation.patch_use_rows:
-        result["patch_use"] = measure_patch_use(config, store, held, params)
-        result["compilations"]["patch_use"] = held.use_step._cache_size()
-    if name == "entropy_model":
-        result["entropy_model"] = dict(bits_per_byte=sums["bits_per_byte"])
-    elif uses_entropy_model(config, directory):
-        result["entropy_model"] = measure_entropy_model(config, directory, store)
-    if config.evaluation.baselines and jax.process_index() == 0:
-        result["baselines"] = measure_baselines(
-            corpus.select(config, store, BASELINE_BYTES), held.shards
-        )
-    return result
-
-
-def measure_held_out(config: RunConfig, store: Store, held: HeldOut, params: dict) -> dict:
-    """Returns what `evaluate` finds over all held-out rows."""
-    batches = whole_batches(held.rows(store, held.shards), config.evaluation.batch_size)
-    return evaluate(held.eval_step, params, batches, store.sources, *held.frozen)
-
-
-def measure_patch_use(config: RunConfig, store: Store, held: HeldOut, params: dict) -> dict:
-    """Prints and returns how much a BLT uses its patches, on a sample of held-out rows."""
-    settings = config.evaluation
-    rows = held.sample(store, settings.patch_use_rows)
-    with announced("patch use: compiling and measuring"):
-        found = patch_use(held.use_step, params, rows, settings.batch_size, *held.frozen)
-    print(told(found), flush=True)
-    return found
-
-
-def uses_entropy_model(config: RunConfig, directory: RunDirectory) -> bool:
-    """Returns whether a run trained an entropy model or found patches by one."""
-    wanted = "entropy_model" in config.stages or needs_entropies(config.patching)
-    return wanted and directory.is_trained("entropy_model")
-
-
-def measure_entropy_model(config: RunConfig, directory: RunDirectory, store: Store) -> dict:
-    """Prints and returns the bits per byte that the entropy model needs of the same documents."""
-    stage = directory.stage(config, "entropy_model")
-    held = held_out(config, directory, store, None, stage)
-    with announced("entropy model: compiling and measuring"):
-        bits = measure_held_out(config, store, held, stage.params())["bits_per_byte"]
-    print(f"entropy model: {bits:.4f} bits per byte of the held-out documents", flush=True)
-    return dict(bits_per_byte=bits)
-
-
-def measure_baselines(train: list[Shard], validation: list[Shard]) -> dict:
-    """Prints and returns the bits per byte of n-gram models and xz."""
-    texts = ([d.data for d in Documents(part)] for part in (train, validation))
-    found = baselines(*texts)
-    print("baselines: " + ", ".join(f"{n} {bits:.3f}" for n, bits in found.items()), flush=True)
-    return found
-
-
-def show_sample(config: RunConfig, directory: RunDirectory) -> dict:
-    """Prints and returns a continuation of the prompt, and the patches of a sentence."""
-    settings, patching = config.evaluation, config.patching
-    models = dict(blt=directory.stage(config, "blt").params())
-    entropy_config = None
-    if needs_entropies(patching):
-        entropy_config = config.entropy_model
-        models["entropy_model"] = directory.stage(config, "entropy_model").params()
-        patching = dataclasses.replace(patching, threshold=directory.threshold())
-    decoder = BLTDecoder(config.blt, entropy_config, patching)
-    prompt, length = [settings.prompt], config.blt_training.row_bytes
-    requests = make_requests(decoder, prompt, settings.sample_bytes, 0, length)
-    sampling = Sampling(temperature=settings.temperature)
-    with announced("sample: compiling and drawing"):
-        params = for_generation(decoder, models)
-        (continuation,), _ = generate(decoder, params, requests, sampling)
-    text = text_bytes(settings.prompt) + continuation
-    print(f"sample:\n{printable(text)}\n", flush=True)
-
-    sentence, entropies = text_bytes(settings.sentence), None
-    ids = encode(sentence)
-    if needs_entropies(patching):
-        model = entropy_config, models["entropy_model"]
-        rows = sharding.one_per_shard(ids), patching.reset_at_newlines
-        with announced("patches: compiling the entropies"):
-            entropies = sharding.on_host(functional.entropies(*model, *rows))[0]
-    view = view_of(sentence, ids, entropies, patching, patching)
-    print("patches:\n" + "|".join(map(printable, view.patches)), flush=True)
-    return dict(
-        patches=[patch.decode("utf-8", errors="replace") for patch in view.patches],
-        sample=text.decode("utf-8", errors="replace"),
-    )

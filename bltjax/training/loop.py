@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bltjax import sharding
-from bltjax.checkpoints.run_directory import CHECKPOINTS, check_identity
+from bltjax.checkpoints.run_directory import BEST, CHECKPOINTS, ENDED, check_identity
 from bltjax.checkpoints.training_state import Checkpoints
 from bltjax.config import ProfileConfig, TrainingConfig
 from bltjax.data.batches.lanes import Layout
@@ -20,11 +20,12 @@ from bltjax.data.batches.loader import as_batch, batches
 from bltjax.runtime import heap
 from bltjax.runtime.progress import announced
 from bltjax.runtime.signals import Stopped, noticing
-from bltjax.training.metrics import MetricsLog, SourceMeter, StepMeans
+from bltjax.training.best import Best
+from bltjax.training.metrics import HELD_OUT, MetricsLog, SourceMeter, StepMeans
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.profiling import Profiler, memory
 from bltjax.training.sparse_hash_updates import current_params, finish_missed_updates
-from bltjax.training.state import abstract_state, create_state
+from bltjax.training.state import abstract_state, create_state, start_state
 from bltjax.training.step import make_train_step
 
 IN_FLIGHT = 2  # steps that the devices have been given whose metrics the host has not read
@@ -80,13 +81,15 @@ def train(
     workdir: Path,
     in_step: InStep | None = None,
     reporting: Reporting = Reporting(),
+    first_params: Callable[[], dict] | None = None,
 ) -> TrainResult:
     """Trains a model on packed rows, resuming from the newest good checkpoint in `workdir`.
 
     Killed at any moment and called again, it ends with the same parameters and metrics, bit for
     bit, with any number of workers. SIGTERM or Ctrl-C to any process makes all of them save the
-    same step and raise Stopped. Raises NonFiniteLoss, CheckpointError, OSError where nothing can be
-    saved, and ValueError for other data than that of the checkpoint.
+    same step and raise Stopped. first_params: reads the parameters of a new run, which are saved
+    before its first step; None draws them. Raises NonFiniteLoss, CheckpointError, OSError where
+    nothing can be saved, and ValueError for other data than that of the checkpoint.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     heap.keep_between_steps()
@@ -97,10 +100,12 @@ def train(
         workdir / CHECKPOINTS, config.keep_checkpoints, config.keep_every, reporting.metadata
     )
     with contextlib.closing(checkpoints):
-        state, position = _start(stage, model_config, config, optimizer, checkpoints)
+        state, position = _start(
+            stage, model_config, config, optimizer, checkpoints, first_params, data.identity
+        )
         check_identity(position, data.identity, checkpoints.directory)
         first_step = int(state.step)
-        if first_step >= config.steps:
+        if first_step >= config.steps or position.get(ENDED):
             return TrainResult(state.params, compilations=0)
         find_patches = in_step and in_step.find_patches
         of_batches = find_patches, len(data.sources), byte_lengths
@@ -109,15 +114,26 @@ def train(
         log = MetricsLog(workdir, stage, first_step, config.steps, *flops)
         profiler = Profiler(reporting.profile, stage, workdir / "profile")
         held_out = reporting.held_out if config.validate_every else None
-        run = _Run(stage, config, data, checkpoints, log, profiler, position, first_step, held_out)
-        with contextlib.closing(run):
+        best = Best(config, workdir / BEST, reporting.metadata, position.get("best"))
+        run = _Run(
+            stage, config, data, checkpoints, log, profiler, position, first_step, held_out, best
+        )
+        with contextlib.closing(best), contextlib.closing(run):
+            if first_step == 0 and first_params is not None:
+                run.measure_start(state)
             state = run.steps(step_fn, state, [in_step.entropy_params] if in_step else [])
         return TrainResult(state.params, step_fn._cache_size(), log.data_wait_fraction)
 
 
-def _start(stage, model_config, config, optimizer, checkpoints: Checkpoints):
-    """Returns the newest good checkpoint's state and data position, or a fresh state and {}."""
+def _start(
+    stage, model_config, config, optimizer, checkpoints: Checkpoints, first_params, identity: dict
+):
+    """Returns the newest good checkpoint's state and data position, or those of a new run."""
     restored = checkpoints.restore(abstract_state(model_config, optimizer))
+    if restored is None and first_params is not None:
+        state = start_state(first_params(), optimizer)
+        checkpoints.save(0, state, identity)
+        return state, {}
     if restored is None:
         with announced(f"{stage}: compiling the initialisation"):
             return create_state(model_config, optimizer, config.seed), {}
@@ -129,16 +145,16 @@ class _Run:
     """Steps of a stage from `first_step` on, with their log and checkpoints."""
 
     def __init__(
-        self, stage, config, data, checkpoints, log, profiler, position, first_step, held_out
+        self, stage, config, data, checkpoints, log, profiler, position, first_step, held_out, best
     ):
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
-        self.held_out, self.measured = held_out, False
+        self.held_out, self.measured, self.best = held_out, False, best
         self.log, self.profiler, self.first_step = log, profiler, first_step
         self.sources = SourceMeter(data.sources, position.get("sources"))
         self.means = StepMeans(position.get("means"))
         self.identity = data.identity
         rows = sharding.rows_of_process(config.batch_size)
-        states = np.array(position["lanes"])[rows] if position else None
+        states = np.array(position["lanes"])[rows] if "lanes" in position else None
         self.stream = batches(
             data.documents, data.layout, config.batch_size, states, rows, data.workers
         )
@@ -155,16 +171,17 @@ class _Run:
                     state, metrics = step_fn(state, batch, *frozen)
                 done = step + 1
                 self.pending.append((step, metrics, self.measure(done, state)))
-                due = done == self.config.steps or done % self.config.checkpoint_every == 0
+                last = done == self.config.steps or self.best.is_over
+                due = last or done % self.config.checkpoint_every == 0
                 # A stop of any process comes with the metrics, so all see it in the same step.
                 stop = self.drain(step_fn, 0 if due else IN_FLIGHT)
                 if stop and not due:
                     self.drain(step_fn, 0)
-                if done == self.config.steps and self.config.optimizer.hash_updates == "touched":
+                if last and self.config.optimizer.hash_updates == "touched":
                     state = finish_missed_updates(self.config, state)
                 if due or stop:
-                    self.save(done, state, lanes)
-                if stop:
+                    self.save(done, state, lanes, last)
+                if stop or last:
                     break
             self.checkpoints.wait()
             sharding.barrier("the stage is saved")
@@ -172,6 +189,13 @@ class _Run:
             raise Stopped(
                 f"{self.stage}: stopped as asked, step {done} of {self.config.steps} is saved: run "
                 "the same command again"
+            )
+        if self.best.is_over:
+            print(
+                f"{self.stage}: ended after {done} of {self.config.steps} steps, as "
+                f"{self.config.patience} measurements in a row were no better than that after "
+                f"{self.best.state['step']}",
+                flush=True,
             )
         return state
 
@@ -190,11 +214,25 @@ class _Run:
         every = self.config.validate_every
         if self.held_out is None or (done % every and done != self.config.steps):
             return {}
+        params = current_params(self.config, state)
+        found = self._measured(params)
+        self.best.see(done, found[HELD_OUT], params)
+        return found
+
+    def measure_start(self, state):
+        """Prints what held-out rows take before the first step, of given parameters."""
+        if self.held_out is not None:
+            params = current_params(self.config, state)
+            found = self._measured(params)[HELD_OUT]
+            self.best.see(0, found, params)
+            print(f"{self.stage}: held out {found:.3f} before the first step", flush=True)
+
+    def _measured(self, params: dict) -> dict:
         told = contextlib.nullcontext()
         if not self.measured:
             told, self.measured = announced(f"{self.stage}: compiling the held-out step"), True
         with self.log.paused(), told:
-            return self.held_out(current_params(self.config, state))
+            return self.held_out(params)
 
     def next_batch(self, stop: bool):
         """Returns the next batch, on the devices, and the lanes' state after it."""
@@ -248,10 +286,13 @@ class _Run:
             "--workdir"
         )
 
-    def save(self, step: int, state, lanes: np.ndarray):
+    def save(self, step: int, state, lanes: np.ndarray, last: bool):
         lanes = sharding.gather_rows(lanes).tolist()
         meters = dict(sources=self.sources.state, means=self.means.state)
-        position = dict(lanes=lanes, **copy.deepcopy(meters)) | self.identity
+        of_best = {} if self.held_out is None else dict(best=self.best.state)
+        position = dict(lanes=lanes, **copy.deepcopy(meters)) | self.identity | of_best
+        if last and step < self.config.steps:
+            position[ENDED] = True
         self.checkpoints.save(step, state, position)
 
     def close(self):

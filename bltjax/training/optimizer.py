@@ -3,6 +3,7 @@
 Names of parameters are the published ones, such as `local_encoder.layers.ffn_norm.weight`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import optax
 
 from bltjax.config import OptimizerConfig
 from bltjax.config.model import HASH_TABLES
+from bltjax.model.lora import is_adapter
 from bltjax.training.muon import scale_by_muon
 
 PARTS = {  # by the first word of a parameter's name
@@ -63,8 +65,8 @@ def learning_rate(config: OptimizerConfig, step, num_steps: int):
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Makes clipping by global norm, then AdamW, with rates and decay by part.
 
-    The defaults are as published. All gradients count in the norm, those of frozen parts too. The
-    state of a parameter is sharded as the parameter is.
+    The defaults are as published. Gradients and updates are those of the parameters that learn
+    (`learning`), and others have no state. The state of a parameter is sharded as the parameter is.
     """
     rates = _rates(config)
 
@@ -73,7 +75,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         return rates[part_of(name)] * decayed
 
     counting = [_count_row_updates()] if config.hash_updates == "touched" else []
-    return optax.chain(
+    rules = optax.chain(
         *counting,
         optax.clip_by_global_norm(config.clip_norm),
         # A chain of its own, so that the state is the one that optax.adamw has.
@@ -82,6 +84,10 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
             optax.stateless(lambda updates, params: _map_named(decay_and_rate, updates, params)),
             optax.scale_by_learning_rate(lambda step: learning_rate(config, step, num_steps)),
         ),
+    )
+    return optax.GradientTransformation(
+        lambda params: rules.init(learning(config, params)),
+        lambda grads, state, params: rules.update(grads, state, learning(config, params)),
     )
 
 
@@ -101,6 +107,21 @@ def _count_row_updates() -> optax.GradientTransformation:
     return optax.GradientTransformation(
         init, lambda updates, state, params=None: (updates, jax.tree.map(lambda n: n + 1, state))
     )
+
+
+def learning(config: OptimizerConfig, params: dict) -> dict:
+    """Returns the parameters that learn: of parts whose rate is not 0, and of these alone the
+    adapters, where there are some.
+    """
+    rates, found = _rates(config), {}
+    leaves = _named_leaves(params)
+    adapted = any(map(is_adapter, leaves))
+    for name, leaf in leaves.items():
+        if rates[part_of(name)] and (is_adapter(name) or not adapted):
+            *groups, last = name.split(".")
+            group = functools.reduce(lambda tree, key: tree.setdefault(key, {}), groups, found)
+            group[last] = leaf
+    return found
 
 
 def part_of(name: str) -> str:
@@ -135,7 +156,7 @@ def _rates(config: OptimizerConfig) -> dict[str, float]:
 
 
 def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Scales by Adam's moments, smaller ones for hash tables where asked, none for frozen parts.
+    """Scales by Adam's moments, smaller ones for hash tables where asked.
 
     Matrices may have Muon's momentum instead.
     """
@@ -147,13 +168,11 @@ def _scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
     hash_rules = dict(float32=adam, bfloat16=_held_in_bfloat16(adam), factored=_factored(config))
 
     def rule(name, param):
-        part = part_of(name)
-        if rates[part] == 0:
-            return "frozen"
-        if muon and is_matrix_of_layers(name, param):
+        if muon and is_matrix_of_layers(name, param) and not is_adapter(name):
             return "muon"
-        return "hash" if part == "hash" else "adam"
+        return "hash" if part_of(name) == "hash" else "adam"
 
+    # "frozen" has nothing: checkpoints of earlier versions have a state of it.
     rules = dict(adam=adam, hash=hash_rules[config.hash_moments], frozen=optax.set_to_zero())
     if muon:  # a state for it would not be that of checkpoints of runs without it
         rules["muon"] = scale_by_muon()
@@ -213,6 +232,12 @@ def _factored(config: OptimizerConfig) -> optax.GradientTransformation:
         ),
         optax.stateless(lambda updates, _: jax.tree.map(clip_rows, updates)),
     )
+
+
+def _named_leaves(tree) -> dict:
+    """Returns the leaves of a nested dict by dotted name."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
 
 
 def _map_named(function, *trees):

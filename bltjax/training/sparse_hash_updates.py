@@ -22,11 +22,12 @@ POINTS = 8  # missed updates at which slowly changing factors are sampled, to av
 
 
 def sparse_hash_step(
-    model_config, config: TrainingConfig, gradients, update, entropy_params, state, batch
+    model_config, config: TrainingConfig, gradients, update, further: tuple, state, batch
 ):
     """Makes a training step on the rows of the hash tables that the batch reads.
 
-    gradients, update: functions of `step.make_train_step`. Returns the state and metrics.
+    gradients, update: functions of `step.make_train_step`; further: more arguments of the first.
+    Returns the state and metrics.
     """
     tables = state.params[HASH_TABLES]["weight"]
     ids, places = find_rows(model_config, batch["tokens"], tables)
@@ -35,7 +36,7 @@ def sparse_hash_step(
         return apply_missed_updates(config, take_rows(state, ids))
 
     sparse_batch = batch | dict(ngram_places=places)
-    grads, sums = gradients(rows_of(state).params, sparse_batch, entropy_params)
+    grads, sums = gradients(rows_of(state).params, sparse_batch, *further)
     # Rows of moments are read a second time, rather than held while gradients are computed.
     state, grads = jax.lax.optimization_barrier((state, grads))
     # XLA would read rows again where it writes them, out of copies of the tables (GPUs).

@@ -13,10 +13,11 @@ import optax
 from bltjax import sharding
 from bltjax.config import TrainingConfig
 from bltjax.model import functional
+from bltjax.model.lora import overlaid
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.runtime.heap import give_back_after_compiling
 from bltjax.training.loss import bits_per_byte, loss_sums
-from bltjax.training.optimizer import HASH_TABLES, learning_rate
+from bltjax.training.optimizer import HASH_TABLES, learning, learning_rate
 from bltjax.training.patch_finder import patch_counts
 from bltjax.training.sparse_hash_updates import sparse_hash_step, sum_rows
 from bltjax.training.state import Health, TrainState
@@ -41,36 +42,47 @@ def make_train_step(
     hold its maximum. byte_lengths: see `loss_sums`, where ids are tokens.
     """
     give_back_after_compiling()
-    gradients = _gradients(model_config, config.z_loss, find_patches, num_sources, byte_lengths)
+    gradients = _gradients(model_config, config, find_patches, num_sources, byte_lengths)
     if config.accumulation_steps > 1:
         gradients = _accumulated(gradients, config.accumulation_steps)
     update = _updating(config, optimizer)
     if config.skip_loss_above or config.skip_norm_above:
         update = _guarded(config, update)
-    sparse = config.optimizer.hash_updates == "touched"
+    sparse = config.optimizer.hash_updates == "touched" and config.optimizer.hash_rate
 
     def train_step(state: TrainState, batch, entropy_params=None):
+        key = None
+        if model_config.lora.dropout:
+            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        further = entropy_params, key
         if sparse and HASH_TABLES in state.params:
-            parts = gradients, update, entropy_params
-            return sparse_hash_step(model_config, config, *parts, state, batch)
-        grads, sums = gradients(state.params, batch, entropy_params)
+            return sparse_hash_step(model_config, config, gradients, update, further, state, batch)
+        grads, sums = gradients(state.params, batch, *further)
         return update(state, grads, sums, batch)
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def _gradients(model_config, z_loss, find_patches, num_sources, byte_lengths):
-    """Returns (params, batch, entropy_params) -> gradients summed over targets, `batch_sums`."""
+def _gradients(model_config, config, find_patches, num_sources, byte_lengths):
+    """Returns (params, batch, entropy_params, key) -> gradients summed over targets, `batch_sums`.
 
-    def gradients(params, batch, entropy_params):
+    key: of the dropout of adapters, or None. Gradients are those of the parameters that learn, see
+    `optimizer.learning`.
+    """
+    z_loss = config.z_loss
+
+    def gradients(params, batch, entropy_params, key):
         rows = batch["tokens"], batch["document_ids"]
         found = find_patches and find_patches(entropy_params, *rows)
 
-        def objective(params):
-            sums = batch_sums(model_config, params, batch, found, num_sources, z_loss, byte_lengths)
+        def objective(learned):
+            every = overlaid(params, learned)
+            sums = batch_sums(
+                model_config, every, batch, found, num_sources, z_loss, byte_lengths, key
+            )
             return sums["nats"] + z_loss * sums.pop("z", 0.0), sums
 
-        return jax.grad(objective, has_aux=True)(params)
+        return jax.grad(objective, has_aux=True)(learning(config.optimizer, params))
 
     return gradients
 
@@ -78,16 +90,20 @@ def _gradients(model_config, z_loss, find_patches, num_sources, byte_lengths):
 def _accumulated(gradients, num_parts: int):
     """Wraps `gradients`: a batch goes through in parts, one after the other, and is summed up."""
 
-    def accumulated(params, batch, entropy_params):
+    def accumulated(params, batch, entropy_params, key):
         parts = sharding.micro_batches(batch, num_parts)
+        keys = None if key is None else jax.random.split(key, num_parts)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradients(params, part, entropy_params)), None
+            batch, key = part
+            found = gradients(params, batch, entropy_params, key)
+            return jax.tree.map(jnp.add, total, found), None
 
-        part = jax.tree.map(lambda x: x[0], parts)
-        _, sums = jax.eval_shape(gradients, params, part, entropy_params)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-        return jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), zeros), parts)[0]
+        part, key = jax.tree.map(lambda x: x[0], (parts, keys))
+        like, sums = jax.eval_shape(gradients, params, part, entropy_params, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), like)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+        return jax.lax.scan(add, (zeros, nothing), (parts, keys))[0]
 
     return accumulated
 
@@ -104,7 +120,8 @@ def _updating(config: TrainingConfig, optimizer):
             learning_rate=learning_rate(config.optimizer, state.health.updates, config.steps),
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        learned = optax.apply_updates(learning(config.optimizer, state.params), updates)
+        params = overlaid(state.params, learned)
         health = state.health._replace(updates=state.health.updates + 1)
         return TrainState(state.step + 1, params, opt_state, health), metrics
 
@@ -192,7 +209,14 @@ def make_eval_step(model_config, find_patches=None, num_sources: int = 1, byte_l
 
 
 def batch_sums(
-    model_config, params, batch, patches=None, num_sources: int = 1, z_loss=0.0, byte_lengths=None
+    model_config,
+    params,
+    batch,
+    patches=None,
+    num_sources: int = 1,
+    z_loss=0.0,
+    byte_lengths=None,
+    dropout_key=None,
 ):
     """Runs a model over a batch -> `loss_sums` and `patch_counts`; without patches, `inputs`.
 
@@ -201,7 +225,7 @@ def batch_sums(
     if patches is None and "patch_lengths" in batch:
         patches = buffers_from_lengths(batch["patch_lengths"], batch["tokens"].shape[1])
     inputs = [batch["document_ids"]] if patches is None else [patches, batch["document_ids"]]
-    known = {}
+    known = {} if dropout_key is None else dict(dropout_key=dropout_key)
     if "ngram_places" in batch:  # then params hold only the rows of the tables that it reads
         rows, dtype = params[HASH_TABLES]["weight"], model_config.compute_dtype
         known["ngrams"] = sum_rows(rows, batch["ngram_places"], dtype)

@@ -13,7 +13,7 @@ from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.system_errors import is_of_disk, unwritable
 
-FORMATS = ("bltjax", "hf", "meta")
+FORMATS = ("bltjax", "hf", "meta", "peft")  # the last: adapters alone
 
 
 def convert(
@@ -22,11 +22,14 @@ def convert(
     format: str,
     *,
     entropy_model: str | Path | None = None,
+    adapter: str | Path | None = None,
     dtype: str | None = None,
     progress: bool = False,
     dry_run: bool = False,
 ) -> dict:
     """Writes the weights in `source` to a new directory `target` in `format`, one of FORMATS.
+
+    adapter: a directory with one, which is added to the matrices.
 
     The whole source is checked first, every value included. Then tensors are copied block by block,
     so memory does not grow with the model, and checksums.json is written. Raises WeightsError,
@@ -48,7 +51,7 @@ def convert(
     target = Path(os.path.expanduser(target)).absolute()
     formats.check_dtype(dtype)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
-        weights = read_and_check(sources, target, progress)
+        weights = read_and_check(sources, target, progress, adapter and directory_of(adapter))
         weights = formats.cast(weights, dtype)
         plan = formats.plan(weights, format)
         notes = [*weights.notes, *plan.notes, *formats.left_behind(sources[0])]
@@ -69,7 +72,7 @@ def convert(
     )
 
 
-def read_and_check(sources: list[Path], target: Path, progress: bool):
+def read_and_check(sources: list[Path], target: Path, progress: bool, adapter: Path | None):
     """Reads the source, and the directory of its entropy model if there is a second one.
 
     Raises one error for all problems with them and with the target.
@@ -81,7 +84,7 @@ def read_and_check(sources: list[Path], target: Path, progress: bool):
     try:
         total = sum(map(formats.stored_bytes, sources))
         with progress_bar("checking", total, shown=progress) as bar:
-            weights = formats.read(*sources, on_progress=bar.update)
+            weights = formats.read(*sources, on_progress=bar.update, adapter=adapter)
     except WeightsError as error:
         if wrong is None:
             raise

@@ -121,7 +121,7 @@ ENTROPY_MODEL_NAMES = [
 
 def to_published(config, params: dict, style: str) -> dict[str, LazyArray]:
     """Converts our nested parameters to lazy tensors by published name; reads only shapes."""
-    tensors, names = {}, _by_path(config)
+    tensors, names = {}, names_by_path(config)
     for path, leaf in tree_leaves(params):
         name = names[path]
         if name == HASH_TABLES:
@@ -147,7 +147,7 @@ def from_published(config, tensors: Mapping[str, LazyArray], style: str) -> tupl
     abstract = functional.abstract_params(config)
     found, expected = shapes(tensors), shapes(to_published(config, abstract, style))
     problems = shape_problems(found, expected)
-    params, names = {}, _by_path(config)
+    params, names = {}, names_by_path(config)
     for path, leaf in tree_leaves(abstract):
         name = names[path]
         wanted = [name.tensor(style, i) for i in range(leaf.shape[0] if name.stacked else 1)]
@@ -188,6 +188,7 @@ def _joined(name: Name, parts: list[LazyArray], style: str, shape) -> LazyArray:
     return Stacked(parts) if "{}" in getattr(name, style) else Split(parts[0], shape[0])
 
 
-def _by_path(config) -> dict[tuple[str, ...], Name]:
+def names_by_path(config) -> dict[tuple[str, ...], Name]:
+    """Returns the published names of a model's parameters by our path."""
     names = BLT_NAMES if isinstance(config, BLTConfig) else ENTROPY_MODEL_NAMES
     return {name.path: name for name in names}

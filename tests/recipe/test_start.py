@@ -1,0 +1,227 @@
+"""Runs that start from the weights of another model: what is taken, what learns, what is kept."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+import bltjax
+from bltjax import sharding
+from bltjax.checkpoints import formats
+from bltjax.checkpoints.run_directory import RunDirectory, saved_steps
+from bltjax.checkpoints.weights import flat
+from bltjax.config import RunConfig, from_config_dict
+from bltjax.recipe.checks import check_run
+from bltjax.recipe.stages import run
+from bltjax.recipe.start import filled
+from bltjax.training.loss import LN2
+from tests import directories, processes
+from tests.configs import tiny_start
+from tests.processes import metrics, wait_for_step
+
+TEXT = "A patch is short where the next byte is hard to guess: naïve, 日本, x = 1;\n" * 3
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Directories with the golden models A: Hugging Face's, and Meta's with an entropy model."""
+    top = tmp_path_factory.mktemp("sources")
+    return dict(
+        hf=directories.hub(top / "hf", "hf_A_1b_like"),
+        meta=directories.meta_with_entropy_model(top / "meta"),
+    )
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Of a run that reads one document, which fills its rows, and starts from a directory."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "0.txt").write_text(TEXT)
+
+    def made(source, **changes) -> RunConfig:
+        given = tiny_start.get_config()
+        given.start_from, given.stages = str(source), ("entropies", "blt")
+        given.data.root, given.data.validation_fraction = str(corpus), 0.0
+        training = given.blt_training
+        training.row_bytes = training.row_patches = len(TEXT.encode()) + 2
+        training.steps, training.checkpoint_every = 1, 100
+        training.optimizer.schedule, training.optimizer.warmup_steps = "constant", 0
+        training.optimizer.learning_rate = 1e-3
+        given.update_from_flattened_dict(changes)
+        return from_config_dict(RunConfig, given)
+
+    return made
+
+
+def train(config, workdir) -> RunDirectory:
+    mesh = dataclasses.replace(config.mesh, data=1)
+    checked = check_run(dataclasses.replace(config, mesh=mesh), workdir)
+    run(checked)
+    return checked.directory
+
+
+def params_of(directory, name="blt") -> dict:
+    return {k: np.asarray(v) for k, v in flat(formats.read(directory).params[name]).items()}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", _on_one_device(sharding.make_mesh))
+
+
+def _on_one_device(make_mesh):
+    return lambda config=None, devices=None: make_mesh(devices=(devices or jax.devices())[:1])
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta"])
+def test_the_first_loss_is_that_of_the_source(sources, config, tmp_path, one_device, kind):
+    directory = train(config(sources[kind]), tmp_path / "run")
+    (score,) = bltjax.load(sources[kind]).score([TEXT])
+    (line,) = metrics(directory.path, "blt")
+    assert line["step"] == 0
+    assert line["bits_per_byte"] == pytest.approx(score.nats / score.num_bytes / LN2, rel=1e-6)
+    started = json.loads((directory.path / "start.json").read_text())
+    assert len(started["blt"]) == 16
+
+
+def test_settings_are_those_of_the_source(sources, config, tmp_path, one_device):
+    directory = train(config(sources["hf"]), tmp_path / "run")
+    with jax.set_mesh(sharding.make_mesh()):
+        source = formats.read(sources["hf"])
+    stored = directory.config()
+    assert stored.blt == source.blt and stored.entropy_model == source.entropy_model
+    assert stored.patching == source.patching
+    assert stored.patching.target_patch_bytes is None
+    assert directory.threshold() == source.patching.threshold == directories.THRESHOLD
+    np.testing.assert_equal(
+        params_of(directory.path, "entropy_model"), params_of(sources["hf"], "entropy_model")
+    )
+    assert saved_steps(directory.path / "blt" / "checkpoints") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"blt.global_transformer.dim": 32}, r"blt\.global_transformer\.dim=32 contradicts"),
+        ({"patching.target_patch_bytes": 6.0}, r"patching\.target_patch_bytes=6\.0 contradicts"),
+        ({"patching.rule": "space"}, r"patching\.rule='space' contradicts"),
+    ],
+)
+def test_what_contradicts_the_source_is_named(sources, config, tmp_path, one_device, changes, said):
+    with pytest.raises(ValueError, match=f"{said} start_from={sources['hf']}, which has"):
+        check_run(config(sources["hf"], **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_it_is_computed_may_differ(sources, config, one_device):
+    given = config(sources["hf"], **{"blt.remat": "full", "blt.compute_dtype": "bfloat16"})
+    with jax.set_mesh(sharding.make_mesh()):
+        source = formats.read(sources["hf"])
+    found = filled(given, source.entropy_model, source.blt, source.patching)
+    assert found.blt == dataclasses.replace(source.blt, remat="full", compute_dtype="bfloat16")
+
+
+def test_a_source_without_a_blt_is_refused(config, tmp_path, one_device):
+    source = directories.hub(tmp_path / "entropy", "meta_entropy")
+    with pytest.raises(ValueError, match="has an entropy model alone, and the stage 'blt' trains"):
+        check_run(config(source), tmp_path / "run")
+    with pytest.raises(ValueError, match="start_from=/nowhere: no directory /nowhere"):
+        check_run(config("/nowhere"), tmp_path / "run")
+
+
+def test_frozen_parts_stay_and_hold_nothing(sources, config, tmp_path, one_device, capsys):
+    """Also with weight decay, after 50 steps."""
+    rates = {"blt_training.optimizer.hash_rate": 0.0, "blt_training.optimizer.global_rate": 0.0}
+    changes = rates | {"blt_training.steps": 50}
+    directory = train(config(sources["hf"], **changes), tmp_path / "frozen")
+    said = capsys.readouterr().out
+    before, after = params_of(sources["hf"]), params_of(directory.path)
+    frozen = {n for n in after if n.startswith(("global_", "encoder_hash"))}
+    assert frozen and {n for n in after if np.array_equal(before[n], after[n])} == frozen
+    learning = sum(x.size for n, x in after.items() if n not in frozen)
+    total = sum(x.size for x in after.values())
+    held = 8 * learning / 1e6  # two moments in float32
+    assert f"{learning:,} of {total:,} parameters learn, the optimizer holds {held:.1f} MB" in said
+
+
+def test_a_run_goes_on_without_its_source(sources, config, tmp_path, one_device):
+    source = shutil.copytree(sources["hf"], tmp_path / "source")
+    given = config(source, **{"blt_training.steps": 2})
+    whole = train(given, tmp_path / "whole")
+    again = tmp_path / "again"
+    with pytest.raises(InterruptedError):
+        _train_until(given, again, step=0)
+    shutil.rmtree(source)
+    assert metrics(train(given, again).path, "blt") == metrics(whole.path, "blt")
+    np.testing.assert_equal(params_of(again), params_of(whole.path))
+
+
+def _train_until(config, workdir, step):
+    """Trains, and ends with an InterruptedError where a checkpoint of the step is being saved."""
+    from bltjax.training import loop
+
+    real = loop.Checkpoints.save
+
+    def save(self, saved, *rest):
+        real(self, saved, *rest)
+        if saved == step:
+            self.wait()
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "save", save)
+        train(config, workdir)
+
+
+def test_a_source_that_changed_is_noticed(sources, config, tmp_path, one_device):
+    """Where the run was killed before it had anything of its own."""
+    source = shutil.copytree(sources["hf"], tmp_path / "source")
+    directory = train(config(source), tmp_path / "run")
+    shutil.rmtree(directory.path / "blt")
+    directories.rewrite(source, lambda x: x.update({"lm_head.weight": 2 * x["lm_head.weight"]}))
+    with pytest.raises(ValueError, match="put that directory back, or choose a new --workdir"):
+        train(config(source), tmp_path / "run")
+
+
+@pytest.mark.long
+def test_killed_after_some_steps_it_ends_as_if_nothing_had_happened(sources, tmp_path):
+    """A real process, really killed, and its source deleted."""
+    processes.write_corpus(tmp_path / "corpus")
+    source = shutil.copytree(sources["hf"], tmp_path / "source")
+    settings = [
+        f"--config.data.root={tmp_path / 'corpus'}",
+        f"--config.start_from={source}",
+        "--config.blt.lora.rank=2",
+        "--config.blt.lora.dropout=0.1",
+        "--config.blt_training.steps=16",
+    ]
+
+    def start(name):
+        return processes.start(
+            "bltjax.train",
+            "--config=tests/configs/tiny_start.py",
+            f"--workdir={tmp_path / name}",
+            *settings,
+            env=processes.environment(),
+            stderr=subprocess.STDOUT,
+        )
+
+    whole = start("whole")
+    output = whole.communicate(timeout=300)[0]
+    assert whole.returncode == 0, output
+    killed = start("killed")
+    wait_for_step([killed], tmp_path / "killed", "blt", 6)
+    killed.kill()
+    killed.communicate()
+    shutil.rmtree(source)
+    again = start("killed")
+    output = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, output
+    assert "blt: resumed at step" in output
+    assert metrics(tmp_path / "killed", "blt") == metrics(tmp_path / "whole", "blt")
+    np.testing.assert_equal(params_of(tmp_path / "killed"), params_of(tmp_path / "whole"))
