@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -14,12 +14,17 @@ from bltjax.checkpoints import formats, placing
 from bltjax.checkpoints.demo import directory_of
 from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config.chat import ROLES, ChatConfig
+from bltjax.data import conversations
 from bltjax.evaluation.patch_use import patch_use_of_documents
 from bltjax.evaluation.score import BLTScoring, ByteScoring, Score
 from bltjax.evaluation.text_model import Text, TextModel
 from bltjax.evaluation.token_baseline import model as token_model
 from bltjax.evaluation.token_baseline.model import TokenModel
+from bltjax.inference.conversation import Conversation
 from bltjax.inference.decoders import BLTDecoder
+from bltjax.inference.requests import make_requests
+from bltjax.inference.sampling import Sampling
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts, needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
@@ -102,6 +107,7 @@ class Model(TextModel):
         self.entropy_config: EntropyModelConfig | None = weights.entropy_model
         self.patching: PatchingConfig = weights.patching
         self.lengths: Lengths = weights.lengths
+        self._chat: ChatConfig | None = weights.chat
         self.mesh = mesh
         with jax.set_mesh(mesh):
             self.params = {
@@ -167,6 +173,73 @@ class Model(TextModel):
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
         with jax.set_mesh(self.mesh):
             return patch_use_of_documents(scoring, documents, num_rows, row_bytes)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping],
+        max_new_bytes: int = 512,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """Returns the assistant's answer to a conversation.
+
+        messages: dicts with `role` ("system", "user" or "assistant") and `content`. Where they go
+        on from the call before, with its answer, only what is new is read; that changes no byte.
+        Other arguments are those of `generate`. Raises ValueError for a model that was not trained
+        on conversations, and for messages that are none.
+        """
+        pieces = self.chat_stream(
+            messages,
+            max_new_bytes,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def chat_stream(
+        self,
+        messages: Sequence[Mapping],
+        max_new_bytes: int = 512,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[bytes]:
+        """Yields the assistant's answer in pieces; arguments are those of `chat`."""
+        chat = self.chat_template()
+        prompt = conversations.to_bytes(messages, chat, answer=True)
+        sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, False)
+        row = self._decoder(), [prompt], max_new_bytes, seed, self.lengths.row_bytes
+        (request,) = make_requests(*row)
+        stops = [chat.delimiter(name) for name in ("end", *ROLES)]
+        with jax.set_mesh(self.mesh):
+            pieces = self._conversation.stream(request, sampling, stops)
+        return (piece for piece, _ in pieces)
+
+    def chat_template(self) -> ChatConfig:
+        """Returns how turns look. Raises ValueError where the model knows no conversations."""
+        if self._chat is None:
+            raise ValueError(
+                "this model was not trained on conversations: train it on a source of the kind "
+                "'chat' (docs/finetuning.md), or use generate"
+            )
+        return self._chat
+
+    @functools.cached_property
+    def _conversation(self) -> Conversation:
+        return Conversation(self._decoder(), self._generation_params)
 
     def _decoder(self) -> BLTDecoder:
         if self.config is None:

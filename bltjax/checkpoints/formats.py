@@ -41,6 +41,7 @@ from bltjax.config import (
     from_config_dict,
     to_model_dict,
 )
+from bltjax.config.chat import ChatConfig
 from bltjax.config.lora import LoRAConfig
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
@@ -201,6 +202,8 @@ def _plan_bltjax(weights: Weights) -> WritePlan:
         patching=to_model_dict(weights.patching),
         lengths=weights.lengths._asdict(),
     )
+    if weights.chat is not None:
+        described["chat"] = dataclasses.asdict(weights.chat)
 
     def save(directory: Path, _, on_progress: OnProgress):
         save_weights(directory / WEIGHTS, weights.params, on_progress)
@@ -240,9 +243,11 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
             f"{MODEL} has format {version!r}, this bltjax reads {VERSION}: use the bltjax that "
             "wrote it, or a newer one"
         )
-    names = dict(blt=BLTConfig, entropy_model=EntropyModelConfig, patching=PatchingConfig)
+    names = dict(
+        blt=BLTConfig, entropy_model=EntropyModelConfig, patching=PatchingConfig, chat=ChatConfig
+    )
     parts = {name: described.pop(name, None) for name in names}
-    blt, entropy_model, patching = (
+    blt, entropy_model, patching, chat = (
         _config(cls, parts[name], name, problems) for name, cls in names.items()
     )
     fields = Fields(MODEL, {"lengths": described.pop("lengths", {})})
@@ -264,7 +269,8 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
         for setting in _not_said(parts[name] or {}, to_model_dict(config), name)
     ]
     told = f"{MODEL} does not say, so it is assumed: {', '.join(assumed)}"
-    return Weights(blt, entropy_model, patching, params, lengths, (told,) if assumed else ())
+    notes = (told,) if assumed else ()
+    return Weights(blt, entropy_model, patching, params, lengths, notes, chat=chat)
 
 
 def _not_said(values: dict, whole: dict, name: str) -> Iterator[str]:
@@ -320,8 +326,16 @@ def _read_run(path: Path, on_progress: OnProgress) -> Weights:
         params,
         Lengths(row_bytes=stages[0].training.row_bytes or directory.row_bytes()),
         notes if "blt" in names else _without_blt(config),
+        chat=_chat(config) if "blt" in names else None,
     )
     return _with_adapters_merged(weights, config.start_from)
+
+
+def _chat(config: RunConfig) -> ChatConfig | None:
+    """Returns how turns look in a run; None of one that knows no conversations."""
+    data = config.data
+    said = config.patching.turns or data.chat != ChatConfig()
+    return data.chat if said or any(s.kind == "chat" for s in data.sources) else None
 
 
 def _with_adapters_merged(weights: Weights, base_path: str) -> Weights:

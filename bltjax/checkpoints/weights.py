@@ -8,6 +8,7 @@ import numpy as np
 from bltjax.checkpoints.host_fingerprints import HostFingerprint
 from bltjax.checkpoints.lazy_arrays import LazyArray, blocks, num_bytes, num_nonfinite, tree_leaves
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
+from bltjax.config.chat import ChatConfig
 from bltjax.config.lora import LoRAConfig
 from bltjax.runtime.progress import OnProgress
 from bltjax.runtime.terminal import printable
@@ -48,7 +49,8 @@ class Weights(NamedTuple):
     params: {"blt": ..., "entropy_model": ...}, nested dicts of lazy arrays under the paths of
     `functional.abstract_params`, in the dtype they are stored in. A model that is not there has
     neither config nor parameters. notes: what a user of the source should know. adapter: one that
-    the BLT's parameters hold already, and what they were without it.
+    the BLT's parameters hold already, and what they were without it. chat: how the turns look of
+    the conversations that the model was trained on.
     """
 
     blt: BLTConfig | None
@@ -59,6 +61,7 @@ class Weights(NamedTuple):
     notes: tuple[str, ...] = ()
     adapter: Adapter | None = None
     base: dict | None = None
+    chat: ChatConfig | None = None
 
     def with_entropy_model(self, other: "Weights") -> "Weights":
         """Returns this model with the entropy model of another directory."""

@@ -6,8 +6,10 @@ dataclasses. Only this package knows ConfigDicts.
 """
 
 # `as` tells type checkers that these names are public here.
+from bltjax.config.chat import ChatConfig as ChatConfig
 from bltjax.config.data import DataConfig as DataConfig
 from bltjax.config.data import SourceConfig as SourceConfig
+from bltjax.config.lora import LoRAConfig as LoRAConfig
 from bltjax.config.model import DTYPES as DTYPES
 from bltjax.config.model import BLTConfig as BLTConfig
 from bltjax.config.model import CrossAttentionConfig as CrossAttentionConfig

@@ -4,6 +4,7 @@ import collections
 import re
 from dataclasses import dataclass
 
+from bltjax.config.chat import ChatConfig
 from bltjax.config.checks import (
     MOST_BYTES,
     MOST_SEED,
@@ -17,7 +18,7 @@ from bltjax.config.checks import (
 
 HUB = "hf://"
 FILE_KINDS = ("auto", "text", "bytes", "jsonl", "parquet", "array_record", "arrow")
-SOURCE_KINDS = (*FILE_KINDS, "huggingface")
+SOURCE_KINDS = (*FILE_KINDS, "chat", "huggingface")
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class SourceConfig:
     # hub, or a directory that `datasets.load_dataset` takes
     path: str = ""
     # `"auto"` decides by the name of each file; `"text"`: a file is a document, decompressed if
-    # need be; `"bytes"`: the same with its bytes as they are; or one of `"jsonl"`, `"parquet"`,
-    # `"array_record"`, `"arrow"`, `"huggingface"`
+    # need be; `"bytes"`: the same with its bytes as they are; `"chat"`: conversations, in JSON
+    # lines or Parquet; or one of `"jsonl"`, `"parquet"`, `"array_record"`, `"arrow"`,
+    # `"huggingface"`
     kind: str = "auto"
     field: str = ""  # field of a record that holds its text; empty: the first of `data.text_fields`
     # share of the bytes of this source; 0 for all sources: each document once an epoch. Give all
@@ -81,6 +83,7 @@ class DataConfig:
     )
     # field of a record that holds its text; the first that is there
     text_fields: tuple[str, ...] = ("text", "content")
+    chat: ChatConfig = ChatConfig()  # turns of sources of the kind `chat`
     # field of a record that names it; the first that is there
     id_fields: tuple[str, ...] = ("sample_id", "title", "qid", "paper_id", "path", "url", "id")
     # field of a record that names its language; the first that is there
@@ -105,6 +108,7 @@ class DataConfig:
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "bad_records", ("skip", "fail"))
+        found += self.chat.problems(f"{name}.chat")
         sizes = "shard_bytes", "max_bytes", "max_document_bytes"
         found += positive(self, name, *sizes, most=MOST_BYTES)
         found += not_negative(self, name, "workers", most=MOST_WORKERS)

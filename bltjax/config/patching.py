@@ -20,6 +20,9 @@ class PatchingConfig:
     patch_size: int = 4  # bytes of a patch under the rule `static`
     # longer patches are split every so many bytes, from their left end; None: never
     max_patch_length: int | None = None
+    # a patch starts after each of the bytes 0xF8 to 0xFB, which begin and end the turns of a
+    # conversation
+    turns: bool = False
     # the context of the entropy model ends at each newline (paper, section 4.4)
     reset_at_newlines: bool = False
     # `global_monotonic` never starts a patch at position 3, as the published code does

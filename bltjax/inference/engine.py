@@ -16,7 +16,7 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.inference.decoders import Decoder
-from bltjax.inference.loops import decode, prefill
+from bltjax.inference.loops import decode, extend, prefill
 from bltjax.inference.memory import GIB, needed_and_free
 from bltjax.inference.row_state import NEVER, ProgramShape, RequestArrays
 from bltjax.inference.sampling import Sampling, check_number, is_whole, make_plain, sampling_arrays
@@ -103,7 +103,7 @@ def generate(
     for start in range(0, len(order), decoding.batch_size):
         chosen = order[start : start + decoding.batch_size]
         own = [requests[i] for i in chosen]
-        batch = _Batch(decoder, params, own, sampling, stops, decoding)
+        batch = Batch(decoder, params, own, sampling, stops, decoding)
         while not batch.done:
             batch.advance(batch.max_steps)
         texts = batch.texts()
@@ -126,10 +126,11 @@ def stream(
     An end that may turn out to begin a stop string is held back. All work is done on the mesh that
     is set now, whatever the caller sets between two pieces.
     """
-    return _pieces(_Batch(decoder, params, [request], sampling, stops, decoding))
+    return pieces(Batch(decoder, params, [request], sampling, stops, decoding))
 
 
-def _pieces(batch: "_Batch") -> Iterator[tuple[bytes, Counts]]:
+def pieces(batch: "Batch") -> Iterator[tuple[bytes, Counts]]:
+    """Yields the text of a batch of one request in pieces, as `stream` does."""
     shown, done = 0, False
     while not done:
         with jax.set_mesh(batch.mesh):
@@ -144,10 +145,10 @@ def _pieces(batch: "_Batch") -> Iterator[tuple[bytes, Counts]]:
                 batch.advance(STREAM_STEPS)
 
 
-class _Batch:
+class Batch:
     """Rows of static shape that are being generated together."""
 
-    def __init__(self, decoder, params, requests, sampling, stops, decoding):
+    def __init__(self, decoder, params, requests, sampling, stops, decoding, rewind=0):
         self.mesh = jax.sharding.get_mesh()
         shards = sharding.num_row_shards(self.mesh)
         # Few numbers of rows, too, so that few are compiled.
@@ -160,9 +161,26 @@ class _Batch:
                 "max_new_bytes"
             )
         capacity = num_positions(needed)
-        self.shape = make_shape(decoder, num_rows, capacity, decoding)
+        self.shape = make_shape(decoder, num_rows, capacity, decoding, rewind)
         _check_memory(self.shape, longest)
-        self.params, self.requests, self.stops = params, requests, stops
+        self.params, self.rows_here = params, sharding.rows_of_process(num_rows)
+        tokens = self._lay_out(requests, sampling, stops)
+        self.progress = prefill(self.shape, params, tokens, self.arrays)
+
+    def go_on(self, request: Request, sampling: Sampling, stops: Sequence[bytes], kept: int):
+        """Goes on with another request, whose first `kept` ids are those of the first row."""
+        tokens = self._lay_out([request], sampling, stops)
+        every = np.ones(self.shape.size.rows, np.int32)
+        every[0] = kept
+        (kept_rows,) = self._put_rows(every)
+        self.progress = extend(
+            self.shape, self.params, self.progress, tokens, self.arrays, kept_rows
+        )
+
+    def _lay_out(self, requests, sampling: Sampling, stops: Sequence[bytes]):
+        """Takes requests over into `arrays`; returns their ids."""
+        self.requests, self.stops = requests, stops
+        decoder, (num_rows, capacity, *_) = self.shape.decoder, self.shape.size
         empty = Request(decoder.encode(b""), 0, 0)
         filled = [*requests, *[empty] * (num_rows - len(requests))]
         tokens = np.full((num_rows, capacity), PAD_ID, np.int32)
@@ -171,14 +189,13 @@ class _Batch:
         lengths = np.array([len(r.ids) for r in filled], np.int32)
         limits = np.array([r.max_new_bytes for r in filled], np.int32)
         seeds = np.array([r.seed for r in filled], np.uint32)
-        self.rows_here = sharding.rows_of_process(num_rows)
         tokens, *numbers = self._put_rows(tokens, lengths, limits, seeds)
         self.arrays = RequestArrays(
             *numbers,
             stops=sharding.put_whole(_stop_table(stops if decoder.ids_are_bytes else ())),
             sampling=sharding.put_whole(jax.tree.map(np.asarray, sampling_arrays(sampling))),
         )
-        self.progress = prefill(self.shape, params, tokens, self.arrays)
+        return tokens
 
     def _put_rows(self, *arrays):
         return sharding.put_batch([x[self.rows_here] for x in arrays])
@@ -254,15 +271,21 @@ class _Batch:
         )
 
 
-def make_shape(decoder: Decoder, rows: int, positions: int, decoding: Decoding) -> ProgramShape:
-    """Returns the shape of the programs for so many rows of so many positions."""
+def make_shape(
+    decoder: Decoder, rows: int, positions: int, decoding: Decoding, rewind: int = 0
+) -> ProgramShape:
+    """Returns the shape of the programs for so many rows of so many positions.
+
+    rewind: positions that rows may step back over, beside those of drafts.
+    """
     patches = math.ceil(positions / decoding.min_patch_bytes / BLOCK) * BLOCK
     size = CacheSize(
         rows=rows,
         positions=positions,
         patches=min(max(patches, BLOCK), positions),
         chunk=min(_chunk(rows), positions),
-        max_rewind=decoding.max_drafts + 1,  # the drafts, and the byte that they follow
+        # The drafts, and the byte that they follow.
+        max_rewind=max(decoding.max_drafts + 1, rewind),
     )
     return ProgramShape(decoder, size, decoding.max_drafts, decoding.quorum)
 

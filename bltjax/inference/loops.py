@@ -32,7 +32,27 @@ PATCH_BYTES = 4  # of prompts, as a guess: patches that a call of the global sta
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(shape: ProgramShape, params, tokens, request: RequestArrays) -> Progress:
     """Reads prompts, in tokens int32 [B, C], in chunks, up to the distribution of the next id."""
-    decoder, num_new = shape.decoder, shape.size.chunk
+    state = shape.decoder.new_state(shape.size, tokens)
+    return _read_prompts(shape, params, state, jnp.zeros_like(request.prompt_lengths), request)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def extend(
+    shape: ProgramShape, params, progress: Progress, tokens, request: RequestArrays, kept
+) -> Progress:
+    """Reads prompts of which the first `kept` ids int32 [B] have been read by `progress`.
+
+    kept: from 1 on; with the last one, which is read again, rows step back by no more than
+    `max_rewind`. It is, since it may have been predicted while its patch waited.
+    """
+    state = progress.state.with_tokens(tokens)
+    state = shape.decoder.rewind(state, kept - 1)
+    return _read_prompts(shape, params, state, kept - 1, request)
+
+
+def _read_prompts(shape: ProgramShape, params, state, first, request: RequestArrays) -> Progress:
+    """Reads prompts from positions `first` int32 [B] on."""
+    decoder, num_new, tokens = shape.decoder, shape.size.chunk, state.tokens
     max_patches = -(-num_new // PATCH_BYTES)
     lengths = request.prompt_lengths
 
@@ -49,7 +69,7 @@ def prefill(shape: ProgramShape, params, tokens, request: RequestArrays) -> Prog
     state, _, logits = jax.lax.while_loop(
         lambda carry: (carry[1] < lengths).any(),
         read_chunk,
-        (decoder.new_state(shape.size, tokens), zeros, no_logits),
+        (state, first, no_logits),
     )
     seen = on_rows(lambda *rows: find_first_seen(*rows, decoder.num_ids), tokens, lengths)
     drafting = None

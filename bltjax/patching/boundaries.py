@@ -22,10 +22,12 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from bltjax.config.chat import TURN_BYTES
 from bltjax.patching import falling
 from bltjax.vocabulary import BPE_ID, BYTE_OFFSET, EOS_ID
 
 NEWLINE_ID = ord("\n") + BYTE_OFFSET
+TURNS = sorted(b"".join(TURN_BYTES.values()))  # four bytes in a row
 
 
 class Context(NamedTuple):
@@ -36,6 +38,7 @@ class Context(NamedTuple):
     positions: np.ndarray  # int32, in their document; what is before 0 is no part of it
     from_start: np.ndarray | bool  # False: the document began before its position 0
     open_bytes: np.ndarray | int  # int32 [...], of the patch that is open before all of them
+    opened: np.ndarray | bool = False  # bool [..., S]: a patch starts after it whatever the rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,7 @@ def _above_falling_threshold(config, context):
     The longer a patch is, the less uncertainty ends it: text of any script then has patches of
     similar lengths, which still start at its harder bytes.
     """
-    begins = context.positions == 0
+    begins = (context.positions == 0) | context.opened
     return falling.opens(config.threshold, context.entropies, begins, context.open_bytes)
 
 
@@ -278,9 +281,15 @@ def starts_after(config, tokens, entropies, positions, from_start=True, open_byt
             entropies = _bf16(entropies)
             threshold, add = _bf16(np.float32([config.threshold, config.threshold_add])).tolist()
             config = dataclasses.replace(config, threshold=threshold, threshold_add=add)
-    opens = rule.opens(config, Context(tokens, entropies, positions, from_start, open_bytes))
+    opened = _at_turns(tokens) if config.turns else False
+    context = Context(tokens, entropies, positions, from_start, open_bytes, opened)
     num_forced = _namespace(positions).where(from_start, rule.num_forced, 2)
-    return opens | (positions + 1 < num_forced)
+    return rule.opens(config, context) | (positions + 1 < num_forced) | opened
+
+
+def _at_turns(tokens):
+    """Returns which of tokens [..., S] begin or end a turn of a conversation."""
+    return (tokens >= TURNS[0] + BYTE_OFFSET) & (tokens <= TURNS[-1] + BYTE_OFFSET)
 
 
 def limit_patch_length(starts, max_patch_length):

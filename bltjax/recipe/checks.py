@@ -118,6 +118,13 @@ def has_all_entropies(config: RunConfig, directory: RunDirectory) -> bool:
 
 def check_sources(config: RunConfig, directory: RunDirectory):
     """Raises ValueError or OSError where there are neither records nor text to make them of."""
+    chats = any(source.kind == "chat" for source in config.data.sources)
+    by_bytes = config.data.chat.template == "bytes" and "blt" in config.stages
+    if chats and by_bytes and not config.patching.turns:
+        raise ValueError(
+            "patching.turns=False: with conversations (a source of kind 'chat') patches should "
+            "start at turns, set it True"
+        )
     if config.data.records:
         store = open_store(config.data.records)
         if "entropy_model" in config.stages and (store.directory / ENTROPIES).exists():

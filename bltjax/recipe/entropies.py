@@ -288,18 +288,18 @@ def ensure_entropies(
     return entropy_fn._cache_size()
 
 
-def blt_layout(config: RunConfig, patched: Patched) -> Layout:
+def blt_layout(config: RunConfig, patched: Patched, chat: tuple = ()) -> Layout:
     """Returns the rows of the byte latent transformer; budgets of 0 follow from the mean
     patch of what the steps read.
 
-    Where patches are found in the step, rows have none, see `in_step_patches`.
+    Where patches are found in the step, rows have none, see `in_step_patches`. chat: of a store.
     """
     training, mean = config.blt_training, patched.row_mean
     row_bytes = training.row_bytes or row_bytes_for(training.row_patches, mean)
     if config.patching.in_step:
-        return Layout(row_bytes)
+        return Layout(row_bytes, chat=chat)
     row_patches = training.row_patches or row_patches_for(row_bytes, mean)
-    return Layout(row_bytes, row_patches, patched.patching)
+    return Layout(row_bytes, row_patches, patched.patching, chat=chat)
 
 
 def in_step_patches(config: RunConfig, patched: Patched, row_bytes: int) -> int:

@@ -59,7 +59,7 @@ def held_out(
     shards, lengths, entropies = None, None, False
     layout = Layout(stage.training.row_bytes)
     if stage.name == "blt":
-        shards, layout = patched.validation, blt_layout(config, patched)
+        shards, layout = patched.validation, blt_layout(config, patched, store.chat)
         if needs_entropies(config.patching):
             stage.check_data(threshold=patched.patching.threshold)
         in_step = in_step or in_step_patching(config, directory, patched, layout)

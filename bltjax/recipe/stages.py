@@ -162,8 +162,8 @@ def train_blt(
     """Trains the byte latent transformer."""
     stage = directory.stage(config, "blt")
     parameters = count_parameters(stage)
-    layout = blt_layout(config, patched)
-    directory.write_rows(layout._replace(patching=None)._asdict())
+    layout = blt_layout(config, patched, store.chat)
+    directory.write_rows(dict(row_bytes=layout.row_bytes, row_patches=layout.row_patches))
     stored = needs_entropies(config.patching) and not config.patching.in_step
     data = corpus.training_data(config, store, patched.train, layout, entropies=stored)
     filled = measure_rows(data)

@@ -26,8 +26,8 @@ from bltjax.runtime.progress import announced
 from bltjax.runtime.terminal import printable_name
 
 MODELS = ("entropy_model", "blt")
-# Settings of how a model is computed, which may be others than the source's.
-COMPUTING = (*DEVICE_FIELDS, "compute_dtype", "remat", "in_step")
+# Settings that may be others than the source's: how a model is computed, and patches at turns.
+COMPUTING = (*DEVICE_FIELDS, "compute_dtype", "remat", "in_step", "turns")
 
 
 def resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunConfig, Weights | None]:

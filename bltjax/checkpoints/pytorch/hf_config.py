@@ -22,9 +22,11 @@ from bltjax.config import (
     TransformerConfig,
     from_config_dict,
 )
+from bltjax.config.chat import ChatConfig
 from bltjax.vocabulary import BOS_ID, EOS_ID, VOCAB_SIZE
 
-ROW_BYTES = "bltjax_row_bytes"  # rows of training, a field of ours that transformers passes over
+# Fields of ours that transformers passes over: rows of training, and how turns of a chat look.
+ROW_BYTES, CHAT = "bltjax_row_bytes", "bltjax_chat"
 GENERATION = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "use_cache": False}
 
 
@@ -131,6 +133,7 @@ def read(config: dict, problems: list[str]) -> Weights | None:
     if ROW_BYTES in config:
         longest["row_bytes"] = fields.take(ROW_BYTES, int, least=8)
     lengths = Lengths(**longest)
+    chat, turns = _read_chat(fields) if CHAT in config else (None, False)
     _check_supported(fields, blt)
     if not with_patcher:
         unused = [path for path in fields.assumed if path.startswith(f"{_PATCHER.group}.")]
@@ -147,7 +150,7 @@ def read(config: dict, problems: list[str]) -> Weights | None:
     model = from_config_dict(BLTConfig, blt)
     # transformers always has a projection
     model = dataclasses.replace(model, always_project=not model.has_decoder_projection)
-    patching = PatchingConfig(rule="entropy", target_patch_bytes=None, **patching)
+    patching = PatchingConfig(rule="entropy", target_patch_bytes=None, turns=turns, **patching)
     impossible = problems_in_their_words(model, "config", _BLT)
     impossible += problems_in_their_words(patching, "config", _PATCHING)
     entropy_model = None
@@ -158,7 +161,19 @@ def read(config: dict, problems: list[str]) -> Weights | None:
     if impossible:
         return None
     found = (*fields.notes(), *notes(model, patching))
-    return Weights(model, entropy_model, patching, {}, lengths, found)
+    return Weights(model, entropy_model, patching, {}, lengths, found, chat=chat)
+
+
+def _read_chat(fields: Fields) -> tuple[ChatConfig | None, bool]:
+    """Returns how turns look, and whether patches start at them; None where a field is wrong."""
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(ChatConfig)}
+    found = {name: fields.take(f"{CHAT}.{name}", kind) for name, kind in kinds.items()}
+    turns = fields.take(f"{CHAT}.turns", bool)
+    if fields.problems:
+        return None, False
+    chat = ChatConfig(**found)
+    fields.problems += chat.problems(f"config.{CHAT}")
+    return chat, turns
 
 
 def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
@@ -184,6 +199,8 @@ def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
     ]
     if weights.lengths.row_bytes != Lengths().row_bytes:
         theirs.append({ROW_BYTES: weights.lengths.row_bytes})
+    if weights.chat is not None:
+        theirs.append({CHAT: dataclasses.asdict(weights.chat) | dict(turns=patching.turns)})
     if blt.patch_width != trunk.dim:
         theirs.append({"global_config": {"encoder_cross_output_size": blt.patch_width}})
     if weights.entropy_model is not None:
@@ -304,6 +321,11 @@ def notes(blt: BLTConfig, patching: PatchingConfig) -> tuple[str, ...]:
         found.append(
             f"max_patch_length={patching.max_patch_length}: transformers may read the wrong patch "
             "at the last byte of a row, so its logits may differ there"
+        )
+    if patching.turns:
+        found.append(
+            "patching.turns=True: transformers starts no patch at turns, so its patches, and with "
+            "them its logits, differ after them"
         )
     return tuple(found)
 

@@ -289,9 +289,17 @@ def write_patcher(patching: PatchingConfig, problems: list[str]) -> dict:
 
 def notes(patching: PatchingConfig) -> tuple[str, ...]:
     """Returns notes on patches that Meta's code finds elsewhere (differences.md)."""
+    found = []
     if patching.rule == "global_monotonic" and not patching.published_skip_at_3:
-        return ("Meta's code never starts a patch at position 3 under threshold_add, bltjax may",)
-    return ()
+        found.append(
+            "Meta's code never starts a patch at position 3 under threshold_add, bltjax may"
+        )
+    if patching.turns:
+        found.append(
+            "patching.turns=True: Meta's code starts no patch at turns, and its format cannot say "
+            "it: bltjax reads these weights without it too"
+        )
+    return tuple(found)
 
 
 def write_entropy_model(config: EntropyModelConfig, lengths: Lengths, problems: list[str]) -> dict:

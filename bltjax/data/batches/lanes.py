@@ -12,6 +12,8 @@ import grain
 import numpy as np
 
 from bltjax.config import PatchingConfig
+from bltjax.config.chat import ChatConfig
+from bltjax.data import conversations
 from bltjax.data.batches.packing import OpenDocument, Packer, patch_ends
 from bltjax.data.batches.rows import Row
 from bltjax.data.tokenizer import Tokenizer
@@ -30,6 +32,8 @@ class Layout(NamedTuple):
     pool: int = 32  # documents that a lane has open
     slack: float = 0.02  # share of a row's compute, see `packing`
     tokenizer: Tokenizer | None = None  # source of the ids; None: ids are bytes
+    # Of each source, if its documents are conversations of which the answers alone are learned.
+    chat: tuple[ChatConfig | None, ...] = ()
 
 
 class Lane:
@@ -83,9 +87,12 @@ class Lane:
         if self.layout.row_patches:
             starts = patch_starts(self.layout.patching, ids, document.entropies)
             ends = patch_ends(ids, starts[: len(ids)])
+        learned, chat = None, self.layout.chat[source] if self.layout.chat else None
+        if chat is not None:  # neither BOS nor EOS is
+            learned = np.pad(conversations.learned(document.data, chat), 1)
         small = tokenizer is None or len(tokenizer) <= 2**16
         ids = ids.astype(np.uint16 if small else np.uint32)
-        return OpenDocument(ids, ends, source, place, position)
+        return OpenDocument(ids, ends, source, place, position, learned)
 
 
 def initial_state(layout: Layout) -> np.ndarray:

@@ -44,10 +44,14 @@ class OpenDocument:
 
     ids: int [S], from BOS to EOS. ends: exclusive end of each patch; None for rows without patches.
     source: number of its source in the corpus. index: its place in the stream of documents.
+    learned: bool [S], which ids are targets; None: all of them.
     """
 
-    def __init__(self, ids, ends=None, source: int = 0, index: int = 0, position: int = 0):
+    def __init__(
+        self, ids, ends=None, source: int = 0, index: int = 0, position: int = 0, learned=None
+    ):
         self.ids, self.ends, self.source, self.index = ids, ends, source, index
+        self.learned = learned
         self.advance_to(position)
 
     def advance_to(self, position: int):
@@ -279,11 +283,13 @@ class Packer:
         )
         begin = first = 0
         for number, (document, start, stop, _) in enumerate(pieces):
-            following = document.ids[start + 1 : stop + 1]  # one fewer at a document's end
+            targets = slice(start + 1, stop + 1)
+            following = document.ids[targets]  # one fewer at a document's end
             end = begin + stop - start
             row.tokens[begin:end] = document.ids[start:stop]
             row.targets[begin : begin + len(following)] = following
-            row.loss_mask[begin : begin + len(following)] = True
+            learned = True if document.learned is None else document.learned[targets]
+            row.loss_mask[begin : begin + len(following)] = learned
             row.document_ids[begin:end] = number
             row.source_ids[begin:end] = document.source
             if self.row_patches:

@@ -14,7 +14,7 @@ class Row(NamedTuple):
     tokens: np.ndarray  # [L], ids; PAD_ID in the padding
     # [L], the id that follows in the same document, even if that is in a later row; else PAD_ID.
     targets: np.ndarray
-    loss_mask: np.ndarray  # [L], True where there is a target
+    loss_mask: np.ndarray  # [L], True where there is a target that is to be learned
     document_ids: np.ndarray  # [L], from 0 in each row; padding has one more than the last
     source_ids: np.ndarray  # [L], number of the source in the corpus; 0 in the padding
     patch_lengths: np.ndarray  # [P], sum to L + 1; P is 0 in rows without patches

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bltjax.config import differences
+from bltjax.config.chat import ChatConfig
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.records import source_files, writing
 from bltjax.data.records.shards import Documents as Documents  # shards are reached here too
@@ -72,6 +73,7 @@ class Store(NamedTuple):
     sources: list[str]  # in the order of the configuration
     all_shards: list[Shard]  # in the order of sources, units and chunks
     bad: dict[str, BadRecords]  # by source
+    chat: tuple[ChatConfig | None, ...] = ()  # of each source: its turns; None: no conversations
 
     def shards(self, source: str | None = None, part: str = "train") -> list[Shard]:
         """Returns the shards of a part, of one source or of all; KeyError for an unknown source."""
@@ -201,7 +203,15 @@ def open_store(directory: str | os.PathLike, data: DataConfig | None = None) -> 
         size = shard.path.stat().st_size
         if size != shard.file_bytes:
             raise damaged(shard.path, f"{size} bytes of {shard.file_bytes}")
-    return Store(directory, list(stored["units"]), shards, bad)
+    return Store(directory, list(stored["units"]), shards, bad, _chat(stored["data"]))
+
+
+def _chat(made_with: dict) -> tuple[ChatConfig | None, ...]:
+    """Returns how turns look in each source of a store; () where none holds conversations."""
+    if "chat" not in made_with:
+        return ()
+    turns = ChatConfig(**made_with["chat"])
+    return tuple(turns if s["kind"] == "chat" else None for s in made_with["sources"])
 
 
 def claim_entropies(store: Store, model: dict) -> str:
@@ -272,6 +282,8 @@ def _settings(data: DataConfig) -> dict:
     }
     if settings["max_document_bytes"] is None:  # records that are older than this setting
         del settings["max_document_bytes"]
+    if all(source.kind != "chat" for source in data.named_sources()):
+        del settings["chat"]
     settings["sources"] = [dataclasses.asdict(source) for source in data.named_sources()]
     for source in settings["sources"]:
         del source["weight"]

@@ -24,6 +24,7 @@ from bltjax.data.sources.left_out import (
     described,
 )
 
+CONVERSATIONS = ("jsonl", "parquet")  # kinds of files of a source of the kind "chat"
 COMPLETE = ".complete"  # ending of the marker beside each of Meta's finished files (model.md#files)
 
 
@@ -86,7 +87,8 @@ def _no_file(
     source: SourceConfig, data: DataConfig, location: str, left_out: list[LeftOut]
 ) -> ValueError:
     facts = "; ".join(described(left_out, source, data)) or "there is no file at all"
-    wanted = ENDINGS if source.kind == "auto" else [source.kind]
+    kinds = dict(auto=ENDINGS, chat=CONVERSATIONS)
+    wanted = kinds.get(source.kind, [source.kind])
     endings = [ending for kind in wanted for ending in ENDINGS.get(kind, ())]
     endings += source.text_suffixes(data) if source.kind in ("auto", "text", "bytes") else ()
     ends = "" if "" in endings else f" ends in one of {', '.join(endings)}"
@@ -157,6 +159,10 @@ class _Search:
         is_text = path.endswith(self.suffixes)
         if self.kind != "bytes":
             is_text |= without_compression(path).endswith(self.suffixes)
+        if self.kind == "chat":
+            endings = {ending: kind for kind in CONVERSATIONS for ending in ENDINGS[kind]}
+            kinds = [kind for ending, kind in endings.items() if path.lower().endswith(ending)]
+            return kinds[0] if kinds else "jsonl" if explicit else None
         if self.kind != "auto":
             endings = ENDINGS.get(self.kind, ())
             fits = is_text if self.kind in ("text", "bytes") else path.lower().endswith(endings)

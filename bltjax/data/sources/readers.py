@@ -16,6 +16,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from bltjax.config.chat import ChatConfig
+from bltjax.data import conversations
 from bltjax.data.sources.compression import Unreadable, damage_of, open_content
 from bltjax.data.sources.libraries import need
 
@@ -40,11 +42,20 @@ class Bad(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Names of the fields that may hold a record's text, id and language; the first one counts."""
+    """Names of the fields that may hold a record's text, id and language; the first one counts.
+
+    chat: of records that are conversations, in fields that are all named in `text`.
+    """
 
     text: tuple[str, ...]
     id: tuple[str, ...] = ()
     language: tuple[str, ...] = ()
+    chat: ChatConfig | None = None
+
+    @property
+    def every(self) -> tuple[str, ...]:
+        """All these names."""
+        return self.text + self.id + self.language
 
 
 def in_chunks(items: Iterable, size: Callable, chunk_size: int) -> Iterator[list]:
@@ -181,14 +192,10 @@ def document(record, fields: Fields, place: str, number) -> Document | Bad:
     where = f"{place} {number}"
     if not isinstance(record, dict):
         return Bad(where, f"a {type(record).__name__} in the place of an object with fields")
-    field = next((name for name in fields.text if name in record), None)
-    if field is None:
-        return Bad(where, no_field(fields, record))
-    text = record[field]
-    if isinstance(text, str):
-        text = text.encode("utf-8", "surrogatepass")
-    if not isinstance(text, bytes):
-        return Bad(where, f"field {field!r} holds a {type(text).__name__} instead of a string")
+    try:
+        text = _text(record, fields)
+    except ValueError as error:
+        return Bad(where, str(error))
     ids = (record.get(name) for name in fields.id)
     name = next(
         (_name(i) for i in ids if isinstance(i, (str, bytes, int)) and i not in ("", b"")), ""
@@ -202,6 +209,21 @@ def document(record, fields: Fields, place: str, number) -> Document | Bad:
         text,
         language.decode("utf-8", "backslashreplace") if known else "",
     )
+
+
+def _text(record: dict, fields: Fields) -> bytes:
+    """Returns the text of a record. Raises ValueError where it has none."""
+    if fields.chat is not None:
+        return conversations.of_record(record, fields.chat)
+    field = next((name for name in fields.text if name in record), None)
+    if field is None:
+        raise ValueError(no_field(fields, record))
+    text = record[field]
+    if isinstance(text, str):
+        text = text.encode("utf-8", "surrogatepass")
+    if not isinstance(text, bytes):
+        raise ValueError(f"field {field!r} holds a {type(text).__name__} instead of a string")
+    return text
 
 
 def _name(identity: str | bytes | int) -> str:

@@ -50,7 +50,7 @@ def read_parquet(
     def parts(raw):
         opened = parquet.ParquetFile(raw, page_checksum_verification=True)
         names = opened.schema_arrow.names
-        columns = [name for name in names if name in sum(fields, ()) and names.count(name) == 1]
+        columns = [name for name in names if name in fields.every and names.count(name) == 1]
         row = sum(opened.metadata.row_group(i).num_rows for i in range(start))
         for group in range(opened.num_row_groups)[start : end_of(stop)]:
             yield names, f"row group {group}", _numbered(opened, group, columns, row)
@@ -186,6 +186,8 @@ def _raise_unless_damage(error: Exception) -> None:
 
 def _no_text(batch, names: list[str], fields: Fields) -> str | None:
     """Returns why no row of a batch can be a document, None where they can."""
+    if fields.chat is not None:
+        return None  # each record says it
     field = next((name for name in fields.text if name in names), None)
     if field is None:
         return no_field(fields, names)
@@ -199,7 +201,10 @@ def _rows(batch, fields: Fields) -> Iterator[dict]:
     for name, column in zip(names, batch.columns, strict=True):
         if names.count(name) > 1:
             continue
-        if name in fields.text and _is_text(column.type):
+        if name in fields.text and fields.chat is not None:
+            column.validate(full=True)
+            columns[name] = column.to_pylist()
+        elif name in fields.text and _is_text(column.type):
             columns[name] = _undecoded(column)
         elif name in fields.id + fields.language:
             columns[name] = _identities(column)

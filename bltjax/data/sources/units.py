@@ -16,6 +16,7 @@ from typing import NamedTuple
 from etils import epath
 
 from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.data import conversations
 from bltjax.data.sources import readers, tables
 from bltjax.data.sources.files import COMPLETE, File, Listing, find_files, relative_names
 from bltjax.data.sources.left_out import LeftOut, described
@@ -141,6 +142,8 @@ def read_file(
 
 def fields_of(source: SourceConfig, data: DataConfig) -> Fields:
     """Returns the fields of a source's records that are read."""
+    if source.kind == "chat":
+        return Fields(conversations.FIELDS, data.id_fields, data.language_fields, data.chat)
     text = (source.field,) if source.field else data.text_fields
     return Fields(text, data.id_fields, data.language_fields)
 
