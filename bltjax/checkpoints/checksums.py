@@ -14,20 +14,21 @@ from bltjax.runtime.plain_files import check_regular, parse_json, read_bytes, re
 from bltjax.runtime.progress import OnProgress
 
 CHECKSUMS = "checksums.json"
+CARD = "README.md"  # which is there to be edited
 _KIND = "sha256"
 _READ_BYTES = 2**20  # in memory at a time
 _AGAIN = f"copy or convert it again, or delete {CHECKSUMS} if it was changed on purpose"
 
 
 def write_checksums(directory: Path, on_progress: OnProgress = None):
-    """Writes checksums.json of all files below a directory. Raises OSError."""
+    """Writes checksums.json of all files below a directory but the card. Raises OSError."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     listed = {
         path.relative_to(directory).as_posix(): dict(
             bytes=path.stat().st_size, digest=_digest(path, on_progress)
         )
         for path in files
-        if path not in (directory / UNFINISHED, directory / CHECKSUMS)
+        if path not in (directory / UNFINISHED, directory / CHECKSUMS, directory / CARD)
     }
     write_json(directory / CHECKSUMS, {_KIND: listed})
 

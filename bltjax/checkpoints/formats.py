@@ -39,6 +39,7 @@ from bltjax.config import (
     PatchingConfig,
     RunConfig,
     from_config_dict,
+    to_dict,
     to_model_dict,
 )
 from bltjax.config.chat import ChatConfig
@@ -327,6 +328,7 @@ def _read_run(path: Path, on_progress: OnProgress) -> Weights:
         Lengths(row_bytes=stages[0].training.row_bytes or directory.row_bytes()),
         notes if "blt" in names else _without_blt(config),
         chat=_chat(config) if "blt" in names else None,
+        run=dict(config=to_dict(config), result=directory.read_result()),
     )
     return _with_adapters_merged(weights, config.start_from)
 

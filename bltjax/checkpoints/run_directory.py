@@ -359,6 +359,12 @@ class RunDirectory:
                 )
             write_checked(self.path / START, kept | {model: digest})
 
+    def read_result(self) -> dict | None:
+        """Reads the measurements of a finished run; None where there are none, or no JSON."""
+        problems: list[str] = []
+        result = read_json(self.result, problems)
+        return None if problems else result
+
     def write_result(self, result: dict):
         """Writes the measurements of a finished run."""
         with alone(self.path):

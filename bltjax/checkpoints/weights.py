@@ -50,7 +50,8 @@ class Weights(NamedTuple):
     `functional.abstract_params`, in the dtype they are stored in. A model that is not there has
     neither config nor parameters. notes: what a user of the source should know. adapter: one that
     the BLT's parameters hold already, and what they were without it. chat: how the turns look of
-    the conversations that the model was trained on.
+    the conversations that the model was trained on. run: settings and result of the run that made
+    it, as JSON.
     """
 
     blt: BLTConfig | None
@@ -62,6 +63,7 @@ class Weights(NamedTuple):
     adapter: Adapter | None = None
     base: dict | None = None
     chat: ChatConfig | None = None
+    run: dict | None = None
 
     def with_entropy_model(self, other: "Weights") -> "Weights":
         """Returns this model with the entropy model of another directory."""

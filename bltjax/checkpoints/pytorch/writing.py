@@ -13,19 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from bltjax.checkpoints.lazy_arrays import LazyArray
-from bltjax.checkpoints.pytorch import hf_config, meta_config
+from bltjax.checkpoints.pytorch import hf_config, hf_tokenizer, meta_config
+from bltjax.checkpoints.pytorch.model_card import card
 from bltjax.checkpoints.pytorch.reading import ENTROPY_MODEL_DIRECTORY
 from bltjax.checkpoints.pytorch.safetensors_files import write_sharded
 from bltjax.checkpoints.pytorch.tensor_names import HF, META, to_published
 from bltjax.checkpoints.weights import Weights, WeightsError
 from bltjax.runtime.files import write_json
 from bltjax.runtime.progress import OnProgress
-from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID
 
-_NO_TOKENIZER = (
-    f"no tokenizer is written: ids are bytes + {BYTE_OFFSET}, with BOS {BOS_ID} and EOS {EOS_ID}; "
-    "AutoTokenizer needs the files of the published model"
-)
 _in_one_file = functools.partial(write_sharded, max_shard_bytes=math.inf)
 
 
@@ -33,7 +29,7 @@ class WritePlan(NamedTuple):
     """Content of a directory that is to be written."""
 
     tensors: dict[str, LazyArray]  # by name
-    files: dict[str, dict]  # JSON, by file name
+    files: dict[str, dict | str]  # JSON, or text, by file name
     inside: dict[str, "WritePlan"]  # directories
     notes: tuple[str, ...] = ()
     save: Callable[[Path, dict, OnProgress], None] = write_sharded  # writes the tensors
@@ -44,7 +40,10 @@ class WritePlan(NamedTuple):
         for name, plan in self.inside.items():
             plan.write(directory / name, on_progress)
         for name, value in self.files.items():
-            write_json(directory / name, value)
+            if isinstance(value, str):
+                (directory / name).write_text(value, encoding="utf-8")
+            else:
+                write_json(directory / name, value)
 
 
 def plan_hf(weights: Weights) -> WritePlan:
@@ -66,9 +65,14 @@ def plan_hf(weights: Weights) -> WritePlan:
     config = hf_config.write(weights, dtype, problems)
     if problems:
         raise WeightsError("Hugging Face's format", problems)
-    files = {"generation_config.json": hf_config.GENERATION, "config.json": config}
-    notes = (_NO_TOKENIZER, *hf_config.notes(weights.blt, weights.patching))
-    return WritePlan(tensors, files, {}, notes)
+    num_parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    files = {
+        "README.md": card(weights, num_parameters),
+        "generation_config.json": hf_config.GENERATION,
+        **hf_tokenizer.files(weights.chat),
+        "config.json": config,
+    }
+    return WritePlan(tensors, files, {}, hf_config.notes(weights.blt, weights.patching))
 
 
 def plan_meta(weights: Weights) -> WritePlan:
