@@ -106,19 +106,22 @@ def read(
     on_progress: OnProgress = None,
     verify: bool = True,
     adapter: str | os.PathLike | None = None,
+    values: bool = True,
 ) -> Weights:
     """Reads the model in a directory of any format, its parameters lazy; needs a mesh to be set.
 
     entropy_model: a directory whose entropy model is taken. verify: compare the files with
     checksums.json, where there is one. adapter: a directory with an adapter, which is added to its
-    matrices. Raises WeightsError, which lists every problem found,
-    FileNotFoundError, or CheckpointError for a damaged checkpoint.
+    matrices. values: read every value once, and check it; else only settings and shapes.
+
+    Raises WeightsError, which lists every problem found, FileNotFoundError, or CheckpointError for
+    a damaged checkpoint.
     """
     problems: list[str] = []
-    weights = _read_one(directory, problems, on_progress, verify)
+    weights = _read_one(directory, problems, on_progress, verify, values)
     if entropy_model is not None:
         in_other: list[str] = []
-        other = _read_one(entropy_model, in_other, on_progress, verify)
+        other = _read_one(entropy_model, in_other, on_progress, verify, values)
         problems += [f"{entropy_model}: {problem}" for problem in in_other]
         if other is not None and other.entropy_model is None:
             problems.append(f"{entropy_model} has no entropy model: give a directory that has one")
@@ -152,16 +155,20 @@ def _notes_on_half(weights: Weights) -> tuple[str, ...]:
 
 
 def _read_one(
-    directory: str | os.PathLike, problems: list[str], on_progress: OnProgress, verify: bool
+    directory: str | os.PathLike,
+    problems: list[str],
+    on_progress: OnProgress,
+    verify: bool,
+    values: bool,
 ) -> Weights | None:
     directory = Path(directory)
     readers = {BLTJAX: _read_bltjax, RUN: _read_run, HF: reading.read_hf, META: reading.read_meta}
     try:
         if directory.is_dir() and (dangling := dangling_links(directory, _READ)):
             raise WeightsError(directory, dangling)
-        if verify and (damaged := checksum_problems(directory, on_progress)):
+        if verify and values and (damaged := checksum_problems(directory, on_progress)):
             raise WeightsError(directory, damaged)
-        return readers[detect(directory)](directory, on_progress)
+        return readers[detect(directory)](directory, on_progress, values)
     except WeightsError as error:
         problems += error.problems
         return None
@@ -232,7 +239,7 @@ def cast(weights: Weights, dtype: str | None) -> Weights:
     return weights._replace(params=convert(weights.params))
 
 
-def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
+def _read_bltjax(directory: Path, on_progress: OnProgress, values: bool) -> Weights:
     problems: list[str] = []
     described = read_json(directory / MODEL, problems)
     if problems:
@@ -260,7 +267,7 @@ def _read_bltjax(directory: Path, on_progress: OnProgress) -> Weights:
     if problems := problems + irregular_files(directory / WEIGHTS):
         raise WeightsError(directory, problems)
     params = open_weights(directory / WEIGHTS)
-    _check(directory, dict(blt=blt, entropy_model=entropy_model), params, on_progress)
+    _check(directory, dict(blt=blt, entropy_model=entropy_model), params, on_progress, values)
     patching = patching or PatchingConfig(target_patch_bytes=None)
     read = dict(blt=blt, entropy_model=entropy_model, patching=blt and patching)
     assumed = [
@@ -301,7 +308,7 @@ def _config(cls, values, name: str, problems: list[str]):
     return None if found else config
 
 
-def _read_run(path: Path, on_progress: OnProgress) -> Weights:
+def _read_run(path: Path, on_progress: OnProgress, values: bool) -> Weights:
     directory = RunDirectory(path)
     config = directory.config()
     patching, notes = _run_patching(directory, config)
@@ -319,7 +326,7 @@ def _read_run(path: Path, on_progress: OnProgress) -> Weights:
     configs = {s.name: dataclasses.replace(s.model, attention="auto") for s in stages}
     if stages[0].name == "blt" and (threshold := directory.threshold()) is not None:
         stages[0].check_data(threshold=threshold)
-    _check(path, configs, params, on_progress)
+    _check(path, configs, params, on_progress, values)
     weights = Weights(
         configs.get("blt"),
         configs.get("entropy_model"),
@@ -371,12 +378,12 @@ def _run_patching(
     return dataclasses.replace(patching, threshold=threshold), ()
 
 
-def _check(directory: Path, configs: dict, params: dict, on_progress: OnProgress):
-    """Raises WeightsError unless parameters are finite and what their configs say."""
+def _check(directory: Path, configs: dict, params: dict, on_progress: OnProgress, values: bool):
+    """Raises WeightsError unless parameters are what their configs say, and finite (`values`)."""
     expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
     problems = shape_problems(shapes(flat(params)), shapes(flat(expected)))
     try:
-        problems += value_problems(flat(params), on_progress)
+        problems += value_problems(flat(params), on_progress) if values else []
     except CheckpointError as error:
         problems.append(str(error))
     if problems:

@@ -54,6 +54,7 @@ def main(argv):
     os.environ.update(ENVIRONMENT)  # before JAX is imported
     with captured_log() as log:
         try:
+            config = shapes_of(config)
             what = (values.slices, values.stage, values.program, values.text, values.rows)
             found = compile_program(config, values.topology, *what)
         except ValueError as error:
@@ -72,6 +73,17 @@ def main(argv):
         print(f"  XLA warned of {found['rematerialization_warnings']} x {REMATERIALISED}")
     print(json.dumps(dict(config=config_path(values.config)) | found))
     sys.exit(0 if found["fits"] else DOES_NOT_FIT)
+
+
+def shapes_of(config):
+    """Returns the config with the shapes of the weights that it starts from."""
+    import jax  # late: the environment is set before
+
+    from bltjax import sharding
+    from bltjax.recipe.start import with_shapes
+
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        return with_shapes(config)
 
 
 def define_flags():

@@ -25,14 +25,19 @@ def main(argv):
     config, _ = cli.read_config(needs_workdir=False)
     _check_flags()
     # Imported late: --help and wrong settings answer at once, without loading JAX.
+    import jax
+
     from bltjax import sharding
     from bltjax.config import TRAINING
     from bltjax.costs.memory_plan import plan_stage, print_plan
     from bltjax.recipe.checks import used_models
+    from bltjax.recipe.start import with_shapes
 
     result = dict(chips=flags.FLAGS.chips, stages={})
     try:
         mesh = sharding.abstract_mesh(config.mesh, flags.FLAGS.chips)
+        with jax.sharding.use_abstract_mesh(mesh):
+            config = with_shapes(config)
         sharding.check_layout(config, used_models(config), mesh)
         print(f"mesh: {dict(mesh.shape)} on {flags.FLAGS.chips} chips")
         for stage in (stage for stage in TRAINING if stage in config.stages):

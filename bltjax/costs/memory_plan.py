@@ -16,7 +16,7 @@ from bltjax.costs.chips import CHIPS, GIB
 from bltjax.costs.topology import EXAMPLES
 from bltjax.patching.boundaries import rule_of
 from bltjax.patching.calibrate import row_bytes_for, row_patches_for
-from bltjax.training.optimizer import make_optimizer
+from bltjax.training.optimizer import learning, make_optimizer
 from bltjax.training.state import abstract_state
 from bltjax.training.step import make_train_step
 
@@ -65,7 +65,7 @@ def plan_stage(config: RunConfig, stage: str, mesh: jax.sharding.AbstractMesh) -
         largest = max(arrays, key=array_bytes)
     return MemoryPlan(
         parameters=parameters,
-        gradients=parameters,
+        gradients=chip_bytes(learning(training.optimizer, state.params)),
         optimizer=chip_bytes(state.opt_state),
         batch=chip_bytes(batch),
         largest=Array(

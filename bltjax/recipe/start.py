@@ -42,16 +42,31 @@ def resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunConfig, Weig
     stored = _settings_of_begun(config, directory)
     if stored is not None and all(map(directory.is_trained, _starting(stored))):
         return filled(config, stored.entropy_model, stored.blt, stored.patching), None
-    try:
-        weights = formats.read(directory_of(config.start_from))
-    except OSError as error:
-        raise ValueError(f"start_from={config.start_from}: {error}") from error
+    weights = _read(config)
     if weights.blt is None and "blt" in config.stages:
         raise ValueError(
             f"start_from={config.start_from} has an entropy model alone, and the stage 'blt' "
             "trains another: give a directory with a BLT, or leave that stage out"
         )
     return filled(config, weights.entropy_model, weights.blt, weights.patching), weights
+
+
+def with_shapes(config: RunConfig) -> RunConfig:
+    """Returns the settings with those of the source filled in, of which no parameter is read.
+
+    Needs a mesh to be set. Raises ValueError as `resolve` does.
+    """
+    if not config.start_from:
+        return config
+    weights = _read(config, values=False)
+    return filled(config, weights.entropy_model, weights.blt, weights.patching)
+
+
+def _read(config: RunConfig, values: bool = True) -> Weights:
+    try:
+        return formats.read(directory_of(config.start_from), values=values)
+    except OSError as error:
+        raise ValueError(f"start_from={config.start_from}: {error}") from error
 
 
 def filled(config: RunConfig, entropy_model, blt, patching: PatchingConfig | None) -> RunConfig:

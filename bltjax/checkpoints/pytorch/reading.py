@@ -44,10 +44,10 @@ def is_meta(config: dict) -> bool:
     return "args" in config or "dim_global" in config or "n_layers" in config
 
 
-def read_hf(directory: Path, on_progress: OnProgress = None) -> Weights:
+def read_hf(directory: Path, on_progress: OnProgress = None, values: bool = True) -> Weights:
     """Reads a `BltForCausalLM` directory. Raises WeightsError that lists every problem.
 
-    There is no entropy model where `patch_in_forward` is false.
+    There is no entropy model where `patch_in_forward` is false. values: read and check them too.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -70,7 +70,7 @@ def read_hf(directory: Path, on_progress: OnProgress = None) -> Weights:
             problems += _not_explained(wrong, directory, unreadable, HF)
             expected |= expected_shapes(model, HF, len(part))
         weights = weights._replace(notes=(*weights.notes, *notes))
-    problems += _in_tensors(tensors, expected, on_progress)
+    problems += _in_tensors(tensors, expected, on_progress, values)
     if problems or weights is None:
         raise WeightsError(directory, problems)
     return weights
@@ -102,13 +102,18 @@ def _dtype_notes(config: dict, tensors: dict[str, LazyArray]) -> list[str]:
 
 
 def _in_tensors(
-    tensors: dict[str, LazyArray], expected: dict[str, tuple] | None, on_progress: OnProgress
+    tensors: dict[str, LazyArray],
+    expected: dict[str, tuple] | None,
+    on_progress: OnProgress,
+    values: bool,
 ) -> list[str]:
     """Returns the problems inside of tensors: of dtypes, and of the values that it reads.
 
     Tensors that have no place in the model are not read, they may be of any size. expected: shapes,
     None where they are not known.
     """
+    if not values:
+        return dtype_problems(tensors)
     placed = {
         name: tensor
         for name, tensor in tensors.items()
@@ -131,14 +136,14 @@ def _not_explained(
     return [problem for problem in wrong if problem.removesuffix(" is missing") not in named]
 
 
-def read_meta(directory: Path, on_progress: OnProgress = None) -> Weights:
+def read_meta(directory: Path, on_progress: OnProgress = None, values: bool = True) -> Weights:
     """Reads a directory of Meta's: a BLT, with `entropy_model/` if it exists, or an entropy model.
 
-    Raises WeightsError that lists every problem.
+    Raises WeightsError that lists every problem. values: read and check them too.
     """
     problems: list[str] = []
     notes: list[str] = []
-    found = _meta_tensors(directory, problems, on_progress)
+    found = _meta_tensors(directory, problems, on_progress, values)
     unreadable = list(problems)
     tensors = _by_published_name(found, META, problems, notes)
     weights = _meta_settings(directory, tensors, problems)
@@ -150,20 +155,20 @@ def read_meta(directory: Path, on_progress: OnProgress = None) -> Weights:
         problems += _not_explained(wrong, directory, unreadable, META)
         expected = expected_shapes(model, META, len(tensors))
         weights = weights._replace(notes=(*weights.notes, *notes))
-    problems += _in_tensors(tensors, expected, on_progress)
+    problems += _in_tensors(tensors, expected, on_progress, values)
     inside = directory / ENTROPY_MODEL_DIRECTORY
     if inside.is_dir() and inside.resolve() != directory.resolve():
-        weights = _with_entropy_model(weights, inside, problems, on_progress)
+        weights = _with_entropy_model(weights, inside, problems, on_progress, values)
     if problems or weights is None:
         raise WeightsError(directory, problems)
     return weights
 
 
 def _with_entropy_model(
-    weights, directory: Path, problems: list[str], on_progress
+    weights, directory: Path, problems: list[str], on_progress, values: bool
 ) -> Weights | None:
     try:
-        other = read_meta(directory, on_progress)
+        other = read_meta(directory, on_progress, values)
     except WeightsError as error:
         problems += [f"{directory.name}/: {problem}" for problem in error.problems]
         return weights
@@ -216,7 +221,7 @@ def _object(values: dict, key: str, default: dict, problems: list[str]) -> dict:
 
 
 def _meta_tensors(
-    directory: Path, problems: list[str], on_progress: OnProgress
+    directory: Path, problems: list[str], on_progress: OnProgress, values: bool
 ) -> list[tuple[str, Any]]:
     """Opens the tensors of either kind of directory, with their names."""
     pickled = sorted(directory.glob("*.pth"))
@@ -231,7 +236,7 @@ def _meta_tensors(
         return []
     try:
         contents = pth_files.open_pth(pickled[0])
-        problems += pth_files.verify(pickled[0], on_progress)
+        problems += pth_files.verify(pickled[0], on_progress) if values else []
     except (ValueError, OSError) as error:
         problems.append(str(error))
         return []
