@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bltjax.config import TrainingConfig
 from bltjax.ops.hashing import ngram_hash_ids
 from bltjax.ops.row_exchange import number_rows
-from bltjax.training.optimizer import HASH_TABLES, learning_rate
+from bltjax.training.optimizer import HASH_TABLES, learning, learning_rate
 from bltjax.training.state import TrainState
 
 POINTS = 8  # missed updates at which slowly changing factors are sampled, to average them
@@ -104,7 +104,7 @@ def apply_missed_updates(config: TrainingConfig, state: TrainState) -> TrainStat
     of them, and epsilon is taken to fade with the moments.
     """
     optimizer = config.optimizer
-    if HASH_TABLES not in state.params or optimizer.hash_rate == 0:  # frozen: no moments
+    if HASH_TABLES not in learning(optimizer, state.params):  # frozen: no moments
         return state
     held = {}
     _map_tables(lambda kind, x: held.setdefault(kind, x), state)

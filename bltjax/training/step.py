@@ -48,14 +48,14 @@ def make_train_step(
     update = _updating(config, optimizer)
     if config.skip_loss_above or config.skip_norm_above:
         update = _guarded(config, update)
-    sparse = config.optimizer.hash_updates == "touched" and config.optimizer.hash_rate
+    sparse = config.optimizer.hash_updates == "touched"
 
     def train_step(state: TrainState, batch, entropy_params=None):
         key = None
         if model_config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         further = entropy_params, key
-        if sparse and HASH_TABLES in state.params:
+        if sparse and HASH_TABLES in learning(config.optimizer, state.params):
             return sparse_hash_step(model_config, config, gradients, update, further, state, batch)
         grads, sums = gradients(state.params, batch, *further)
         return update(state, grads, sums, batch)
