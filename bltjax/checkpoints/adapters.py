@@ -159,32 +159,42 @@ def _unknown_kinds(said: dict) -> Iterator[str]:
 
 
 def _placed(config: BLTConfig, found: dict[str, LazyArray], rank: int) -> tuple[dict, list[str]]:
-    """Returns tensors of PEFT's names as nested adapters, and the problems of those that have no
-    place."""
+    """Returns tensors of PEFT's names as nested adapters, and the problems with them."""
     shapes = {path: leaf.shape for path, leaf in tree_leaves(functional.abstract_params(config))}
     left, params, problems = dict(found), {}, []
     for path, name in names_by_path(config).items():
         shape = shapes.get(path, ())
-        if len(shape) != 2 + name.stacked:
+        if len(shape) != 2 + name.stacked:  # no matrix, or not in this model
             continue
-        layers = shape[0] if name.stacked else 1
-        for kind, wanted in ((DOWN, (rank, shape[-1])), (UP, (shape[-2], rank))):
-            keys = [
-                f"{PREFIX}{name.tensor(HF, i).removesuffix('.weight')}.{kind}.weight"
-                for i in range(layers)
-            ]
-            parts = [left.pop(key, None) for key in keys]
-            for key, part in zip(keys, parts, strict=True):
-                if part is not None and tuple(part.shape) != wanted:
-                    problems.append(f"{key} has shape {list(part.shape)}, the base {list(wanted)}")
-            if all(part is None for part in parts):
-                continue
-            filled = [np.zeros(wanted, np.float32) if x is None else x for x in parts]
-            filled = [x if x.dtype == np.float32 else Cast(x, np.float32) for x in filled]
+        layers = range(shape[0]) if name.stacked else [None]
+        modules = [name.tensor(HF, i).removesuffix(".weight") for i in layers]
+        wanted = {DOWN: (rank, shape[-1]), UP: (shape[-2], rank)}
+        halves = {kind: _half(left, modules, kind, wanted[kind], problems) for kind in wanted}
+        if all(part is None for parts in halves.values() for part in parts):
+            continue
+        for kind, parts in halves.items():
+            filled = [np.zeros(wanted[kind], np.float32) if x is None else x for x in parts]
             leaf = Stacked(filled) if name.stacked else filled[0]
             insert(params, (*path[:-1], kind, "weight"), leaf)
     problems += [f"{name} has no place in the base: it is for another model" for name in left]
     return params, problems
+
+
+def _half(
+    left: dict[str, LazyArray], modules: list[str], kind: str, wanted: tuple, problems: list[str]
+) -> list[LazyArray | None]:
+    """Takes one matrix of the adapter of each module, float32; None where a module has none."""
+    parts: list[LazyArray | None] = []
+    for module in modules:
+        key = f"{PREFIX}{module}.{kind}.weight"
+        part = left.pop(key, None)
+        if part is not None and tuple(part.shape) != wanted:
+            problems.append(f"{key} has shape {list(part.shape)}, the base {list(wanted)}")
+        other = f"{PREFIX}{module}.{UP if kind == DOWN else DOWN}.weight"
+        if part is None and other in left:
+            problems.append(f"{other} is there without {kind}")
+        parts.append(part if part is None else Cast(part, np.float32))
+    return parts
 
 
 def digest_of_matrices(base: dict, own: dict) -> str:
