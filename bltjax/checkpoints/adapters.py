@@ -172,6 +172,11 @@ def _placed(config: BLTConfig, found: dict[str, LazyArray], rank: int) -> tuple[
         halves = {kind: _half(left, modules, kind, wanted[kind], problems) for kind in wanted}
         if all(part is None for parts in halves.values() for part in parts):
             continue
+        problems += [
+            f"{module} has one of {DOWN} and {UP}, and not the other"
+            for module, *both in zip(modules, *halves.values(), strict=True)
+            if both.count(None) == 1
+        ]
         for kind, parts in halves.items():
             filled = [np.zeros(wanted[kind], np.float32) if x is None else x for x in parts]
             leaf = Stacked(filled) if name.stacked else filled[0]
@@ -190,9 +195,6 @@ def _half(
         part = left.pop(key, None)
         if part is not None and tuple(part.shape) != wanted:
             problems.append(f"{key} has shape {list(part.shape)}, the base {list(wanted)}")
-        other = f"{PREFIX}{module}.{UP if kind == DOWN else DOWN}.weight"
-        if part is None and other in left:
-            problems.append(f"{other} is there without {kind}")
         parts.append(part if part is None else Cast(part, np.float32))
     return parts
 
