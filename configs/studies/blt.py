@@ -26,12 +26,10 @@ TABLE = {"laptop": 8192, "gpu": 100_000, "pod": 500_002}  # rows of a hash table
 FFN_MULTIPLE = {"laptop": 32, "gpu": 128, "pod": 256}
 # Of the entropy model that entropy.py trains, for its share of the FLOPs: width, layers, heads,
 # window; steps, rows, bytes of a row.
-ENTROPY = {"laptop": (64, 1, 2, 64), "gpu": (256, 6, 4, 512), "pod": (768, 14, 12, 512)}
-ENTROPY_STEPS = {"laptop": (400, 4, 1024), "gpu": (10_000, 32, 4096), "pod": (100_000, 64, 8192)}
-# One rule for all families of a study: the rate times the width of a stack is constant. After 500
-# steps at level 0, bits per byte were, with 0.4, 0.6, 0.8 and 1.5, 2.08, 2.07, 2.10 and 2.16 for
-# BPE, and with 0.6 and 0.8 2.09 and 2.06 for a BLT (2.20 with the trunk's rate in all its parts).
-RATE_TIMES_WIDTH = {"laptop": 0.7, "gpu": 0.5, "pod": 0.5}
+ENTROPY = {"laptop": (64, 1, 4, 32), "gpu": (256, 6, 4, 512), "pod": (768, 14, 12, 512)}
+ENTROPY_STEPS = {"laptop": (1600, 2, 512), "gpu": (10_000, 32, 4096), "pod": (100_000, 64, 8192)}
+SMALL_RATE = 7e-3  # at laptop size, of every width, with Muon: configs/quickstart.py
+RATE_TIMES_WIDTH = {"gpu": 0.5, "pod": 0.5}  # of each stack by its own width, with Adam
 
 
 def get_config(arguments: str = "laptop"):
@@ -63,11 +61,14 @@ def get_config(arguments: str = "laptop"):
     training.steps, (training.batch_size, training.row_bytes) = 1000, BATCH[size]
     training.checkpoint_every = 200 if size == "laptop" else 1000
     optimizer = training.optimizer
-    optimizer.learning_rate = RATE_TIMES_WIDTH[size] / trunk.dim
-    optimizer.local_rate = optimizer.hash_rate = trunk.dim / local_width
     optimizer.warmup_steps, optimizer.min_ratio = 50, 0.01
-
-    if size != "laptop":
+    if size == "laptop":
+        optimizer.learning_rate, optimizer.local_rate, optimizer.hash_rate = SMALL_RATE, 0.5, 2.5
+        optimizer.matrices, optimizer.hash_updates = "muon", "touched"
+        blt.hash.sizes, blt.hash.initial_rows = (2, 3, 4, 5), "zeros"
+    else:
+        optimizer.learning_rate = RATE_TIMES_WIDTH[size] / trunk.dim
+        optimizer.local_rate = optimizer.hash_rate = trunk.dim / local_width
         config.entropy_model.compute_dtype, config.entropy_model.remat = "bfloat16", "full"
         blt.compute_dtype, blt.remat = "bfloat16", "dots" if size == "gpu" else "full"
         config.evaluation.batch_size = 64

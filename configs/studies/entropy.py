@@ -17,8 +17,8 @@ from pathlib import Path
 from bltjax.config import default_config
 
 # Width, layers, heads, window.
-MODEL = {"laptop": (64, 1, 2, 64), "gpu": (256, 6, 4, 512), "pod": (768, 14, 12, 512)}
-STEPS = {"laptop": (400, 4, 1024), "gpu": (10_000, 32, 4096), "pod": (100_000, 64, 8192)}
+MODEL = {"laptop": (64, 1, 4, 32), "gpu": (256, 6, 4, 512), "pod": (768, 14, 12, 512)}
+STEPS = {"laptop": (1600, 2, 512), "gpu": (10_000, 32, 4096), "pod": (100_000, 64, 8192)}
 RATE = {"laptop": 1e-2, "gpu": 1e-3, "pod": 4e-4}
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".array_record")
 
@@ -42,7 +42,9 @@ def get_config(arguments: str = "laptop"):
     training.checkpoint_every = 200 if size == "laptop" else 1000
     training.optimizer.learning_rate = RATE[size]
     training.optimizer.warmup_steps = training.steps // 20
-    if size != "laptop":
+    if size == "laptop":
+        training.optimizer.matrices = "muon"
+    else:
         config.entropy_model.compute_dtype, config.entropy_model.remat = "bfloat16", "full"
     return config
 

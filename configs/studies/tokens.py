@@ -29,10 +29,12 @@ TABLES = {
     "gpu": (100_000, [256, 320, 384]),
     "pod": (500_002, [768, 1024, 1024]),
 }
-BYTE_GRAMS = (3, 4, 5, 6, 7, 8)
-TOKEN_GRAMS = (2, 3)  # times three hash functions
+# Their n-grams: of bytes, as the BLTs have them; of tokens, times two or three hash functions.
+BYTE_GRAMS = {"laptop": (2, 3, 4, 5), "gpu": (3, 4, 5, 6, 7, 8), "pod": (3, 4, 5, 6, 7, 8)}
+TOKEN_GRAMS = (2, 3)
 FFN_MULTIPLE = {"laptop": 32, "gpu": 128, "pod": 256}
-RATE_TIMES_WIDTH = {"laptop": 0.7, "gpu": 0.5, "pod": 0.5}
+SMALL_RATE = 7e-3  # at laptop size, of every width, with Muon
+RATE_TIMES_WIDTH = {"gpu": 0.5, "pod": 0.5}
 
 
 def get_config(arguments: str = "laptop"):
@@ -56,15 +58,23 @@ def get_config(arguments: str = "laptop"):
     training.row_bytes = row_bytes // (1 if vocabulary == BYTES_ONLY else TOKEN_BYTES)
     training.checkpoint_every = 200 if size == "laptop" else 1000
     optimizer = training.optimizer
-    optimizer.learning_rate = RATE_TIMES_WIDTH[size] / stack.dim
+    if size == "laptop":
+        optimizer.learning_rate, optimizer.matrices = SMALL_RATE, "muon"
+    else:
+        optimizer.learning_rate = RATE_TIMES_WIDTH[size] / stack.dim
     optimizer.warmup_steps, optimizer.min_ratio = 50, 0.01
 
     if tables:
         hashing, (hashing.vocab, widths) = model.hash, TABLES[size]
-        hashing.sizes = BYTE_GRAMS if vocabulary == BYTES_ONLY else TOKEN_GRAMS
-        hashing.num_functions = len(BYTE_GRAMS) // len(hashing.sizes)
+        bytes_only, of_bytes = vocabulary == BYTES_ONLY, BYTE_GRAMS[size]
+        hashing.sizes = of_bytes if bytes_only else TOKEN_GRAMS
+        hashing.num_functions = len(of_bytes) // len(hashing.sizes)
         model.hash_dim = widths[level]
-        optimizer.hash_rate = stack.dim / model.hash_dim
+        if size == "laptop":
+            hashing.initial_rows, optimizer.hash_updates = "zeros", "touched"
+            optimizer.hash_rate = 2.5
+        else:
+            optimizer.hash_rate = stack.dim / model.hash_dim
 
     if size != "laptop":
         model.compute_dtype, model.remat = "bfloat16", "dots" if size == "gpu" else "full"

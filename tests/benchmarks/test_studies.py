@@ -48,10 +48,12 @@ def test_families_share_the_trunk_and_the_rate(size, level):
     trunk, stack = blt.blt.global_transformer, tokens.token_model.transformer
     assert trunk == stack
     optimizer = blt.blt_training.optimizer
-    # Each stack by its own width.
-    assert optimizer.local_rate == optimizer.hash_rate == trunk.dim / blt.blt.local_encoder.dim
-    alike = dataclasses.replace(optimizer, local_rate=1.0, hash_rate=1.0)
-    assert alike == tokens.token_training.optimizer
+    if size == "laptop":
+        assert (optimizer.local_rate, optimizer.hash_rate) == (0.5, 2.5)
+    else:  # each stack by its own width
+        assert optimizer.local_rate == optimizer.hash_rate == trunk.dim / blt.blt.local_encoder.dim
+    of_tables = dict(local_rate=1.0, hash_rate=1.0, hash_updates="dense")
+    assert dataclasses.replace(optimizer, **of_tables) == tokens.token_training.optimizer
     assert blt.blt_training.batch_size == tokens.token_training.batch_size
     assert blt.blt_training.row_bytes == 4 * tokens.token_training.row_bytes
     assert blt.stages == ("blt", "evaluate") and tokens.stages == ("token_model", "evaluate")
@@ -59,7 +61,7 @@ def test_families_share_the_trunk_and_the_rate(size, level):
         assert blt.blt.hash.vocab <= 16_384
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["gpu", "pod"])
 def test_a_wider_trunk_learns_more_slowly(size):
     given = [
         run_config(Point("", f"{file}.py:{size},dim=640", 4.0, {}, {}))
