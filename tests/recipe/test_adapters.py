@@ -1,7 +1,9 @@
 """Low-rank adapters: what learns, files of their own, and merging."""
 
 import dataclasses
+import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +22,15 @@ from bltjax.recipe.checks import check_run
 from tests import directories
 from tests.recipe.test_start import TEXT, config, one_device, params_of, sources, train
 
-__all__ = ["config", "one_device", "sources"]  # fixtures
+__all__ = ["config", "one_device", "sources"]  # fixtures, the second for all tests
 LORA = {"blt.lora.rank": 3, "blt.lora.alpha": 6.0, "blt_training.steps": 8}
 EVERYWHERE = {"blt.lora.targets": ("*w[qkvo123].weight", "local_decoder.output.weight")}
 
 
-@pytest.fixture
-def trained(sources, config, tmp_path, one_device):
-    return train(config(sources["hf"], **LORA, **EVERYWHERE), tmp_path / "run")
+@pytest.fixture(scope="module")
+def trained(sources, config, tmp_path_factory):
+    given = config(sources["hf"], **LORA, **EVERYWHERE)
+    return train(given, tmp_path_factory.mktemp("runs") / "run")
 
 
 def test_only_adapters_learn(trained, sources):
@@ -43,18 +46,22 @@ def test_only_adapters_learn(trained, sources):
     assert all(np.abs(found[name]).max() > 0 for name in own)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params, tokens, patches, key=None):
+    return functional.apply(model, params, tokens, patches, dropout_key=key)
+
+
 def test_merged_gives_the_logits_of_unmerged(trained):
     stage = trained.stage(trained.config(), "blt")
     params = stage.params()
     tokens = jnp.asarray(np.random.default_rng(0).integers(4, 260, (2, 24)), jnp.int32)
     patches = buffers_from_lengths(jnp.asarray([[1, 4, 20], [1, 12, 12]], jnp.int32), 24)
-    unmerged = functional.apply(stage.model, params, tokens, patches)
-    plain = functional.apply(*merged(stage.model, params), tokens, patches)
+    unmerged = logits(stage.model, params, tokens, patches)
+    plain = logits(*merged(stage.model, params), tokens, patches)
     np.testing.assert_allclose(plain, unmerged, rtol=0, atol=1e-5)
     base, _ = adapters.separated(params)
-    without = functional.apply(
-        dataclasses.replace(stage.model, lora=LoRAConfig()), base, tokens, patches
-    )
+    model = dataclasses.replace(stage.model, lora=LoRAConfig())
+    without = logits(model, base, tokens, patches)
     assert np.abs(np.asarray(without - unmerged)).max() > 1e-3
 
 
@@ -86,7 +93,10 @@ def test_an_adapter_for_something_else_is_refused(trained, sources, tmp_path, ha
     (tmp_path / "adapter" / "checksums.json").unlink()
     tensors = tmp_path / "adapter" / "adapter_model.safetensors"
     if harm == "base":
-        base, expected = sources["meta"], "it was trained on other weights, those of"
+        base = shutil.copytree(sources["hf"], tmp_path / "base")
+        wq = "model.global_transformer.layers.0.self_attn.q_proj.weight"
+        directories.rewrite(base, lambda x: x.update({wq: x[wq] + 1e-3}))
+        expected = "it was trained on other weights, those of"
     elif harm == "shape":
         told["r"], expected = 2, r"has shape \[3, \d+\], the base \[2, \d+\]"
     elif harm == "missing":
@@ -125,7 +135,7 @@ def test_a_source_without_adapters_has_none_to_write(sources, tmp_path):
         ({"start_from": ""}, "adapters adapt trained weights, give their directory as start_from"),
     ],
 )
-def test_adapters_of_nothing_are_refused(sources, config, tmp_path, one_device, changes, said):
+def test_adapters_of_nothing_are_refused(sources, config, tmp_path, changes, said):
     given = config(sources["hf"], **LORA | changes)
     with pytest.raises(ValueError, match=said):
         check_run(given, tmp_path / "run")
@@ -148,16 +158,16 @@ def test_dropout_leaves_out_inputs_of_adapters_alone(trained):
     tokens = jnp.full((1, 24), 100, jnp.int32)
     patches = buffers_from_lengths(jnp.asarray([[1, 4, 20]], jnp.int32), 24)
 
-    def logits(params, key=None):
-        return np.asarray(functional.apply(model, params, tokens, patches, dropout_key=key))
+    def found(params, key=None):
+        return np.asarray(logits(model, params, tokens, patches, key))
 
-    first, again, other = (logits(params, jax.random.key(i)) for i in (0, 0, 1))
+    first, again, other = (found(params, jax.random.key(i)) for i in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
-    assert np.abs(first - other).max() > 1e-4 and np.abs(first - logits(params)).max() > 1e-4
+    assert np.abs(first - other).max() > 1e-4 and np.abs(first - found(params)).max() > 1e-4
     zeros = jax.tree_util.tree_map_with_path(
         lambda path, x: 0 * x if "lora_B" in jax.tree_util.keystr(path) else x, params
     )
-    np.testing.assert_array_equal(logits(zeros, jax.random.key(0)), logits(zeros))
+    np.testing.assert_array_equal(found(zeros, jax.random.key(0)), found(zeros))
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 1)])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from bltjax import sharding
-from bltjax.checkpoints import formats
+from bltjax.checkpoints import formats, training_state
+from bltjax.checkpoints.lazy_arrays import read_all
 from bltjax.checkpoints.run_directory import BEST, CHECKPOINTS, RunDirectory, saved_steps
 from bltjax.checkpoints.training_state import load_params
 from bltjax.checkpoints.weights import flat
@@ -72,8 +73,6 @@ def _measured_step(seen: list, directory: RunDirectory, every: int) -> int:
 def params_after(directory, config, step) -> dict:
     stage = directory.stage(config, "blt")
     checkpoints = stage.directory / CHECKPOINTS / str(step)
-    from bltjax.checkpoints import training_state
-
     state, _ = training_state._read(
         checkpoints, {"params": functional.abstract_params(stage.model)}, "params."
     )
@@ -100,7 +99,8 @@ def test_the_model_of_the_run_is_the_best_one(config, train):
     directory = train(config)
     stage = directory.stage(config, "blt")
     best, newest = params_after(directory, config, 8), params_after(directory, config, 12)
-    for found in (flat(stage.params()), flat(formats.read(directory.path).params["blt"])):
+    lazy = flat(formats.read(directory.path).params["blt"])
+    for found in (flat(stage.params()), {name: read_all(x) for name, x in lazy.items()}):
         for name, x in found.items():
             np.testing.assert_array_equal(np.asarray(x), np.asarray(best[name]))
     assert any(np.any(np.asarray(best[n]) != np.asarray(newest[n])) for n in best)

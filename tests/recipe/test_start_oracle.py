@@ -33,7 +33,7 @@ def losses_of_torch(source) -> list[float]:
 
 
 @pytest.mark.long
-def test_ten_steps(sources, config, tmp_path, one_device):
+def test_ten_steps(sources, config, tmp_path):
     changes = {"blt_training.steps": STEPS, "blt_training.optimizer.learning_rate": RATE}
     directory = train(config(sources["hf"], **changes), tmp_path / "run")
     ours = [line["loss"] for line in metrics(directory.path, "blt")]
