@@ -106,7 +106,7 @@ def measured_text(run: RunDirectory, export: Path, measured: dict) -> str:
     return TEXT.format(
         date=datetime.date.today(),
         parameters=sum(counted["total"] for counted in result["parameters"].values()),
-        size=sum(path.stat().st_size for path in export.rglob("*") if path.is_file()),
+        size=sum(p.stat().st_size for p in export.rglob("*") if p.is_file() and p.name != CARD),
         entropy_model=read(config.entropy_training),
         blt=read(config.blt_training),
         minutes=result["seconds"] / 60,

@@ -53,7 +53,7 @@ VERSES = b"""\
 spake unto the people, saying, 5. Thus saith the king, Let every man of you return unto his house, \
 and unto his land: for I will be with you, and with your children after you.
 """
-BITS = {CODE: 1.9, DOCS: 2.6, VERSES: 2.2}  # per byte at most; the card has those of whole sources
+BITS = {CODE: 1.3, DOCS: 1.5, VERSES: 1.25}  # per byte at most; the card has those of whole sources
 
 
 @pytest.fixture(scope="module")
