@@ -33,7 +33,7 @@ def main(argv):
                 decoder_layers=chosen.decoder_layers,
                 window=chosen.window,
                 k=chosen.k,
-                hash_sizes=tuple(map(int, chosen.hash_sizes)),
+                hash_sizes=_numbers(chosen.hash_sizes),
                 hash_vocab=chosen.hash_vocab,
             ),
             entropy_model=chosen.entropy_model,
@@ -52,6 +52,13 @@ def main(argv):
         f"embeddings {result['embedding_rms']:.4g}, of patches {result['patch_rms']:.4g}"
     )
     print(json.dumps(result))
+
+
+def _numbers(words: list[str]) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, words))
+    except ValueError:
+        cli.fail(f"--hash_sizes={','.join(words)} must be whole numbers with commas between them")
 
 
 def define_flags():

@@ -308,7 +308,7 @@ def of_two_dtypes(found):
     "change, told",
     [
         (bad_value, ["model.layers.1.mlp.up_proj.weight has 1 values that are NaN"]),
-        (quantized, ["up_proj.weight is int8", "weight_scale is unexpected"]),
+        (quantized, ["up_proj.weight is int8", "weight_scale is un", "come in float32 and int8"]),
         (
             misnamed,
             ["up_proj.weight is missing", "mlp.up.weight is unexpected", "o_proj.bias is un"],
