@@ -3,7 +3,8 @@
 import json
 
 import numpy as np
-from safetensors.numpy import save_file
+
+from bltjax.checkpoints.pytorch.safetensors_files import write_safetensors
 
 SETTINGS = dict(
     hidden_size=32,
@@ -72,7 +73,7 @@ def write(directory, kind="llama", change=None, wrong=None, **changes):
     found = tensors(config)
     if change:
         change(found)
-    save_file(found, directory / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(directory / "model.safetensors", found)
     told = {key: value for key, value in (config | (wrong or {})).items() if value is not ...}
     (directory / "config.json").write_text(json.dumps(told))
     return directory
