@@ -151,7 +151,7 @@ def read(
         layers, wrong, expected = _placed(settings, tensors, layout)
         problems += reading.not_explained(wrong, source, opened.unreadable, HF)
     in_model = {name: x for name, x in tensors.items() if name not in layout.unread}
-    problems += reading.in_tensors(in_model, expected, on_progress)
+    problems += reading.in_tensors(in_model, expected, on_progress, values=True)
     if problems or settings is None:
         raise WeightsError(source, problems)
     settings = settings._replace(notes=(*settings.notes, *opened.notes))
