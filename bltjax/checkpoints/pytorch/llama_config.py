@@ -78,6 +78,7 @@ def read_hf(config: dict, drop_rope_scaling: bool, problems: list[str]) -> Setti
         return None
     fields, kind = Fields("config", config), KINDS[name]
     fields.ignore([*GENERIC.split(), *_IGNORED.split()])
+    fields.ignore(g for g in ("rope_scaling", "rope_parameters") if config.get(g) is None)
     pairs = _hf_pairs(kind)
     values = read_pairs(fields, pairs)
     values["rope_theta"] = theta(fields, "", ROPE_THETA)

@@ -231,7 +231,7 @@ REFUSED = [  # family, settings, what is told
     ("llama", dict(hidden_size=...), "config.hidden_size is missing"),
     ("llama", dict(hidden_size=64), "the config says [64, 64]"),
     ("llama", dict(num_hidden_layers=3), "model.layers.2.mlp.up_proj.weight is missing"),
-    ("llama", dict(num_hidden_layers=10**8), "the settings say 100000000 layers"),
+    ("llama", dict(num_hidden_layers=10**6), "the settings say 1000000 layers"),
     ("llama", dict(num_hidden_layers=1), "model.layers.1.mlp.up_proj.weight is unexpected"),
     ("llama", dict(vocab_size=49), "model.embed_tokens.weight has shape [48, 32]"),
     ("llama", dict(num_key_value_heads=3), "config.num_attention_heads=4 is not a multiple of"),
