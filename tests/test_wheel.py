@@ -56,7 +56,7 @@ def test_the_console_script_finds_what_is_in_the_wheel_from_any_directory(wheel,
     scored = bltjax("score", "--checkpoint=demo", "--input=-", input="import os\n")
     assert scored.returncode == 0 and json.loads(scored.stdout.splitlines()[-1]), scored.stderr
     unknown = bltjax("trian")
-    assert unknown.returncode == 2 and "choose one of aot, convert" in unknown.stderr
+    assert unknown.returncode == 2 and "choose one of aot, byteify" in unknown.stderr
     listed = bltjax()
     assert listed.returncode == 0 and "train        Trains a model" in listed.stdout
     assert bltjax("--version").stdout.startswith("bltjax ")

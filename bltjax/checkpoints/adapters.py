@@ -45,7 +45,7 @@ def merged(weights: Weights, adapter: Adapter) -> Weights:
     def added(base, own):
         if DOWN in own:
             up, down = (own[name]["weight"] for name in (UP, DOWN))
-            return dict(weight=Adapted(base["weight"], up, down, adapter.config.scale))
+            return base | dict(weight=Adapted(base["weight"], up, down, adapter.config.scale))
         return base | {name: added(base[name], x) for name, x in own.items()}
 
     base = weights.params["blt"]

@@ -20,6 +20,7 @@ from bltjax.checkpoints.lazy_arrays import Cast
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
 from bltjax.checkpoints.pytorch.fields import Fields, read_json
+from bltjax.checkpoints.pytorch.llama_config import KINDS
 from bltjax.checkpoints.pytorch.writing import WritePlan
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.training_state import CheckpointError
@@ -90,6 +91,9 @@ def detect(directory: Path) -> str:
         return HF
     if reading.is_meta(config) or (directory / "params.json").exists():
         return META
+    if (kind := config.get("model_type")) in tuple(KINDS):
+        problem = f"it is a tokenized model ({kind}): make a byte model of it with bltjax byteify"
+        raise WeightsError(directory, [problem])
     if not problems:
         problems = [
             "config.json is neither Hugging Face's (model_type 'blt'), nor Meta's (args), nor that "

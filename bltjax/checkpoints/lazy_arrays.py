@@ -103,6 +103,26 @@ class WithRows:
         return piece
 
 
+class HalvesAsPairs:
+    """An array [H * D, ...] with its rows in the order in which pairs of neighbours turn.
+
+    The whole has, in each group of D rows, those that turn together D / 2 apart: its rows i and
+    i + D / 2 become rows 2 i and 2 i + 1.
+    """
+
+    def __init__(self, whole: LazyArray, width: int):
+        self.whole, self.width = whole, width
+        self.shape, self.dtype = tuple(whole.shape), np.dtype(whole.dtype)
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        first, last, _ = index[0].indices(self.shape[0])
+        begin, end = first // self.width, -(-last // self.width)  # groups that are read whole
+        group, row = np.divmod(np.arange(first, last), self.width)
+        there = (group - begin) * self.width + row // 2 + row % 2 * (self.width // 2)
+        groups = slice(begin * self.width, end * self.width)
+        return self.whole[(groups, *index[1:])][there]
+
+
 class Cast:
     """An array in another dtype, rounded to nearest, piece by piece.
 

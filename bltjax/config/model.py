@@ -38,6 +38,14 @@ class TransformerConfig:
     # width of the feed-forward layer; None: `int(ffn_dim_multiplier * int(8 * dim / 3))`, rounded
     # up
     ffn_width: int | None = None
+    qkv_bias: bool = False  # biases of queries, keys and values, as Qwen2 has them
+    # RMSNorm of the queries and the keys of each head, before they are turned, as in Qwen3
+    qk_norm: bool = False
+    # rotary frequencies are divided by this, as for texts longer than in training; 1: they are not
+    rope_factor: float = 1.0
+    # length of the texts before that, as in Llama 3: waves that are shorter than a quarter of it
+    # are left as they are; None: all frequencies are divided
+    rope_original_positions: int | None = None
 
     @property
     def kv_heads(self) -> int:

@@ -52,7 +52,7 @@ class OptimizerConfig:
     # times `learning_rate`, for the local encoder and decoder with their cross-attention
     local_rate: float = 1.0
     hash_rate: float = 1.0  # times `learning_rate`, for the hash n-gram tables
-    # whether weight decay acts on norms; the published code decays everything
+    # whether weight decay acts on norms and biases; the published code decays everything
     decay_norms: bool = True
     decay_embeddings: bool = True  # whether weight decay acts on the byte tables
     decay_hash_tables: bool = True  # whether weight decay acts on the hash n-gram tables

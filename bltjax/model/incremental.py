@@ -35,6 +35,7 @@ from bltjax.model.prepared import (
     project,
     run_block,
 )
+from bltjax.model.transformer import rotary_of
 from bltjax.ops import platform
 from bltjax.ops.cached_attention import (
     ring_attention,
@@ -43,7 +44,6 @@ from bltjax.ops.cached_attention import (
     store_attention,
     write_cache,
 )
-from bltjax.ops.rotary import rotary_factors
 from bltjax.ops.slots import below, on_shards, read_slots, span, write_slots
 
 
@@ -222,7 +222,7 @@ def _run_blocks(layers, stack, x, cache, first, attend, before=None, states=None
     attend(q, k, v, kept): the result and the cache of a layer with the new keys and values.
     before(index, x) runs before each block; what each block yields is added to `states`.
     """
-    factors = rotary_factors(span(first, 0, x.shape[1]), stack.head_width, stack.rope_theta)
+    factors = rotary_of(stack, span(first, 0, x.shape[1]))
     if platform.platform() != "cpu":  # else computed in each layer
         factors = jax.lax.optimization_barrier(factors)
     kept = []

@@ -108,4 +108,5 @@ def _merged(config: LoRAConfig, params):
     weight = params["weight"]
     down, up = (params[name]["weight"].astype(jnp.float32) for name in (A, B))
     product = jnp.einsum("...or,...ri->...oi", up, down, out_sharding=jax.typeof(weight).sharding)
-    return dict(weight=(weight + config.scale * product).astype(weight.dtype))
+    others = {name: x for name, x in params.items() if name not in (A, B)}
+    return others | dict(weight=(weight + config.scale * product).astype(weight.dtype))

@@ -21,15 +21,23 @@ def truncated_normal(key, shape, std, spec):
 
 
 class Linear(nnx.Module):
-    """Linear layer y = x W^T without bias; `axes` are the logical axes of W [out, in]."""
+    """Linear layer y = x W^T; `axes` are the logical axes of W [out, in].
 
-    def __init__(self, out_dim, in_dim, *, std, axes, key):
+    A bias, which is 0 at first, is an option.
+    """
+
+    def __init__(self, out_dim, in_dim, *, std, axes, key, bias=False):
         self.axes = axes
         self.weight = nnx.Param(truncated_normal(key, (out_dim, in_dim), std, sharding.spec(*axes)))
+        if bias:
+            spec = sharding.spec(axes[0])
+            self.bias = nnx.Param(jnp.zeros(out_dim, jnp.float32, out_sharding=spec))
 
     def __call__(self, x):
         """Maps x [B, L, in] -> [B, L, out]."""
         y = _project(self.axes, x, self.weight[...])
+        if hasattr(self, "bias"):
+            y = add_bias(y, self.bias[...])
         if hasattr(self, "lora_A"):  # an adapter, see lora.py
             y = y + self._adapter(x)
         return checkpoint_name(y, "linear")
@@ -47,6 +55,11 @@ class Matrix(nnx.Module):
 
     def __init__(self, weight):
         self.weight = nnx.Param(weight)
+
+
+def add_bias(x, bias):
+    """Adds a bias [...] to x [B, L, ...], in float32: its gradient is a sum over positions."""
+    return (x.astype(jnp.float32) + jnp.expand_dims(bias, (0, 1))).astype(x.dtype)
 
 
 def drop(key, share: float, x):

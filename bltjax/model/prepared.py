@@ -22,6 +22,7 @@ from jax.sharding import reshard
 
 from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig, TransformerConfig
+from bltjax.model.parameters import add_bias
 from bltjax.model.transformer import each_layer
 from bltjax.ops import platform
 from bltjax.ops.norm import rms_norm
@@ -45,6 +46,8 @@ class Block(NamedTuple):
     ffn_norm: jax.Array  # float32 [E]
     w13: jax.Array  # [2, F, E]
     w2: jax.Array  # [E, F]
+    bqkv: jax.Array | None = None  # float32 [G, R + 2, D]  biases of wqkv
+    qk_norm: jax.Array | None = None  # float32 [R + 1, D]  of queries and of the key
 
 
 class CrossLayer(NamedTuple):
@@ -106,7 +109,23 @@ def _block(stack: TransformerConfig, layer: dict, matrix) -> Block:
         layer["ffn_norm"]["weight"],
         _lie(jnp.stack([matrix(ffn[name], "ffn", "embed") for name in ("w1", "w3")])),
         _lie(matrix(ffn["w2"], "embed", "ffn")),
+        _biases(stack, attention) if stack.qkv_bias else None,
+        _norms_of_heads(stack, attention) if stack.qk_norm else None,
     )
+
+
+def _biases(stack: TransformerConfig, attention: dict):
+    columns = (attention[name]["bias"][:, None] for name in ("wq", "wk", "wv"))
+    q, k, v = (_split_rows(b, stack.kv_heads, stack.head_width) for b in columns)
+    joined = jnp.concatenate([_pairs_to_halves(q), _pairs_to_halves(k), v], axis=1)
+    return joined[..., 0].astype(jnp.float32)
+
+
+def _norms_of_heads(stack: TransformerConfig, attention: dict):
+    q, k = (attention[name]["weight"].astype(jnp.float32)[None] for name in ("q_norm", "k_norm"))
+    q = jnp.broadcast_to(q, (stack.num_heads // stack.kv_heads, stack.head_width))
+    both = jnp.concatenate([q, k])
+    return jnp.concatenate([both[:, 0::2], both[:, 1::2]], axis=1)
 
 
 def _cross_layer(heads, layer: dict, matrix) -> CrossLayer:
@@ -170,7 +189,12 @@ def run_block(block: Block, stack: TransformerConfig, x, factors, attend):
     attend(q, k, v): q [B, L, H, D]; k, v [B, L, G, D] -> [B, L, H, D].
     """
     qkv = project(norm(x, block.attention_norm, stack.norm_eps), block.wqkv)
-    turned = _rotate(qkv[:, :, :, :-1], factors)
+    if block.bqkv is not None:
+        qkv = add_bias(qkv, block.bqkv)
+    turned = qkv[:, :, :, :-1]
+    if block.qk_norm is not None:
+        turned = _norm_heads(turned, block.qk_norm, stack.norm_eps)
+    turned = _rotate(turned, factors)
     q, k, v = _merge(turned[:, :, :, :-1], 2), turned[:, :, :, -1], qkv[:, :, :, -1]
     x = x + project(_merge(attend(q, k, v), 2), block.wo)
     hidden = project(norm(x, block.ffn_norm, stack.norm_eps), block.w13)
@@ -187,6 +211,13 @@ def cross_read(layer: CrossLayer, x, eps: float, attend):
     """Attends from x [B, L, E] -> [B, L, E]; attend: queries [B, L, H, D] -> [B, L, H, D]."""
     q = project(norm(x, layer.norm_q, eps), layer.wq)
     return project(_merge(attend(q), 2), layer.wo)
+
+
+def _norm_heads(x, weights, eps: float):
+    """Normalises the heads of x [B, L, G, N, D], each row of N by its own of weights [N, D]."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale * jnp.expand_dims(weights, (0, 1, 2))).astype(x.dtype)
 
 
 def _rotate(x, factors):

@@ -37,10 +37,14 @@ class Attention(nnx.Module):
         std = initial_std(init, config.dim, factor)
         q_dim, kv_dim = (n * config.head_width for n in (config.num_heads, config.kv_heads))
         kq, kk, kv, ko = jax.random.split(key, 4)
-        self.wq = Linear(q_dim, config.dim, std=std, axes=("heads", "embed"), key=kq)
-        self.wk = Linear(kv_dim, config.dim, std=std, axes=("heads", "embed"), key=kk)
-        self.wv = Linear(kv_dim, config.dim, std=std, axes=("heads", "embed"), key=kv)
+        to_heads = dict(std=std, axes=("heads", "embed"), bias=config.qkv_bias)
+        self.wq = Linear(q_dim, config.dim, **to_heads, key=kq)
+        self.wk = Linear(kv_dim, config.dim, **to_heads, key=kk)
+        self.wv = Linear(kv_dim, config.dim, **to_heads, key=kv)
         self.wo = Linear(config.dim, q_dim, std=std, axes=("embed", "heads"), key=ko)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_width, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_width, config.norm_eps)
 
     def __call__(self, x, factors, attend):
         """Maps x [B, L, E] -> [B, L, E].
@@ -49,6 +53,8 @@ class Attention(nnx.Module):
         k, v [B, L, G, D] -> [B, L, H, D].
         """
         q, k, v = (split_heads(w(x), self.config.head_width) for w in (self.wq, self.wk, self.wv))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, factors[0]), apply_rotary(k, factors[1])
         return self.wo(merge_heads(attend(q, k, v)))
 
@@ -131,14 +137,19 @@ def run_blocks(blocks: Block, stack: TransformerConfig, x, segments, model: Mode
 
 def block_of_rows(stack: TransformerConfig, segments, model: Model):
     """Returns run_block(block, x) for rows x [B, L, E] whose positions see their segment [B, L]."""
-    positions = jnp.arange(segments.shape[1])
-    factors = rotary_factors(positions, stack.head_width, stack.rope_theta)
+    factors = rotary_of(stack, jnp.arange(segments.shape[1]))
     name = attention_kernel(stack, model).name
     # Splash kernels leave scores as they are: the turn of queries scales them for nothing.
     scale = stack.head_width**-0.5 if name == "splash" else 1.0
     factors = lay_out(factors, scale), lay_out(factors)
     attend = attention_of_rows(segments, stack.window, name, model.attention_block)
     return lambda block, x: block(x, factors, attend)
+
+
+def rotary_of(stack: TransformerConfig, positions):
+    """Returns the `rotary_factors` of a stack at positions [...]."""
+    scaling = stack.rope_factor, stack.rope_original_positions
+    return rotary_factors(positions, stack.head_width, stack.rope_theta, *scaling)
 
 
 def attention_kernel(stack: TransformerConfig, model: Model) -> Choice:

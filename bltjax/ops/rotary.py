@@ -1,5 +1,7 @@
 """Rotary position embedding over interleaved pairs, the layout of the published weights."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -8,18 +10,41 @@ from bltjax.ops import platform
 from bltjax.ops.slots import on_shards
 
 Factors = tuple[jax.Array, jax.Array]  # cosines and sines, float32
+LONG, SHORT = 1.0, 4.0  # waves in the original length: up to so many is long, from so many short
 
 
-def rotary_factors(positions: jax.Array, head_width: int, theta: float) -> Factors:
+def rotary_factors(
+    positions: jax.Array,
+    head_width: int,
+    theta: float,
+    factor: float = 1.0,
+    original_positions: int | None = None,
+) -> Factors:
     """Returns cosine and sine of position * theta^(-2i/D), [..., D/2] each (model.md#rotary).
 
     To be computed once for all layers of a stack: within a layer, XLA would compute them again for
-    each row and head.
+    each row and head. factor, original_positions: of `scaled`.
     """
     frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    if factor != 1.0:
+        frequencies = scaled(frequencies, factor, original_positions)
     frequencies = frequencies.reshape((1,) * positions.ndim + (-1,))
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def scaled(frequencies, factor: float, original_positions: int | None):
+    """Divides frequencies, in radians a position, by a factor; takes NumPy's and JAX's arrays.
+
+    With a number of original positions it does so for waves of which at most LONG fit into them,
+    and keeps those of which SHORT or more do; in between the two are mixed. Without, it does so
+    for all.
+    """
+    if original_positions is None:
+        return frequencies / factor
+    waves = original_positions / (2 * math.pi) * frequencies
+    kept = ((waves - LONG) / (SHORT - LONG)).clip(0, 1)
+    return (1 - kept) * frequencies / factor + kept * frequencies
 
 
 def lay_out(factors: Factors, scale: float = 1.0) -> Factors:

@@ -141,7 +141,7 @@ def decays(config: OptimizerConfig, name: str) -> bool:
     if part_of(name) == "hash":
         return config.decay_hash_tables
     module = name.split(".")[-2]
-    if "norm" in module.split("_"):  # norm, ffn_norm, cross_attn_norm_q
+    if "norm" in module.split("_") or name.endswith(".bias"):  # ffn_norm, cross_attn_norm_q
         return config.decay_norms
     return config.decay_embeddings or module != "tok_embeddings"
 

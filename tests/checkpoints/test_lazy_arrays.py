@@ -56,6 +56,14 @@ def assert_is(array, expected, data):
     np.testing.assert_array_equal(lazy_arrays.read_all(array), expected)
 
 
+@given(st.integers(1, 4), st.integers(1, 4), shapes(max_dims=2), st.data())
+def test_rows_in_halves_as_pairs(num_heads, half, features, data):
+    array = arange((num_heads * 2 * half, *features))
+    heads = array.reshape(num_heads, 2, half, *features)
+    expected = np.swapaxes(heads, 1, 2).reshape(array.shape)  # row i beside row i + D / 2
+    assert_is(lazy_arrays.HalvesAsPairs(Strict(array), 2 * half), expected, data)
+
+
 @given(shapes(), st.integers(1, 4), st.sampled_from(DTYPES), st.data())
 def test_stacked(shape, num, dtype, data):
     parts = [arange(shape, dtype) + np.array(i).astype(dtype) for i in range(num)]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bltjax.cli import COMMANDS
-from tests import directories, processes
+from tests import directories, llamas, processes
 
 NAMES = sorted(path.stem for path in COMMANDS.glob("[!_]*.py"))
 STARTED = 1 << (signal.SIGTERM - 1)  # in SigCgt: the command handles SIGTERM from now on
@@ -29,6 +29,7 @@ def files(tmp_path_factory):
     """A model, a corpus and a text, made once."""
     root = tmp_path_factory.mktemp("endings")
     directories.meta_with_entropy_model(root / "model")
+    llamas.write(root / "llama")
     processes.write_corpus(root / "corpus")
     (root / "text").write_bytes(b"some text, \xff\n" * 40)
     return root
@@ -43,6 +44,7 @@ def arguments(name: str, files: Path, made: Path) -> list[str]:
     corpus = f"--config.data.root={files / 'corpus'}"
     return {
         "aot": [tiny, "--topology=v5e:2x2", "--config.mesh.data=4"],
+        "byteify": [f"--source={files / 'llama'}", f"--target={made}"],
         "convert": [f"--source={files / 'model'}", f"--target={made}", "--format=hf"],
         "evaluate": [model, f"--data={files / 'corpus'}"],
         "generate": [model, "--prompt=ab", "--max_new_bytes=200"],

@@ -264,6 +264,7 @@ def optional_fields(config, name=""):
         "num_heads_decoder": 2,
         "num_kv_heads_decoder": 2,
         "ffn_width": 40,
+        "rope_original_positions": 64,
         "head_dim": 16,
         "window": 8,
         "base_std": 0.5,

@@ -37,6 +37,15 @@ def changed(name, **settings):
     )
 
 
+def as_a_token_model(name):
+    """A golden config with what byteified models may have, in all stacks."""
+    config = changed(name)
+    stacks = ("local_encoder", "global_transformer", "local_decoder")
+    options = dict(qkv_bias=True, qk_norm=True, rope_factor=4.0, rope_original_positions=30)
+    with_options = {n: dataclasses.replace(getattr(config, n), **options) for n in stacks}
+    return dataclasses.replace(config, **with_options)
+
+
 GROUPED = CrossAttentionConfig(
     num_heads=4,
     num_kv_heads=2,
@@ -57,6 +66,7 @@ CONFIGS = {
         B7, pooling="min", cross_attention=ONLY_ENCODER, hash=HashConfig((), 97)
     ),
     "a skip projection": changed(A, skip_projection=True),
+    "biases, norms of heads, scaled positions": as_a_token_model(A),
     "mean pooling, the other way": changed(A, pooling="mean", cross_attention=ONLY_DECODER),
 }
 LINES = dataclasses.replace(ENTROPY, reset_at_newlines=True)
@@ -69,6 +79,8 @@ CASES = [  # config, rule, positions of a piece, device that parameters are laid
     (NO_CROSS, dataclasses.replace(ENTROPY, max_patch_length=3), 7, "cpu"),
     ("mean pooling, the other way", PatchingConfig(rule="static"), 16, "cpu"),
     ("a skip projection", PatchingConfig(rule="static"), 16, "cpu"),
+    ("biases, norms of heads, scaled positions", PatchingConfig(rule="static"), 7, "cpu"),
+    ("biases, norms of heads, scaled positions", PatchingConfig(rule="static"), 1, "gpu"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (

@@ -87,7 +87,8 @@ def test_matrices_are_in_the_compute_dtype_and_all_else_as_it_was(config):
     assert jax.tree.structure(again) == jax.tree.structure(found)
     jax.tree.map(np.testing.assert_array_equal, again, found)
     part = found.get("local_decoder", found)
-    assert {x.dtype for x in part["layers"][0] if x.ndim > 1} == {jnp.dtype("bfloat16")}
+    dtypes = {x.dtype for x in jax.tree.leaves(part["layers"][0]) if x.ndim > 1}
+    assert dtypes == {jnp.dtype("bfloat16")}
     assert part["layers"][0].ffn_norm.dtype == part["norm"]["weight"].dtype == jnp.float32
 
 

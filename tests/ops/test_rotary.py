@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.ops.rotary import apply_rotary, lay_out, rotary_factors
+from bltjax.ops.rotary import apply_rotary, lay_out, rotary_factors, scaled
 
 B, L, H, D = 2, 33, 3, 8
 
@@ -54,3 +54,22 @@ def test_gradient_is_the_opposite_turn():
     np.testing.assert_allclose(
         np.vdot(rotate(x + step, 10_000.0) - turned, cotangent), np.vdot(step, gradient), rtol=1e-3
     )
+
+
+def test_long_waves_are_scaled():
+    """As Llama 3.1 scales: from 4 waves within the original length on they stay."""
+    factor, original = 8.0, 64
+    frequencies = 10.0 ** -np.arange(0, 4, 0.25)
+    found = scaled(frequencies, factor, original)
+    wavelengths = 2 * np.pi / frequencies
+    for wave, plain, now in zip(wavelengths, frequencies, found, strict=True):
+        if wave < original / 4:
+            assert now == plain
+        elif wave > original:
+            np.testing.assert_allclose(now, plain / factor)
+        else:
+            share = (original / wave - 1) / 3
+            np.testing.assert_allclose(now, (1 - share) * plain / factor + share * plain)
+    np.testing.assert_allclose(scaled(frequencies, factor, None), frequencies / factor)
+    angles = np.arctan2(*reversed(rotary_factors(jnp.arange(2), 8, 100.0, 2.0)))[1]
+    np.testing.assert_allclose(angles, 100.0 ** (-np.arange(4) / 4) / 2, rtol=1e-6)

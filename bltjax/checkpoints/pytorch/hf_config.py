@@ -14,6 +14,7 @@ from bltjax.checkpoints.pytorch.fields import (
     read_pairs,
     write_pairs,
 )
+from bltjax.checkpoints.pytorch.tensor_names import unpublished
 from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import (
     BLTConfig,
@@ -89,7 +90,7 @@ _PATCHING = [
 
 # Fields that any config of any version of transformers may have, and that do not change what a BLT
 # computes.
-_GENERIC = """
+GENERIC = """
     _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
     _name_or_path add_cross_attention architectures attention_dropout attn_implementation
     auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
@@ -205,6 +206,7 @@ def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
         theirs.append({"global_config": {"encoder_cross_output_size": blt.patch_width}})
     if weights.entropy_model is not None:
         model = weights.entropy_model
+        problems += [f"transformers has no entropy_model.{name}" for name in unpublished(model)]
         stack = _explicit("entropy_model.transformer", model.transformer, problems)
         theirs += [
             write_pairs(dataclasses.replace(model, transformer=stack), _ENTROPY_MODEL, problems),
@@ -227,7 +229,7 @@ def write(weights: Weights, dtype: str, problems: list[str]) -> dict:
 
 
 def _ignore_what_changes_nothing(fields: Fields):
-    generic = _GENERIC.split()
+    generic = GENERIC.split()
     fields.ignore(
         [*generic, "max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"]
     )
@@ -250,7 +252,7 @@ def _ignore_what_changes_nothing(fields: Fields):
 def _complete_stack(fields: Fields, values: dict, stack: _Stack):
     """Adds values that may have older names, and checks fields that have one supported value."""
     group = stack.group
-    values["rope_theta"] = _theta(fields, group, stack.rope_theta)
+    values["rope_theta"] = theta(fields, f"{group}.", stack.rope_theta)
     fields.must_be(
         f"{group}.norm_eps",
         (values["norm_eps"],),
@@ -280,14 +282,14 @@ def _complete_stack(fields: Fields, values: dict, stack: _Stack):
         values["ffn_width"] = None
 
 
-def _theta(fields: Fields, group: str, default: float) -> float:
-    """Takes the base of rotary positions under its newer or its older name."""
-    newer, older = f"{group}.rope_parameters.rope_theta", f"{group}.rope_theta"
-    theta = fields.take(newer, float, fields.take(older, float, default))
+def theta(fields: Fields, prefix: str, default: float) -> float:
+    """Takes the base of rotary positions under its newer or its older name, after a prefix."""
+    newer, older = f"{prefix}rope_parameters.rope_theta", f"{prefix}rope_theta"
+    found = fields.take(newer, float, fields.take(older, float, default))
     if not {newer, older} <= fields.assumed.keys():  # one of the two says it
         fields.assumed.pop(newer, None)
     fields.assumed.pop(older, None)
-    return theta
+    return found
 
 
 def _check_supported(fields: Fields, blt: dict):
@@ -344,6 +346,7 @@ def _cannot_say(blt: BLTConfig, patching: PatchingConfig) -> list[str]:
         f"patching.rule={patching.rule!r}": patching.rule != "entropy",
         "patching.reset_at_newlines=True": patching.reset_at_newlines,
     }
+    wrong |= dict.fromkeys(unpublished(blt), True)
     found = [f"transformers has no {setting}" for setting, is_so in wrong.items() if is_so]
     stacks = (("encoder", blt.local_encoder), ("decoder", blt.local_decoder))
     for side, stack in stacks:

@@ -13,6 +13,7 @@ from bltjax.checkpoints.pytorch.fields import (
     read_pairs,
     write_pairs,
 )
+from bltjax.checkpoints.pytorch.tensor_names import unpublished
 from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import (
     BLTConfig,
@@ -237,6 +238,7 @@ def write_blt(weights: Weights, problems: list[str]) -> dict:
         problems.append("always_project=True: Meta's code has no projection between equal widths")
     if config.skip_projection:
         problems.append("skip_projection=True: Meta's code has no layer there")
+    problems += [f"{setting}: Meta's code has no such setting" for setting in unpublished(config)]
     sides = [cross.encoder_heads] * cross.encoder + [cross.decoder_heads] * cross.decoder
     if {heads for side in sides for heads in side} - {cross.num_heads}:
         problems.append(
@@ -304,6 +306,7 @@ def notes(patching: PatchingConfig) -> tuple[str, ...]:
 
 def write_entropy_model(config: EntropyModelConfig, lengths: Lengths, problems: list[str]) -> dict:
     """Writes LMTransformerArgs; see `write_blt`."""
+    problems += [f"{setting}: Meta's code has no such setting" for setting in unpublished(config)]
     stacks = _plain_stacks({"transformer": config.transformer}, problems)
     return {
         **_IGNORED,

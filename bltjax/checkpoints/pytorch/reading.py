@@ -55,7 +55,7 @@ def read_hf(directory: Path, on_progress: OnProgress = None, values: bool = True
     weights = hf_config.read(config, problems)
     found, unreadable = safetensors_files.open_sharded(directory)
     problems += unreadable
-    tensors = _by_published_name(found.items(), HF, problems, notes)
+    tensors = by_published_name(found.items(), HF, problems, notes)
     expected = None
     if weights is not None:
         notes += _dtype_notes(config, tensors)
@@ -67,10 +67,10 @@ def read_hf(directory: Path, on_progress: OnProgress = None, values: bool = True
         for name, part in parts.items():
             model = getattr(weights, name)
             weights.params[name], wrong = from_published(model, part, HF)
-            problems += _not_explained(wrong, directory, unreadable, HF)
+            problems += not_explained(wrong, directory, unreadable, HF)
             expected |= expected_shapes(model, HF, len(part))
         weights = weights._replace(notes=(*weights.notes, *notes))
-    problems += _in_tensors(tensors, expected, on_progress, values)
+    problems += in_tensors(tensors, expected, on_progress, values)
     if problems or weights is None:
         raise WeightsError(directory, problems)
     return weights
@@ -101,7 +101,7 @@ def _dtype_notes(config: dict, tensors: dict[str, LazyArray]) -> list[str]:
     return []
 
 
-def _in_tensors(
+def in_tensors(
     tensors: dict[str, LazyArray],
     expected: dict[str, tuple] | None,
     on_progress: OnProgress,
@@ -123,7 +123,7 @@ def _in_tensors(
     return dtype_problems(others) + value_problems(placed, on_progress)
 
 
-def _not_explained(
+def not_explained(
     wrong: list[str], directory: Path, unreadable: list[str], style: str
 ) -> list[str]:
     """Drops the problems of tensors that are missing because their file cannot be read."""
@@ -145,17 +145,17 @@ def read_meta(directory: Path, on_progress: OnProgress = None, values: bool = Tr
     notes: list[str] = []
     found = _meta_tensors(directory, problems, on_progress, values)
     unreadable = list(problems)
-    tensors = _by_published_name(found, META, problems, notes)
+    tensors = by_published_name(found, META, problems, notes)
     weights = _meta_settings(directory, tensors, problems)
     expected = None
     if weights is not None:
         name = "entropy_model" if weights.blt is None else "blt"
         model = getattr(weights, name)
         weights.params[name], wrong = from_published(model, tensors, META)
-        problems += _not_explained(wrong, directory, unreadable, META)
+        problems += not_explained(wrong, directory, unreadable, META)
         expected = expected_shapes(model, META, len(tensors))
         weights = weights._replace(notes=(*weights.notes, *notes))
-    problems += _in_tensors(tensors, expected, on_progress, values)
+    problems += in_tensors(tensors, expected, on_progress, values)
     inside = directory / ENTROPY_MODEL_DIRECTORY
     if inside.is_dir() and inside.resolve() != directory.resolve():
         weights = _with_entropy_model(weights, inside, problems, on_progress, values)
@@ -248,7 +248,7 @@ def _meta_tensors(
     return [(".".join(map(str, path)), leaf) for path, leaf in tree_leaves(contents)]
 
 
-def _by_published_name(
+def by_published_name(
     tensors: Iterable[tuple[str, Any]], style: str, problems: list[str], notes: list[str]
 ) -> dict[str, LazyArray]:
     """Returns tensors by name without wrappers' prefixes; tables of positions are left out."""

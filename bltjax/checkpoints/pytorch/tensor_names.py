@@ -28,6 +28,7 @@ from bltjax.config import BLTConfig, TransformerConfig
 from bltjax.model import functional
 
 META, HF = "meta", "hf"  # styles of names
+_NEVER_SAID = ("qkv_bias", "qk_norm", "rope_factor")  # of stacks
 
 
 # Left by data parallelism, compilation, sharding and recomputation, anywhere in a name.
@@ -71,7 +72,7 @@ def _under(prefix: Name, names: dict[str, str]) -> list[Name]:
     return [Name(f"{prefix.meta}.{meta}", f"{prefix.hf}.{hf}") for meta, hf in names.items()]
 
 
-_BLOCK = {
+BLOCK = {  # below the number of a layer
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -100,20 +101,20 @@ HASH_TABLES = Name("encoder_hash_tok_embedding.{}", "model.encoder_hash_tok_embe
 BLT_NAMES = [
     Name("local_encoder.tok_embeddings", "model.local_encoder.embed_tokens"),
     HASH_TABLES,
-    *_under(_same("local_encoder.layers.{}"), _BLOCK),
+    *_under(_same("local_encoder.layers.{}"), BLOCK),
     *_under(_same("local_encoder.cross_attn_layers.{}"), _CROSS),
     _same("local_encoder.patch_embedding_projection"),
     _same("global_transformer.token_embedding_projection"),
-    *_under(_same("global_transformer.layers.{}"), _BLOCK),
+    *_under(_same("global_transformer.layers.{}"), BLOCK),
     _same("local_decoder.patch_embedding_projection"),
     *_under(_same("local_decoder.cross_attn_layers.{}"), _CROSS),
-    *_under(_same("local_decoder.layers.{}"), _BLOCK),
+    *_under(_same("local_decoder.layers.{}"), BLOCK),
     _same("local_decoder.norm"),
     Name("local_decoder.output", "lm_head"),
 ]
 ENTROPY_MODEL_NAMES = [
     Name("tok_embeddings", "model.patcher.embed_tokens"),
-    *_under(Name("layers.{}", "model.patcher.layers.{}"), _BLOCK),
+    *_under(Name("layers.{}", "model.patcher.layers.{}"), BLOCK),
     Name("norm", "model.patcher.norm"),
     Name("output", "model.patcher.lm_head"),
 ]
@@ -180,6 +181,17 @@ def _more_than(config, num_tensors: int) -> list[str]:
     if layers <= max(1000, num_tensors):
         return []
     return [f"the config says {layers} layers, and there are {num_tensors} tensors: correct it"]
+
+
+def unpublished(config) -> list[str]:
+    """Names the settings of a model's stacks that no published format can say."""
+    plain, found = TransformerConfig(), []
+    for field in dataclasses.fields(config):
+        stack = getattr(config, field.name)
+        if isinstance(stack, TransformerConfig):
+            changed = (n for n in _NEVER_SAID if getattr(stack, n) != getattr(plain, n))
+            found += [f"{field.name}.{n}={getattr(stack, n)!r}" for n in changed]
+    return found
 
 
 def _joined(name: Name, parts: list[LazyArray], style: str, shape) -> LazyArray:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.checkpoints.lazy_arrays import LazyArray
+from bltjax.checkpoints.lazy_arrays import LazyArray, tree_leaves
 from bltjax.checkpoints.pytorch import hf_config, hf_tokenizer, meta_config
 from bltjax.checkpoints.pytorch.model_card import card
 from bltjax.checkpoints.pytorch.reading import ENTROPY_MODEL_DIRECTORY
@@ -57,14 +57,14 @@ def plan_hf(weights: Weights) -> WritePlan:
             ["there is only an entropy model, which transformers has no class for: choose meta"],
         )
     problems: list[str] = []
+    dtypes = {np.dtype(leaf.dtype).name for _, leaf in tree_leaves(weights.params)}
+    dtype = "float32" if "float32" in dtypes else max(dtypes)
+    config = hf_config.write(weights, dtype, problems)
+    if problems:  # before tensors are named, of which some may have none there
+        raise WeightsError("Hugging Face's format", problems)
     tensors = to_published(weights.blt, weights.params["blt"], HF) | _projection(weights)
     if weights.entropy_model is not None:
         tensors |= to_published(weights.entropy_model, weights.params["entropy_model"], HF)
-    dtypes = {np.dtype(tensor.dtype).name for tensor in tensors.values()}
-    dtype = "float32" if "float32" in dtypes else max(dtypes)
-    config = hf_config.write(weights, dtype, problems)
-    if problems:
-        raise WeightsError("Hugging Face's format", problems)
     num_parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     files = {
         "README.md": card(weights, num_parameters),
@@ -82,32 +82,36 @@ def plan_meta(weights: Weights) -> WritePlan:
     format cannot express.
     """
     problems: list[str] = []
-    entropy_model = None
+    of_entropy_model, training = None, {}
     if weights.entropy_model is not None:
-        args = meta_config.write_entropy_model(weights.entropy_model, weights.lengths, problems)
-        tensors = to_published(weights.entropy_model, weights.params["entropy_model"], META)
-        entropy_model = WritePlan(tensors, {"config.json": {"args": args}}, {}, save=_in_one_file)
-    plan = entropy_model
+        of_entropy_model = meta_config.write_entropy_model(
+            weights.entropy_model, weights.lengths, problems
+        )
     if weights.blt is not None:
-        args = meta_config.write_blt(weights, problems)
         training = {
-            "model": args,
-            "entropy_model": entropy_model and entropy_model.files["config.json"]["args"],
+            "model": meta_config.write_blt(weights, problems),
+            "entropy_model": of_entropy_model,
             "data": {
                 "patcher_args": meta_config.write_patcher(weights.patching, problems),
                 "tokenizer_args": {"name": "blt"},
             },
         }
-        plan = WritePlan(
-            to_published(weights.blt, weights.params["blt"], META),
-            {"train_args.json": training, "config.json": {"args": args}},
-            {} if entropy_model is None else {ENTROPY_MODEL_DIRECTORY: entropy_model},
-            meta_config.notes(weights.patching),
-            _in_one_file,
-        )
-    if problems:
+    if problems:  # before tensors are named, of which some may have none there
         raise WeightsError("Meta's format", problems)
-    return plan
+    entropy_model = None
+    if weights.entropy_model is not None:
+        tensors = to_published(weights.entropy_model, weights.params["entropy_model"], META)
+        files = {"config.json": {"args": of_entropy_model}}
+        entropy_model = WritePlan(tensors, files, {}, save=_in_one_file)
+    if weights.blt is None:
+        return entropy_model
+    return WritePlan(
+        to_published(weights.blt, weights.params["blt"], META),
+        {"train_args.json": training, "config.json": {"args": training["model"]}},
+        {} if entropy_model is None else {ENTROPY_MODEL_DIRECTORY: entropy_model},
+        meta_config.notes(weights.patching),
+        _in_one_file,
+    )
 
 
 def _projection(weights: Weights) -> dict:
