@@ -125,7 +125,7 @@ def test_the_setting_is_checked():
 def test_frozen_matrices_stay():
     frozen = dataclasses.replace(MUON, global_rate=0.0)
     params = random_params()
-    _, after, _ = train(make_optimizer(frozen, 10), params)
+    _, after, _ = train(make_optimizer(frozen, 10), params, config=frozen)
     for name, x in by_name(params).items():
         moved = np.max(np.abs(after[name] - x)) > 0
         assert moved == (not name.startswith("global")), name
