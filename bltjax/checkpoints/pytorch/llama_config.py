@@ -54,7 +54,7 @@ _LENGTHS = tuple(2**n for n in range(10, 18))  # original positions that GGUF fi
 
 
 class Settings(NamedTuple):
-    """What is known of a tokenized model before its tensors are."""
+    """Settings of a tokenized model, which tell the shapes of its tensors."""
 
     stack: TransformerConfig
     kind: str
