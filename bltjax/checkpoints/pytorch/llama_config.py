@@ -93,7 +93,7 @@ def read_hf(config: dict, drop_rope_scaling: bool, problems: list[str]) -> Setti
     _check_window(fields, config, name)
     fields.check_all_known()
     stack = _stack(fields, values, kind, pairs, problems)
-    return stack and Settings(stack, name, vocab_size, (*fields.notes(), *notes))
+    return stack and Settings(stack, name, vocab_size, (*_assumed(fields), *notes))
 
 
 def _hf_pairs(kind: Kind) -> list[Pair]:
@@ -124,6 +124,12 @@ def _stack(
     wrong = problems_in_their_words(stack, fields.name, pairs)
     problems += wrong
     return None if wrong else stack
+
+
+def _assumed(fields: Fields) -> tuple[str, ...]:
+    """Returns a note on the values that were assumed, but for those that follow from others."""
+    fields.assumed = {path: x for path, x in fields.assumed.items() if x is not None}
+    return fields.notes()
 
 
 def _hf_scaling(fields: Fields, group: str) -> dict:
@@ -222,7 +228,7 @@ def read_gguf(
     _check_gguf(fields, name, values)
     fields.check_all_known()
     stack = _stack(fields, values, kind, pairs, problems)
-    return stack and Settings(stack, name, None, (*fields.notes(), *notes))
+    return stack and Settings(stack, name, None, (*_assumed(fields), *notes))
 
 
 def _gguf_pairs(name: str, kind: Kind) -> list[Pair]:

@@ -200,6 +200,12 @@ def test_settings_that_change_nothing_are_read(tmp_path, wrong):
     assert stack_of(llamas.write(tmp_path / "source", wrong=wrong)) == plain
 
 
+def test_what_is_assumed_is_told(tmp_path):
+    wrong = dict(rope_theta=..., head_dim=..., num_key_value_heads=2)
+    (note,) = llama.read(llamas.write(tmp_path / "source", wrong=wrong)).settings.notes
+    assert note == ("config does not say, so it is assumed: rope_parameters.rope_theta=10000.0")
+
+
 def test_a_tied_model_has_no_output_layer(tmp_path):
     source = llamas.write(tmp_path / "tied", tie_word_embeddings=True)
     assert stack_of(source) == stack_of(llamas.write(tmp_path / "plain"))
