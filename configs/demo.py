@@ -4,7 +4,7 @@ Command:   python -m bltjax.train --config=configs/demo.py --workdir=runs/demo
            python -m bltjax.train --config=configs/demo.py:CORPUS --workdir=runs/demo
            python -m benchmarks.make_demo --corpus=CORPUS --workdir=runs/demo
 Hardware:  one CPU core, 21 minutes; two are hardly faster beside other work.
-Expect:    3,545,152 parameters, 1,185,856 parameters without hash tables; with the entropy model
+Expect:    3,475,264 parameters, 1,115,968 parameters without hash tables; with the entropy model
            less than 8 MB in bfloat16. What was measured is on the card, bltjax/demo/README.md.
 
 The first command reads the standard library of the running Python alone, the second also a folder

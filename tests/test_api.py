@@ -318,7 +318,7 @@ def test_directories_that_hold_nothing_are_told(tmp_path):
         bltjax.load(tmp_path / "nowhere")
     with pytest.raises(WeightsError, match=r"none of config\.json"):
         bltjax.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(WeightsError, match="neither Hugging Face's"):
         bltjax.load(tmp_path)
     (tmp_path / "config.json").write_text("{")

@@ -112,7 +112,8 @@ def test_the_module_is_the_command():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_is_told_that_the_model_is_compiled(terminal, monkeypatch, capsys):
-    chosen = SimpleNamespace(checkpoint="a", entropy_model=None, dtype=None, bf16_compat=False)
+    given = dict(entropy_model=None, adapter=None, dtype=None, bf16_compat=False)
+    chosen = SimpleNamespace(checkpoint="a", **given)
     monkeypatch.setattr(cli.flags, "FLAGS", chosen)
     monkeypatch.setattr(formats, "stored_bytes", lambda path: 0)
     monkeypatch.setattr(api, "load", lambda *_, **__: "a model")

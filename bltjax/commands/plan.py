@@ -36,8 +36,9 @@ def main(argv):
     result = dict(chips=flags.FLAGS.chips, stages={})
     try:
         mesh = sharding.abstract_mesh(config.mesh, flags.FLAGS.chips)
-        with jax.sharding.use_abstract_mesh(mesh):
-            config = with_shapes(config)
+        if config.start_from:
+            with jax.sharding.use_abstract_mesh(mesh):
+                config = with_shapes(config)
         sharding.check_layout(config, used_models(config), mesh)
         print(f"mesh: {dict(mesh.shape)} on {flags.FLAGS.chips} chips")
         for stage in (stage for stage in TRAINING if stage in config.stages):

@@ -12,7 +12,7 @@ TURN_BYTES = dict(system=b"\xf8", user=b"\xf9", assistant=b"\xfa", end=b"\xfb")
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """How a conversation becomes a document (finetuning.md#conversations)."""
+    """Turns of conversations that become documents (finetuning.md#conversations)."""
 
     # `"bytes"`: a turn begins with the byte 0xF8 (system), 0xF9 (user) or 0xFA (assistant), and
     # ends with 0xFB; no UTF-8 holds these. `"text"`: with the texts below

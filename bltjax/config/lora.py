@@ -22,7 +22,8 @@ class LoRAConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        found = not_negative(self, name, "rank", most=MOST_WIDTH) + positive(self, name, "alpha")
+        found = not_negative(self, name, "rank", "dropout", most=MOST_WIDTH)
+        found += positive(self, name, "alpha")
         found += between(self, name, "dropout", 0, 0.99)
         if self.rank and not self.targets:
             found.append(f"{name}.targets={shown(self.targets)} names no matrix: give a pattern")

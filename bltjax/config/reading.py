@@ -39,6 +39,11 @@ FREE_FIELDS = (
     "profile",
 )
 
+# Settings of stacks and of patching that most models do not have, and what they are then.
+OPTIONS = dict(
+    qkv_bias=False, qk_norm=False, rope_factor=1.0, rope_original_positions=None, turns=False
+)
+
 # Of the device that computes a model, not of the model.
 DEVICE_FIELDS = "attention", "attention_block"
 
@@ -154,6 +159,8 @@ def to_config_dict(config) -> ml_collections.ConfigDict:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             value = to_config_dict(value)
+        elif isinstance(value, tuple):
+            value = tuple(to_config_dict(v) if dataclasses.is_dataclass(v) else v for v in value)
         elif is_optional(hints[f.name]):
             result[f.name] = config_dict.placeholder(plain_type(hints[f.name]))
         result[f.name] = value
@@ -235,9 +242,19 @@ def to_model_dict(config) -> dict:
     """Returns `to_dict` without what is not of the model, for files that describe one.
 
     That is DEVICE_FIELDS, and adapters: where a model is written they are part of its matrices.
+    OPTIONS that are off are left out too, as in files that are older than these.
     """
     left_out = (*DEVICE_FIELDS, "lora")
-    return {key: value for key, value in to_dict(config).items() if key not in left_out}
+    described = {key: value for key, value in to_dict(config).items() if key not in left_out}
+    return _without_options(described)
+
+
+def _without_options(described: dict) -> dict:
+    return {
+        key: _without_options(value) if isinstance(value, dict) else value
+        for key, value in described.items()
+        if key not in OPTIONS or value != OPTIONS[key]
+    }
 
 
 def differences(old, new, name: str = "config", skipped=FREE_FIELDS) -> list[str]:

@@ -34,7 +34,7 @@ class Best:
 
     @property
     def is_over(self) -> bool:
-        """Whether so many measurements in a row were no new best that training ends."""
+        """Returns whether so many measurements in a row were no new best that training ends."""
         return 0 < self._patience <= self.state["worse"]
 
     def close(self):

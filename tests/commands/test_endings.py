@@ -45,6 +45,7 @@ def arguments(name: str, files: Path, made: Path) -> list[str]:
     return {
         "aot": [tiny, "--topology=v5e:2x2", "--config.mesh.data=4"],
         "byteify": [f"--source={files / 'llama'}", f"--target={made}"],
+        "chat": [model],
         "convert": [f"--source={files / 'model'}", f"--target={made}", "--format=hf"],
         "evaluate": [model, f"--data={files / 'corpus'}"],
         "generate": [model, "--prompt=ab", "--max_new_bytes=200"],

@@ -16,7 +16,7 @@ from tests.processes import ROOT
 # In the place of bltjax.api, in a process of its own: the command is about what is around it.
 STAND_IN = """
 import runpy, sys, types
-def load(path, *, entropy_model, dtype, bf16_compat, on_progress):
+def load(path, *, entropy_model, adapter, dtype, bf16_compat, on_progress):
     from tests.commands.test_generate import FakeModel
     return FakeModel()
 sys.modules["bltjax.api"] = types.SimpleNamespace(load=load)

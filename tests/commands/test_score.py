@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 # In the place of bltjax.api, in a process of its own: the commands are about what is around it.
 STAND_IN = """
 import atexit, runpy, sys, types
-def load(path, *, entropy_model, dtype, bf16_compat, on_progress):
+def load(path, *, entropy_model, adapter, dtype, bf16_compat, on_progress):
     if path == "missing":
         raise ValueError("no weights in missing:\\n* config.json")
     print("loaded", path, entropy_model, dtype, file=sys.stderr)

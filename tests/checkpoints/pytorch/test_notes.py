@@ -108,7 +108,6 @@ def test_meta_without_its_threshold_or_its_entropy_model(tmp_path):
         "patching_threshold=1.33544",
         "there is no entropy model",
         "--entropy_model=DIR",
-        "no tokenizer is written",
     ):
         assert sum(wanted in note for note in notes) == 1, wanted
     half = bltjax.load(tmp_path / "target")
@@ -182,7 +181,7 @@ def test_the_dtype_that_is_said_is_compared(hf, tmp_path, said, told):
 def test_commands_print_a_line_for_each_note(tmp_path, monkeypatch, capsys):
     source = directories.hub(tmp_path / "half\x1b[31m", "meta_A_1b_like")
     chosen = SimpleNamespace(
-        checkpoint=str(source), entropy_model=None, dtype=None, bf16_compat=False
+        checkpoint=str(source), entropy_model=None, adapter=None, dtype=None, bf16_compat=False
     )
     monkeypatch.setattr(cli.flags, "FLAGS", chosen)
     assert cli.open_model().entropy_config is None
