@@ -139,6 +139,7 @@ def of_kind(findings, kind, *names):
     return [tuple(f[name] for name in names) for f in found] if names else found
 
 
+@pytest.mark.slow
 def test_every_stage_finds_something_or_says_why_not(tmp_path):
     check = importlib.import_module("accelerator_check")
     findings, printed = run(tmp_path)

@@ -153,7 +153,7 @@ def strictest_jax():
         yield
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_settings_of_jax_change_nothing():
     """Drafts run all that plain decoding runs; the second text is done before the first."""
     stack = TransformerConfig(dim=8, num_layers=1, num_heads=1, window=4, ffn_multiple_of=8)

@@ -40,6 +40,8 @@ GLOBAL = dataclasses.replace(
 BLT = BLTConfig(
     local_encoder=LOCAL, global_transformer=GLOBAL, local_decoder=LOCAL, hash=HashConfig((3,), 11)
 )
+
+pytestmark = pytest.mark.long  # one interpreter will do
 ENTROPY = EntropyModelConfig(dataclasses.replace(LOCAL, qkv_bias=True, qk_norm=True))
 OPTIONS = dict(qkv_bias=False, qk_norm=False, rope_factor=1.0)
 

@@ -22,6 +22,8 @@ from bltjax.recipe.checks import check_run
 from tests import directories
 from tests.recipe.test_start import TEXT, config, one_device, params_of, sources, train
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 __all__ = ["config", "one_device", "sources"]  # fixtures, the second for all tests
 LORA = {"blt.lora.rank": 3, "blt.lora.alpha": 6.0, "blt_training.steps": 8}
 EVERYWHERE = {"blt.lora.targets": ("*w[qkvo123].weight", "local_decoder.output.weight")}

@@ -21,6 +21,8 @@ from bltjax.training.metrics import HELD_OUT
 from tests.configs import tiny
 from tests.processes import metrics, write_corpus
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 BITS = [5.0, 3.0, 4.0, 2.0, 2.5, float("nan"), 2.2, 2.1, 1.0, 1.0, 1.0, 1.0]  # by measurement
 
 

@@ -25,6 +25,8 @@ from bltjax.recipe.stages import run
 from tests import directories, llamas, processes
 from tests.configs import tiny_start
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 ROOT = Path(__file__).parents[2]
 TEXT = "A patch is short where the next byte is hard to guess: naïve, 日本, x = 1;\n" * 3
 SMALL = LocalSizes(dim=16, heads=2, decoder_layers=2, window=16, hash_sizes=(3, 4), hash_vocab=101)

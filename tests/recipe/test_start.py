@@ -24,6 +24,8 @@ from tests import directories, processes
 from tests.configs import tiny_start
 from tests.processes import metrics, wait_for_step
 
+pytestmark = pytest.mark.long  # one interpreter will do
+
 # No entropy of it is near the threshold: records hold entropies as float16.
 TEXT = "def f(x):\n    return x + 1  # naïve 日本\n" * 5
 
