@@ -108,6 +108,16 @@ def define_model_flags():
     flags.DEFINE_bool("bf16_compat", False, "Find patches as the published demo does.")
 
 
+def define_sampling_flags():
+    """Defines --temperature, --top_k, --top_p, --min_p, --repetition_penalty and --seed."""
+    flags.DEFINE_float("temperature", 0.0, "0: always the most probable byte.")
+    flags.DEFINE_integer("top_k", None, "Draw from the k most probable bytes.")
+    flags.DEFINE_float("top_p", None, "Draw from the most probable bytes of this probability.")
+    flags.DEFINE_float("min_p", None, "Draw from bytes of this share of the best's probability.")
+    flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: bytes that occurred become rarer.")
+    flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+
+
 def define_text_flags(files: str):
     """Defines --kind, --field and --max_bytes, for `evaluation.texts`; files: a flag."""
     flags.DEFINE_enum(

@@ -3,7 +3,7 @@
 Command:   python -m bltjax.train --config=configs/demo.py --workdir=runs/demo
            python -m bltjax.train --config=configs/demo.py:CORPUS --workdir=runs/demo
            python -m benchmarks.make_demo --corpus=CORPUS --workdir=runs/demo
-Hardware:  one CPU core, 21 minutes; two are hardly faster beside other work.
+Hardware:  one CPU core, 21 minutes.
 Expect:    3,475,264 parameters, 1,115,968 parameters without hash tables; with the entropy model
            less than 8 MB in bfloat16. What was measured is on the card, bltjax/demo/README.md.
 

@@ -7,7 +7,7 @@ Hardware:  2 CPU cores, minutes for small models; what the weights need for larg
 Expect:    the shapes of the weights that it starts from, which are those of the model in the
            package unless others are named. Without PAIRS it reads pairs.jsonl.
 
-All parameters learn. Low-rank adapters: --config.blt.lora.rank=8, at ten times the rate.
+All parameters learn. Low-rank adapters: --config.blt.lora.rank=8.
 """
 
 from bltjax.config import default_config

@@ -32,11 +32,12 @@ from bltjax.checkpoints.weights import Adapter, Weights, WeightsError, value_pro
 from bltjax.config import BLTConfig
 from bltjax.config.lora import LoRAConfig
 from bltjax.model import functional
+from bltjax.model.lora import A as DOWN
+from bltjax.model.lora import B as UP
 from bltjax.runtime.progress import OnProgress
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-DOWN, UP = "lora_A", "lora_B"
 
 
 def merged(weights: Weights, adapter: Adapter) -> Weights:

@@ -73,12 +73,7 @@ def define_flags():
     cli.define_model_flags()
     flags.DEFINE_string("system", None, "What the conversation begins with, from the system.")
     flags.DEFINE_integer("max_new_bytes", 512, "Bytes of an answer at most.", lower_bound=1)
-    flags.DEFINE_float("temperature", 0.0, "0: always the most probable byte.")
-    flags.DEFINE_integer("top_k", None, "Draw from the k most probable bytes.")
-    flags.DEFINE_float("top_p", None, "Draw from the most probable bytes of this probability.")
-    flags.DEFINE_float("min_p", None, "Draw from bytes of this share of the best's probability.")
-    flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: bytes that occurred become rarer.")
-    flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+    cli.define_sampling_flags()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bltjax.checkpoints.fingerprints import named_leaves
 from bltjax.config import OptimizerConfig
 from bltjax.config.model import HASH_TABLES
 from bltjax.model.lora import is_adapter
@@ -114,7 +115,7 @@ def learning(config: OptimizerConfig, params: dict) -> dict:
     adapters, where there are some.
     """
     rates, found = _rates(config), {}
-    leaves = _named_leaves(params)
+    leaves = named_leaves(params)
     adapted = any(map(is_adapter, leaves))
     for name, leaf in leaves.items():
         if rates[part_of(name)] and (is_adapter(name) or not adapted):
@@ -232,12 +233,6 @@ def _factored(config: OptimizerConfig) -> optax.GradientTransformation:
         ),
         optax.stateless(lambda updates, _: jax.tree.map(clip_rows, updates)),
     )
-
-
-def _named_leaves(tree) -> dict:
-    """Returns the leaves of a nested dict by dotted name."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
 
 
 def _map_named(function, *trees):
