@@ -14,6 +14,7 @@ def get_config():
     config = default_config()
     config.stages = ("token_model", "evaluate")
     config.data.seed, config.data.shard_bytes = 42, 100_000
+    config.data.max_document_bytes = 4096  # the beginnings that the quickstart reads
 
     # The shape of the quickstart's global transformer.
     transformer = config.token_model.transformer
@@ -22,8 +23,8 @@ def get_config():
     config.token_model.vocab_size = 2048
     training = config.token_training
     # Tokens, of 3.2 bytes: rows of about as many bytes as the quickstart's.
-    training.steps, training.batch_size, training.row_bytes = 1000, 2, 320
-    training.checkpoint_every = training.validate_every = 200
-    training.optimizer.learning_rate = 2e-3
-    training.optimizer.warmup_steps = 50
+    training.steps, training.batch_size, training.row_bytes = 480, 4, 320
+    training.checkpoint_every = training.validate_every = 160
+    training.optimizer.learning_rate, training.optimizer.warmup_steps = 7e-3, 50
+    training.optimizer.matrices = "muon"
     return config

@@ -25,7 +25,7 @@ from bltjax.data import tokenizer
 from bltjax.data.records.store import Documents, open_store
 from bltjax.recipe import entropies
 
-BUDGETS = {"laptop": 3.2e13, "gpu": 2e17, "pod": 4e20}  # training FLOPs of a point
+BUDGETS = {"laptop": 2e13, "gpu": 2e17, "pod": 4e20}  # training FLOPs of a point
 LEVEL, PATCH = 1, 4.5
 RULE = "falling"  # patches of similar length in all scripts, see benchmarks/studies/languages.py
 SAMPLE_BYTES = 200_000  # of a language, on which its patches and tokens are measured

@@ -20,7 +20,7 @@ from benchmarks.studies.points import Point, account, width_for, with_flops, wit
 from benchmarks.studies.shared import Shared
 
 BUDGETS = {  # training FLOPs of a point at each level
-    "laptop": (4e12, 1.13e13, 3.2e13),
+    "laptop": (2.5e12, 7.1e12, 2e13),
     "gpu": (5e16, 1.41e17, 4e17),
     "pod": (1e20, 2.83e20, 8e20),
 }
