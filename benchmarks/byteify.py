@@ -3,7 +3,8 @@
 Trains a byte model around the layers of SOURCE, a model of the Llama family, on CORPUS, and tells
 held-out bits per byte against the bytes that were read, for some of the arms
 
-    teacher     byteified, the layers frozen, with a teacher that feeds the decoder (`--feed`)
+    teacher     byteified, the layers frozen, with a teacher (which feeds the decoder in a share of
+                `--feed` of the steps, the first ones)
     frozen      byteified, the layers frozen, without a teacher
     all         byteified, all learns, the layers at half the rate, without a teacher
     random      the same shape from random numbers, all learns
@@ -61,7 +62,7 @@ flags.DEFINE_integer("steps", 600, "Of an arm.", 1)
 flags.DEFINE_integer("rows", 2, "Of a batch.", 1)
 flags.DEFINE_integer("row_bytes", 512, "Of a row.", 8)
 flags.DEFINE_float("rate", 1e-3, "Peak learning rate.")
-flags.DEFINE_bool("feed", True, "Whether the decoder reads the teacher's states.")
+flags.DEFINE_float("feed", 0.5, "Share of the steps with the teacher's states.", 0, 1)
 flags.DEFINE_integer("measurements", 10, "Of held-out rows, of an arm.", 1)
 flags.DEFINE_integer("validation_rows", 32, "Held-out rows.", 1)
 
@@ -109,7 +110,7 @@ def config_of(arm: str, chosen) -> RunConfig:
     optimizer.learning_rate, optimizer.warmup_steps = chosen.rate, chosen.steps // 20
     training.teacher.source, training.teacher.feed = os.path.abspath(chosen.source), chosen.feed
     if arm != "teacher":
-        training.teacher.source, training.teacher.feed = "", False
+        training.teacher.source, training.teacher.feed = "", 0.0
     optimizer.global_rate = dict(teacher=0.0, frozen=0.0, all=0.5, random=1.0)[arm]
     if arm == "random":
         with jax.set_mesh(sharding.make_mesh()):

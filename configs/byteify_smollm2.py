@@ -36,7 +36,7 @@ def get_config(stage: str = "align"):
     optimizer.clip_norm = 0.5
     if stage == "align":
         config.start_from = "smol-bytes"
-        training.teacher.source = "SmolLM2-135M"
+        training.teacher.source, training.teacher.feed = "SmolLM2-135M", 0.5
         training.steps, optimizer.warmup_steps = 2000, 100
         optimizer.learning_rate, optimizer.global_rate = 7e-4, 0.0
     elif stage == "all":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bltjax.config.checks import MOST_ROW, not_negative, positive, shown
+from bltjax.config.checks import MOST_ROW, between, not_negative, positive, shown
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class TeacherConfig:
     # weight of the distance of the likelihoods of tokens to the teacher's; 0: none
     distill: float = 1.0
     temperature: float = 5.0  # likelihoods are compared to the power of 1 over it
-    # the decoder reads the teacher's states of the last token in the place of those of patches, and
-    # the encoder then learns from `align` alone
-    feed: bool = False
+    # share of the steps, the first ones, in which the decoder reads the teacher's states of the
+    # last token in the place of those of patches, and the encoder learns from `align` alone
+    feed: float = 0.0
     # tokens of a row at most, further ones teach nothing; 0: follows from `row_bytes` and the mean
     # token
     row_tokens: int = 0
@@ -31,6 +31,7 @@ class TeacherConfig:
         found = not_negative(self, name, "align", "distill")
         found += not_negative(self, name, "row_tokens", most=MOST_ROW)
         found += positive(self, name, "temperature")
+        found += between(self, name, "feed", 0, 1)
         if self.tokenizer and not self.source:
             found.append(
                 f"{name}.tokenizer={shown(self.tokenizer)} changes nothing without a teacher: give "
@@ -38,7 +39,7 @@ class TeacherConfig:
             )
         if self.source and self.feed and not self.align:
             found.append(
-                f"{name}.align=0 with {name}.feed=True would leave the encoder without anything "
-                "to learn from: give a weight above 0, or feed=False"
+                f"{name}.align=0 with {name}.feed={self.feed} would leave the encoder without "
+                "anything to learn from: give a weight above 0, or feed=0"
             )
         return found

@@ -61,6 +61,8 @@ def make_train_step(
         key = None
         if model_config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if teacher is not None:
+            teacher = teacher | dict(fed=state.step < config.teacher.feed * config.steps)
         further = entropy_params, key, teacher
         if sparse and HASH_TABLES in learning(config.optimizer, state.params):
             return sparse_hash_step(model_config, config, gradients, update, further, state, batch)

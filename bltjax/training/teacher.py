@@ -41,7 +41,8 @@ class Teacher(NamedTuple):
     """A tokenized model, without its layers, on the mesh.
 
     arrays: `embeddings` [T, G], `norm` [G], `mean_square`, of all embeddings, and `output` [T, G]
-    unless the embeddings are it. row_tokens: columns for the tokens of a row.
+    unless the embeddings are it. A step adds `fed`: whether the decoder reads its states.
+    row_tokens: columns for the tokens of a row.
     """
 
     arrays: dict
@@ -65,13 +66,17 @@ def taught_logits(
     """
     tokens, documents = batch["tokens"], batch["document_ids"]
     teacher, embedded, hidden = read_tokens(model, row_tokens, params, arrays, batch)
-    of_patches = patch_documents(tokens, documents, patches.starts)
-    column, found = latest_tokens(teacher, patches, of_patches)
+    documents_of_patches = patch_documents(tokens, documents, patches.starts)
+    column, found = latest_tokens(teacher, patches, documents_of_patches)
     byte_states, inputs = functional.encode(model, params, tokens, patches, documents, **known)
-    if config.feed:
-        states = jnp.where(found[..., None], take(hidden, column), 0)
-    else:
-        states = functional.global_states(model, params, inputs, of_patches)
+
+    def fed(_):
+        return jnp.where(found[..., None], take(hidden, column), 0)
+
+    def own(inputs):
+        return functional.global_states(model, params, inputs, documents_of_patches)
+
+    states = _either(config.feed, arrays.get("fed"), fed, own, inputs)
     logits = functional.decode(model, params, byte_states, states, patches, documents)
     aligned = same_bytes(teacher, patches, tokens, column, found)
     distances = alignment(inputs, take(embedded, column), arrays["mean_square"])
@@ -83,6 +88,13 @@ def taught_logits(
     eps = model.global_transformer.norm_eps
     of_teacher = token_log_likelihoods(arrays, eps, hidden, teacher.ids)
     return logits, sums | _distilled(config, teacher, logits, of_teacher, batch)
+
+
+def _either(share: float, is_fed: Array | None, fed, own, inputs: Array) -> Array:
+    """Returns what one of two functions makes of inputs; only a share between 0 and 1 asks."""
+    if share in (0.0, 1.0):
+        return fed(inputs) if share else own(inputs)
+    return jax.lax.cond(is_fed, fed, own, inputs)
 
 
 def read_tokens(

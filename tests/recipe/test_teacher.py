@@ -90,7 +90,8 @@ def params_of(directory) -> dict:
         (dict(start_from=""), r"source='.*' without start_from: .* give that directory"),
         (dict(blt__lora__rank=2), r"with blt\.lora\.rank=2: adapters would change"),
         ({TEACHER + "source": "", TEACHER + "tokenizer": "x"}, "'x' changes nothing without a"),
-        ({TEACHER + "feed": True, TEACHER + "align": 0.0}, r"align=0 with .*above 0, or feed="),
+        ({TEACHER + "feed": 0.5, TEACHER + "align": 0.0}, r"align=0 with .*above 0, or feed=0"),
+        ({TEACHER + "feed": 1.5}, r"feed=1\.5 must lie between 0 and 1"),
         ({TEACHER + "temperature": 0.0}, r"temperature=0\.0 must be positive"),
         (dict(entropy_training__teacher__source="x"), "the entropy model has no layers of a"),
         (dict(token_training__teacher__source="x"), "the token model has no layers of a"),
@@ -171,7 +172,7 @@ def train_until(config, workdir, step):
 
 
 def test_interrupted_it_ends_as_if_nothing_had_happened_but_not_with_another_teacher(top, tmp_path):
-    config = config_of(top, blt_training__steps=8, **{TEACHER + "feed": True})
+    config = config_of(top, blt_training__steps=8, **{TEACHER + "feed": 0.5})
     whole, broken = train(config, tmp_path / "whole"), tmp_path / "broken"
     with pytest.raises(InterruptedError):
         train_until(config, broken, 4)

@@ -201,7 +201,7 @@ def test_where_the_decoder_is_fed_patches_learn_from_the_alignment_alone(taught)
     """What makes patches of bytes has gradients of it, and of nothing else."""
     apart = []
     for align in (1e-30, 1.0):  # 0 would be refused
-        state, _ = steps(taught, optimizer=ALONE, align=align, feed=True)
+        state, _ = steps(taught, optimizer=ALONE, align=align, feed=1.0)
         apart.append(np.abs(pooling(state.params) - pooling(taught[1])).max())
     assert apart[0] < 1e-6 < 1e-4 < apart[1]
 
@@ -211,12 +211,22 @@ def pooling(params):
     return np.asarray(params["local_encoder"]["cross_attn_layers"]["wv"]["weight"])
 
 
-@pytest.mark.parametrize("feed", [False, True])
+@pytest.mark.parametrize("feed", [0.0, 1.0])
 def test_ten_steps_lower_every_loss(taught, feed):
     _, metrics = steps(taught, 10, feed=feed)
     for name in ("loss", "align", "distill"):
         assert metrics[-1][name] < 0.9 * metrics[0][name], name
     assert metrics[-1]["teacher_bits_per_byte"] == metrics[0]["teacher_bits_per_byte"]
+
+
+def test_the_first_share_of_the_steps_is_fed(taught):
+    """Of 100 steps the first 2, then the decoder reads patches again."""
+    _, mixed = steps(taught, 3, feed=0.02)
+    _, fed = steps(taught, 3, feed=1.0)
+    _, own = steps(taught, 1, feed=0.0)
+    assert [m["loss"] for m in mixed[:2]] == pytest.approx([m["loss"] for m in fed[:2]], rel=1e-5)
+    assert mixed[2]["loss"] != pytest.approx(fed[2]["loss"], rel=1e-3)
+    assert mixed[0]["loss"] != pytest.approx(own[0]["loss"], rel=1e-3)
 
 
 def test_parts_of_a_batch_add_up(taught):
