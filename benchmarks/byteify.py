@@ -14,6 +14,7 @@ their bytes, of tokens that follow another one in their row. An interrupted run 
 README.md, curves.csv and curves.png.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -149,11 +150,7 @@ def of_source(chosen) -> float:
     directory = RunDirectory((Path(chosen.workdir) / chosen.arms[0]).absolute())
     start = formats.read(config.start_from)
     blt = start.blt
-    config = from_config_dict(
-        RunConfig,
-        to_config_dict(config)
-        | dict(blt=to_config_dict(blt), patching=to_config_dict(start.patching)),
-    )
+    config = dataclasses.replace(config, blt=blt, patching=start.patching)
     store = corpus.open_corpus(config, directory)
     patched = find_patches(config, directory, store)
     layout: Layout = blt_layout(config, patched, store.chat)
@@ -183,16 +180,15 @@ def of_source(chosen) -> float:
 def write_page(workdir: Path, rows: list[dict], level: float, settings: dict):
     """Writes curves.csv, curves.png and README.md."""
     pages.write_csv(workdir / "curves.csv", rows)
+    last = {row["arm"]: row for row in rows}
     series = {
-        name: [(row["bytes_read"] / 1e6, row["held_out"], 0) for row in rows if row["arm"] == arm]
-        for arm, name in ARMS.items()
-        if any(row["arm"] == arm for row in rows)
+        arm: [(row["bytes_read"] / 1e6, row["held_out"], 0) for row in rows if row["arm"] == arm]
+        for arm in last
     }
     most = max(row["bytes_read"] for row in rows) / 1e6
     series[SOURCE] = [(0, level, 0), (most, level, 0)]
     axes = "MB read", "held-out bits per byte"
     pages.curves(workdir / "curves.png", series, *axes, log_x=False)
-    last = {row["arm"]: row for row in rows}
     table = pages.table(
         [
             *(row | dict(model=ARMS[arm]) for arm, row in last.items()),
