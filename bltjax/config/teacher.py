@@ -15,7 +15,7 @@ class TeacherConfig:
     tokenizer: str = ""  # its `tokenizer.json`, or a directory with one; empty: that of `source`
     # weight of the distance of patches to the embeddings of their tokens, where both are the same
     # bytes; 0: none
-    align: float = 1.0
+    align: float = 0.1
     # weight of the distance of the likelihoods of tokens to the teacher's; 0: none
     distill: float = 1.0
     temperature: float = 5.0  # likelihoods are compared to the power of 1 over it

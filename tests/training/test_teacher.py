@@ -229,6 +229,17 @@ def test_the_first_share_of_the_steps_is_fed(taught):
     assert mixed[0]["loss"] != pytest.approx(own[0]["loss"], rel=1e-3)
 
 
+def test_without_weights_it_is_the_plain_step(taught):
+    config, params, _, batch = taught
+    settings = TrainingConfig(steps=100, optimizer=FROZEN, batch_size=4)
+    rule = make_optimizer(FROZEN, 100)
+    state = start_state(jax.tree.map(jnp.copy, params), rule)
+    _, plain = make_train_step(config, settings, rule)(state, batch)
+    _, (found,) = steps(taught, align=0.0, distill=0.0)
+    for name in ("loss", "grad_norm"):
+        assert found[name] == pytest.approx(float(plain[name]), rel=1e-5)
+
+
 def test_parts_of_a_batch_add_up(taught):
     _, (one,) = steps(taught)
     _, (two,) = steps(taught, accumulation_steps=2)
