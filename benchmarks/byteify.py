@@ -160,7 +160,7 @@ def of_source(chosen) -> float:
     params = placing.put_lazy(
         formats.cast(start, "float32").params["blt"], functional.abstract_params(blt)
     )
-    eps, columns = blt.global_transformer.norm_eps, layout.row_bytes
+    eps, columns = blt.global_transformer.norm_eps, layout.row_bytes // 2
 
     @jax.jit
     def sums(params, arrays, batch):
