@@ -6,7 +6,7 @@ Command:   hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M
                --config.data.root=CORPUS
            python -m bltjax.train --config=configs/byteify_smollm2.py:all --workdir=runs/smol-all \
                --config.data.root=CORPUS
-Hardware:  2 CPU cores and 4 GB of memory; seconds a step.
+Hardware:  2 CPU cores and 4 GB of memory, 8 in the second stage; seconds a step.
 Expect:    the shapes of smol-bytes: 167.3M parameters, 109.7M of them beside hash tables and 106.2M
            in the layers of SmolLM2.
 
