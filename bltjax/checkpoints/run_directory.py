@@ -54,6 +54,7 @@ KEPT_IN = dict(  # where that is which identifies the data of a run
     corpus="the records",
     threshold=PATCHING,
     tokenizer="tokenizer.json",
+    teacher="what blt_training.teacher names",
     row_bytes=f"the records and {PATCHING}",
     row_patches=f"the records and {PATCHING}",
 )

@@ -36,6 +36,7 @@ from bltjax.config.run import EvaluationConfig as EvaluationConfig
 from bltjax.config.run import MeshConfig as MeshConfig
 from bltjax.config.run import RunConfig as RunConfig
 from bltjax.config.run import TokenizerConfig as TokenizerConfig
+from bltjax.config.teacher import TeacherConfig as TeacherConfig
 from bltjax.config.training import OptimizerConfig as OptimizerConfig
 from bltjax.config.training import ProfileConfig as ProfileConfig
 from bltjax.config.training import TrainingConfig as TrainingConfig

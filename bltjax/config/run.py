@@ -125,6 +125,7 @@ class RunConfig:
                 f"stages={shown(self.stages)} must be one or more of {ALL_STAGES}, each once"
             )
         found += self._profile_problems()
+        found += self._teacher_problems()
         found += self._patchless_problems("entropy_training", self.entropy_model, "entropy model")
         found += self._patchless_problems("token_training", self.token_model, "token model")
         if found:
@@ -141,9 +142,31 @@ class RunConfig:
                     f"{name}.optimizer.{setting}={value!r} changes nothing: the {called} has no "
                     f"such part, leave it {default!r}"
                 )
+        if training.teacher.source:
+            found.append(
+                f"{name}.teacher.source={shown(training.teacher.source)}: the {called} has no "
+                "layers of a teacher, leave it empty"
+            )
         if training.row_bytes == 0 < training.row_patches:
             found.append(f"{name}.row_bytes=0 must be at least 8: its rows have no patches")
         return found
+
+    def _teacher_problems(self) -> list[str]:
+        """Returns what a teacher misses: layers in common, which learn not even by adapters."""
+        name, source = "blt_training.teacher.source", self.blt_training.teacher.source
+        if not source:
+            return []
+        if not self.start_from:
+            return [
+                f"{name}={shown(source)} without start_from: its layers are those of a model that "
+                "bltjax byteify made of it, give that directory"
+            ]
+        if self.blt.lora.rank:
+            return [
+                f"{name}={shown(source)} with blt.lora.rank={self.blt.lora.rank}: adapters would "
+                "change the layers that are the teacher's, leave one out"
+            ]
+        return []
 
     def _profile_problems(self) -> list[str]:
         first, stage = self.profile.first_step, self.profile.stage

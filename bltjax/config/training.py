@@ -11,7 +11,9 @@ from bltjax.config.checks import (
     not_negative,
     one_of,
     positive,
+    shown,
 )
+from bltjax.config.teacher import TeacherConfig
 
 SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
 MOMENTS = ("float32", "bfloat16", "factored")
@@ -120,6 +122,8 @@ class TrainingConfig:
     # patch slots of a row, at least 3; 0: follows from `row_bytes` and the mean patch
     row_patches: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()  # optimizer and learning-rate schedule
+    # the tokenized model that a byte-ified one learns from, with its global transformer frozen
+    teacher: TeacherConfig = TeacherConfig()
     z_loss: float = 0.0  # weight of the squared logarithm of the softmax's sum; 0: none
     # skip an update whose loss is above this many times its running mean, or not finite; 0: never,
     # otherwise above 1
@@ -192,6 +196,14 @@ class TrainingConfig:
                 f"{name}.row_patches={self.row_patches}: a row holds at most one patch "
                 "per byte, lower row_patches (0 chooses it)"
             )
+        if self.teacher.source and self.optimizer.global_rate:
+            found.append(
+                f"{name}.optimizer.global_rate={self.optimizer.global_rate} with "
+                f"{name}.teacher.source={shown(self.teacher.source)}: the teacher's layers are the "
+                "global transformer's, which stay only at rate 0; set it 0, or leave the teacher "
+                "out"
+            )
+        found += self.teacher.problems(f"{name}.teacher")
         return found + self.optimizer.problems(f"{name}.optimizer")
 
 

@@ -36,7 +36,7 @@ LEAST_PAIRS = 2  # occurrences of a pair that is merged
 # Longer texts are encoded in parts, since cutting takes memory in proportion to their length.
 PART_CHARACTERS = 1_000_000
 REMEDY = "train one with bltjax.data.tokenizer.train"
-_INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as surrogateescape maps them
+INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as surrogateescape maps them
 
 
 class Tokenizer:
@@ -84,7 +84,7 @@ class Tokenizer:
     def encode(self, text: bytes | str, add_bos: bool = True, add_eos: bool = True) -> np.ndarray:
         """Returns the ids int32 [S] of a document. A str is encoded as in `vocabulary.encode`."""
         # Stretches of UTF-8 and of other bytes alternate; the first is UTF-8, maybe empty.
-        stretches = _INVALID.split(text_bytes(text).decode("utf-8", "surrogateescape"))
+        stretches = INVALID.split(text_bytes(text).decode("utf-8", "surrogateescape"))
         ids = [BOS_ID] * add_bos
         for i, stretch in enumerate(stretches):
             if i % 2:
@@ -150,13 +150,13 @@ def train(documents: Iterable[bytes], vocab_size: int, pattern: str = "letters")
         vocab_size=vocab_size,
         min_frequency=LEAST_PAIRS,
         special_tokens=list(SPECIAL),
-        initial_alphabet=list(_characters()),
+        initial_alphabet=list(byte_characters()),
         show_progress=False,
     )
     texts = (
         stretch[start : start + PART_CHARACTERS]
         for document in documents
-        for stretch in _INVALID.split(document.decode("utf-8", "surrogateescape"))[::2]
+        for stretch in INVALID.split(document.decode("utf-8", "surrogateescape"))[::2]
         for start in range(0, len(stretch), PART_CHARACTERS)
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -167,7 +167,7 @@ def _in_our_order(content: dict) -> str:
     """Returns the tokenizer.json with our ids for bytes and special ids, which no text can name."""
     vocab = content["model"]["vocab"]
     vocab |= {name: i for i, name in enumerate(SPECIAL)}
-    vocab |= {c: BYTE_OFFSET + byte for c, byte in _characters().items()}
+    vocab |= {c: BYTE_OFFSET + byte for c, byte in byte_characters().items()}
     content["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda item: item[1]))
     content["added_tokens"] = []
     return json.dumps(content, ensure_ascii=False)
@@ -181,8 +181,8 @@ def _pieces(text: str) -> list[bytes]:
         by_id = sorted(vocab, key=vocab.get)
         ours = sorted(vocab.values()) == list(range(len(vocab))) and not added
         ours &= tuple(by_id[:BYTE_OFFSET]) == SPECIAL
-        ours &= by_id[BYTE_OFFSET:VOCAB_SIZE] == list(_characters())
-        byte_of = _characters()
+        ours &= by_id[BYTE_OFFSET:VOCAB_SIZE] == list(byte_characters())
+        byte_of = byte_characters()
         pieces = [bytes(byte_of[c] for c in token) for token in by_id[BYTE_OFFSET:]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no tokenizer of ours ({error!r}): {REMEDY}") from error
@@ -194,7 +194,7 @@ def _pieces(text: str) -> list[bytes]:
 
 
 @functools.cache
-def _characters() -> dict[str, int]:
+def byte_characters() -> dict[str, int]:
     """Returns {printable character: byte}, as byte-level BPE files (since GPT-2) write bytes."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     moved = itertools.count(256)

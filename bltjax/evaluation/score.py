@@ -286,7 +286,8 @@ def trim(row: Row) -> Row:
         num_patches = np.count_nonzero(lengths)
         lengths = lengths[: _num_columns(num_patches, length)].copy()
         lengths[num_patches - 1] = length + 1 - used
-    return Row(*(field[:length] for field in row[:-1]), lengths)
+    fields = {name: field[:length] for name, field in row._asdict().items()}
+    return Row(**fields | dict(patch_lengths=lengths))
 
 
 def fitting_length(num_ids: int, row_bytes: int = 2**30) -> int:

@@ -45,13 +45,7 @@ class BLT(nnx.Module):
         """
         if document_ids is None:
             document_ids = document_segments(tokens)
-        chex.assert_rank(tokens, 2)
-        chex.assert_equal_shape([tokens, document_ids, patches.encoder_ids, patches.decoder_ids])
-        chex.assert_equal_shape([patches.starts, patches.lengths, patches.mask])
-        tables = self.encoder_hash_tok_embedding if self.config.hash.sizes else None
-        byte_embedding = self.local_encoder.tok_embeddings
-        embedded = embed_ids(tokens, byte_embedding, tables, self.config, ngrams)
-        byte_states, patch_states = self.local_encoder(embedded, patches, document_ids)
+        embedded, byte_states, patch_states = self.encode(tokens, patches, document_ids, ngrams)
         global_states = self.global_transformer(
             patch_states, patch_documents(tokens, document_ids, patches.starts)
         )
@@ -66,6 +60,16 @@ class BLT(nnx.Module):
             decoder_states=decoder_states,
             logits=logits,
         )
+
+    def encode(self, tokens, patches, document_ids, ngrams=None):
+        """Returns `embedded`, `byte_states` and `patch_states` of `__call__`."""
+        chex.assert_rank(tokens, 2)
+        chex.assert_equal_shape([tokens, document_ids, patches.encoder_ids, patches.decoder_ids])
+        chex.assert_equal_shape([patches.starts, patches.lengths, patches.mask])
+        tables = self.encoder_hash_tok_embedding if self.config.hash.sizes else None
+        byte_embedding = self.local_encoder.tok_embeddings
+        embedded = embed_ids(tokens, byte_embedding, tables, self.config, ngrams)
+        return embedded, *self.local_encoder(embedded, patches, document_ids)
 
 
 def patch_documents(tokens, document_ids, starts):

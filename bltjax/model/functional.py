@@ -76,6 +76,21 @@ def without_global_blocks(config: BLTConfig, params: dict, patch_states) -> jax.
     return _model(config, params).global_transformer.widen(patch_states)
 
 
+def encode(config: BLTConfig, params: dict, tokens, patches, document_ids, **known):
+    """Returns byte states [B, L, E], and patches [B, P, G] as the first global block reads them.
+
+    The arguments are those of `BLT.__call__`.
+    """
+    model = _model(config, params)
+    _, byte_states, patch_states = model.encode(tokens, patches, document_ids, **known)
+    return byte_states, model.global_transformer.widen(patch_states)
+
+
+def global_states(config: BLTConfig, params: dict, inputs, segments):
+    """Returns what the global blocks make of inputs [B, N, G] in their segments int32 [B, N]."""
+    return _model(config, params).global_transformer.run(inputs, segments)
+
+
 def decode(config: BLTConfig, params: dict, byte_states, global_states, patches, document_ids):
     """Returns the logits float32 [B, L, V] of the local decoder alone.
 

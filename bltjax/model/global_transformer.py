@@ -24,9 +24,12 @@ class GlobalTransformer(nnx.Module):
 
     def __call__(self, x, segments):
         """Maps x [B, P, patch_width], segments int32 [B, P] -> [B, P, G]."""
-        stack = self.config.global_transformer
         chex.assert_shape(x, (*segments.shape, self.config.patch_width))
-        return run_blocks(self.layers, stack, self.widen(x), segments, self.config)
+        return self.run(self.widen(x), segments)
+
+    def run(self, x, segments):
+        """Maps what the first block reads, x [B, N, G], segments int32 [B, N] -> [B, N, G]."""
+        return run_blocks(self.layers, self.config.global_transformer, x, segments, self.config)
 
     def widen(self, x):
         """Maps x [B, P, patch_width] -> [B, P, G], what the first block reads."""

@@ -21,7 +21,7 @@ def row_starts(
     where it enters, at the position after, and then where the rule says; the static rule and
     max_patch_length count from where it enters. Raises ValueError as `patch_starts` does.
     """
-    age, has_begun = _place_in_document(tokens, document_ids)
+    age, has_begun = place_in_document(tokens, document_ids)
     opens = starts_after(patching, tokens, entropies, age, has_begun)
     starts = (age == 0) | jnp.concatenate([opens[:, :1], opens[:, :-1]], axis=1)
     if patching.max_patch_length is not None:
@@ -29,7 +29,7 @@ def row_starts(
     return _with_tail(starts, tokens)
 
 
-def _place_in_document(tokens, document_ids):
+def place_in_document(tokens, document_ids):
     """Returns how many positions of its document are before each, and whether that is all of them.
 
     int32 and bool [B, L].

@@ -23,6 +23,7 @@ from bltjax.model import functional
 from bltjax.model.lora import matches
 from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
 from bltjax.recipe.start import resolve
+from bltjax.recipe.teacher import check_teacher
 
 
 class CheckedRun(NamedTuple):
@@ -45,6 +46,7 @@ def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool 
     with jax.set_mesh(mesh):
         config, start = resolve(config, directory)
         check_adapters(config)
+        check_teacher(config)
     check_rule(config.patching)
     check_sources(config, directory)
     if needs_models:

@@ -39,11 +39,13 @@ from bltjax.recipe.entropies import Patched, blt_layout, find_patches
 from bltjax.recipe.final import evaluate_model, show_sample
 from bltjax.recipe.held_out import held_out, in_step_patching, validation
 from bltjax.recipe.start import first_params, import_first_entropy_model
+from bltjax.recipe.teacher import open_teacher
 from bltjax.runtime.system_errors import writing
 from bltjax.runtime.terminal import printable_name
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
 from bltjax.training.optimizer import learning, make_optimizer
 from bltjax.training.state import abstract_state
+from bltjax.training.teacher import Teacher
 
 MEASURED_ROWS = 256  # whose budgets are reported
 HEADLINES = dict(  # in the order in which they run
@@ -166,14 +168,20 @@ def train_blt(
     directory.write_rows(dict(row_bytes=layout.row_bytes, row_patches=layout.row_patches))
     stored = needs_entropies(config.patching) and not config.patching.in_step
     data = corpus.training_data(config, store, patched.train, layout, entropies=stored)
+    teacher = None
+    if config.blt_training.teacher.source:
+        teacher, tokenizer, known = open_teacher(config, patched.train, layout.row_bytes, start)
+        data = data._replace(layout=layout._replace(teacher=tokenizer))
     filled = measure_rows(data)
     in_step = in_step_patching(config, directory, patched, layout)
     reported = watch(config, directory, store, stage, layout, patched, in_step)
     data = identified(data, store, row_bytes=layout.row_bytes, row_patches=layout.row_patches)
     if needs_entropies(config.patching):
         data.identity["threshold"] = patched.patching.threshold
+    if teacher:
+        data.identity["teacher"] = known
     first = first_params(config, directory, stage, start)
-    trained = train_stage(stage, data, reported, in_step, first)
+    trained = train_stage(stage, data, reported, in_step, first, teacher)
     return filled | dict(
         parameters=parameters,
         compilations={stage.name: trained.compilations},
@@ -213,6 +221,7 @@ def train_stage(
     reporting: Reporting,
     in_step: InStep | None = None,
     first_params: Callable[[], dict] | None = None,
+    teacher: Teacher | None = None,
 ):
     """Trains the model of a stage in its directory; returns a TrainResult.
 
@@ -221,7 +230,7 @@ def train_stage(
     with writing(stage.directory):
         stage.directory.mkdir(exist_ok=True)
     named = stage.name, stage.model, stage.training
-    return train(*named, data, stage.directory, in_step, reporting, first_params)
+    return train(*named, data, stage.directory, in_step, reporting, first_params, teacher)
 
 
 def count_parameters(stage: Stage) -> dict:

@@ -27,6 +27,7 @@ from bltjax.training.profiling import Profiler, memory
 from bltjax.training.sparse_hash_updates import current_params, finish_missed_updates
 from bltjax.training.state import abstract_state, create_state, start_state
 from bltjax.training.step import make_train_step
+from bltjax.training.teacher import Teacher
 
 IN_FLIGHT = 2  # steps that the devices have been given whose metrics the host has not read
 MAX_SKIPPED = 20  # skipped updates in a row before the run counts as lost
@@ -82,14 +83,16 @@ def train(
     in_step: InStep | None = None,
     reporting: Reporting = Reporting(),
     first_params: Callable[[], dict] | None = None,
+    teacher: Teacher | None = None,
 ) -> TrainResult:
     """Trains a model on packed rows, resuming from the newest good checkpoint in `workdir`.
 
     Killed at any moment and called again, it ends with the same parameters and metrics, bit for
     bit, with any number of workers. SIGTERM or Ctrl-C to any process makes all of them save the
     same step and raise Stopped. first_params: reads the parameters of a new run, which are saved
-    before its first step; None draws them. Raises NonFiniteLoss, CheckpointError, OSError where
-    nothing can be saved, and ValueError for other data than that of the checkpoint.
+    before its first step; None draws them. teacher: that rows have the tokens of. Raises
+    NonFiniteLoss, CheckpointError, OSError where nothing can be saved, and ValueError for other
+    data than that of the checkpoint.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     heap.keep_between_steps()
@@ -108,7 +111,7 @@ def train(
         if first_step >= config.steps or position.get(ENDED):
             return TrainResult(state.params, compilations=0)
         find_patches = in_step and in_step.find_patches
-        of_batches = find_patches, len(data.sources), byte_lengths
+        of_batches = find_patches, len(data.sources), byte_lengths, teacher and teacher.row_tokens
         step_fn = make_train_step(model_config, config, optimizer, *of_batches)
         flops = reporting.flops_per_byte, reporting.peak_flops
         log = MetricsLog(workdir, stage, first_step, config.steps, *flops)
@@ -121,7 +124,8 @@ def train(
         with contextlib.closing(best), contextlib.closing(run):
             if first_step == 0 and first_params is not None:
                 run.measure_start(state)
-            state = run.steps(step_fn, state, [in_step.entropy_params] if in_step else [])
+            frozen = [in_step and in_step.entropy_params, teacher and teacher.arrays]
+            state = run.steps(step_fn, state, frozen)
         return TrainResult(state.params, step_fn._cache_size(), log.data_wait_fraction)
 
 

@@ -6,6 +6,8 @@ unless the step finds the patches itself. With source_ids int32 [B, L] the metri
 and bytes of each source. Shapes never depend on the text, so each step is compiled once.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,6 +23,7 @@ from bltjax.training.optimizer import HASH_TABLES, learning, learning_rate
 from bltjax.training.patch_finder import patch_counts
 from bltjax.training.sparse_hash_updates import sparse_hash_step, sum_rows
 from bltjax.training.state import Health, TrainState
+from bltjax.training.teacher import means, taught_logits, weighted
 from bltjax.vocabulary import PAD_ID
 
 HEALTH_UPDATES = 20  # before a loss or a gradient can be called unusual
@@ -33,16 +36,20 @@ def make_train_step(
     find_patches=None,
     num_sources: int = 1,
     byte_lengths=None,
+    row_tokens: int | None = None,
 ):
     """Returns the jitted (state, batch) -> (state, metrics), which reuses the old state's memory.
 
     The loss is the mean over the targets of the batch, in however many parts it is computed. With
     `find_patches`, from `make_patch_finder`, the step is (state, batch, entropy_params), and its
     metrics count the patches that did not fit. Where a batch holds int32 [B] `stop`, the metrics
-    hold its maximum. byte_lengths: see `loss_sums`, where ids are tokens.
+    hold its maximum. byte_lengths: see `loss_sums`, where ids are tokens. With `row_tokens`, those
+    of a `Teacher`, the step has one more argument, the teacher's arrays, and a batch has int32
+    [B, L] `teacher_tokens`.
     """
     give_back_after_compiling()
-    gradients = _gradients(model_config, config, find_patches, num_sources, byte_lengths)
+    constant = num_sources, byte_lengths, row_tokens
+    gradients = _gradients(model_config, config, find_patches, *constant)
     if config.accumulation_steps > 1:
         gradients = _accumulated(gradients, config.accumulation_steps)
     update = _updating(config, optimizer)
@@ -50,11 +57,13 @@ def make_train_step(
         update = _guarded(config, update)
     sparse = config.optimizer.hash_updates == "touched"
 
-    def train_step(state: TrainState, batch, entropy_params=None):
+    def train_step(state: TrainState, batch, entropy_params=None, teacher=None):
         key = None
         if model_config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        further = entropy_params, key
+        if teacher is not None:
+            teacher = teacher | dict(fed=state.step < config.teacher.feed * config.steps)
+        further = entropy_params, key, teacher
         if sparse and HASH_TABLES in learning(config.optimizer, state.params):
             return sparse_hash_step(model_config, config, gradients, update, further, state, batch)
         grads, sums = gradients(state.params, batch, *further)
@@ -63,24 +72,31 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def _gradients(model_config, config, find_patches, num_sources, byte_lengths):
-    """Returns (params, batch, entropy_params, key) -> gradients summed over targets, `batch_sums`.
+def _gradients(model_config, config, find_patches, num_sources, byte_lengths, row_tokens):
+    """Returns (params, batch, entropy_params, key, teacher) -> gradients summed over targets,
+    `batch_sums`.
 
-    key: of the dropout of adapters, or None. Gradients are those of the parameters that learn, see
-    `optimizer.learning`.
+    key: of the dropout of adapters, or None. teacher: its arrays, or None. Gradients are those of
+    the parameters that learn, see `optimizer.learning`.
     """
     z_loss = config.z_loss
 
-    def gradients(params, batch, entropy_params, key):
+    def gradients(params, batch, entropy_params, key, teacher):
         rows = batch["tokens"], batch["document_ids"]
         found = find_patches and find_patches(entropy_params, *rows)
 
         def objective(learned):
             every = overlaid(params, learned)
+            taught = None
+            if teacher is not None:
+                taught = functools.partial(
+                    taught_logits, model_config, config.teacher, row_tokens, every, teacher
+                )
             sums = batch_sums(
-                model_config, every, batch, found, num_sources, z_loss, byte_lengths, key
+                model_config, every, batch, found, num_sources, z_loss, byte_lengths, key, taught
             )
-            return sums["nats"] + z_loss * sums.pop("z", 0.0), sums
+            loss = sums["nats"] + z_loss * sums.pop("z", 0.0)
+            return loss + (weighted(config.teacher, sums) if taught else 0.0), sums
 
         return jax.grad(objective, has_aux=True)(learning(config.optimizer, params))
 
@@ -90,17 +106,17 @@ def _gradients(model_config, config, find_patches, num_sources, byte_lengths):
 def _accumulated(gradients, num_parts: int):
     """Wraps `gradients`: a batch goes through in parts, one after the other, and is summed up."""
 
-    def accumulated(params, batch, entropy_params, key):
+    def accumulated(params, batch, entropy_params, key, teacher):
         parts = sharding.micro_batches(batch, num_parts)
         keys = None if key is None else jax.random.split(key, num_parts)
 
         def add(total, part):
             batch, key = part
-            found = gradients(params, batch, entropy_params, key)
+            found = gradients(params, batch, entropy_params, key, teacher)
             return jax.tree.map(jnp.add, total, found), None
 
         part, key = jax.tree.map(lambda x: x[0], (parts, keys))
-        like, sums = jax.eval_shape(gradients, params, part, entropy_params, key)
+        like, sums = jax.eval_shape(gradients, params, part, entropy_params, key, teacher)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), like)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
         return jax.lax.scan(add, (zeros, nothing), (parts, keys))[0]
@@ -189,6 +205,8 @@ def _metrics(sums: dict, batch: dict) -> dict:
         metrics["patch_utilisation"] = (sums["patches"] - sums["overflow"]) / sums["patch_slots"]
         metrics["mean_patch_bytes"] = sums["inputs"] / jnp.maximum(sums["patches"], 1)
         metrics["overflow"] = sums["overflow"]
+    if "taught" in sums:
+        metrics |= means(sums)
     if "stop" in batch:
         metrics["stop"] = jnp.max(batch["stop"])
     return metrics
@@ -217,10 +235,12 @@ def batch_sums(
     z_loss=0.0,
     byte_lengths=None,
     dropout_key=None,
+    taught=None,
 ):
     """Runs a model over a batch -> `loss_sums` and `patch_counts`; without patches, `inputs`.
 
-    patches: PatchBuffers, where the batch has no patch_lengths.
+    patches: PatchBuffers, where the batch has no patch_lengths. taught: (batch, patches) -> logits
+    and more sums, in the place of the model, see `teacher.taught_logits`.
     """
     if patches is None and "patch_lengths" in batch:
         patches = buffers_from_lengths(batch["patch_lengths"], batch["tokens"].shape[1])
@@ -229,9 +249,13 @@ def batch_sums(
     if "ngram_places" in batch:  # then params hold only the rows of the tables that it reads
         rows, dtype = params[HASH_TABLES]["weight"], model_config.compute_dtype
         known["ngrams"] = sum_rows(rows, batch["ngram_places"], dtype)
-    logits = functional.apply(model_config, params, batch["tokens"], *inputs, **known)
+    more = {}
+    if taught is None:
+        logits = functional.apply(model_config, params, batch["tokens"], *inputs, **known)
+    else:
+        logits, more = taught(batch, patches, **known)
     targets = batch["targets"], batch["loss_mask"], batch.get("source_ids")
-    sums = loss_sums(logits, *targets, num_sources, bool(z_loss), byte_lengths)
+    sums = loss_sums(logits, *targets, num_sources, bool(z_loss), byte_lengths) | more
     if patches is not None:
         return sums | patch_counts(batch["tokens"], patches)
     return sums | dict(inputs=jnp.sum(batch["tokens"] != PAD_ID, dtype=jnp.float32))

@@ -85,14 +85,26 @@ class Layout(NamedTuple):
     style: str  # attribute of Name
     layer: str
     embeddings: str
-    unread: tuple[str, ...]  # what comes after the layers
+    norm: str  # what comes after the layers
+    output: str  # absent where it is the embeddings
+    others: tuple[str, ...] = ()
+
+    @property
+    def after_layers(self) -> tuple[str, ...]:
+        """Names of tensors that no layer reads."""
+        return self.norm, self.output, *self.others
 
 
 HF_LAYOUT = Layout(
-    "hf", "model.layers.{}.", "model.embed_tokens.weight", ("model.norm.weight", "lm_head.weight")
+    "hf", "model.layers.{}.", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 )
 GGUF_LAYOUT = Layout(
-    "gguf", "blk.{}.", "token_embd.weight", ("output_norm.weight", "output.weight", ROPE_FACTORS)
+    "gguf",
+    "blk.{}.",
+    "token_embd.weight",
+    "output_norm.weight",
+    "output.weight",
+    (ROPE_FACTORS,),
 )
 
 
@@ -103,6 +115,8 @@ class TokenModel(NamedTuple):
     layers: dict  # nested lazy arrays [layers, ...], as in a global transformer
     embeddings: LazyArray  # [vocabulary, dim]
     files: tuple[Path, ...]  # that were read
+    norm: LazyArray | None = None  # [dim], after the layers; None: there is none
+    output: LazyArray | None = None  # [vocabulary, dim]; None: the embeddings are it
 
 
 def gguf_file(source: Path) -> Path | None:
@@ -123,9 +137,12 @@ def stored_bytes(source: Path) -> int:
 
 
 def read(
-    source: Path, drop_rope_scaling: bool = False, on_progress: OnProgress = None
+    source: Path,
+    drop_rope_scaling: bool = False,
+    on_progress: OnProgress = None,
+    values: bool = True,
 ) -> TokenModel:
-    """Reads a directory or a GGUF file; needs a mesh to be set.
+    """Reads a directory or a GGUF file; needs a mesh to be set. values: whether they are checked.
 
     Raises WeightsError that lists every problem, FileNotFoundError where nothing is there.
     """
@@ -150,12 +167,13 @@ def read(
     if settings is not None:
         layers, wrong, expected = _placed(settings, tensors, layout)
         problems += reading.not_explained(wrong, source, opened.unreadable, HF)
-    in_model = {name: x for name, x in tensors.items() if name not in layout.unread}
-    problems += reading.in_tensors(in_model, expected, on_progress, values=True)
+    in_model = {name: x for name, x in tensors.items() if name not in layout.after_layers}
+    problems += reading.in_tensors(in_model, expected, on_progress, values=values)
     if problems or settings is None:
         raise WeightsError(source, problems)
     settings = settings._replace(notes=(*settings.notes, *opened.notes))
-    return TokenModel(settings, layers, tensors[layout.embeddings], opened.files)
+    after = tensors.get(layout.norm), tensors.get(layout.output)
+    return TokenModel(settings, layers, tensors[layout.embeddings], opened.files, *after)
 
 
 class _Opened(NamedTuple):
@@ -222,7 +240,7 @@ def _placed(
         ]
         for ours in leaves
     }
-    found = shapes({name: x for name, x in tensors.items() if name not in layout.unread})
+    found = shapes({name: x for name, x in tensors.items() if name not in layout.after_layers})
     rows = settings.vocab_size or found.get(layout.embeddings, (0,))[0]
     expected = {layout.embeddings: (rows, stack.dim)}
     expected |= {name: leaves[ours].shape[1:] for ours in leaves for name in names[ours]}

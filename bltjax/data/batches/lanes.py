@@ -16,6 +16,7 @@ from bltjax.config.chat import ChatConfig
 from bltjax.data import conversations
 from bltjax.data.batches.packing import OpenDocument, Packer, patch_ends
 from bltjax.data.batches.rows import Row
+from bltjax.data.teacher_tokens import TeacherTokenizer
 from bltjax.data.tokenizer import Tokenizer
 from bltjax.patching.boundaries import patch_starts
 from bltjax.vocabulary import encode
@@ -34,6 +35,7 @@ class Layout(NamedTuple):
     tokenizer: Tokenizer | None = None  # source of the ids; None: ids are bytes
     # Of each source, if its documents are conversations of which the answers alone are learned.
     chat: tuple[ChatConfig | None, ...] = ()
+    teacher: TeacherTokenizer | None = None  # whose tokens rows have beside their bytes
 
 
 class Lane:
@@ -92,7 +94,9 @@ class Lane:
             learned = np.pad(conversations.learned(document.data, chat), 1)
         small = tokenizer is None or len(tokenizer) <= 2**16
         ids = ids.astype(np.uint16 if small else np.uint32)
-        return OpenDocument(ids, ends, source, place, position, learned)
+        teacher = self.layout.teacher
+        tokens = None if teacher is None else teacher.token_ends(document.data)
+        return OpenDocument(ids, ends, source, place, position, learned, tokens)
 
 
 def initial_state(layout: Layout) -> np.ndarray:

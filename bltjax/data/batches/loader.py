@@ -69,14 +69,16 @@ def _join(parts) -> tuple[Row, np.ndarray]:
 def as_batch(rows: Row, sources: bool = False) -> dict:
     """Returns rows as the dict of arrays that a step takes: int32, masks bool.
 
-    patch_lengths are left out where rows have no patches, source_ids unless `sources` is True.
+    patch_lengths and teacher_tokens are left out where rows have none, source_ids unless `sources`
+    is True.
     """
     batch = {
         name: np.asarray(value, value.dtype if value.dtype == bool else np.int32)
         for name, value in rows._asdict().items()
     }
-    if not batch["patch_lengths"].shape[-1]:
-        del batch["patch_lengths"]
+    for name in ("patch_lengths", "teacher_tokens"):
+        if not batch[name].shape[-1]:
+            del batch[name]
     if not sources:
         del batch["source_ids"]
     return batch

@@ -44,14 +44,22 @@ class OpenDocument:
 
     ids: int [S], from BOS to EOS. ends: exclusive end of each patch; None for rows without patches.
     source: number of its source in the corpus. index: its place in the stream of documents.
-    learned: bool [S], which ids are targets; None: all of them.
+    learned: bool [S], which ids are targets; None: all of them. teacher_tokens: int32 [S], see
+    `Row`; None: there is no teacher.
     """
 
     def __init__(
-        self, ids, ends=None, source: int = 0, index: int = 0, position: int = 0, learned=None
+        self,
+        ids,
+        ends=None,
+        source: int = 0,
+        index: int = 0,
+        position: int = 0,
+        learned=None,
+        teacher_tokens=None,
     ):
         self.ids, self.ends, self.source, self.index = ids, ends, source, index
-        self.learned = learned
+        self.learned, self.teacher_tokens = learned, teacher_tokens
         self.advance_to(position)
 
     def advance_to(self, position: int):
@@ -281,6 +289,8 @@ class Packer:
             source_ids=np.zeros(self.row_bytes, np.int32),
             patch_lengths=np.zeros(self.row_patches, np.int32),
         )
+        if pieces[0].document.teacher_tokens is not None:
+            row = row._replace(teacher_tokens=np.zeros(self.row_bytes, np.int32))
         begin = first = 0
         for number, (document, start, stop, _) in enumerate(pieces):
             targets = slice(start + 1, stop + 1)
@@ -292,6 +302,8 @@ class Packer:
             row.loss_mask[begin : begin + len(following)] = learned
             row.document_ids[begin:end] = number
             row.source_ids[begin:end] = document.source
+            if document.teacher_tokens is not None:
+                row.teacher_tokens[begin:end] = document.teacher_tokens[start:stop]
             if self.row_patches:
                 lengths = document.lengths(start, stop, split_first=number == 0)
                 row.patch_lengths[first : first + len(lengths)] = lengths

@@ -18,6 +18,9 @@ class Row(NamedTuple):
     document_ids: np.ndarray  # [L], from 0 in each row; padding has one more than the last
     source_ids: np.ndarray  # [L], number of the source in the corpus; 0 in the padding
     patch_lengths: np.ndarray  # [P], sum to L + 1; P is 0 in rows without patches
+    # [L], 1 + the id of the teacher's token whose last byte is there, 0 where none ends; [0] in
+    # rows without a teacher.
+    teacher_tokens: np.ndarray = np.zeros(0, np.int32)
 
 
 def utilisation(rows: Iterable[Row]) -> dict[str, float]:

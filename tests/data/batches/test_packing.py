@@ -119,8 +119,8 @@ def test_bytes_keep_the_stream_and_fill_rows(docs, row_bytes):
 def test_patches_obey_the_budgets(docs, budget):
     row_bytes, row_patches = budget
     for row in packing.pack_patches(docs, *budget):
-        assert [len(field) for field in row] == [row_bytes] * 5 + [row_patches]
-        assert [field.dtype for field in row] == [np.int32, np.int32, bool, *[np.int32] * 3]
+        assert [len(field) for field in row] == [row_bytes] * 5 + [row_patches, 0]
+        assert [field.dtype for field in row] == [np.int32, np.int32, bool, *[np.int32] * 4]
         used = np.count_nonzero(row.patch_lengths)
         assert (row.patch_lengths[:used] > 0).all() and not row.patch_lengths[used:].any()
         assert row.patch_lengths.sum() == row_bytes + 1

@@ -1,0 +1,206 @@
+"""What a source's layers and a teacher are worth: `python -m benchmarks.byteify --source=PATH ...`.
+
+Trains a byte model around the layers of SOURCE, a model of the Llama family, on CORPUS, and tells
+held-out bits per byte against the bytes that were read, for some of the arms
+
+    teacher     byteified, the layers frozen, with a teacher (which feeds the decoder in a share of
+                `--feed` of the steps, the first ones)
+    frozen      byteified, the layers frozen, without a teacher
+    all         byteified, all learns, the layers at half the rate, without a teacher
+    random      the same shape from random numbers, all learns
+
+beside what the source itself makes of the same held-out rows: the likelihoods of its tokens, over
+their bytes, of tokens that follow another one in their row. An interrupted run goes on. DIR gets
+README.md, curves.csv and curves.png.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks.studies import pages
+from bltjax import cli, sharding
+from bltjax.checkpoints import formats, placing
+from bltjax.checkpoints.run_directory import RunDirectory
+from bltjax.config import RunConfig, from_config_dict, to_config_dict
+from bltjax.config.reading import config_of_file
+from bltjax.data.batches.lanes import Layout
+from bltjax.data.batches.loader import as_batch, whole_batches
+from bltjax.model import functional
+from bltjax.recipe import corpus
+from bltjax.recipe.byteify import byteify
+from bltjax.recipe.checks import check_run
+from bltjax.recipe.entropies import blt_layout, find_patches
+from bltjax.recipe.held_out import HeldOut
+from bltjax.recipe.stages import run
+from bltjax.recipe.teacher import open_teacher
+from bltjax.training.metrics import HELD_OUT
+from bltjax.training.teacher import read_tokens, token_log_likelihoods
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "byteify_smollm2.py"
+ARMS = {
+    "teacher": "byteified, frozen, with a teacher",
+    "frozen": "byteified, frozen",
+    "all": "byteified, all learns",
+    "random": "random numbers, all learns",
+}
+SOURCE = "the source"
+SETTINGS = ("source", "corpus", "steps", "rows", "row_bytes", "rate", "feed", "validation_rows")
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("source", None, "A directory of Hugging Face's or a GGUF file.", required=True)
+flags.DEFINE_string("corpus", None, "A file, a directory or a glob.", required=True)
+flags.DEFINE_string("workdir", None, "Where runs and results are kept.", required=True)
+flags.DEFINE_list("arms", "teacher,frozen,random", f"Of {', '.join(ARMS)}.")
+flags.DEFINE_integer("steps", 600, "Of an arm.", 1)
+flags.DEFINE_integer("rows", 2, "Of a batch.", 1)
+flags.DEFINE_integer("row_bytes", 512, "Of a row.", 8)
+flags.DEFINE_float("rate", 1e-3, "Peak learning rate.")
+flags.DEFINE_float("feed", 0.5, "Share of the steps with the teacher's states.", 0, 1)
+flags.DEFINE_integer("measurements", 10, "Of held-out rows, of an arm.", 1)
+flags.DEFINE_integer("validation_rows", 32, "Held-out rows.", 1)
+
+
+def main(argv):
+    if len(argv) > 1:
+        cli.fail(f"unexpected argument {argv[1]!r}: give flags alone")
+    try:
+        measure(FLAGS)
+    except (ValueError, OSError) as error:
+        cli.fail(error)
+
+
+def measure(chosen):
+    """Trains the arms, measures the source, and writes the page."""
+    workdir = Path(chosen.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    made = workdir / "byteified"
+    if not made.exists():
+        byteify(chosen.source, made, progress=True)
+    arms = chosen.arms
+    rows = [point for arm in arms for point in curve(arm, chosen)]
+    with jax.set_mesh(sharding.make_mesh()):
+        level = of_source(chosen)
+    write_page(workdir, rows, level, {name: chosen[name].value for name in SETTINGS})
+    last = {arm: [r for r in rows if r["arm"] == arm][-1] for arm in arms}
+    print(json.dumps(dict(source=level, last=last)))
+
+
+def config_of(arm: str, chosen) -> RunConfig:
+    """Returns the settings of an arm."""
+    given = config_of_file(f"{CONFIG}:align")
+    made = Path(chosen.workdir).absolute() / "byteified"
+    given.stages = ("entropies", "blt")
+    given.data.root, given.start_from = chosen.corpus, str(made)
+    given.evaluation.validation_rows = chosen.validation_rows
+    given.evaluation.batch_size = chosen.rows
+    training, optimizer = given.blt_training, given.blt_training.optimizer
+    training.steps, training.batch_size = chosen.steps, chosen.rows
+    training.row_bytes = chosen.row_bytes
+    training.checkpoint_every = training.validate_every = max(
+        1, chosen.steps // chosen.measurements
+    )
+    training.log_every = training.validate_every
+    optimizer.learning_rate, optimizer.warmup_steps = chosen.rate, chosen.steps // 20
+    training.teacher.source, training.teacher.feed = os.path.abspath(chosen.source), chosen.feed
+    if arm != "teacher":
+        training.teacher.source, training.teacher.feed = "", 0.0
+    optimizer.global_rate = dict(teacher=0.0, frozen=0.0, all=0.5, random=1.0)[arm]
+    if arm == "random":
+        with jax.set_mesh(sharding.make_mesh()):
+            weights = formats.read(made, values=False)
+        given.start_from = ""
+        given.blt = to_config_dict(weights.blt)
+        given.patching = to_config_dict(weights.patching)
+    return from_config_dict(RunConfig, given)
+
+
+def curve(arm: str, chosen) -> list[dict]:
+    """Trains an arm as far as it is not; returns its held-out bits per byte by bytes read."""
+    directory, config = Path(chosen.workdir) / arm, config_of(arm, chosen)
+    if not (directory / "result.json").exists():
+        run(check_run(config, directory))
+    lines = map(json.loads, RunDirectory(directory).metrics("blt").open())
+    return [
+        dict(
+            arm=arm,
+            step=line["step"] + 1,
+            bytes_read=sum(v for k, v in line.items() if k.startswith("bytes_seen/")),
+            held_out=line[HELD_OUT],
+            seconds_per_step=line["seconds_per_step"],
+        )
+        for line in lines
+        if HELD_OUT in line
+    ]
+
+
+def of_source(chosen) -> float:
+    """Returns the bits per byte of the source's tokens, on the rows that the arms are measured on.
+
+    Needs a mesh to be set.
+    """
+    config = config_of("teacher", chosen)
+    directory = RunDirectory((Path(chosen.workdir) / chosen.arms[0]).absolute())
+    start = formats.read(config.start_from)
+    blt = start.blt
+    config = dataclasses.replace(config, blt=blt, patching=start.patching)
+    store = corpus.open_corpus(config, directory)
+    patched = find_patches(config, directory, store)
+    layout: Layout = blt_layout(config, patched, store.chat)
+    shards = patched.validation
+    teacher, tokenizer, _ = open_teacher(config, patched.train, layout.row_bytes, None)
+    held = HeldOut(layout._replace(teacher=tokenizer), shards, None, [])
+    params = placing.put_lazy(
+        formats.cast(start, "float32").params["blt"], functional.abstract_params(blt)
+    )
+    eps, columns = blt.global_transformer.norm_eps, layout.row_bytes // 2
+
+    @jax.jit
+    def sums(params, arrays, batch):
+        tokens, _, hidden = read_tokens(blt, columns, params, arrays, batch)
+        logs = token_log_likelihoods(arrays, eps, hidden, tokens.ids)
+        num_bytes = tokens.ends - tokens.begins + 1
+        return tuple(jnp.sum(jnp.where(tokens.follows, x, 0)) for x in (-logs, num_bytes))
+
+    total = np.zeros(2)
+    sample = held.sample(store, chosen.validation_rows)
+    for rows in whole_batches(iter(sample), chosen.rows):
+        batch = sharding.put_batch(as_batch(rows))
+        total += np.array([float(x) for x in sums(params, teacher.arrays, batch)])
+    return float(total[0] / total[1] / np.log(2))
+
+
+def write_page(workdir: Path, rows: list[dict], level: float, settings: dict):
+    """Writes curves.csv, curves.png and README.md."""
+    pages.write_csv(workdir / "curves.csv", rows)
+    last = {row["arm"]: row for row in rows}
+    series = {
+        arm: [(row["bytes_read"] / 1e6, row["held_out"], 0) for row in rows if row["arm"] == arm]
+        for arm in last
+    }
+    most = max(row["bytes_read"] for row in rows) / 1e6
+    series[SOURCE] = [(0, level, 0), (most, level, 0)]
+    axes = "MB read", "held-out bits per byte"
+    pages.curves(workdir / "curves.png", series, *axes, log_x=False)
+    table = pages.table(
+        [
+            *(row | dict(model=ARMS[arm]) for arm, row in last.items()),
+            dict(model=SOURCE, held_out=level),
+        ],
+        dict(model="", bytes_read=",.0f", held_out=".3f", seconds_per_step=".2f"),
+    )
+    told = ", ".join(f"`{name}={value}`" for name, value in settings.items())
+    parts = __doc__.split("\n\n", 1)[1].strip(), table, "![](curves.png)", f"Settings: {told}."
+    pages.write_page(workdir / "README.md", f"Byte-ifying {Path(settings['source']).name}", *parts)
+    print(table)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=cli.parse)
