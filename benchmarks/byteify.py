@@ -46,13 +46,19 @@ from bltjax.training.teacher import read_tokens, token_log_likelihoods
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "byteify_smollm2.py"
 ARMS = {
-    "teacher": "byteified, frozen, with a teacher",
+    "teacher": "byteified, words first, frozen, with a teacher",
+    "words": "byteified, words first, frozen",
     "frozen": "byteified, frozen",
     "all": "byteified, all learns",
     "random": "random numbers, all learns",
 }
 SOURCE = "the source"
-SETTINGS = ("source", "corpus", "steps", "rows", "row_bytes", "rate", "feed", "validation_rows")
+MADE = {"teacher": "taught", "words": "taught"}  # directories that arms start from; or BYTEIFIED
+BYTEIFIED = "byteified"
+SETTINGS = (
+    *("source", "corpus", "steps", "rows", "row_bytes", "rate"),
+    *("feed", "vocabulary_steps", "validation_rows"),
+)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("source", None, "A directory of Hugging Face's or a GGUF file.", required=True)
@@ -64,6 +70,7 @@ flags.DEFINE_integer("rows", 2, "Of a batch.", 1)
 flags.DEFINE_integer("row_bytes", 512, "Of a row.", 8)
 flags.DEFINE_float("rate", 1e-3, "Peak learning rate.")
 flags.DEFINE_float("feed", 0.5, "Share of the steps with the teacher's states.", 0, 1)
+flags.DEFINE_integer("vocabulary_steps", 300, "In which words are learned first.", 1)
 flags.DEFINE_integer("measurements", 10, "Of held-out rows, of an arm.", 1)
 flags.DEFINE_integer("validation_rows", 32, "Held-out rows.", 1)
 
@@ -81,10 +88,12 @@ def measure(chosen):
     """Trains the arms, measures the source, and writes the page."""
     workdir = Path(chosen.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    made = workdir / "byteified"
-    if not made.exists():
-        byteify(chosen.source, made, progress=True)
     arms = chosen.arms
+    for path in dict.fromkeys(start_of(arm, chosen) for arm in arms):
+        if not path.exists():
+            steps = 0 if path.name == BYTEIFIED else chosen.vocabulary_steps
+            made = byteify(chosen.source, path, vocabulary_steps=steps, progress=True)
+            print(f"{path}: {made['seconds']} s, distance of words {made['word_distance']}")
     rows = [point for arm in arms for point in curve(arm, chosen)]
     with jax.set_mesh(sharding.make_mesh()):
         level = of_source(chosen)
@@ -93,10 +102,15 @@ def measure(chosen):
     print(json.dumps(dict(source=level, last=last)))
 
 
+def start_of(arm: str, chosen) -> Path:
+    """Returns the byte model that an arm has the weights of, or at least the shape."""
+    return Path(chosen.workdir).absolute() / MADE.get(arm, BYTEIFIED)
+
+
 def config_of(arm: str, chosen) -> RunConfig:
     """Returns the settings of an arm."""
     given = config_of_file(f"{CONFIG}:align")
-    made = Path(chosen.workdir).absolute() / "byteified"
+    made = start_of(arm, chosen)
     given.stages = ("entropies", "blt")
     given.data.root, given.start_from = chosen.corpus, str(made)
     given.evaluation.validation_rows = chosen.validation_rows
@@ -147,6 +161,7 @@ def of_source(chosen) -> float:
     Needs a mesh to be set.
     """
     config = config_of("teacher", chosen)
+    config = dataclasses.replace(config, start_from=str(start_of(chosen.arms[0], chosen)))
     directory = RunDirectory((Path(chosen.workdir) / chosen.arms[0]).absolute())
     start = formats.read(config.start_from)
     blt = start.blt

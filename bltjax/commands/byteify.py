@@ -36,6 +36,8 @@ def main(argv):
                 hash_sizes=_numbers(chosen.hash_sizes),
                 hash_vocab=chosen.hash_vocab,
             ),
+            vocabulary_steps=chosen.vocabulary_steps,
+            tokenizer=chosen.tokenizer,
             entropy_model=chosen.entropy_model,
             drop_rope_scaling=chosen.drop_rope_scaling,
             seed=chosen.seed,
@@ -45,11 +47,13 @@ def main(argv):
         cli.fail(error)
     for note in result["notes"]:
         print(f"note: {printable(note)}", file=sys.stderr)
+    distance = result["word_distance"]
     print(
         f"wrote {printable(result['target'])}: {result['parameters']:,} parameters, of which "
         f"{result['kept_parameters']:,} are the source's, {result['bytes'] / 1e9:.2f} GB "
         f"({', '.join(result['dtypes'])}), {result['seconds']} s; root mean square of token "
         f"embeddings {result['embedding_rms']:.4g}, of patches {result['patch_rms']:.4g}"
+        + (f"; distance of words {distance:.3f}" if distance is not None else "")
     )
     print(json.dumps(result))
 
@@ -72,6 +76,15 @@ def define_flags():
         "entropy_model",
         "A directory with an entropy model, whose rule and threshold place the patches; default: "
         "patches end with words.",
+    )
+    flags.DEFINE_integer(
+        "vocabulary_steps",
+        0,
+        "Steps in which the new encoder learns what the source has for its words.",
+        0,
+    )
+    cli.define_path(
+        "tokenizer", "A directory or a tokenizer.json, of these words; default: the source's own."
     )
     flags.DEFINE_bool("drop_rope_scaling", False, "Leave out how the source scales positions.")
     flags.DEFINE_integer("local_dim", None, "Of bytes; default: a third of the source's width.", 1)

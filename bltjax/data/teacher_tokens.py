@@ -34,8 +34,9 @@ class TeacherTokenizer:
         self.bos = _first_id(text) if bos is None else bos
         self._plain = json.dumps(_without_specials(content))
         vocab, byte_of = content["model"]["vocab"], byte_characters()
-        added = [token["id"] for token in content.get("added_tokens") or []]
+        added = {token["id"] for token in content.get("added_tokens") or []}
         self.num_ids = 1 + max(itertools.chain(vocab.values(), added))  # of its model, at least
+        self._texts = {number: token for token, number in vocab.items() if number not in added}
         self._lengths = np.zeros(self.num_ids, np.int64)
         for token, number in vocab.items():
             self._lengths[number] = len(token)
@@ -55,6 +56,16 @@ class TeacherTokenizer:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    @functools.cached_property
+    def pieces(self) -> dict[int, bytes]:
+        """Bytes of each id that is not special."""
+        byte_of = byte_characters()
+        return {
+            number: bytes(byte_of[character] for character in token)
+            for number, token in sorted(self._texts.items())
+            if set(token) <= byte_of.keys()
+        }
 
     @functools.cached_property
     def digest(self) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from bltjax import sharding
 from bltjax.checkpoints import formats
 from bltjax.checkpoints.demo import directory_of
-from bltjax.checkpoints.lazy_arrays import tree_leaves
+from bltjax.checkpoints.lazy_arrays import read_all, tree_leaves
 from bltjax.checkpoints.pytorch import llama
 from bltjax.checkpoints.pytorch.convert import target_error, write_new
 from bltjax.checkpoints.weights import Weights, WeightsError, flat
@@ -39,6 +39,8 @@ from bltjax.config import (
 from bltjax.model import functional
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.patching.buffers import buffers_from_lengths
+from bltjax.recipe.teacher import tokenizer_of
+from bltjax.recipe.vocabulary_lesson import Words, learn_words, words_of
 from bltjax.runtime.progress import progress_bar
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET
 
@@ -65,6 +67,8 @@ def byteify(
     target: str | Path,
     *,
     sizes: LocalSizes = LocalSizes(),
+    vocabulary_steps: int = 0,
+    tokenizer: str | Path | None = None,
     entropy_model: str | Path | None = None,
     drop_rope_scaling: bool = False,
     seed: int = 0,
@@ -73,6 +77,8 @@ def byteify(
     """Writes a byte latent transformer around the layers in `source` to a new directory `target`.
 
     source: a directory of Hugging Face's with a model of the Llama family, or a GGUF file.
+    vocabulary_steps: in which the fresh encoder learns what the source has for its words; 0: none.
+    tokenizer: a directory or a tokenizer.json, of those words; default: the source's own.
     entropy_model: a directory whose entropy model, rule and threshold place the patches; without
     one they end with words. drop_rope_scaling: positions are not scaled as the source does. seed:
     of the fresh parameters.
@@ -86,7 +92,14 @@ def byteify(
         model, size, config, other = _checked(
             source, target, sizes, entropy_model, drop_rope_scaling, progress
         )
+        words = _words(model, _path(tokenizer or source)) if vocabulary_steps else None
         params, patch_size = _matched(config, _fresh(config, seed), size, seed)
+        distance = None
+        if words:
+            params, distance = learn_words(
+                _without_layers(config), params, *words, vocabulary_steps, seed, progress
+            )
+            patch_size = patch_root_mean_square(config, params, seed)
         params["global_transformer"]["layers"] = model.layers
         weights = _weights(config, params, other, model)
         write_new(formats.plan(weights, formats.BLTJAX), target, weights.num_bytes(), progress)
@@ -102,6 +115,7 @@ def byteify(
         dtypes=sorted({np.dtype(leaf.dtype).name for leaf in leaves}),
         embedding_rms=size,
         patch_rms=patch_size,
+        word_distance=distance,
         notes=list(dict.fromkeys((*weights.notes, *_left_behind(source, model)))),
         seconds=round(time.perf_counter() - started, 1),
     )
@@ -151,6 +165,19 @@ def _entropy_model(directory: Path) -> Weights:
         problem = f"its patches have the rule {found.patching.rule!r}, which needs no entropy model"
         raise WeightsError(directory, [f"{problem}: leave --entropy_model out"])
     return found
+
+
+def _words(model: llama.TokenModel, path: Path) -> tuple[Words, np.ndarray]:
+    """Returns the words of the source, and its embeddings of them. Raises ValueError."""
+    pieces = tokenizer_of(path, f"the tokenizer in {path}", "tokenizer").pieces
+    rows = model.embeddings.shape[0]
+    if max(pieces, default=0) >= rows:
+        raise ValueError(
+            f"the source has embeddings of {rows} tokens, and the tokenizer in {path} has "
+            f"{max(pieces) + 1}: give the tokenizer of this model"
+        )
+    words = words_of(pieces)
+    return words, np.asarray(read_all(model.embeddings), np.float32)[words.ids]
 
 
 def config_around(stack: TransformerConfig, sizes: LocalSizes) -> BLTConfig:

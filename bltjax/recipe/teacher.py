@@ -82,7 +82,14 @@ def _tokenizer(config: RunConfig, source: Path) -> TeacherTokenizer:
     """Reads the tokenizer that the settings name, or that of the source."""
     given = config.blt_training.teacher.tokenizer
     path = Path(os.path.expanduser(given)) if given else source
-    name = TOKENIZER if given else SOURCE
+    return tokenizer_of(path, f"{TOKENIZER if given else SOURCE}={path}", TOKENIZER)
+
+
+def tokenizer_of(path: Path, named: str, setting: str) -> TeacherTokenizer:
+    """Reads the tokenizer in a directory, a tokenizer.json or a GGUF file.
+
+    named: what errors call it. setting: that may name another. Raises ValueError.
+    """
     file = path / "tokenizer.json" if path.is_dir() else path
     packed = llama.gguf_file(path)
     try:
@@ -91,10 +98,10 @@ def _tokenizer(config: RunConfig, source: Path) -> TeacherTokenizer:
         return TeacherTokenizer(file.read_text())
     except FileNotFoundError as error:
         raise ValueError(
-            f"{name}={path}: there is no {file.name}: give the path of one as {TOKENIZER}"
+            f"{named}: there is no {file.name}: give the path of one as {setting}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{name}={path}: {error}") from error
+        raise ValueError(f"{named}: {error}") from error
 
 
 def open_teacher(
