@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--start_from", required=True, help="weights in any format")
     parser.add_argument("--pairs", type=int, default=200, help="of each task")
     parser.add_argument("--tasks", default="last,vowel,length", help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--lora_rate", type=float, default=2e-2)
     parser.add_argument("--only", default="full,lora", help="of full and lora")
