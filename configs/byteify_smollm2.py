@@ -1,7 +1,8 @@
 """A byte model around SmolLM2-135M in two stages: the first by itself, then `:all`.
 
 Command:   hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M
-           python -m bltjax.byteify --source=SmolLM2-135M --target=smol-bytes
+           python -m bltjax.byteify --source=SmolLM2-135M --target=smol-bytes \
+               --vocabulary_steps=300
            python -m bltjax.train --config=configs/byteify_smollm2.py --workdir=runs/smol-align \
                --config.data.root=CORPUS
            python -m bltjax.train --config=configs/byteify_smollm2.py:all --workdir=runs/smol-all \

@@ -28,7 +28,7 @@ class TeacherConfig:
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
-        found = not_negative(self, name, "align", "distill")
+        found = not_negative(self, name, "align", "distill", "feed")
         found += not_negative(self, name, "row_tokens", most=MOST_ROW)
         found += positive(self, name, "temperature")
         found += between(self, name, "feed", 0, 1)

@@ -80,7 +80,7 @@ def learn_words(
     state, params = optimizer.init(params), jax.tree.map(jnp.asarray, params)
     rng, distances = np.random.default_rng(seed), []
     step = _step(config, optimizer)
-    with progress_bar("learning words", steps, shown=progress) as bar:
+    with progress_bar("learning words", steps, progress, unit=" steps") as bar:
         for _ in range(steps):
             rows = drawn_rows(words, rng)
             params, state, distance = step(params, state, embeddings, *rows)
