@@ -12,13 +12,14 @@ import jax
 
 import bltjax
 from bltjax.config import RunConfig, to_dict
+from bltjax.runtime.paths import is_remote
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint")
 
 
 def facts(config: RunConfig, workdir: str | os.PathLike) -> dict[str, str]:
     """Returns the working directory, every setting, and the versions of code, as texts by name."""
-    found = {"--workdir": os.path.realpath(workdir)}
+    found = {"--workdir": str(workdir) if is_remote(workdir) else os.path.realpath(workdir)}
     found |= dict(_settings("--config", to_dict(config)))
     found |= {f"the version of {name}": version(name) for name in ("bltjax", *LIBRARIES)}
     found["the digest of bltjax's code"] = code_digest()

@@ -10,20 +10,23 @@ import errno
 import functools
 import importlib.util
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 EMULATOR = "STORAGE_EMULATOR_HOST"
 TENSORSTORE = "TENSORSTORE_GCS_HTTP_URL"
 TIMEOUT_SECONDS = 60  # of a request
+MOST_AT_ONCE = 8  # requests
 RETRY_SECONDS = 120  # in which a request that may be repeated is
-
-_of_thread = threading.local()
 
 
 class Changed(OSError):
     """Raised where an object is not of the generation that a write is meant for."""
+
+
+class Unreachable(OSError):
+    """Raised where a bucket cannot be asked: no network, no credentials, no permission."""
 
 
 class Object(NamedTuple):
@@ -177,18 +180,17 @@ def copy(source: str | os.PathLike, target: str | os.PathLike):
 
 def delete_below(directory: str | os.PathLike):
     """Deletes all objects below a directory."""
-    for name in below(directory):
-        delete(f"{os.fspath(directory)}/{name}")
+    names = below(directory)
+    with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+        list(pool.map(lambda name: delete(f"{os.fspath(directory)}/{name}"), names))
 
 
 def move_below(source: str | os.PathLike, target: str | os.PathLike):
     """Moves all objects below a directory; those that are copied are deleted after the last."""
     source, target = os.fspath(source), os.fspath(target)
-    names = below(source)
-    for name in names:
-        copy(f"{source}/{name}", f"{target}/{name}")
-    for name in names:
-        delete(f"{source}/{name}")
+    with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+        list(pool.map(lambda name: copy(f"{source}/{name}", f"{target}/{name}"), below(source)))
+    delete_below(source)
 
 
 def _object(blob) -> Object:
@@ -200,16 +202,15 @@ def _blob(path):
     return _client().bucket(bucket).blob(name)
 
 
+@functools.cache
 def _client():
-    """Returns the client of this thread: their connections are not to be shared."""
-    if not hasattr(_of_thread, "client"):
-        from google.auth.credentials import AnonymousCredentials
-        from google.cloud import storage
+    """Returns the client of this process, which threads share as in Google's transfer manager."""
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import storage
 
-        test = dict(credentials=AnonymousCredentials()) if EMULATOR in os.environ else {}
-        with _told("gs://"):
-            _of_thread.client = storage.Client(project="bltjax" if test else None, **test)
-    return _of_thread.client
+    test = dict(credentials=AnonymousCredentials()) if EMULATOR in os.environ else {}
+    with _told("gs://"):
+        return storage.Client(project="bltjax" if test else None, **test)
 
 
 def _patience() -> dict:
@@ -234,19 +235,19 @@ def _told(path, is_bucket: bool = False):
     except api.NotFound as error:
         if is_bucket or "bucket does not exist" in str(error):
             raise OSError(f"there is no bucket {bucket}: check its name, or create it") from error
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
     except (api.Forbidden, api.Unauthorized) as error:
-        raise OSError(
+        raise Unreachable(
             f"{path} may not be used by this account: give it the role Storage Object Admin "
             f"(roles/storage.objectAdmin) of {bucket}, or choose another bucket"
         ) from error
     except GoogleAuthError as error:
-        raise OSError(
+        raise Unreachable(
             f"{path} needs credentials, and there are none: run `gcloud auth application-default "
             "login`, or name a key file in GOOGLE_APPLICATION_CREDENTIALS"
         ) from error
     except (api.GoogleAPIError, RequestException) as error:
         reason = " ".join(str(error).split())[:200]
-        raise OSError(
+        raise Unreachable(
             f"{path} cannot be reached ({reason}): check the network, and run it again"
         ) from error

@@ -51,9 +51,7 @@ class Lease:
     def _beat(self):
         while not self._ended.wait(HEARTBEAT_SECONDS):
             try:
-                self._generation = buckets.write(
-                    self.path, _content(self._token), self._generation
-                )
+                self._generation = buckets.write(self.path, _content(self._token), self._generation)
                 self._written = time.monotonic()
             except buckets.Changed:
                 if not self._adopted():
