@@ -48,7 +48,10 @@ from bltjax.config.lora import LoRAConfig
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
 from bltjax.patching.boundaries import check_rule, needs_entropies
+from bltjax.runtime import buckets
 from bltjax.runtime.files import UNFINISHED
+from bltjax.runtime.object_cache import on_disk
+from bltjax.runtime.paths import as_path, is_remote
 from bltjax.runtime.plain_files import dangling_links, irregular_files
 from bltjax.runtime.progress import OnProgress
 
@@ -68,7 +71,7 @@ def detect(directory: Path) -> str:
 
     Raises FileNotFoundError without a directory, WeightsError where it is none of these.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     if directory.is_file():
         raise NotADirectoryError(
             f"{directory} is a file: give the directory that it is in{way_past(directory)}"
@@ -134,7 +137,7 @@ def read(
     if problems or weights is None:
         raise WeightsError(directory, problems)
     if adapter is not None:
-        weights = adapters.merged(weights, adapters.read(Path(adapter), weights))
+        weights = adapters.merged(weights, adapters.read(on_disk(as_path(adapter)), weights))
     return weights._replace(notes=(*weights.notes, *_notes_on_half(weights)))
 
 
@@ -165,14 +168,16 @@ def _read_one(
     verify: bool,
     values: bool,
 ) -> Weights | None:
-    directory = Path(directory)
+    directory = as_path(directory)
     readers = {BLTJAX: _read_bltjax, RUN: _read_run, HF: reading.read_hf, META: reading.read_meta}
     try:
         if directory.is_dir() and (dangling := dangling_links(directory, _READ)):
             raise WeightsError(directory, dangling)
-        if verify and values and (damaged := checksum_problems(directory, on_progress)):
+        found = detect(directory) if is_remote(directory) else None
+        local = directory if found == RUN else on_disk(directory)
+        if verify and values and (damaged := checksum_problems(local, on_progress)):
             raise WeightsError(directory, damaged)
-        return readers[detect(directory)](directory, on_progress, values)
+        return readers[found or detect(directory)](local, on_progress, values)
     except WeightsError as error:
         problems += error.problems
         return None
@@ -180,6 +185,8 @@ def _read_one(
 
 def stored_bytes(directory: Path) -> int:
     """Returns about how many bytes `read` goes through, for progress bars."""
+    if is_remote(directory):
+        return sum(found.size for found in buckets.below(directory).values())
     weights = ("*.safetensors", "*.pth") if detect(directory) in (HF, META) else ("*",)
     files = [path for pattern in weights for path in directory.rglob(pattern)]
     times = 2 if (directory / CHECKSUMS).exists() else 1  # once for the checksums
@@ -191,6 +198,7 @@ def left_behind(directory: Path) -> list[str]:
     found = detect(directory)
     if found == RUN:
         return []
+    directory = on_disk(directory)
     read = {MODEL, WEIGHTS} if found == BLTJAX else reading.files(directory, found == META)
     there = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
     others = sorted(there - read - {CHECKSUMS})

@@ -138,7 +138,7 @@ class BucketManager:
         return self._thread is not None and self._thread.is_alive()
 
     def wait_until_finished(self):
-        """Waits until the last checkpoint is there. Raises OSError where it could not be written."""
+        """Waits until the last checkpoint is there. Raises OSError where it was not written."""
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()

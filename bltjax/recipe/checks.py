@@ -22,6 +22,7 @@ from bltjax.model import functional
 from bltjax.model.lora import matches
 from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
 from bltjax.recipe.start import resolve
+from bltjax.runtime import object_cache
 from bltjax.runtime.paths import absolute
 
 
@@ -40,6 +41,7 @@ def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool 
     needs_models: whether models that the stages use and do not train must be there. Raises
     ValueError or OSError that names the value and the remedy.
     """
+    object_cache.use(object_cache.Settings(config.data.cache, config.data.cache_bytes))
     directory = RunDirectory(absolute(workdir))
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):

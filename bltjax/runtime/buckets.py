@@ -87,9 +87,9 @@ def read(path: str | os.PathLike) -> bytes:
 
 def read_object(path: str | os.PathLike) -> tuple[bytes, int] | None:
     """Reads an object with its generation; None where there is none."""
-    blob = _blob(path)
     try:
         with _told(path):
+            blob = _blob(path)
             return blob.download_as_bytes(**_patience()), int(blob.generation)
     except FileNotFoundError:
         return None
@@ -101,8 +101,8 @@ def write(path: str | os.PathLike, data: bytes, generation: int | None = None) -
     generation: that which the write replaces, 0 where there must be none yet. Raises Changed where
     there is another.
     """
-    blob = _blob(path)
     with _told(path):
+        blob = _blob(path)
         blob.upload_from_string(
             data, "application/octet-stream", if_generation_match=generation, **_patience()
         )
@@ -117,9 +117,9 @@ def delete(path: str | os.PathLike, generation: int | None = None):
 
 def found(path: str | os.PathLike) -> Object | None:
     """Returns what an object is now; None where there is none."""
-    blob = _blob(path)
     try:
         with _told(path):
+            blob = _blob(path)
             blob.reload(**_patience())
     except FileNotFoundError:
         return None
@@ -173,8 +173,8 @@ def download(source: str | os.PathLike, target: Path):
 
 def copy(source: str | os.PathLike, target: str | os.PathLike):
     """Copies an object inside its bucket, on the server."""
-    blob = _blob(source)
     with _told(source):
+        blob = _blob(source)
         blob.bucket.copy_blob(blob, blob.bucket, split(target)[1], **_patience())
 
 
@@ -209,8 +209,7 @@ def _client():
     from google.cloud import storage
 
     test = dict(credentials=AnonymousCredentials()) if EMULATOR in os.environ else {}
-    with _told("gs://"):
-        return storage.Client(project="bltjax" if test else None, **test)
+    return storage.Client(project="bltjax" if test else None, **test)
 
 
 def _patience() -> dict:
@@ -227,7 +226,7 @@ def _told(path, is_bucket: bool = False):
     from requests import RequestException
 
     path = os.fspath(path)
-    bucket = f"gs://{split(path)[0]}" if path != "gs://" else path
+    bucket = f"gs://{split(path)[0]}"
     try:
         yield
     except api.PreconditionFailed as error:

@@ -5,6 +5,7 @@ A bucket has no directories: what is below a name is there, an empty directory i
 """
 
 import os
+import re
 from pathlib import Path
 
 from bltjax.runtime import buckets
@@ -23,10 +24,12 @@ def as_path(text: str | os.PathLike) -> Path:
     Raises OSError, which names the remedy, for a bucket that is not to be read, and ValueError for
     a kind of bucket that is not known.
     """
-    text = os.path.expanduser(text)
+    text = re.sub(
+        r"^gs:/(?!/)", REMOTE, os.path.expanduser(os.fspath(text))
+    )  # pathlib drops a slash
     if is_remote(text):
         return buckets.opened(text)
-    if "://" in os.fspath(text):
+    if "://" in text:
         raise ValueError(f"{text}: buckets are known as {REMOTE}BUCKET/NAME, others are not")
     return Path(text)
 
@@ -41,6 +44,19 @@ def make_directory(path: Path):
     """Makes a directory and those above it where they are not there; a bucket needs none."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def exists(path: Path) -> bool:
+    """Returns whether there is a file."""
+    return buckets.found(path) is not None if is_remote(path) else path.exists()
+
+
+def remove(path: Path):
+    """Deletes a file, if it is there."""
+    if is_remote(path):
+        buckets.delete(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_whole(path: Path) -> bytes:

@@ -12,8 +12,9 @@ from bltjax.runtime import buckets
 PATH_WIDTH = 300  # of a path that is shown
 OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no reader gets these
 OF_DAMAGED_FILES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-TENSORSTORE = "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED"  # how its messages begin
-
+TENSORSTORE = (  # how its messages begin
+    "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED"
+)
 NETWORK_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
 
 ALLOW = "make the directory writable"
