@@ -131,6 +131,11 @@ def below(directory: str | os.PathLike) -> dict[str, Object]:
     return _listed(directory)[0]
 
 
+def bytes_below(directory: str | os.PathLike) -> int:
+    """Returns the bytes of all objects below a directory."""
+    return sum(found.size for found in below(directory).values())
+
+
 def entries(directory: str | os.PathLike) -> tuple[dict[str, Object], list[str]]:
     """Returns the objects of a directory by name, and the names of the directories in it."""
     return _listed(directory, delimiter="/")
