@@ -33,7 +33,7 @@ from bltjax.checkpoints.run_directory import COMMITTED, COMMITTED_WEIGHTS, saved
 from bltjax.runtime import buckets, peers
 from bltjax.runtime.checked_json import DIGEST
 from bltjax.runtime.paths import is_remote
-from bltjax.runtime.system_errors import first_line
+from bltjax.runtime.system_errors import first_line, is_of_network
 
 BARRIER_SECONDS = 3600  # that the writes of processes may differ
 _saves = itertools.count()  # of this process, the same in all of them
@@ -128,7 +128,12 @@ class BucketManager:
         """Starts to write a checkpoint: returns when the arrays may change again."""
         self.wait_until_finished()
         target = self._directory / str(step) / "state"
-        writes = asyncio.run(self._handler.async_save(target, args=state)) or []
+        try:
+            writes = asyncio.run(self._handler.async_save(target, args=state)) or []
+        except Exception as error:
+            if is_of_network(error):
+                raise OSError(first_line(error)) from error
+            raise
         work = functools.partial(self._finish, step, writes, record, next(_saves))
         self._thread = threading.Thread(target=self._keep_failure, args=(work,), daemon=True)
         self._steps.append(step)

@@ -95,16 +95,18 @@ def read_object(path: str | os.PathLike) -> tuple[bytes, int] | None:
         return None
 
 
-def write(path: str | os.PathLike, data: bytes, generation: int | None = None) -> int:
+def write(
+    path: str | os.PathLike, data: bytes, generation: int | None = None, seconds: float = 0
+) -> int:
     """Writes an object; returns its generation.
 
-    generation: that which the write replaces, 0 where there must be none yet. Raises Changed where
-    there is another.
+    generation: that which the write replaces, 0 where there must be none yet. seconds: in which it
+    is tried, 0 for the usual number. Raises Changed where there is another.
     """
     with _told(path):
         blob = _blob(path)
         blob.upload_from_string(
-            data, "application/octet-stream", if_generation_match=generation, **_patience()
+            data, "application/octet-stream", if_generation_match=generation, **_patience(seconds)
         )
     return int(blob.generation)
 
@@ -217,10 +219,11 @@ def _client():
     return storage.Client(project="bltjax" if test else None, **test)
 
 
-def _patience() -> dict:
+def _patience(seconds: float = 0) -> dict:
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    return dict(timeout=TIMEOUT_SECONDS, retry=DEFAULT_RETRY.with_timeout(RETRY_SECONDS))
+    limit = seconds or RETRY_SECONDS
+    return dict(timeout=min(limit, TIMEOUT_SECONDS), retry=DEFAULT_RETRY.with_timeout(limit))
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from bltjax.runtime import buckets
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 60.0
 LOST_SECONDS = 45.0  # without a heartbeat that arrived; before others may take it over
+BEAT_SECONDS, AGAIN_SECONDS = 8.0, 1.0  # that a heartbeat is tried, and until the next try
 LOST = 1  # exit code: as after a crash, the same command goes on
 
 _held: set[str] = set()  # tokens of this process
@@ -34,7 +35,6 @@ class Lease:
     def __init__(self, path: Path, token: str, generation: int):
         self.path, self._token, self._generation = path, token, generation
         self._written, self._ended = time.monotonic(), threading.Event()
-        _held.add(token)
         self._thread = threading.Thread(target=self._beat, daemon=True, name=f"lease {path}")
         self._thread.start()
 
@@ -44,21 +44,24 @@ class Lease:
     def __exit__(self, *_):
         self._ended.set()
         self._thread.join()
-        _held.discard(self._token)
         with contextlib.suppress(OSError):  # it ends by itself
             buckets.delete(self.path, self._generation)
+        _held.discard(self._token)
 
     def _beat(self):
-        while not self._ended.wait(HEARTBEAT_SECONDS):
+        pause = HEARTBEAT_SECONDS
+        while not self._ended.wait(pause):
+            pause, began = AGAIN_SECONDS, time.monotonic()
+            content = _content(self._token)
             try:
-                self._generation = buckets.write(self.path, _content(self._token), self._generation)
-                self._written = time.monotonic()
+                self._generation = buckets.write(self.path, content, self._generation, BEAT_SECONDS)
+                self._written, pause = began, HEARTBEAT_SECONDS
             except buckets.Changed:
                 if not self._adopted():
-                    _lose(f"{self.path} was taken over by another process")
+                    _lose(f"{self.path} was taken over by another process: see to that one")
             except OSError as error:
                 if time.monotonic() - self._written > LOST_SECONDS:
-                    _lose(str(error))
+                    _lose(f"for {LOST_SECONDS:.0f} s {error}")
 
     def _adopted(self) -> bool:
         """Returns whether the lease is ours after all: a write whose answer did not arrive."""
@@ -73,19 +76,30 @@ class Lease:
 
 def attempt(path: Path) -> Lease | None:
     """Returns a lease; None while another process has it. Raises OSError without permission."""
-    token = secrets.token_hex(8)
-    generation = _taken_over(path)
+    generation = _replaceable(path)
     if generation is None:
         return None
+    token = secrets.token_hex(8)
+    _held.add(token)  # before others can see it
+    written = None
     try:
-        written = buckets.write(path, _content(token), generation)
-    except buckets.Changed:  # another process was first, or our own write came twice
-        found = buckets.read_object(path)
-        if found is None or _read(found[0]).get("token") != token:
-            return None
-        written = found[1]
+        written = _written(path, token, generation)
+    finally:
+        if written is None:
+            _held.discard(token)
+    if written is None:
+        return None
     _seen.pop(os.fspath(path), None)
     return Lease(path, token, written)
+
+
+def _written(path: Path, token: str, generation: int) -> int | None:
+    """Writes a lease; returns its generation, None where another process was first."""
+    try:
+        return buckets.write(path, _content(token), generation)
+    except buckets.Changed:
+        found = buckets.read_object(path)  # perhaps our own, where the write came twice
+        return found[1] if found and _read(found[0]).get("token") == token else None
 
 
 def owner(path: Path) -> dict:
@@ -123,7 +137,7 @@ def attempt_patiently(path: Path, poll_seconds: float = 2.0) -> Lease | None:
     return lease
 
 
-def _taken_over(path: Path) -> int | None:
+def _replaceable(path: Path) -> int | None:
     """Returns the generation of the lease that may be replaced, 0 for none; None: it is alive."""
     found = buckets.read_object(path)
     if found is None:
@@ -180,8 +194,7 @@ def _born(pid: int) -> str:
 
 def _lose(reason: str):
     print(
-        f"error: this process stops, as it has lost its place ({reason}): run the same command "
-        "again once the other one has ended",
+        f"error: this process stops before another one takes its place: {reason}",
         file=sys.stderr,
         flush=True,
     )

@@ -27,7 +27,7 @@ PARTIAL = ".partial"
 
 
 class Settings(NamedTuple):
-    """Where the copies are, "" for the user's cache directory, and their bytes at most."""
+    """Place of the copies, "" for the user's cache directory, and their bytes at most."""
 
     directory: str = ""
     max_bytes: int = MAX_BYTES

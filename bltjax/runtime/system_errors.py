@@ -101,12 +101,12 @@ def other_fault(error: BaseException) -> BaseException | None:
     for cause in reversed(causes):
         if isinstance(cause, MemoryError) or (_errno(cause) or errno.EIO) not in OF_DAMAGED_FILES:
             return cause
-        if re.match(TENSORSTORE, str(cause)) or _is_of_network(cause):
+        if re.match(TENSORSTORE, str(cause)) or is_of_network(cause):
             return cause
     return None
 
 
-def _is_of_network(error: BaseException) -> bool:
+def is_of_network(error: BaseException) -> bool:
     """Returns whether a bucket could not be asked."""
     if isinstance(error, FileNotFoundError):
         return False

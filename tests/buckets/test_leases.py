@@ -1,5 +1,6 @@
 """Leases, and files that appear as a whole, on a real server."""
 
+import http.server
 import json
 import os
 import subprocess
@@ -159,3 +160,62 @@ def test_a_moved_directory(bucket):
     buckets.move_below(bucket / "from", bucket / "to")
     assert buckets.below(bucket).keys() == {"to/a/b"}
     assert buckets.entries(bucket) == ({}, ["to"])
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """`answering(status)` has requests ask a server that answers all of them so; None: nobody."""
+    running = []
+
+    def begin(status):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_error(status)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        running.append(server)
+        if status is not None:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        else:
+            server.server_close()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        buckets._client.cache_clear()
+
+    monkeypatch.setattr(buckets, "RETRY_SECONDS", 1)
+    yield begin
+    for server in running:
+        server.server_close()
+    buckets._client.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "status, told",
+    [
+        (403, "may not be used by this account: give it the role Storage Object Admin"),
+        (401, "needs credentials"),
+        (503, "cannot be reached .*check the network, and run it again"),
+        (None, "cannot be reached .*check the network, and run it again"),
+    ],
+)
+def test_a_bucket_that_is_not_to_be_read(server, answering, status, told):
+    answering(status)
+    with pytest.raises(buckets.Unreachable, match=told) as caught:
+        as_path(f"gs://of-{status}/run")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"gs://of-{status} ")
+
+
+def test_no_credentials(server, answering, monkeypatch):
+    from google.auth import exceptions
+    from google.cloud import storage
+
+    def client(**_):
+        raise exceptions.DefaultCredentialsError("pages of text")
+
+    answering(503)
+    monkeypatch.setattr(storage, "Client", client)
+    with pytest.raises(OSError, match="run `gcloud auth application-default login`"):
+        as_path("gs://without-credentials/run")

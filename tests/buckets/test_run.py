@@ -50,7 +50,7 @@ def without_machine(result):
 def config_of(corpus, cache, **changes):
     given = tiny.get_config()
     given.data.root, given.data.cache = str(corpus), str(cache)
-    given.evaluation.baselines = False
+    given.evaluation.baselines, given.evaluation.patch_use_rows = False, 0
     for name, value in changes.items():
         given.update_from_flattened_dict({name: value})
     return from_config_dict(RunConfig, given)
