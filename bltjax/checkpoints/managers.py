@@ -45,9 +45,9 @@ def manager_of(directory: Path, keep: int, keep_every: int):
     keep_every: steps; 0 for none. Raises OSError where the directory cannot be written.
     """
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    _forget_late_writes()
     if is_remote(directory):
         return BucketManager(directory, keep, keep_every)
-    _forget_late_writes()
     return disk_manager(directory, keep, keep_every)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import importlib.util
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,6 +71,7 @@ def _configure():
     """Has the libraries keep no listings, and ask the server that the environment names."""
     import fsspec
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # errors are raised as well
     for protocol in ("gcs", "gs"):
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     # Names with / are all that is used here; to look for real directories takes a minute where

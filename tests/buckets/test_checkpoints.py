@@ -80,6 +80,7 @@ def test_requests_of_a_checkpoint(bucket, server):
 
 def test_what_was_half_written_is_removed(saved, capfd):
     buckets.delete(saved / "6.committed")
+    assert saved_steps(saved) == [3]  # also for who only reads
     check(restored(saved), 3)
     assert buckets.entries(saved)[1] == ["3"]
     assert "WARNING" not in capfd.readouterr().err

@@ -30,6 +30,8 @@ def forget(monkeypatch):
 @pytest.fixture
 def corpus(tmp_path):
     write_corpus(tmp_path / "corpus")
+    for number in range(4, 12):
+        (tmp_path / "corpus" / f"{number}.txt").unlink()
     return DataConfig(root=str(tmp_path / "corpus"), validation_fraction=0.3, shard_bytes=2000)
 
 

@@ -36,10 +36,9 @@ OF_MACHINE = ("workdir", "seconds", "data_wait_fraction", "compilations")
 KILLED = int(os.environ.get("KILLED", 2))  # times; in studies more
 OPTIONS = [
     "--config=tests/configs/tiny.py",
-    "--config.stages=('blt',)",
-    "--config.patching.rule=space",
-    "--config.blt_training.checkpoint_every=2",
-    "--config.blt_training.steps=16",
+    "--config.stages=('entropy_model',)",
+    "--config.entropy_training.checkpoint_every=2",
+    "--config.entropy_training.steps=16",
 ]
 
 
@@ -163,7 +162,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(bucket, server, tmp
         process.send_signal(signal.SIGKILL)
         process.communicate()
     ended(start(bucket / "killed", *places))
-    runs = [bucket / name / "blt" for name in ("whole", "killed")]
+    runs = [bucket / name / "entropy_model" for name in ("whole", "killed")]
     lines = [buckets.read(path / "metrics.jsonl").splitlines() for path in runs]
     losses = [[json.loads(line)["loss"] for line in of_run] for of_run in lines]
     assert losses[0] == losses[1] and len(losses[0]) == 16
