@@ -117,7 +117,9 @@ def train(
         with scratch_of(workdir, METRICS) as scratch, contextlib.closing(best):
             flops = reporting.flops_per_byte, reporting.peak_flops
             log = MetricsLog(scratch.path, stage, first_step, config.steps, *flops)
-            profiler = Profiler(reporting.profile, stage, scratch.path / "profile")
+            profiler = Profiler(
+                reporting.profile, stage, scratch.path / "profile", workdir / "profile"
+            )
             named = stage, config, data, checkpoints, log, profiler
             run = _Run(*named, position, first_step, held_out, best, scratch.publish)
             with contextlib.closing(run):

@@ -22,7 +22,9 @@ class Server(NamedTuple):
 
     def requests(self) -> list[str]:
         """Method, path and status of each request up to now."""
-        lines = (line.split('\\"') for line in self.log.read_text().splitlines() if '\\"' in line)
+        lines = (
+            line.split('\\"') for line in self.log.read_text().split("\n")[:-1] if '\\"' in line
+        )
         return [f"{told[1]} {told[2].split()[0]}" for told in lines]
 
 

@@ -28,7 +28,7 @@ from bltjax.runtime.files import owning
 from bltjax.runtime.paths import as_path
 from bltjax.training import loop
 from tests.configs import tiny
-from tests.processes import ROOT, environment, write_corpus
+from tests.processes import ROOT, environment, free_port, write_corpus
 
 pytestmark = pytest.mark.long  # one interpreter will do
 
@@ -135,8 +135,8 @@ def test_a_second_run_is_refused(runs, tmp_path):
         run(again)
 
 
-def start(workdir, corpus, cache):
-    command = [sys.executable, "-m", "bltjax.train", *OPTIONS]
+def start(workdir, corpus, cache, *options):
+    command = [sys.executable, "-m", "bltjax.train", *OPTIONS, *options]
     command += [f"--workdir={workdir}", f"--config.data.root={corpus}"]
     command += [f"--config.data.cache={cache}"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -180,3 +180,34 @@ def test_a_bucket_that_is_not_there_is_one_line(server, tmp_path):
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 2
     assert output.strip() == "error: there is no bucket gs://absent: check its name, or create it"
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_bucket(bucket, tmp_path):
+    """Each writes its part, a third is refused, and one process goes on from what two saved."""
+    write_corpus(tmp_path / "corpus")
+
+    def begin(workdir, *options, cache="cache"):
+        return start(workdir, tmp_path / "corpus", tmp_path / cache, *options)
+
+    ended(begin(bucket / "one"))
+    shared, place = bucket / "two", f"--coordinator=127.0.0.1:{free_port()}"
+    saved = shared / "entropy_model" / "checkpoints"
+    two = [begin(shared, place, "--num_processes=2", f"--process_id={i}", cache=i) for i in "01"]
+    while not saved_steps(saved) and all(process.poll() is None for process in two):
+        time.sleep(0.05)
+    two[0].send_signal(signal.SIGSTOP)  # so that the third meets them
+    third = begin(shared)
+    output = third.communicate(timeout=240)[0]
+    assert third.returncode == 2 and "is in use by process" in output.splitlines()[-1], output
+    for process in two:
+        process.kill()
+        process.communicate()
+    step = saved_steps(saved)[-1]
+    assert read_record(saved / str(step))["about"]["processes"] == 2
+    process = begin(shared)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and f"resumed at step {step} of 16" in output, output
+    runs = [buckets.read(bucket / n / "entropy_model" / "metrics.jsonl") for n in ("one", "two")]
+    losses = [[json.loads(line)["loss"] for line in lines.splitlines()] for lines in runs]
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
