@@ -30,7 +30,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from bltjax import sharding
 from bltjax.checkpoints.run_directory import COMMITTED, COMMITTED_WEIGHTS, saved_steps
-from bltjax.runtime import buckets, peers
+from bltjax.runtime import buckets, leases, peers
 from bltjax.runtime.checked_json import DIGEST
 from bltjax.runtime.paths import is_remote
 from bltjax.runtime.system_errors import first_line, is_of_network
@@ -177,6 +177,7 @@ class BucketManager:
             buckets.write(checkpoint / "record" / "metadata", json.dumps(record).encode())
             buckets.write(checkpoint / COMMITTED_WEIGHTS, b"")
             commit = dict(step=step, record=record[DIGEST])
+            leases.confirm()  # a process that was suspended may have lost its place
             buckets.write(self._commit(step), json.dumps(commit).encode(), generation=0)
         _meet(f"checkpoint {number} is committed")
         for old in self._superseded():

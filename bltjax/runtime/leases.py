@@ -26,6 +26,7 @@ BEAT_SECONDS, AGAIN_SECONDS = 8.0, 1.0  # that a heartbeat is tried, and until t
 LOST = 1  # exit code: as after a crash, the same command goes on
 
 _held: set[str] = set()  # tokens of this process
+_leases: set["Lease"] = set()  # those that are not released
 _seen: dict[str, tuple[int, float]] = {}  # by path: generation of another's lease, since when
 
 
@@ -35,6 +36,8 @@ class Lease:
     def __init__(self, path: Path, token: str, generation: int):
         self.path, self._token, self._generation = path, token, generation
         self._written, self._ended = time.monotonic(), threading.Event()
+        self._renewing = threading.Lock()
+        _leases.add(self)
         self._thread = threading.Thread(target=self._beat, daemon=True, name=f"lease {path}")
         self._thread.start()
 
@@ -44,22 +47,35 @@ class Lease:
     def __exit__(self, *_):
         self._ended.set()
         self._thread.join()
+        _leases.discard(self)
         with contextlib.suppress(OSError):  # it ends by itself
             buckets.delete(self.path, self._generation)
         _held.discard(self._token)
 
-    def _beat(self):
-        pause = HEARTBEAT_SECONDS
-        while not self._ended.wait(pause):
-            pause, began = AGAIN_SECONDS, time.monotonic()
-            content = _content(self._token)
+    def renew(self):
+        """Writes the lease anew. Ends the process where another one has taken it over.
+
+        Raises OSError where the bucket does not answer.
+        """
+        with self._renewing:
+            began = time.monotonic()
             try:
-                self._generation = buckets.write(self.path, content, self._generation, BEAT_SECONDS)
-                self._written, pause = began, HEARTBEAT_SECONDS
+                self._generation = buckets.write(
+                    self.path, _content(self._token), self._generation, BEAT_SECONDS
+                )
+                self._written = began
             except buckets.Changed:
                 if not self._adopted():
                     _lose(f"{self.path} was taken over by another process: see to that one")
+
+    def _beat(self):
+        pause = HEARTBEAT_SECONDS
+        while not self._ended.wait(pause):
+            pause = HEARTBEAT_SECONDS
+            try:
+                self.renew()
             except OSError as error:
+                pause = AGAIN_SECONDS
                 if time.monotonic() - self._written > LOST_SECONDS:
                     _lose(f"for {LOST_SECONDS:.0f} s {error}")
 
@@ -72,6 +88,16 @@ class Lease:
                 return True
             return False
         return time.monotonic() - self._written <= LOST_SECONDS
+
+
+def confirm():
+    """Renews the leases of this process now, before it writes what only their holder may.
+
+    Ends the process where it has lost one, after it was suspended say. Raises OSError where the
+    bucket does not answer.
+    """
+    for lease in list(_leases):
+        lease.renew()
 
 
 def attempt(path: Path) -> Lease | None:

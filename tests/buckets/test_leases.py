@@ -83,6 +83,17 @@ def test_who_loses_a_lease_stops(bucket, quick, monkeypatch):
     assert lost and "was taken over by another process" in lost[0]
 
 
+def test_who_has_lost_a_lease_learns_it_before_a_checkpoint(bucket, monkeypatch):
+    lost = []
+    monkeypatch.setattr(leases, "_lose", lost.append)
+    with owning(bucket):
+        leases.confirm()
+        assert not lost
+        put_lease(bucket / OWNER)
+        leases.confirm()
+        assert lost and "was taken over by another process" in lost[0]
+
+
 def test_a_heartbeat_keeps_a_lease(bucket, quick):
     with owning(bucket):
         first = buckets.found(bucket / OWNER).generation
