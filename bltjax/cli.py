@@ -25,7 +25,7 @@ from bltjax.patching.boundaries import check_rule
 from bltjax.runtime import endings, signals
 from bltjax.runtime.platforms import skip_absent_tpu
 from bltjax.runtime.progress import progress_bar
-from bltjax.runtime.system_errors import in_words, without_numbers
+from bltjax.runtime.system_errors import first_line, in_words, is_of_network, without_numbers
 from bltjax.runtime.terminal import printable
 
 flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
@@ -84,6 +84,10 @@ def ending():
         signals.end_command(signal.SIGINT)
     except OSError as error:
         fail(error)
+    except Exception as error:
+        if not is_of_network(error):
+            raise
+        fail(f"a bucket cannot be reached ({first_line(error)}): check the network, run it again")
 
 
 def define_path(name: str, meaning: str):

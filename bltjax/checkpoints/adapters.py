@@ -6,6 +6,7 @@
 Modules have the names of Hugging Face's port, so that PEFT opens an adapter on top of it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,16 @@ from bltjax.runtime.progress import OnProgress
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+
+
+def of_run(weights: Weights, base_path: str) -> Weights:
+    """Returns the weights of a run whose BLT may have adapters as one that has none."""
+    if weights.blt is None or not weights.blt.lora.rank:
+        return weights
+    base, own = separated(weights.params["blt"])
+    adapter = Adapter(weights.blt.lora, own, base_path)
+    plain = dataclasses.replace(weights.blt, lora=LoRAConfig())
+    return merged(weights._replace(blt=plain, params=weights.params | dict(blt=base)), adapter)
 
 
 def merged(weights: Weights, adapter: Adapter) -> Weights:

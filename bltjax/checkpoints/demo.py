@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from bltjax.runtime.paths import as_path
+
 NAME = "demo"
 DIRECTORY = Path(__file__).parents[1] / "demo"
 
@@ -13,7 +15,7 @@ def directory_of(path: str | os.PathLike) -> Path:
     "demo" is the model in the package, unless the current directory has something of that name.
     """
     path = os.path.expanduser(path)
-    return DIRECTORY if path == NAME and not os.path.lexists(path) else Path(path)
+    return DIRECTORY if path == NAME and not os.path.lexists(path) else as_path(path)
 
 
 def way_past(path: Path) -> str:

@@ -25,7 +25,6 @@ from bltjax.checkpoints.pytorch.writing import WritePlan
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.checkpoints.training_state import CheckpointError
 from bltjax.checkpoints.weights import (
-    Adapter,
     Lengths,
     Weights,
     WeightsError,
@@ -44,11 +43,13 @@ from bltjax.config import (
     to_model_dict,
 )
 from bltjax.config.chat import ChatConfig
-from bltjax.config.lora import LoRAConfig
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
 from bltjax.patching.boundaries import check_rule, needs_entropies
+from bltjax.runtime import buckets
 from bltjax.runtime.files import UNFINISHED
+from bltjax.runtime.object_cache import on_disk
+from bltjax.runtime.paths import as_path, is_remote
 from bltjax.runtime.plain_files import dangling_links, irregular_files
 from bltjax.runtime.progress import OnProgress
 
@@ -68,7 +69,7 @@ def detect(directory: Path) -> str:
 
     Raises FileNotFoundError without a directory, WeightsError where it is none of these.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     if directory.is_file():
         raise NotADirectoryError(
             f"{directory} is a file: give the directory that it is in{way_past(directory)}"
@@ -134,7 +135,7 @@ def read(
     if problems or weights is None:
         raise WeightsError(directory, problems)
     if adapter is not None:
-        weights = adapters.merged(weights, adapters.read(Path(adapter), weights))
+        weights = adapters.merged(weights, adapters.read(on_disk(as_path(adapter)), weights))
     return weights._replace(notes=(*weights.notes, *_notes_on_half(weights)))
 
 
@@ -165,11 +166,14 @@ def _read_one(
     verify: bool,
     values: bool,
 ) -> Weights | None:
-    directory = Path(directory)
+    directory = as_path(directory)
     readers = {BLTJAX: _read_bltjax, RUN: _read_run, HF: reading.read_hf, META: reading.read_meta}
     try:
         if directory.is_dir() and (dangling := dangling_links(directory, _READ)):
             raise WeightsError(directory, dangling)
+        if is_remote(directory) and detect(directory) == RUN:  # of which a host reads what it needs
+            return _read_run(directory, on_progress, values)
+        directory = on_disk(directory)
         if verify and values and (damaged := checksum_problems(directory, on_progress)):
             raise WeightsError(directory, damaged)
         return readers[detect(directory)](directory, on_progress, values)
@@ -180,6 +184,8 @@ def _read_one(
 
 def stored_bytes(directory: Path) -> int:
     """Returns about how many bytes `read` goes through, for progress bars."""
+    if is_remote(directory):
+        return buckets.bytes_below(directory)
     weights = ("*.safetensors", "*.pth") if detect(directory) in (HF, META) else ("*",)
     files = [path for pattern in weights for path in directory.rglob(pattern)]
     times = 2 if (directory / CHECKSUMS).exists() else 1  # once for the checksums
@@ -191,8 +197,9 @@ def left_behind(directory: Path) -> list[str]:
     found = detect(directory)
     if found == RUN:
         return []
-    read = {MODEL, WEIGHTS} if found == BLTJAX else reading.files(directory, found == META)
-    there = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    local = on_disk(directory)
+    read = {MODEL, WEIGHTS} if found == BLTJAX else reading.files(local, found == META)
+    there = {path.name for path in local.iterdir() if not path.name.startswith(".")}
     others = sorted(there - read - {CHECKSUMS})
     if not others:
         return []
@@ -341,7 +348,7 @@ def _read_run(path: Path, on_progress: OnProgress, values: bool) -> Weights:
         chat=_chat(config) if "blt" in names else None,
         run=dict(config=to_dict(config), result=directory.read_result()),
     )
-    return _with_adapters_merged(weights, config.start_from)
+    return adapters.of_run(weights, config.start_from)
 
 
 def _chat(config: RunConfig) -> ChatConfig | None:
@@ -349,17 +356,6 @@ def _chat(config: RunConfig) -> ChatConfig | None:
     data = config.data
     said = config.patching.turns or data.chat != ChatConfig()
     return data.chat if said or any(s.kind == "chat" for s in data.sources) else None
-
-
-def _with_adapters_merged(weights: Weights, base_path: str) -> Weights:
-    """Returns the weights of a run whose BLT may have adapters as one that has none."""
-    if weights.blt is None or not weights.blt.lora.rank:
-        return weights
-    base, own = adapters.separated(weights.params["blt"])
-    adapter = Adapter(weights.blt.lora, own, base_path)
-    plain = dataclasses.replace(weights.blt, lora=LoRAConfig())
-    weights = weights._replace(blt=plain, params=weights.params | dict(blt=base))
-    return adapters.merged(weights, adapter)
 
 
 def _without_blt(config: RunConfig) -> tuple[str, ...]:

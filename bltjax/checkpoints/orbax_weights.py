@@ -20,8 +20,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from bltjax.checkpoints.lazy_arrays import Index, LazyArray, blocks, tree_leaves
-from bltjax.checkpoints.run_directory import saved_steps
-from bltjax.runtime.checked_json import DIGEST, without_digest
+from bltjax.checkpoints.run_directory import COMMITTED, has_weights, saved_steps
+from bltjax.runtime import buckets
+from bltjax.runtime.checked_json import DIGEST, digest, without_digest
+from bltjax.runtime.paths import absolute, is_remote, read_whole
 from bltjax.runtime.plain_files import check_regular
 from bltjax.runtime.progress import OnProgress
 from bltjax.runtime.system_errors import first_line, without_numbers
@@ -46,8 +48,10 @@ def save_weights(directory: Path, tree: dict, on_progress: OnProgress = None) ->
     save to the same place replaces. Raises FileExistsError if there is something already, and
     OSError if the disk takes no more.
     """
-    directory = Path(directory).absolute()
-    if directory.exists():
+    directory = absolute(directory)
+    if is_remote(directory) and not has_weights(directory):
+        buckets.delete_below(directory)  # what a killed process has left
+    elif directory.exists():
         raise FileExistsError(f"{directory} exists: delete it or give another directory")
     ocp.Checkpointer(_handler(directory, on_progress)).save(
         directory, args=ocp.args.PyTreeSave(tree)
@@ -60,10 +64,15 @@ def open_weights(directory: Path) -> dict:
     Raises FileNotFoundError if the directory is absent, and CheckpointError if it is damaged;
     a damaged piece raises CheckpointError when it is read.
     """
-    directory = Path(directory).absolute()
+    directory = absolute(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"no weights at {directory}: give a checkpoint's directory")
     return _open(directory, directory)
+
+
+def open_state(checkpoint: Path) -> dict:
+    """Opens the whole state in a checkpoint of training. Raises as `open_weights` does."""
+    return _open(checkpoint / "state", checkpoint)
 
 
 def open_params(checkpoints_directory: Path) -> dict:
@@ -74,11 +83,11 @@ def open_params(checkpoints_directory: Path) -> dict:
     `fingerprint` of what was saved (`weights.value_problems` compares). Raises FileNotFoundError if
     there is no checkpoint, CheckpointError if it is damaged.
     """
-    directory = Path(checkpoints_directory).absolute()
+    directory = absolute(checkpoints_directory)
     if not (steps := saved_steps(directory)):
         raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
     newest = directory / str(steps[-1])
-    params = _open(newest / "state", newest).get("params")
+    params = open_state(newest).get("params")
     if not isinstance(params, dict):
         raise _damaged(newest, "it holds no parameters")
     try:
@@ -97,12 +106,16 @@ def read_record(checkpoint: Path) -> dict:
     """
     path = checkpoint / "record" / "metadata"
     check_regular(path)
-    record = json.loads(path.read_bytes())
+    record = json.loads(read_whole(path))
     if DIGEST not in record:
         raise ValueError("its record of position and fingerprints has no digest")
     record = without_digest(record)
     if str(record["step"]) != checkpoint.name:
         raise ValueError(f"it is the checkpoint of step {record['step']} under another name")
+    if is_remote(checkpoint):
+        commit = json.loads(read_whole(checkpoint.with_name(checkpoint.name + COMMITTED)))
+        if commit["record"] != digest(record):
+            raise ValueError("its record is not the one that was committed with it")
     return record
 
 
@@ -221,11 +234,17 @@ def _disk_errors(directory: Path):
 def _open(directory: Path, checkpoint: Path) -> dict:
     """Opens a directory that belongs to a checkpoint, which errors name."""
     try:
-        if not ocp.utils.is_checkpoint_finalized(checkpoint):
+        if not _is_finished(checkpoint):
             raise ValueError("the process that wrote it did not finish")
         return _handler(checkpoint).metadata(directory).tree
     except Exception as error:  # Orbax raises bare Exceptions for damaged files
         raise _damaged(checkpoint, first_line(error)) from error
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    if is_remote(checkpoint):
+        return has_weights(checkpoint)
+    return ocp.utils.is_checkpoint_finalized(checkpoint)
 
 
 def _damaged(checkpoint: Path, reason: str) -> CheckpointError:

@@ -15,13 +15,16 @@ result.json       the measurements of a finished run
 error.log         the traceback of the last error
 .owner.lock       held by the run that trains here
 
+The directory may be in a bucket (gs://). There a checkpoint is one once STEP.committed lies beside
+it, and a stage's metrics, tensorboard/ and profile/ are written on the local disk and sent with
+each checkpoint.
+
 What decides how a run goes on has a digest of its own content: config.json, patching.json and
 rows.json. Those of earlier versions have none and are taken as they are.
 """
 
 import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,8 +43,10 @@ from bltjax.config import (
     to_dict,
 )
 from bltjax.patching.boundaries import check_rule
+from bltjax.runtime import buckets
 from bltjax.runtime.checked_json import read_checked, without_digest, write_checked
 from bltjax.runtime.files import LOCK, OWNER, alone, free_name, owning, place_of, write_json
+from bltjax.runtime.paths import as_path, is_remote, make_directory
 from bltjax.runtime.plain_files import check_utf8
 from bltjax.runtime.system_errors import OF_WRITES, UnwritableError, unwritable
 
@@ -49,6 +54,8 @@ CONFIG, PATCHING, ROWS = "config.json", "patching.json", "rows.json"
 START = "start.json"
 # Of a stage.
 CHECKPOINTS, BEST, WEIGHTS, METRICS = "checkpoints", "best", "weights", "metrics.jsonl"
+COMMITTED = ".committed"  # in a bucket: beside the directory of a step that is whole
+COMMITTED_WEIGHTS = "commit_success.txt"  # which Orbax writes last into what it saves in a bucket
 ENDED = "ended"  # in the position of a checkpoint after which training ended early
 KEPT_IN = dict(  # where that is which identifies the data of a run
     corpus="the records",
@@ -73,10 +80,21 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
     What has another name than a step can have is no checkpoint.
     """
-    paths = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    names = (path.name for path in paths if re.fullmatch(r"0|[1-9][0-9]{0,9}", path.name))
-    steps = sorted(int(name) for name in names if (checkpoints / name).is_dir())
+    if is_remote(checkpoints):  # one request, however many there are
+        objects, folders = buckets.entries(checkpoints)
+        names = [name for name in folders if name + COMMITTED in objects]
+    else:
+        paths = checkpoints.iterdir() if checkpoints.is_dir() else ()
+        names = [path.name for path in paths if path.is_dir()]
+    steps = sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,9}", name))
     return [step for step in steps if step <= LAST_STEP]
+
+
+def has_weights(directory: Path) -> bool:
+    """Returns whether there are imported parameters, all of them."""
+    if is_remote(directory):
+        return buckets.found(directory / COMMITTED_WEIGHTS) is not None
+    return directory.is_dir()
 
 
 def check_identity(position: dict, identity: dict, checkpoints: Path):
@@ -117,7 +135,7 @@ class Stage:
     def is_finished(self) -> bool:
         """Returns whether there are parameters that training will not change any more."""
         steps = saved_steps(self.directory / CHECKPOINTS)
-        if self.weights.is_dir() or self.training.steps in steps:
+        if has_weights(self.weights) or self.training.steps in steps:
             return True
         return self.training.patience > 0 and ENDED in self._position()
 
@@ -141,7 +159,7 @@ class Stage:
         from bltjax.model import functional
 
         abstract = functional.abstract_params(self.model)
-        if self.weights.is_dir():
+        if has_weights(self.weights):
             return placing.put_lazy(orbax_weights.open_weights(self.weights), abstract)
         return training_state.load_params(self.checkpoints, abstract)
 
@@ -153,7 +171,7 @@ class Stage:
         """Opens the newest parameters as lazy arrays; needs no devices. Raises as `params`."""
         from bltjax.checkpoints import orbax_weights
 
-        if self.weights.is_dir():
+        if has_weights(self.weights):
             return orbax_weights.open_weights(self.weights)
         return orbax_weights.open_params(self.checkpoints)
 
@@ -182,8 +200,8 @@ class RunDirectory:
 
     def records(self, config: RunConfig) -> Path:
         """Returns the directory of the corpus."""
-        given = os.path.expanduser(config.data.records)
-        return Path(given) if given else self.path / "records"
+        given = config.data.records
+        return as_path(given) if given else self.path / "records"
 
     def stage(self, config: RunConfig, name: str) -> Stage:
         """Returns the stage entropy_model, blt or token_model."""
@@ -192,7 +210,7 @@ class RunDirectory:
     def is_trained(self, name: str) -> bool:
         """Returns whether a stage has parameters here, trained for however many steps."""
         directory = self.path / name
-        return (directory / WEIGHTS).is_dir() or bool(saved_steps(directory / CHECKPOINTS))
+        return has_weights(directory / WEIGHTS) or bool(saved_steps(directory / CHECKPOINTS))
 
     def evaluated(self, stages: Iterable[str] = ()) -> str:
         """Returns which model is evaluated: a BLT if there is one, else a token model.
@@ -213,7 +231,7 @@ class RunDirectory:
         try:
             if self.path.exists() and not file.exists():
                 self._refuse_other_files()
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             with alone(self.path):  # several processes may begin at once
                 if not file.exists():
                     self._refuse_other_files()

@@ -13,6 +13,9 @@ Three checks guard a checkpoint, and each catches a fault that the others miss:
                            devices after reading is compared with what was there before saving
     digest of the record   a changed position or fingerprint, where the record is still JSON
 
+In a bucket STEP.committed beside the directory stands for Orbax's commit (managers.py). It holds
+the digest of the record, so that an older record in the place of the newest is noticed.
+
 The record also holds the step, which a directory copied or renamed does not match. Files that
 nobody reads may be damaged: what is restored is right all the same. Checkpoints before version 0.2
 hold the size and CRC-32 of every file too (FILES.json), which is ignored: it caught nothing else.
@@ -20,14 +23,10 @@ hold the size and CRC-32 of every file too (FILES.json), which is ignored: it ca
 
 import contextlib
 import errno
-import functools
 import importlib.metadata
-import logging
 import os
 import platform
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,22 +35,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from bltjax import sharding
 from bltjax.checkpoints import placing
 from bltjax.checkpoints.fingerprints import leaf_fingerprints, named_leaves
+from bltjax.checkpoints.managers import manager_of
 from bltjax.checkpoints.orbax_weights import (
     CHUNK_BYTES,
     CheckpointError,
-    open_weights,
+    open_state,
     read_record,
 )
 from bltjax.checkpoints.run_directory import saved_steps
 from bltjax.runtime.checked_json import with_digest
 from bltjax.runtime.files import free_name, place_of
+from bltjax.runtime.paths import absolute
 from bltjax.runtime.system_errors import (
     first_line,
     is_of_disk,
@@ -72,36 +71,6 @@ class Restored(NamedTuple):
     step: int
 
 
-class _Manager(ocp.CheckpointManager):
-    """Orbax's manager of checkpoints, with `failure` set as soon as a write fails.
-
-    In several processes Orbax itself raises the error only after its thread has waited, up to 20
-    minutes, for the processes that did not fail.
-    """
-
-    failure: Exception | None = None
-
-    def _wait_for_checkpointers(self):
-        try:
-            super()._wait_for_checkpointers()
-        except Exception as error:
-            self.failure = error
-            raise
-
-
-class _StepNames(ocp.path.step.NameFormat):
-    """Names of checkpoints for Orbax, which takes any number for a step and keeps the largest."""
-
-    def build_name(self, step: int) -> str:
-        return str(step)
-
-    def find_all(self, base_path):
-        return (self.find_step(base_path, step) for step in saved_steps(Path(base_path)))
-
-    def find_step(self, base_path, step: int):
-        return ocp.path.step.Metadata(step=step, path=epath.Path(base_path) / str(step))
-
-
 class _Damaged(Exception):
     """Raised on all processes alike for a checkpoint that is not as it was written."""
 
@@ -116,24 +85,10 @@ class Checkpoints:
     def __init__(
         self, directory: Path, keep: int = 1, keep_every: int = 0, about: dict | None = None
     ):
-        logging.getLogger("absl").addFilter(_is_not_of_orbax)
-        _forget_late_writes()
-        self.directory = Path(directory).absolute()
+        self.directory = absolute(directory)
         self._about = about or {}
-        policies = [LatestN(keep)] + [EveryNSteps(keep_every)] * bool(keep_every)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies),
-            step_name_format=_StepNames(),
-            cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # garbage in an old checkpoint must not matter
-            # Threads that write would wait 20 minutes for directories that cannot be made.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                tempfile.TemporaryFile(dir=self.directory).close()
-            self._manager = _Manager(self.directory, options=options)
+            self._manager = manager_of(self.directory, keep, keep_every)
             self._place = place_of(self.directory)
         except OSError as error:
             raise unwritable(self.directory, error) from error
@@ -155,14 +110,8 @@ class Checkpoints:
         with self._disk_errors(step):
             if place_of(self.directory) != self._place:
                 raise _vanished()  # Orbax would make another, and others be lost unseen
-            self._manager.save(
-                step,
-                force=True,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state, save_args=small_chunks),
-                    record=ocp.args.JsonSave(with_digest(record)),
-                ),
-            )
+            arrays = ocp.args.StandardSave(state, save_args=small_chunks)
+            self._manager.write(step, arrays, with_digest(record))
         self._saving = step
 
     def all_steps(self) -> list[int]:
@@ -208,8 +157,7 @@ class Checkpoints:
             for step, reason in damaged.items():
                 source = self.directory / str(step)
                 target = free_name(self.directory.parent / DAMAGED / str(step))
-                target.parent.mkdir(exist_ok=True)
-                shutil.move(source, target)
+                self._manager.move(step, target)
                 print(
                     f"WARNING: checkpoint {source} is damaged: {reason}\n"
                     f"WARNING: it was moved to {target}; nothing was deleted",
@@ -265,7 +213,7 @@ def load_params(directory: Path, abstract_params: dict) -> dict:
 
     Raises FileNotFoundError if there is none, CheckpointError if it is damaged or of another model.
     """
-    directory = Path(directory).absolute()
+    directory = absolute(directory)
     if not (steps := saved_steps(directory)):
         raise FileNotFoundError(f"no checkpoint in {directory}: train that stage first")
     *older, newest = steps
@@ -317,7 +265,7 @@ def _check_model(checkpoint: Path, saved: dict, wanted: dict):
 
 def _placed(checkpoint: Path, wanted: dict) -> dict:
     # Not by Orbax's own way to read: it casts, and where one process fails the others wait for it.
-    stored = named_leaves(open_weights(checkpoint / "state"))
+    stored = named_leaves(open_state(checkpoint))
     return placing.put_lazy({name: stored[name] for name in wanted}, wanted)
 
 
@@ -362,30 +310,5 @@ def _versions() -> dict:
     return dict(versions=versions, processes=jax.process_count(), devices=jax.device_count())
 
 
-@functools.cache  # once for a process
-def _forget_late_writes():
-    """Drops the tracebacks of writes that end after another one has failed.
-
-    Orbax raises the first error and closes its event loop. For each write that was still under way
-    TensorStore finds the loop closed, or asyncio that nobody asked for its error, and either prints
-    a traceback.
-    """
-    never = "exception was never retrieved"
-    logging.getLogger("asyncio").addFilter(lambda message: never not in message.getMessage())
-    shown = sys.unraisablehook
-
-    def show(unraisable):
-        late = unraisable.object is None and isinstance(unraisable.exc_value, RuntimeError)
-        if not (late and "Event loop is closed" in str(unraisable.exc_value)):
-            shown(unraisable)
-
-    sys.unraisablehook = show
-
-
 def _vanished() -> OSError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-
-
-def _is_not_of_orbax(message: logging.LogRecord) -> bool:
-    """Filters Orbax's log: dozens of lines a save, and tracebacks of errors it raises as well."""
-    return "/orbax/" not in message.pathname

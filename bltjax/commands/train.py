@@ -16,6 +16,7 @@ from absl import flags
 from bltjax import cli
 from bltjax.cli import fail
 from bltjax.runtime import peers, processes, signals
+from bltjax.runtime.files import replacing
 from bltjax.runtime.system_errors import UnwritableError, in_words
 
 DIVERGED = 3  # exit code: the loss became NaN or infinite
@@ -76,7 +77,8 @@ def kept_traceback(log: Path) -> str:
     if isinstance(sys.exception(), UnwritableError):  # says it all
         return ""
     try:
-        log.write_text(traceback.format_exc())
+        with replacing(log) as file:
+            file.write(traceback.format_exc().encode())
     except OSError:
         return ""
     return f" (traceback in {log})"

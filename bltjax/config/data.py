@@ -100,8 +100,14 @@ class DataConfig:
     max_document_bytes: int | None = None
     # bytes of documents in a shard of records; a shard is the unit of resuming and of shared work
     shard_bytes: int = 64_000_000
-    # a directory of records made by `bltjax preprocess` elsewhere; empty: `WORKDIR/records`
+    # a directory of records made by `bltjax preprocess` elsewhere, local or `gs://`; empty:
+    # `WORKDIR/records`
     records: str = ""
+    # a local directory for copies of what is read from buckets; empty: `bltjax` in the user's cache
+    # directory
+    cache: str = ""
+    # bytes of these copies at most; those that were not used for longest are deleted
+    cache_bytes: int = 200_000_000_000
     workers: int = 0  # processes that prepare batches; 0: a thread of the training process
     seed: int = 0  # seed of the split, of the order of files and of the order of documents
 
@@ -109,7 +115,7 @@ class DataConfig:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = one_of(self, name, "bad_records", ("skip", "fail"))
         found += self.chat.problems(f"{name}.chat")
-        sizes = "shard_bytes", "max_bytes", "max_document_bytes"
+        sizes = "shard_bytes", "max_bytes", "max_document_bytes", "cache_bytes"
         found += positive(self, name, *sizes, most=MOST_BYTES)
         found += not_negative(self, name, "workers", most=MOST_WORKERS)
         found += not_negative(self, name, "seed", most=MOST_SEED)

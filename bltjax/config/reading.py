@@ -29,6 +29,8 @@ FREE_FIELDS = (
     "attention",
     "attention_block",
     "workers",
+    "cache",
+    "cache_bytes",
     "log_every",
     "validate_every",
     "validation_rows",

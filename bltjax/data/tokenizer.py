@@ -14,7 +14,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 
 from bltjax.data.sources.libraries import need
 from bltjax.runtime.files import replacing
+from bltjax.runtime.paths import as_path, read_whole
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, VOCAB_SIZE, text_bytes
 
 # No merge can produce these, since letters are cut from the characters around them.
@@ -110,7 +110,7 @@ class Tokenizer:
 
     def save(self, path: Path):
         """Writes a tokenizer.json, atomically."""
-        with replacing(Path(path)) as file:
+        with replacing(as_path(path)) as file:
             file.write(self.text.encode())
 
     @functools.cached_property
@@ -121,7 +121,7 @@ class Tokenizer:
 def load(path: Path) -> Tokenizer:
     """Loads a tokenizer from a file that `save` wrote. Raises ValueError, or OSError."""
     try:
-        return Tokenizer(Path(os.path.expanduser(path)).read_text())
+        return Tokenizer(read_whole(as_path(path)).decode())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,6 +23,8 @@ from bltjax.model.lora import matches
 from bltjax.patching.boundaries import check_rule, needs_entropies, rule_of
 from bltjax.recipe.start import resolve
 from bltjax.recipe.teacher import check_teacher
+from bltjax.runtime import object_cache
+from bltjax.runtime.paths import absolute
 
 
 class CheckedRun(NamedTuple):
@@ -41,7 +42,8 @@ def check_run(config: RunConfig, workdir: str | os.PathLike, needs_models: bool 
     needs_models: whether models that the stages use and do not train must be there. Raises
     ValueError or OSError that names the value and the remedy.
     """
-    directory = RunDirectory(Path(os.path.expanduser(workdir)).absolute())
+    object_cache.use(object_cache.Settings(config.data.cache, config.data.cache_bytes))
+    directory = RunDirectory(absolute(workdir))
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         config, start = resolve(config, directory)

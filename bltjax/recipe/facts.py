@@ -12,14 +12,18 @@ import jax
 
 import bltjax
 from bltjax.config import RunConfig, to_dict
+from bltjax.runtime.paths import is_remote
 
+OF_A_MACHINE = ("data.cache", "data.cache_bytes")  # settings that may differ
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint")
 
 
 def facts(config: RunConfig, workdir: str | os.PathLike) -> dict[str, str]:
     """Returns the working directory, every setting, and the versions of code, as texts by name."""
-    found = {"--workdir": os.path.realpath(workdir)}
+    found = {"--workdir": str(workdir) if is_remote(workdir) else os.path.realpath(workdir)}
     found |= dict(_settings("--config", to_dict(config)))
+    for name in OF_A_MACHINE:
+        del found[f"--config.{name}"]
     found |= {f"the version of {name}": version(name) for name in ("bltjax", *LIBRARIES)}
     found["the digest of bltjax's code"] = code_digest()
     found["the version of Python"] = ".".join(platform.python_version_tuple()[:2])

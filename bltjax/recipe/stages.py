@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from bltjax import sharding
-from bltjax.checkpoints.run_directory import RunDirectory, Stage
+from bltjax.checkpoints.run_directory import RunDirectory, Stage, has_weights
 from bltjax.checkpoints.weights import Weights
 from bltjax.config import RunConfig, to_dict
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte, format_report, parameter_report
@@ -40,6 +40,7 @@ from bltjax.recipe.final import evaluate_model, show_sample
 from bltjax.recipe.held_out import held_out, in_step_patching, validation
 from bltjax.recipe.start import first_params, import_first_entropy_model
 from bltjax.recipe.teacher import open_teacher
+from bltjax.runtime.paths import is_remote
 from bltjax.runtime.system_errors import writing
 from bltjax.runtime.terminal import printable_name
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
@@ -131,7 +132,7 @@ def train_entropy_model(
 ) -> dict:
     """Trains the entropy model; does nothing where one was imported."""
     stage = directory.stage(config, "entropy_model")
-    if stage.weights.is_dir():
+    if has_weights(stage.weights):
         return {}
     parameters = count_parameters(stage)
     shards = corpus.select(config, store, corpus.needed_bytes(config, stage.training))
@@ -228,7 +229,8 @@ def train_stage(
     Raises UnwritableError where the working directory is not there any more.
     """
     with writing(stage.directory):
-        stage.directory.mkdir(exist_ok=True)
+        if not is_remote(stage.directory):
+            stage.directory.mkdir(exist_ok=True)
     named = stage.name, stage.model, stage.training
     return train(*named, data, stage.directory, in_step, reporting, first_params, teacher)
 

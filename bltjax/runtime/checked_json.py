@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from bltjax.runtime.files import write_json
+from bltjax.runtime.paths import read_whole
 from bltjax.runtime.plain_files import check_regular
 
 DIGEST = "digest"  # the key beside the others
@@ -47,8 +48,9 @@ def read_checked(path: Path) -> dict:
     what is wrong with the content, OSError where the file cannot be read.
     """
     check_regular(path)
+    text = read_whole(path)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -1,15 +1,17 @@
 """Atomic writes of files and directories, and locks between processes.
 
 Locks are files that `flock` locks: a process that is killed lets go of them, and on NFS they reach
-other machines. A bucket that is mounted with gcsfuse has none.
+other machines. A bucket that is mounted with gcsfuse has none; below gs:// they are leases.
 """
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +19,8 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from bltjax.runtime import signals
+from bltjax.runtime import buckets, leases, signals
+from bltjax.runtime.paths import is_remote, make_directory
 from bltjax.runtime.system_errors import writing
 
 Task = TypeVar("Task")
@@ -33,8 +36,13 @@ def replacing(path: Path):
     """Yields a binary file to write, which becomes `path` when the block ends.
 
     A process killed meanwhile leaves the old file, or none, and one with the suffix `.partial`; an
-    error leaves the old file alone.
+    error leaves the old file alone. In a bucket the whole file is in memory until it is sent.
     """
+    if is_remote(path):
+        content = io.BytesIO()
+        yield content
+        buckets.write(path, content.getvalue())
+        return
     partial = path.with_suffix(PARTIAL)
     try:
         with partial.open("wb") as file:
@@ -52,7 +60,7 @@ def write_json(path: Path, value: dict):
     Raises UnwritableError, which names the file and the remedy.
     """
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with replacing(path) as file:
             file.write(json.dumps(value, indent=1).encode())
 
@@ -64,8 +72,13 @@ def new_directory(target: Path) -> Iterator[Path]:
     Until then it stands beside the target under a hidden name and holds a file UNFINISHED. An error
     removes it; a process killed meanwhile leaves it, and the next attempt empties it. Raises
     FileExistsError where a target, or something else under the hidden name, is there already, and
-    BlockingIOError while another process is filling it.
+    BlockingIOError while another process is filling it. In a bucket it is filled on the local disk,
+    and sent when the block ends; until all of it has arrived there is an object UNFINISHED.
     """
+    if is_remote(target):
+        with _new_remote_directory(target) as partial:
+            yield partial
+        return
     _refuse_existing(target)
     partial = target.with_name(f".{target.name}{PARTIAL}")
     if partial.is_symlink() or (partial.exists() and not _was_ours(partial)):
@@ -94,14 +107,41 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def _new_remote_directory(target: Path) -> Iterator[Path]:
+    there = buckets.below(target)
+    if there and UNFINISHED not in there:
+        raise FileExistsError(f"{target} exists: choose another target, or delete it")
+    lease = leases.attempt_patiently(target / UNFINISHED)
+    if lease is None:
+        raise BlockingIOError(
+            f"another process is writing {target}: wait for it, or choose another target"
+        )
+    with lease, tempfile.TemporaryDirectory(prefix="bltjax-") as scratch:
+        for name in there.keys() - {UNFINISHED}:
+            buckets.delete(target / name)
+        partial = Path(scratch) / target.name
+        partial.mkdir()
+        try:
+            yield partial
+            buckets.upload_below(partial, target)
+        except BaseException:
+            for name in buckets.below(target).keys() - {UNFINISHED}:
+                buckets.delete(target / name)
+            raise
+
+
+@contextlib.contextmanager
 def alone(directory: Path):
     """Waits for other processes that ask for the same directory, and has them wait for the block.
 
     Raises UnwritableError where there is no such directory, or nothing can be written into it.
     """
     with writing(directory):
-        _must_exist(directory)
-        lock = FileLock(directory / LOCK, fallback_to_soft=False).acquire()
+        if is_remote(directory):
+            lock = leases.wait_for(directory / LOCK)
+        else:
+            _must_exist(directory)
+            lock = FileLock(directory / LOCK, fallback_to_soft=False).acquire()
     with lock:
         yield
 
@@ -113,11 +153,17 @@ def owning(directory: Path):
     Raises BlockingIOError, which names host and process, while another process keeps it.
     """
     path = directory / OWNER
+    if is_remote(directory):
+        if (lease := leases.attempt_patiently(path)) is None:
+            raise BlockingIOError(_in_use(directory, leases.owner(path)))
+        with lease:
+            yield
+        return
     with writing(directory):
         _must_exist(directory)
         lock = _held(path)
     if lock is None:
-        raise BlockingIOError(_in_use(directory))
+        raise BlockingIOError(_in_use(directory, _owner(directory)))
     with lock:
         with writing(path):
             path.write_text(json.dumps(dict(host=socket.gethostname(), pid=os.getpid())))
@@ -125,7 +171,12 @@ def owning(directory: Path):
 
 
 def place_of(path: Path) -> tuple[int, int] | None:
-    """Returns numbers that tell whether a path still leads to the same place; None: to nothing."""
+    """Returns numbers that tell whether a path still leads to the same place; None: to nothing.
+
+    A path in a bucket always does.
+    """
+    if is_remote(path):
+        return 0, 0
     try:
         found = path.stat()
     except OSError:
@@ -147,16 +198,23 @@ def _must_exist(directory: Path):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
-def _in_use(directory: Path) -> str:
+def _owner(directory: Path) -> dict:
     try:
         owner = json.loads((directory / OWNER).read_text())
-        host, pid = owner["host"], owner["pid"]
-    except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
+    except (OSError, ValueError):  # it has only just begun
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _in_use(directory: Path, owner: dict) -> str:
+    host, pid = owner.get("host"), owner.get("pid")
+    if host is None or pid is None:
         return f"{directory} is in use by another process: wait for it to end, or stop it"
     gone = f" (if {host} is gone for good: delete {directory / OWNER})"
+    elsewhere = host != socket.gethostname() and not is_remote(directory)
     return (
         f"{directory} is in use by process {pid} on {host}: wait for it to end, or stop it"
-        f"{gone if host != socket.gethostname() else ''}"
+        f"{gone if elsewhere else ''}"
     )
 
 
@@ -187,7 +245,7 @@ def _do_alone(task: Task, is_done, do, path: Path) -> bool:
     if is_done(task):
         return True
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         lock = _held(path)
     if lock is None:
         return False
@@ -199,6 +257,8 @@ def _do_alone(task: Task, is_done, do, path: Path) -> bool:
 
 def _held(path: Path):
     """Returns a context that lets go of the lock at its end; None where another process has it."""
+    if is_remote(path):
+        return leases.attempt(path)
     try:
         return FileLock(path, fallback_to_soft=False).acquire(blocking=False)
     except Timeout:

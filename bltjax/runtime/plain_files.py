@@ -7,6 +7,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from bltjax.runtime import buckets
+from bltjax.runtime.paths import is_remote
+
 MAX_JSON_BYTES = 16 * 2**20  # settings take kilobytes, the index of fifty thousand tensors eight MB
 
 _KINDS = {
@@ -21,8 +24,11 @@ _KINDS = {
 def check_regular(path: Path):
     """Raises ValueError unless a path is a regular file or a link to one; OSError without any.
 
-    Opening a pipe hangs until somebody writes to it, and a device may never end.
+    Opening a pipe hangs until somebody writes to it, and a device may never end. In a bucket there
+    are files only.
     """
+    if is_remote(path):
+        return
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         raise ValueError(f"it is {_KINDS.get(kind, 'something else')}, must be a file")
@@ -55,6 +61,8 @@ def irregular_files(directory: Path) -> list[str]:
 
 def dangling_links(directory: Path, pattern: str) -> list[str]:
     """Returns a line for each link that leads nowhere, of those whose names a regex matches."""
+    if is_remote(directory):
+        return []
     found = [path for path in directory.iterdir() if re.fullmatch(pattern, path.name)]
     return [
         f"{path.name} is a link to nothing, {os.readlink(path)}: download it again, or remove it"
@@ -66,10 +74,14 @@ def dangling_links(directory: Path, pattern: str) -> list[str]:
 def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Reads a whole regular file. Raises OSError, or ValueError for one that is larger."""
     check_regular(path)
-    with open(path, "rb") as file:
-        content = file.read(max_bytes + 1)
+    if is_remote(path):
+        content = buckets.read(path)
+    else:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise ValueError(f"it has {os.stat(path).st_size} bytes, at most {max_bytes} are read")
+        size = len(content) if is_remote(path) else os.stat(path).st_size
+        raise ValueError(f"it has {size} bytes, at most {max_bytes} are read")
     return content
 
 

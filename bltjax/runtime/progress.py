@@ -31,7 +31,8 @@ def progress_bar(label: str, total: int, shown: bool = True, unit: str = "B") ->
 
     unit: of what is counted, where it is not bytes. A terminal shows one line that is rewritten, a log a line every LOG_SECONDS.
     """
-    bar = dict(desc=label, total=total, unit=unit, unit_scale=True, miniters=1, disable=not shown)
+    bar = dict(desc=label, total=total, unit=unit, unit_scale=True, miniters=1)
+    bar["disable"] = not shown
     if sys.stderr.isatty():
         columns, lines = shutil.get_terminal_size()  # tqdm shows nothing where both are 0
         return tqdm(**bar, file=sys.stderr, ncols=columns, nrows=lines)

@@ -7,10 +7,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from bltjax.runtime import buckets
+
 PATH_WIDTH = 300  # of a path that is shown
 OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no reader gets these
 OF_DAMAGED_FILES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-TENSORSTORE = "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE"  # how its messages begin
+TENSORSTORE = (  # how its messages begin
+    "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED"
+)
+NETWORK_LIBRARIES = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
 
 ALLOW = "make the directory writable"
 MOVE_FILE = "move the file that is in the way"
@@ -90,13 +95,23 @@ def other_fault(error: BaseException) -> BaseException | None:
     """Returns the cause of an error if it is not the file's content: no permission, no memory."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
+        if isinstance(causes[-1], FileNotFoundError):  # how a library came to know it says nothing
+            break
         causes.append(cause)
     for cause in reversed(causes):
         if isinstance(cause, MemoryError) or (_errno(cause) or errno.EIO) not in OF_DAMAGED_FILES:
             return cause
-        if re.match(TENSORSTORE, str(cause)):
+        if re.match(TENSORSTORE, str(cause)) or is_of_network(cause):
             return cause
     return None
+
+
+def is_of_network(error: BaseException) -> bool:
+    """Returns whether a bucket could not be asked."""
+    if isinstance(error, FileNotFoundError):
+        return False
+    of_library = type(error).__module__.split(".")[0] in NETWORK_LIBRARIES
+    return of_library or isinstance(error, buckets.Unreachable)
 
 
 def _errno(error: BaseException) -> int | None:
@@ -110,8 +125,9 @@ def unwritable(path: str | Path, error: BaseException, rest: str = "") -> Unwrit
     code = _errno(error)
     reason = os.strerror(code) if code else first_line(error)
     remedy = FAULTS[code][-1] if code in FAULTS else ""
+    place = "bucket" if str(path).startswith("gs://") else "disk"
     return UnwritableError(
-        f"cannot write {path} ({reason}): {remedy or 'see to the disk'} and run it again{rest}"
+        f"cannot write {path} ({reason}): {remedy or f'see to the {place}'} and run it again{rest}"
     )
 
 

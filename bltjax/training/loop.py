@@ -12,13 +12,15 @@ import jax
 import numpy as np
 
 from bltjax import sharding
-from bltjax.checkpoints.run_directory import BEST, CHECKPOINTS, ENDED, check_identity
+from bltjax.checkpoints.run_directory import BEST, CHECKPOINTS, ENDED, METRICS, check_identity
 from bltjax.checkpoints.training_state import Checkpoints
 from bltjax.config import ProfileConfig, TrainingConfig
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.batches.loader import as_batch, batches
 from bltjax.runtime import heap
+from bltjax.runtime.paths import make_directory
 from bltjax.runtime.progress import announced
+from bltjax.runtime.scratch import scratch_of
 from bltjax.runtime.signals import Stopped, noticing
 from bltjax.training.best import Best
 from bltjax.training.metrics import HELD_OUT, MetricsLog, SourceMeter, StepMeans
@@ -94,7 +96,7 @@ def train(
     NonFiniteLoss, CheckpointError, OSError where nothing can be saved, and ValueError for other
     data than that of the checkpoint.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_directory(workdir)
     heap.keep_between_steps()
     tokenizer = data.layout.tokenizer
     byte_lengths = tokenizer and tokenizer.byte_lengths(model_config.vocab_size)
@@ -113,19 +115,21 @@ def train(
         find_patches = in_step and in_step.find_patches
         of_batches = find_patches, len(data.sources), byte_lengths, teacher and teacher.row_tokens
         step_fn = make_train_step(model_config, config, optimizer, *of_batches)
-        flops = reporting.flops_per_byte, reporting.peak_flops
-        log = MetricsLog(workdir, stage, first_step, config.steps, *flops)
-        profiler = Profiler(reporting.profile, stage, workdir / "profile")
         held_out = reporting.held_out if config.validate_every else None
         best = Best(config, workdir / BEST, reporting.metadata, position.get("best"))
-        run = _Run(
-            stage, config, data, checkpoints, log, profiler, position, first_step, held_out, best
-        )
-        with contextlib.closing(best), contextlib.closing(run):
-            if first_step == 0 and first_params is not None:
-                run.measure_start(state)
-            frozen = [in_step and in_step.entropy_params, teacher and teacher.arrays]
-            state = run.steps(step_fn, state, frozen)
+        with scratch_of(workdir, METRICS) as scratch, contextlib.closing(best):
+            flops = reporting.flops_per_byte, reporting.peak_flops
+            log = MetricsLog(scratch.path, stage, first_step, config.steps, *flops)
+            profiler = Profiler(
+                reporting.profile, stage, scratch.path / "profile", workdir / "profile"
+            )
+            named = stage, config, data, checkpoints, log, profiler
+            run = _Run(*named, position, first_step, held_out, best, scratch.publish)
+            with contextlib.closing(run):
+                if first_step == 0 and first_params is not None:
+                    run.measure_start(state)
+                frozen = [in_step and in_step.entropy_params, teacher and teacher.arrays]
+                state = run.steps(step_fn, state, frozen)
         return TrainResult(state.params, step_fn._cache_size(), log.data_wait_fraction)
 
 
@@ -149,8 +153,20 @@ class _Run:
     """Steps of a stage from `first_step` on, with their log and checkpoints."""
 
     def __init__(
-        self, stage, config, data, checkpoints, log, profiler, position, first_step, held_out, best
+        self,
+        stage,
+        config,
+        data,
+        checkpoints,
+        log,
+        profiler,
+        position,
+        first_step,
+        held_out,
+        best,
+        publish,
     ):
+        self.publish = publish
         self.stage, self.config, self.checkpoints = stage, config, checkpoints
         self.held_out, self.measured, self.best = held_out, False, best
         self.log, self.profiler, self.first_step = log, profiler, first_step
@@ -297,6 +313,7 @@ class _Run:
         position = dict(lanes=lanes, **copy.deepcopy(meters)) | self.identity | of_best
         if last and step < self.config.steps:
             position[ENDED] = True
+        self.publish()
         self.checkpoints.save(step, state, position)
 
     def close(self):

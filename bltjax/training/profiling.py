@@ -31,10 +31,15 @@ def memory() -> dict[str, float]:
 
 
 class Profiler:
-    """Traces the steps that a ProfileConfig names, in process 0, for xprof and Perfetto."""
+    """Traces the steps that a ProfileConfig names, in process 0, for xprof and Perfetto.
 
-    def __init__(self, config: ProfileConfig | None, stage: str, directory: Path):
-        self._directory, self._traced = directory, []
+    shown: where the files go from the directory, if they do.
+    """
+
+    def __init__(
+        self, config: ProfileConfig | None, stage: str, directory: Path, shown: Path | None = None
+    ):
+        self._directory, self._shown, self._traced = directory, shown or directory, []
         wanted = config is not None and config.first_step is not None and config.stage == stage
         self._steps = range(0)
         if wanted and jax.process_index() == 0:
@@ -56,7 +61,7 @@ class Profiler:
             jax.block_until_ready(previous)
             jax.profiler.stop_trace()
             print(
-                f"trace of steps {self._traced[0]} to {self._traced[-1]}: {self._directory}",
+                f"trace of steps {self._traced[0]} to {self._traced[-1]}: {self._shown}",
                 flush=True,
             )
             self._traced = []

@@ -188,6 +188,7 @@ PROBLEMS = [
     (dict(data__max_document_bytes=0), "data.max_document_bytes=0"),
     (dict(blt__hash__initial_rows="ones"), "blt.hash.initial_rows='ones'"),
     (dict(data__shard_bytes=0), "data.shard_bytes=0"),
+    (dict(data__cache_bytes=0), "data.cache_bytes=0"),
     (dict(data__root="hf://"), "data.root='hf://' dataset"),
     (dict(data__sources=SOURCES, data__root="x"), "data.root='x' data.sources one"),
     (dict(data__sources=(*SOURCES, dict(name="a"))), "data.sources: 'a'"),

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from bltjax.checkpoints.checksums import write_checksums
 from bltjax.checkpoints.demo import directory_of
-from bltjax.runtime.files import new_directory
+from bltjax.runtime import buckets
+from bltjax.runtime.files import UNFINISHED, new_directory
+from bltjax.runtime.paths import absolute, is_remote
 from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.system_errors import is_of_disk, unwritable
@@ -48,7 +50,7 @@ def convert(
 
     started = time.perf_counter()
     sources = [directory_of(p) for p in (source, entropy_model) if p is not None]
-    target = Path(os.path.expanduser(target)).absolute()
+    target = absolute(target)
     formats.check_dtype(dtype)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         weights = read_and_check(sources, target, progress, adapter and directory_of(adapter))
@@ -96,9 +98,11 @@ def read_and_check(sources: list[Path], target: Path, progress: bool, adapter: P
 
 def target_error(target: Path, sources: list[Path]) -> Exception | None:
     """Returns what is wrong with a place for a new directory, None where nothing is seen yet."""
+    if is_remote(target):
+        return _remote_target_error(target, sources)
     try:
         place = target.resolve()
-        for source in (source.resolve() for source in sources):
+        for source in (s.resolve() for s in sources if not is_remote(s)):
             if place == source:
                 return FileExistsError(f"the target {target} is the source: choose another")
             if source in place.parents:
@@ -112,6 +116,18 @@ def target_error(target: Path, sources: list[Path]) -> Exception | None:
             return PermissionError(f"{parent} is not writable: choose another target")
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
         return OSError(f"the target {target} cannot be ({reason(error)}): choose another")
+    return None
+
+
+def _remote_target_error(target: Path, sources: list[Path]) -> Exception | None:
+    for source in sources:
+        if target == source:
+            return FileExistsError(f"the target {target} is the source: choose another")
+        if source in target.parents:
+            return ValueError(f"the target {target} is inside of {source}: choose another")
+    there = buckets.below(target)
+    if there and UNFINISHED not in there:
+        return FileExistsError(f"the target {target} exists: choose another, or delete it")
     return None
 
 

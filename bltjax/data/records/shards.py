@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from bltjax.data.sources.units import Document
 from bltjax.patching.calibrate import ScoreHistogram
+from bltjax.runtime import object_cache
 from bltjax.runtime.files import PARTIAL, replacing
+from bltjax.runtime.paths import as_path, is_remote, read_whole, remove
 from bltjax.runtime.system_errors import FAULTS, reading, writing
 
 LANGUAGES = 256  # languages of a shard that get histograms of their own
@@ -46,15 +49,15 @@ class Shard(NamedTuple):
 
     @property
     def path(self) -> Path:
-        return Path(f"{self.stem}.array_record")
+        return as_path(f"{self.stem}.array_record")
 
     @property
     def entropies_path(self) -> Path:
-        return Path(f"{self.stem}.entropies.array_record")
+        return as_path(f"{self.stem}.entropies.array_record")
 
     @property
     def scores_path(self) -> Path:
-        return Path(f"{self.stem}.scores.npz")
+        return as_path(f"{self.stem}.scores.npz")
 
 
 class Documents:
@@ -62,15 +65,24 @@ class Documents:
 
     Item i is the i-th document in the order of the shards. entropies: documents come with their
     entropies, float16 [len(data) + 2]. Readers are opened when needed, and a bounded number stays
-    open; threads may share them, and pickling drops them. Raises FileNotFoundError where entropies
-    are wanted and a shard has none, ValueError for a damaged file.
+    open; threads may share them, and pickling drops them. Files in a bucket are read from local
+    copies; copies: settings of those, where another process has checked the shards. Raises
+    FileNotFoundError where entropies are wanted and a shard has none, ValueError for a damaged
+    file.
     """
 
-    def __init__(self, shards: Sequence[Shard], entropies: bool = False):
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        entropies: bool = False,
+        copies: object_cache.Settings | None = None,
+    ):
+        if copies is not None:
+            object_cache.use(copies)
         self.shards = list(shards)
         self.entropies = entropies
         self.ends = list(itertools.accumulate(shard.documents for shard in self.shards))
-        for shard in self.shards if entropies else ():
+        for shard in self.shards if entropies and copies is None else ():
             _check_has_entropies(shard)
         self._readers: collections.OrderedDict[Path, ArrayRecordReader] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -95,9 +107,9 @@ class Documents:
         return document._replace(entropies=entropies)
 
     def __reduce__(self):
-        return Documents, (self.shards, self.entropies)
+        return Documents, (self.shards, self.entropies, object_cache.settings())
 
-    def _read(self, path: Path, num_records: int, position: int) -> bytes:
+    def _read(self, path: Path, num_records: int, position: int, again: bool = True) -> bytes:
         with self._lock:
             reader = self._readers.pop(path, None) or _reader(path, num_records)
             self._readers[path] = reader
@@ -107,18 +119,38 @@ class Documents:
         try:
             return reader.read([position])[0]
         except (RuntimeError, IndexError) as error:
-            raise damaged(path, str(error)) from error
+            if not (again and is_remote(path)):
+                raise damaged(path, str(error)) from error
+        with self._lock:  # the local copy may be what is damaged
+            self._readers.pop(path, None)
+            object_cache.drop(path)
+        return self._read(path, num_records, position, again=False)
+
+
+def size_of(path: Path) -> int | None:
+    """Returns the bytes of a file of a store; None where it is not there."""
+    if is_remote(path):
+        found = object_cache.known(path)
+        return found and found.size
+    return path.stat().st_size if path.exists() else None
 
 
 def has_entropies(shard: Shard) -> bool:
-    return shard.entropies_path.exists()
+    return size_of(shard.entropies_path) is not None
 
 
 def drop_entropies(shard: Shard):
     """Deletes the entropies of a shard, if it has any."""
     for path in (shard.entropies_path, shard.scores_path):
-        with writing(path):
-            path.unlink(missing_ok=True)
+        drop(path)
+
+
+def drop(path: Path):
+    """Deletes a file of a store, if it is there."""
+    with writing(path):
+        remove(path)
+    if is_remote(path):
+        object_cache.forget(path)
 
 
 def write_entropies(shard: Shard, entropies: Iterable[np.ndarray], model: str = ""):
@@ -175,12 +207,12 @@ def score_histogram(shards: Iterable[Shard]) -> dict[tuple[str, str], ScoreHisto
 
 def model_of(shard: Shard) -> str:
     """Returns the `model` of `write_entropies`; "" in records of version 0.1 too."""
-    return str(_arrays(shard).get("model", "")) if shard.scores_path.exists() else ""
+    return str(_arrays(shard).get("model", "")) if size_of(shard.scores_path) is not None else ""
 
 
 def _scores(shard: Shard) -> dict[str, ScoreHistogram]:
     """Returns the histograms of a shard by language."""
-    if not shard.scores_path.exists():
+    if size_of(shard.scores_path) is None:
         counted = _Histograms()
         for document in Documents([shard], entropies=True):
             counted.add(document.language, document.entropies)
@@ -205,7 +237,7 @@ def _scores(shard: Shard) -> dict[str, ScoreHistogram]:
 def _arrays(shard: Shard) -> dict[str, np.ndarray]:
     """Reads the scores of a shard as they are stored."""
     with reading(shard.scores_path):
-        raw = shard.scores_path.read_bytes()
+        raw = read_whole(shard.scores_path)
     try:
         with np.load(io.BytesIO(raw)) as stored:
             return dict(stored)
@@ -265,7 +297,18 @@ def _writing_records(path: Path):
 
 @contextlib.contextmanager
 def replacing_records(path: Path) -> Iterator[RecordWriter]:
-    """Yields a writer of records whose file becomes `path` if the block ends without an error."""
+    """Yields a writer of records whose file becomes `path` if the block ends without an error.
+
+    For one in a bucket it is written on the local disk, and then sent.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="shard-", dir=object_cache.directory()) as scratch:
+            local = Path(scratch) / path.name
+            with replacing_records(local) as writer:
+                yield writer
+            with writing(path):
+                object_cache.send(local, path)
+        return
     partial = path.with_suffix(PARTIAL)
     writer = RecordWriter(partial, path)
     try:
@@ -282,11 +325,12 @@ def replacing_records(path: Path) -> Iterator[RecordWriter]:
 
 
 def _reader(path: Path, num_records: int) -> ArrayRecordReader:
+    local = object_cache.local_copy(path) if is_remote(path) else path
     options = "readahead_buffer_size:0,max_parallelism:0"  # for random access
-    reader = ArrayRecordReader(str(path), options, file_reader_buffer_size=32_768)
+    reader = ArrayRecordReader(str(local), options, file_reader_buffer_size=32_768)
     if not reader.ok() or reader.num_records() != num_records:
         with reading(path):  # The fault may be in the system, and not in the file.
-            path.open("rb").close()
+            local.open("rb").close()
         raise damaged(path, f"{num_records} records expected, {reader.num_records()} found")
     return reader
 

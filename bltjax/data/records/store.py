@@ -15,7 +15,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data.records import source_files, writing
 from bltjax.data.records.shards import Documents as Documents  # shards are reached here too
 from bltjax.data.records.shards import Shard as Shard
-from bltjax.data.records.shards import damaged, drop_entropies
+from bltjax.data.records.shards import damaged, drop_entropies, size_of
 from bltjax.data.records.shards import has_entropies as has_entropies
 from bltjax.data.records.shards import model_of as model_of
 from bltjax.data.records.shards import score_histogram as score_histogram
@@ -34,9 +33,10 @@ from bltjax.data.records.shards import write_entropies as write_entropies
 from bltjax.data.records.writing import NAMED_BAD, PARTS, Task, below, intact, load
 from bltjax.data.sources import units as sources
 from bltjax.data.sources.units import Bad, Unit
-from bltjax.runtime import system_errors
+from bltjax.runtime import object_cache, system_errors
 from bltjax.runtime.checked_json import digest, write_checked
 from bltjax.runtime.files import share
+from bltjax.runtime.paths import as_path, exists, is_remote, remove
 from bltjax.runtime.plain_files import check_utf8
 from bltjax.runtime.progress import progress_bar
 from bltjax.runtime.terminal import printable_name
@@ -109,11 +109,11 @@ def build(directory: str | os.PathLike, data: DataConfig) -> Store:
 
     Several processes may build one store at once (see `files.share`). What was deleted of a store
     is made anew. Raises ValueError for a store made with other settings, sources that have changed
-    meanwhile, a directory in a bucket and, under bad_records="fail", a bad record.
+    meanwhile and, under bad_records="fail", a bad record.
     """
-    directory = _local(directory)
+    directory = _path(directory)
     try:
-        store = open_store(directory, data) if (directory / INDEX).exists() else None
+        store = open_store(directory, data) if exists(directory / INDEX) else None
     except (NoRecords, Unfinished):
         store = None
     if store is None:
@@ -132,7 +132,7 @@ def _make(directory: Path, data: DataConfig):
     stored = _read_store(directory, data)
     tasks = _unchanged(directory, _tasks(directory, stored, data.named_sources()), data)
     with system_errors.writing(directory / INDEX):
-        (directory / INDEX).unlink(missing_ok=True)
+        remove(directory / INDEX)
     sizes = [task.unit.size for task in tasks]
     # Processes take units in one order: what lies before this one's is done or being done.
     before = dict(
@@ -180,8 +180,8 @@ def open_store(directory: str | os.PathLike, data: DataConfig | None = None) -> 
     Raises NoRecords where there is none, Unfinished where something of it is missing, and
     ValueError where it is damaged, or was made with other settings than those of `data`.
     """
-    directory = _local(directory)
-    if not (directory / STORE).exists():
+    directory = _path(directory)
+    if not exists(directory / STORE):
         raise NoRecords(
             f"no records in {str(directory)!r}: make them with bltjax.preprocess, or give the "
             f"directory that holds {STORE}"
@@ -197,10 +197,12 @@ def open_store(directory: str | os.PathLike, data: DataConfig | None = None) -> 
         for shard in shards:
             if shard.source not in bad or shard.part not in PARTS:
                 raise ValueError(f"a shard of {shard.source!r}, {shard.part!r}")
+    if is_remote(directory):
+        object_cache.learn(directory)
     for shard in shards:
         if not writing.is_there(shard):
             raise Unfinished(directory, f"{shard.path}, or what belongs to it, is missing")
-        size = shard.path.stat().st_size
+        size = size_of(shard.path)
         if size != shard.file_bytes:
             raise damaged(shard.path, f"{size} bytes of {shard.file_bytes}")
     return Store(directory, list(stored["units"]), shards, bad, _chat(stored["data"]))
@@ -278,7 +280,7 @@ def _settings(data: DataConfig) -> dict:
     settings = {
         name: value
         for name, value in dataclasses.asdict(data).items()
-        if name not in ("root", "sources", "records", "workers")
+        if name not in ("root", "sources", "records", "workers", "cache", "cache_bytes")
     }
     if settings["max_document_bytes"] is None:  # records that are older than this setting
         del settings["max_document_bytes"]
@@ -315,9 +317,9 @@ def _read_index(directory: Path, stored: dict) -> dict:
     """Returns the content of index.json, or the same from the marks where it is missing."""
     path = directory / INDEX
     try:
-        index = load(path) if path.exists() else None
+        index = load(path) if exists(path) else None
     except OSError:
-        if path.exists():
+        if exists(path):
             raise
         index = None  # Another process has just deleted it, to write it anew.
     if index is not None and index.get("plan", "") == _name_of(stored):
@@ -361,19 +363,14 @@ def _summary(store: Store, source: str) -> str:
 def _write_once(path: Path, make: Callable[[], dict]):
     """Writes the content that `make` returns, unless this or another process has."""
     lock = _lock(path.parent, path.name)
-    share([path], Path.exists, lambda path: write_checked(path, make()), lambda _: lock)
+    share([path], exists, lambda path: write_checked(path, make()), lambda _: lock)
 
 
 def _lock(directory: Path, name: str) -> Path:
     return directory / ".locks" / f"{name}.lock"
 
 
-def _local(directory: str | os.PathLike) -> Path:
-    """Returns the directory; ValueError where ArrayRecord cannot open files, in a bucket say."""
+def _path(directory: str | os.PathLike) -> Path:
+    """Returns the directory. Raises ValueError or OSError where nothing can be read there."""
     check_utf8(directory)
-    if re.match(r"[a-z][a-z0-9]+:/", os.fspath(directory)):
-        raise ValueError(
-            f"records in {str(directory)!r}: they must be local files; mount the bucket (gcsfuse) "
-            "or use a local disk"
-        )
-    return Path(os.path.expanduser(directory))
+    return as_path(directory)

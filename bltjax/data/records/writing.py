@@ -23,14 +23,18 @@ from bltjax.data.records.shards import (
     RecordWriter,
     Shard,
     damaged,
+    drop,
     encoded,
+    has_entropies,
     replacing_records,
+    size_of,
     write_entropies,
 )
 from bltjax.data.sources import units
 from bltjax.data.sources.units import Bad, Document, Unit
 from bltjax.runtime.checked_json import read_checked, write_checked
-from bltjax.runtime.system_errors import reading, writing
+from bltjax.runtime.paths import exists
+from bltjax.runtime.system_errors import reading
 
 PARTS = ("train", "validation")
 NAMED_BAD = 20  # bad records that are listed; the others are only counted
@@ -70,7 +74,7 @@ def record_unit(directory: Path, task: Task, data: DataConfig) -> Iterator[int]:
             made.append(mark)
         elif not _is_next(records, content, num_read):
             for path in made:  # They were read from the other text.
-                path.unlink()
+                drop(path)
             raise source_files.changed(directory, task, task.unit.paths)
         num_read = content["records"]
         unit_bytes += sum(shard["num_bytes"] for shard in content["shards"])
@@ -106,7 +110,7 @@ def chunks(directory: Path, task: Task) -> Iterator[dict]:
 
 def _content(directory: Path, task: Task, mark: Path) -> dict | None:
     """Returns what a mark holds; None where the chunk is not there, or not whole any more."""
-    if not mark.exists():
+    if not exists(mark):
         return None
     content = load(mark)
     with intact(mark):
@@ -166,7 +170,7 @@ def _write_chunk(
     shards = []
     for part, opened in parts.items():
         stem = f"{source.name}/{part}/{name}"
-        size = (directory / f"{stem}.array_record").stat().st_size
+        size = size_of(directory / f"{stem}.array_record")
         counts = (sum(column) for column in zip(*opened.languages.values(), strict=True))
         given = all(row is not None for row in opened.entropies)
         about = opened.languages, opened.digest.hexdigest(), given
@@ -195,8 +199,7 @@ def _drop_chunk(directory: Path, source: SourceConfig, name: str):
         shard = Shard(str(below_source / part / name), source.name, part, 0, 0, 0, {})
         left += [shard.entropies_path, shard.scores_path, shard.path]
     for path in left:
-        with writing(path):
-            path.unlink(missing_ok=True)
+        drop(path)
 
 
 def _is_next(records: Iterator[Document | Bad], content: dict, num_read: int) -> bool:
@@ -233,7 +236,8 @@ def below(directory: Path, shard: dict) -> Shard:
 
 def is_there(shard: Shard) -> bool:
     """Returns whether a shard has its files, entropies included where they came with it."""
-    return shard.path.exists() and (shard.entropies_path.exists() or not shard.with_entropies)
+    there = size_of(shard.path) is not None
+    return there and (not shard.with_entropies or has_entropies(shard))
 
 
 def load(path: Path) -> dict:

@@ -23,6 +23,7 @@ from bltjax.data.sources.left_out import (
     LeftOut,
     described,
 )
+from bltjax.runtime.paths import as_path, is_remote
 
 CONVERSATIONS = ("jsonl", "parquet")  # kinds of files of a source of the kind "chat"
 COMPLETE = ".complete"  # ending of the marker beside each of Meta's finished files (model.md#files)
@@ -56,7 +57,7 @@ def find_files(source: SourceConfig, data: DataConfig, lenient: bool = False) ->
     wherever they lead.
     """
     location = _location(source)
-    given = epath.Path(location)
+    given = as_path(location) if is_remote(location) else epath.Path(location)
     search = _Search(source, data, lenient)
     if given.is_dir():
         found = search.walk(location)

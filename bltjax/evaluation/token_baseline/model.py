@@ -6,7 +6,6 @@ It answers as `api.Model` does, so that one harness measures both.
 import dataclasses
 import functools
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from bltjax.evaluation.score import ByteScoring
 from bltjax.evaluation.text_model import Text, TextModel
 from bltjax.inference.decoders import PlainDecoder
 from bltjax.model import functional
+from bltjax.runtime.paths import as_path
 from bltjax.runtime.progress import OnProgress
 
 STAGE = "token_model"  # in the working directory of a run
@@ -29,7 +29,7 @@ STAGE = "token_model"  # in the working directory of a run
 
 def is_token_run(path: str | os.PathLike) -> bool:
     """Returns whether a directory is that of a run with a token model, and without a BLT."""
-    run = RunDirectory(Path(path))
+    run = RunDirectory(as_path(path))
     return run.evaluated() == "token_model" and not (run.path / formats.MODEL).exists()
 
 
@@ -44,7 +44,7 @@ def load(
 
     Raises ValueError that lists every problem of the directory, or OSError without its tokenizer.
     """
-    run = RunDirectory(Path(path))
+    run = RunDirectory(as_path(path))
     stage = run.stage(run.config(), STAGE)
     config = dataclasses.replace(stage.model, attention="auto")  # other devices than the run's
     if compute_dtype is not None:

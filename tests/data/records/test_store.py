@@ -153,10 +153,10 @@ def test_refuses_other_settings(corpus, store):
 
 
 def test_what_cannot_be_opened(corpus, store, tmp_path):
-    for bucket in ("gs://bucket/records", Path("gs://bucket/records")):
-        with pytest.raises(ValueError, match="gcsfuse"):
+    for bucket in ("s3://bucket/records", "az://bucket/records"):
+        with pytest.raises(ValueError, match="others are not"):
             records.build(bucket, corpus)
-        with pytest.raises(ValueError, match="gcsfuse"):
+        with pytest.raises(ValueError, match="others are not"):
             records.open_store(bucket)
     with pytest.raises(FileNotFoundError, match=r"no records in '.*nowhere': make them"):
         records.open_store(tmp_path / "nowhere")
