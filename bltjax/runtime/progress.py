@@ -29,7 +29,8 @@ class _Log:
 def progress_bar(label: str, total: int, shown: bool = True, unit: str = "B") -> tqdm:
     """Returns a bar over `total` bytes, to `update` with each piece that is done, and to `close`.
 
-    unit: of what is counted, where it is not bytes. A terminal shows one line that is rewritten, a log a line every LOG_SECONDS.
+    unit: of what is counted, where it is not bytes. A terminal shows one line that is rewritten, a
+    log a line every LOG_SECONDS.
     """
     bar = dict(desc=label, total=total, unit=unit, unit_scale=True, miniters=1)
     bar["disable"] = not shown
