@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--tasks", default="last,vowel,length", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--lora_steps", type=int, default=800)
     parser.add_argument("--lora_rate", type=float, default=2e-2)
     parser.add_argument("--only", default="full,lora", help="of full and lora")
     chosen = parser.parse_args()
@@ -49,11 +50,13 @@ def main():
     asked = {task: [pair(task, word) for word in held] for task in tasks}
     rows = [dict(model="before") | answers(bltjax.load(chosen.start_from), asked)]
     print(rows[-1], flush=True)
-    ways = dict(full=(chosen.rate, FULL), lora=(chosen.lora_rate, LORA))
+    ways = dict(
+        full=(chosen.steps, chosen.rate, FULL), lora=(chosen.lora_steps, chosen.lora_rate, LORA)
+    )
     for name in chosen.only.split(","):
-        rate, settings = ways[name]
+        steps, rate, settings = ways[name]
         workdir = chosen.workdir / f"{name}-{path.stem}"
-        result = train(workdir, path, chosen, rate, settings)
+        result = train(workdir, path, chosen.start_from, steps, rate, settings)
         counts = result["parameters"]["blt"]
         learn = dict(
             learning=counts.get("learning", counts["total"]), minutes=result["seconds"] / 60
@@ -101,11 +104,11 @@ def pair(task: str, word: str) -> dict:
     return dict(prompt=question, completion=str(word.count(letter)))
 
 
-def train(workdir: Path, pairs: Path, chosen, rate: float, settings: dict) -> dict:
+def train(workdir: Path, pairs: Path, start: str, steps: int, rate: float, settings: dict) -> dict:
     """Trains a run to its end; returns its result."""
     given = settings | {
-        "start_from": chosen.start_from,
-        "blt_training.steps": chosen.steps,
+        "start_from": start,
+        "blt_training.steps": steps,
         f"{OPTIMIZER}learning_rate": rate,
     }
     command = [sys.executable, "-m", "bltjax.train"]
