@@ -55,6 +55,7 @@ ARMS = {
 SOURCE = "the source"
 MADE = {"teacher": "taught", "words": "taught"}  # directories that arms start from; or BYTEIFIED
 BYTEIFIED = "byteified"
+SHARD_BYTES = 50_000  # a short run reads few shards, and should read of every file
 SETTINGS = (
     *("source", "corpus", "steps", "rows", "row_bytes", "rate"),
     *("feed", "vocabulary_steps", "validation_rows"),
@@ -113,6 +114,7 @@ def config_of(arm: str, chosen) -> RunConfig:
     made = start_of(arm, chosen)
     given.stages = ("entropies", "blt")
     given.data.root, given.start_from = chosen.corpus, str(made)
+    given.data.shard_bytes = SHARD_BYTES
     given.evaluation.validation_rows = chosen.validation_rows
     given.evaluation.batch_size = chosen.rows
     training, optimizer = given.blt_training, given.blt_training.optimizer
