@@ -48,7 +48,7 @@ def test_stages_that_do_not_run_cost_nothing():
 def test_rows_of_tokens_hold_more_bytes():
     run = config("quickstart_tokens")
     patch_bytes = run.patching.target_patch_bytes or 4.5
-    assert work_of_stages(run)["token_model"].num_bytes == 1000 * 2 * 320 * patch_bytes
+    assert work_of_stages(run)["token_model"].num_bytes == 480 * 4 * 320 * patch_bytes
 
 
 def test_rows_without_a_byte_budget_hold_as_many_as_their_patches():
