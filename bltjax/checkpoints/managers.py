@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import logging
-import re
 import shutil
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from bltjax import sharding
-from bltjax.checkpoints.run_directory import COMMITTED, COMMITTED_WEIGHTS, saved_steps
+from bltjax.checkpoints.run_directory import COMMITTED, COMMITTED_WEIGHTS, is_step, saved_steps
 from bltjax.runtime import buckets, leases, peers
 from bltjax.runtime.checked_json import DIGEST
 from bltjax.runtime.paths import is_remote
@@ -196,16 +195,12 @@ class BucketManager:
 
     def _remove_unfinished(self):
         objects, folders = buckets.entries(self._directory)
-        for name in filter(_is_step, folders):
+        for name in filter(is_step, folders):
             if name + COMMITTED not in objects:
                 buckets.delete_below(self._directory / name)
         for name in (n.removesuffix(COMMITTED) for n in objects if n.endswith(COMMITTED)):
-            if _is_step(name) and name not in folders:
+            if is_step(name) and name not in folders:
                 buckets.delete(self._commit(name))
-
-
-def _is_step(name: str) -> bool:
-    return bool(re.fullmatch(r"0|[1-9][0-9]{0,9}", name))
 
 
 def _meet(what: str):

@@ -86,8 +86,13 @@ def saved_steps(checkpoints: Path) -> list[int]:
     else:
         paths = checkpoints.iterdir() if checkpoints.is_dir() else ()
         names = [path.name for path in paths if path.is_dir()]
-    steps = sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,9}", name))
+    steps = sorted(int(name) for name in names if is_step(name))
     return [step for step in steps if step <= LAST_STEP]
+
+
+def is_step(name: str) -> bool:
+    """Returns whether a directory of this name may be the checkpoint of a step."""
+    return bool(re.fullmatch(r"0|[1-9][0-9]{0,9}", name))
 
 
 def has_weights(directory: Path) -> bool:

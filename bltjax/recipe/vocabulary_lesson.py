@@ -19,6 +19,7 @@ from bltjax.config import BLTConfig
 from bltjax.model import functional
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.runtime.progress import progress_bar
+from bltjax.training.teacher import alignment
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, PAD_ID
 
 ROWS, ROW_BYTES, ROW_WORDS = 64, 256, 64
@@ -127,7 +128,6 @@ def _distance(config: BLTConfig, params: dict, embeddings, tokens, lengths, word
     patches = buffers_from_lengths(lengths, tokens.shape[1])
     _, inputs = functional.encode(config, params, tokens, patches, jnp.zeros_like(tokens))
     wanted = embeddings[jnp.maximum(words, 0)]
-    apart = jnp.mean(jnp.square(inputs.astype(jnp.float32) - wanted), axis=-1)
+    distances = alignment(inputs, wanted, jnp.mean(jnp.square(embeddings)))
     there = words >= 0
-    mean = jnp.sum(jnp.where(there, apart, 0)) / jnp.maximum(jnp.sum(there), 1)
-    return mean / jnp.mean(jnp.square(embeddings))
+    return jnp.sum(jnp.where(there, distances, 0)) / jnp.maximum(jnp.sum(there), 1)

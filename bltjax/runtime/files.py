@@ -117,17 +117,21 @@ def _new_remote_directory(target: Path) -> Iterator[Path]:
             f"another process is writing {target}: wait for it, or choose another target"
         )
     with lease, tempfile.TemporaryDirectory(prefix="bltjax-") as scratch:
-        for name in there.keys() - {UNFINISHED}:
-            buckets.delete(target / name)
+        _empty_remote(target)
         partial = Path(scratch) / target.name
         partial.mkdir()
         try:
             yield partial
             buckets.upload_below(partial, target)
         except BaseException:
-            for name in buckets.below(target).keys() - {UNFINISHED}:
-                buckets.delete(target / name)
+            _empty_remote(target)
             raise
+
+
+def _empty_remote(target: Path):
+    """Deletes all but the object that says that a directory is being filled."""
+    for name in buckets.below(target).keys() - {UNFINISHED}:
+        buckets.delete(target / name)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from bltjax.recipe.checks import CheckedRun
 from bltjax.recipe.stages import run
 from bltjax.training.metrics import HELD_OUT
 from tests.configs import tiny
+from tests.interruptions import interrupted_at
 from tests.processes import metrics, write_corpus
 
 pytestmark = pytest.mark.long  # one interpreter will do
@@ -116,23 +117,12 @@ def test_without_patience_it_goes_on(config, train):
     assert saved_steps(stage.directory / BEST) == [18]  # the first of equals
 
 
-def test_a_stopped_run_remembers_its_best(config, train, monkeypatch):
+def test_a_stopped_run_remembers_its_best(config, train):
     """Also how long ago that was."""
     whole = train(config, "whole")
     shorter = dataclasses.replace(config.blt_training, steps=24)
-    from bltjax.training import loop
-
-    real = loop.Checkpoints.save
-
-    def save(self, step, *rest):
-        real(self, step, *rest)
-        if step == 12 and self.directory.name == CHECKPOINTS:
-            self.wait()
-            raise InterruptedError
-
     again = dataclasses.replace(config, blt_training=shorter)
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(loop.Checkpoints, "save", save)
+    with interrupted_at(12):
         train(again, "again")
     directory = train(again, "again")
     assert metrics(directory.path, "blt") == metrics(whole.path, "blt")

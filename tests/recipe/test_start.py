@@ -22,6 +22,7 @@ from bltjax.recipe.start import filled
 from bltjax.training.loss import LN2
 from tests import directories, processes
 from tests.configs import tiny_start
+from tests.interruptions import interrupted_at
 from tests.processes import metrics, wait_for_step
 
 pytestmark = pytest.mark.long  # one interpreter will do
@@ -177,35 +178,18 @@ def test_a_run_goes_on_without_its_source(sources, of_hf, config, tmp_path):
     source = shutil.copytree(sources["hf"], tmp_path / "source")
     given = config(source, **{"blt_training.steps": 2})
     again = tmp_path / "again"
-    with pytest.raises(InterruptedError):
-        _train_until(given, again, step=0)
+    with interrupted_at(0):
+        train(given, again)
     shutil.rmtree(source)
     assert metrics(train(given, again).path, "blt") == metrics(of_hf.path, "blt")
     np.testing.assert_equal(params_of(again), params_of(of_hf.path))
 
 
-def _train_until(config, workdir, step):
-    """Trains, and ends with an InterruptedError where a checkpoint of the step is being saved."""
-    from bltjax.training import loop
-
-    real = loop.Checkpoints.save
-
-    def save(self, saved, *rest):
-        real(self, saved, *rest)
-        if saved == step:
-            self.wait()
-            raise InterruptedError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Checkpoints, "save", save)
-        train(config, workdir)
-
-
 def test_a_source_that_changed_is_noticed(sources, config, tmp_path):
     """Where the run was killed before it had anything of its own."""
     source = shutil.copytree(sources["hf"], tmp_path / "source")
-    with pytest.raises(InterruptedError):
-        _train_until(config(source), tmp_path / "run", step=0)
+    with interrupted_at(0):
+        train(config(source), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "blt")
     directories.rewrite(source, lambda x: x.update({"lm_head.weight": 2 * x["lm_head.weight"]}))
     with pytest.raises(ValueError, match="put that directory back, or choose a new --workdir"):

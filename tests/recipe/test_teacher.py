@@ -19,9 +19,9 @@ from bltjax.data.teacher_tokens import TeacherTokenizer
 from bltjax.recipe.byteify import LocalSizes, byteify
 from bltjax.recipe.checks import check_run
 from bltjax.recipe.stages import run
-from bltjax.training import loop
 from tests import llamas, processes
 from tests.configs import tiny_start
+from tests.interruptions import interrupted_at
 from tests.processes import metrics
 
 pytestmark = pytest.mark.long  # one interpreter will do
@@ -156,26 +156,11 @@ def train(config, workdir):
     return workdir
 
 
-def train_until(config, workdir, step):
-    """Trains, and ends with an InterruptedError where a checkpoint of the step was saved."""
-    real = loop.Checkpoints.save
-
-    def save(self, saved, *rest):
-        real(self, saved, *rest)
-        if saved == step:
-            self.wait()
-            raise InterruptedError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Checkpoints, "save", save)
-        train(config, workdir)
-
-
 def test_interrupted_it_ends_as_if_nothing_had_happened_but_not_with_another_teacher(top, tmp_path):
     config = config_of(top, blt_training__steps=8, **{TEACHER + "feed": 0.5})
     whole, broken = train(config, tmp_path / "whole"), tmp_path / "broken"
-    with pytest.raises(InterruptedError):
-        train_until(config, broken, 4)
+    with interrupted_at(4):
+        train(config, broken)
     file = top / "source" / "tokenizer.json"
     content = json.loads(tokenizer_json())
     content["model"]["merges"] = content["model"]["merges"][:-1]
