@@ -15,8 +15,10 @@ from bltjax import sharding
 from bltjax.config import BLTConfig
 from bltjax.costs import memory_plan
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte
-from bltjax.inference import engine, loops
+from bltjax.inference import loops
 from bltjax.inference.decoders import BLTDecoder, prepared_types
+from bltjax.inference.jobs import Decoding
+from bltjax.inference.room import MIN_POSITIONS, make_shape, power_of_two
 from bltjax.inference.row_state import RequestArrays
 from bltjax.inference.sampling import Sampling, sampling_arrays
 from bltjax.model import functional
@@ -92,12 +94,13 @@ def _patching(config):
 
 def _trace_prefill(config, rows: int) -> Traced:
     """Traces the loop that reads prompts; FLOPs are those of a chunk of each prompt."""
-    shape, params, tokens, request = _generation(config, rows)
+    shape, params, reading, request = _generation(config, rows)
     num_bytes = shape.size.rows * shape.size.chunk
+    lengths, chunks = request.prompt_lengths, _a_number()
     return Traced(
-        traced=loops.prefill.trace(shape, params, tokens, request),
+        traced=loops.read.trace(shape, params, reading, lengths, chunks),
         parameter_bytes=memory_plan.chip_bytes(params),
-        batch_bytes=memory_plan.chip_bytes(tokens),
+        batch_bytes=memory_plan.chip_bytes(reading),
         num_bytes=num_bytes,
         model_flops=_forward_flops(config) * num_bytes,
     )
@@ -105,11 +108,11 @@ def _trace_prefill(config, rows: int) -> Traced:
 
 def _trace_decode(config, rows: int) -> Traced:
     """Traces the loop that writes bytes; FLOPs are those of a byte and a patch of each row."""
-    shape, params, tokens, request = _generation(config, rows)
-    progress = jax.eval_shape(functools.partial(loops.prefill, shape), params, tokens, request)
-    steps = sharding.concrete(jax.eval_shape(lambda: jnp.int32(0)))
+    shape, params, reading, request = _generation(config, rows)
+    progress = jax.eval_shape(functools.partial(loops.start, shape, 0), reading, request)
+    progress, limits = sharding.concrete(progress), (_a_number(), _a_number())
     return Traced(
-        traced=loops.decode.trace(shape, params, sharding.concrete(progress), request, steps),
+        traced=loops.decode.trace(shape, params, progress, request, *limits),
         parameter_bytes=memory_plan.chip_bytes(params),
         batch_bytes=memory_plan.chip_bytes(progress),
         num_bytes=shape.size.rows,
@@ -118,26 +121,32 @@ def _trace_decode(config, rows: int) -> Traced:
 
 
 def _generation(config, rows: int):
-    """Returns shape, parameters, tokens and requests of rows as long as in training, as types."""
+    """Returns shape, parameters, prompts and requests of rows as long as in training, as types."""
     mesh = jax.sharding.get_mesh()
     rows *= sharding.num_row_shards(mesh)
     needed = config.entropy_model if needs_entropies(config.patching) else None
-    length = engine.num_positions(config.blt_training.row_bytes)
+    length = max(MIN_POSITIONS, power_of_two(config.blt_training.row_bytes))
     decoder = BLTDecoder(config.blt, needed, _patching(config))
-    decoding = engine.Decoding(min_patch_bytes=MIN_PATCH_BYTES)
-    shape = engine.make_shape(decoder, rows, length, decoding)
+    decoding = Decoding(min_patch_bytes=MIN_PATCH_BYTES)
+    shape = make_shape(decoder, rows, length, decoding)
     models = dict(blt=config.blt, entropy_model=needed)
     params = {n: functional.abstract_params(m) for n, m in models.items() if m is not None}
     params = prepared_types(decoder, params)
 
     def inputs():
         row = sharding.shard_rows(jnp.zeros(rows, jnp.int32))
-        tokens, stops = jnp.zeros((rows, length), jnp.int32), jnp.zeros((0, 1), jnp.int32)
-        return sharding.shard_rows(tokens), RequestArrays(
-            row, row, row.astype(jnp.uint32), stops, sampling_arrays(Sampling())
-        )
+        tokens, stops = jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, 0, 1), jnp.int32)
+        greedy = sampling_arrays([Sampling()] * rows)
+        reading = loops.new_reading(shape, sharding.shard_rows(tokens))
+        stops = sharding.shard_rows(stops)
+        return reading, RequestArrays(row, row, row.astype(jnp.uint32), stops, greedy)
 
     return shape, *sharding.concrete((params, *jax.eval_shape(inputs)))
+
+
+def _a_number():
+    """Returns the type of a number that all devices hold."""
+    return sharding.concrete(jax.eval_shape(lambda: jnp.int32(0)))
 
 
 def _forward_flops(config, patch_bytes: float | None = None) -> float:

@@ -10,7 +10,8 @@ from bltjax.checkpoints.weights import Lengths
 from bltjax.evaluation.continuations import ContinuationScore, score_continuations
 from bltjax.evaluation.score import ByteScoring, Score, score_documents
 from bltjax.inference.decoders import Decoder, for_generation
-from bltjax.inference.engine import Counts, Decoding, generate, stream
+from bltjax.inference.engine import generate, stream
+from bltjax.inference.jobs import Counts, Decoding
 from bltjax.inference.requests import configure, make_requests
 from bltjax.inference.sampling import Sampling
 from bltjax.vocabulary import TEXT

@@ -7,11 +7,21 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.inference.decoders import Decoder
-from bltjax.inference.engine import Batch, Counts, Decoding, Request, num_positions, pieces
+from bltjax.inference.engine import shown
+from bltjax.inference.jobs import Counts, Decoding, Job, Piece, Request
+from bltjax.inference.room import (
+    STREAM_STEPS,
+    Room,
+    check_memory,
+    make_shape,
+    num_positions,
+    num_rows,
+)
 from bltjax.inference.sampling import Sampling
 
 # Positions that may be taken back: an EOS that ended a turn, or a byte, and the one before it.
 REWIND = 2
+KEY = 0  # of the only job
 
 
 class Conversation:
@@ -22,7 +32,7 @@ class Conversation:
 
     def __init__(self, decoder: Decoder, params: dict):
         self.decoder, self.params = decoder, params
-        self._batch: Batch | None = None
+        self._room: Room | None = None
         self.kept = 0  # ids of the newest request that had been read before it
 
     def stream(
@@ -33,23 +43,34 @@ class Conversation:
         Reads what is new: where the text goes on from the one before, with what was written then,
         that is the last turn. Another text is read from its beginning.
         """
+        job, decoding = Job(request, sampling, stops), Decoding()
         self.kept = self._shared(request)
         if self.kept:
-            self._batch.go_on(request, sampling, stops, self.kept)
+            self._room.go_on(KEY, job, self.kept)
         else:
-            rows = self.decoder, self.params, [request], sampling, stops
-            self._batch = Batch(*rows, Decoding(), rewind=REWIND)
-        return pieces(self._batch)
+            positions = num_positions(request, decoding)
+            shape = make_shape(self.decoder, num_rows(1), positions, decoding, REWIND)
+            check_memory(shape, request)
+            self._room = Room(shape, self.params)
+            self._room.fill({KEY: job})
+        return shown(_pieces(self._room))
 
     def _shared(self, request: Request) -> int:
         """Returns how many first ids of a request are in the caches; 0 where these are no use."""
-        batch = self._batch
-        if batch is None or batch.mesh != jax.sharding.get_mesh():
+        room = self._room
+        if room is None or room.mesh != jax.sharding.get_mesh():
             return 0
-        if num_positions(request.max_length) > batch.shape.size.positions:
+        if num_positions(request, Decoding()) > room.shape.size.positions:
             return 0
-        tokens, lengths = sharding.on_host((batch.progress.state.tokens, batch.progress.length))
+        tokens, lengths = sharding.on_host((room.progress.state.tokens, room.progress.length))
         read = tokens[0, : lengths[0]]
         most = min(len(read), len(request.ids))
         same = int(np.argmin(np.append(read[:most] == request.ids[:most], False)))
         return same if len(read) - (same - 1) <= REWIND else 0
+
+
+def _pieces(room: Room) -> Iterator[Piece]:
+    while not room.is_empty:
+        with jax.set_mesh(room.mesh):
+            pieces = room.advance(STREAM_STEPS)
+        yield from pieces

@@ -1,4 +1,7 @@
-"""Generation on the device: loops that read prompts and write ids (model.md#generation).
+"""Generation on the device: programs that read prompts and write ids (model.md#generation).
+
+A prompt is read in chunks (`new_reading`, `read`), and `start` makes rows of it that write on; with
+`enter` one goes into a free slot of a batch at work. `decode` writes.
 
 The global stack runs once per patch. Rows of a batch close patches at different times, so a row
 whose patch is complete waits while the others go on, until a quorum of rows waits; one call of the
@@ -7,12 +10,15 @@ not wait, see `self_speculation.py`.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bltjax.inference.decoders import BLTState, PlainState
 from bltjax.inference.row_state import (
     Drafting,
+    LogProbs,
     ProgramShape,
     Progress,
     RequestArrays,
@@ -24,55 +30,83 @@ from bltjax.inference.row_state import (
     next_distributions,
 )
 from bltjax.inference.self_speculation import drafting_step
-from bltjax.ops.slots import on_rows
+from bltjax.ops.slots import on_rows, put_row
 
 PATCH_BYTES = 4  # of prompts, as a guess: patches that a call of the global stack reads at most
 
 
+class Reading(NamedTuple):
+    """State of rows whose prompts are being read."""
+
+    state: PlainState | BLTState
+    first: jax.Array  # int32 [B]  positions that have been read
+    logits: jax.Array  # float32 [B, V]  after the last of them
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def prefill(shape: ProgramShape, params, tokens, request: RequestArrays) -> Progress:
-    """Reads prompts, in tokens int32 [B, C], in chunks, up to the distribution of the next id."""
-    state = shape.decoder.new_state(shape.size, tokens)
-    return _read_prompts(shape, params, state, jnp.zeros_like(request.prompt_lengths), request)
+def new_reading(shape: ProgramShape, tokens) -> Reading:
+    """Returns rows with the prompts in tokens int32 [B, C], of which nothing is read."""
+    return _reading(shape, shape.decoder.new_state(shape.size, tokens), 0 * tokens[:, 0])
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def reopen(shape: ProgramShape, progress: Progress, tokens, kept) -> Reading:
+    """Returns rows whose prompts in tokens int32 [B, C] begin with what `progress` has read.
+
+    kept: int32 [B], the ids that they share, from 1 on. The last one is read again, since it may
+    have been predicted while its patch waited; with it rows step back by `max_rewind` at most.
+    """
+    state = progress.state.with_tokens(tokens)
+    return _reading(shape, shape.decoder.rewind(state, kept - 1), kept - 1)
+
+
+@jax.jit
+def copy(reading: Reading) -> Reading:
+    """Returns a copy, for `read` takes its argument's memory."""
+    return jax.tree.map(jnp.copy, reading)
+
+
+def with_tokens(reading: Reading, tokens) -> Reading:
+    """Returns the rows with tokens int32 [B, C] that agree with theirs as far as they are read."""
+    return reading._replace(state=reading.state.with_tokens(tokens))
+
+
+def _reading(shape: ProgramShape, state, first) -> Reading:
+    logits = jnp.zeros_like(state.tokens[:, :1], jnp.float32)
+    return Reading(state, first, logits.repeat(shape.decoder.num_ids, axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def extend(
-    shape: ProgramShape, params, progress: Progress, tokens, request: RequestArrays, kept
-) -> Progress:
-    """Reads prompts of which the first `kept` ids int32 [B] have been read by `progress`.
-
-    kept: from 1 on; with the last one, which is read again, rows step back by no more than
-    `max_rewind`. It is, since it may have been predicted while its patch waited.
-    """
-    state = progress.state.with_tokens(tokens)
-    state = shape.decoder.rewind(state, kept - 1)
-    return _read_prompts(shape, params, state, kept - 1, request)
-
-
-def _read_prompts(shape: ProgramShape, params, state, first, request: RequestArrays) -> Progress:
-    """Reads prompts from positions `first` int32 [B] on."""
-    decoder, num_new, tokens = shape.decoder, shape.size.chunk, state.tokens
+def read(shape: ProgramShape, params, reading: Reading, lengths, max_chunks) -> Reading:
+    """Reads prompts up to lengths int32 [B], in so many chunks at most."""
+    decoder, num_new = shape.decoder, shape.size.chunk
     max_patches = -(-num_new // PATCH_BYTES)
-    lengths = request.prompt_lengths
 
     def read_chunk(carry):
-        state, first, logits = carry
+        (state, first, logits), chunks = carry
         count = jnp.minimum(lengths - first, num_new)
         state = decoder.read(params, state, first, count, num_new)
         state = close_all(shape, params, state, first + count - 1, max_patches)[0]
         last, state = decoder.predict_last(params, state, first, count, num_new)
-        return state, first + count, jnp.where((count > 0)[:, None], last, logits)
+        logits = jnp.where((count > 0)[:, None], last, logits)
+        return Reading(state, first + count, logits), chunks + 1
 
+    def goes_on(carry):
+        return (carry[0].first < lengths).any() & (carry[1] < max_chunks)
+
+    return jax.lax.while_loop(goes_on, read_chunk, (reading, jnp.int32(0)))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def start(shape: ProgramShape, num_log_probs: int, reading: Reading, request: RequestArrays):
+    """Returns the Progress of rows whose prompts have been read, up to the next distribution.
+
+    num_log_probs: steps of a round whose log-probabilities are kept; 0: none are.
+    """
+    decoder, lengths, (state, _, logits) = shape.decoder, request.prompt_lengths, reading
     zeros = jnp.zeros_like(lengths)
-    no_logits = jnp.zeros_like(tokens[:, :1], jnp.float32).repeat(decoder.num_ids, axis=1)
-    state, _, logits = jax.lax.while_loop(
-        lambda carry: (carry[1] < lengths).any(),
-        read_chunk,
-        (state, first, no_logits),
-    )
-    seen = on_rows(lambda *rows: find_first_seen(*rows, decoder.num_ids), tokens, lengths)
-    drafting = None
+    seen = on_rows(lambda *rows: find_first_seen(*rows, decoder.num_ids), state.tokens, lengths)
+    drafting = log_probs = None
     if shape.max_drafts:
         drafting = Drafting(
             anchor=zeros - 1,
@@ -83,26 +117,52 @@ def _read_prompts(shape: ProgramShape, params, state, first, request: RequestArr
             num_drafted=zeros,
             num_accepted=zeros,
         )
+    if num_log_probs:
+        log_probs = LogProbs(
+            next=jax.nn.log_softmax(logits),
+            written=jnp.zeros_like(logits[:, None].repeat(num_log_probs, axis=1)),
+            first=lengths,
+        )
     return Progress(
         state=state,
         length=lengths,
         next_log_p=next_distributions(shape, request, state, lengths, logits[:, None], seen)[:, 0],
         done=request.max_new_bytes <= 0,
         first_seen=seen,
+        waited=zeros,
         num_steps=jnp.int32(0),
         num_global_calls=jnp.int32(0),
         prompt_patches=decoder.num_patches(state),
         drafting=drafting,
+        log_probs=log_probs,
     )
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def enter(progress: Progress, row: Progress, slot) -> Progress:
+    """Puts the first row of `row`, which `start` has made, into a slot."""
+    counts = dict(num_steps=progress.num_steps, num_global_calls=progress.num_global_calls)
+    # Axes of rows differ in size between the two; the counts have none.
+    none = dict(num_steps=None, num_global_calls=None)
+    rows = jax.tree.map(
+        lambda x, new: put_row(x, new, slot), progress._replace(**none), row._replace(**none)
+    )
+    return rows._replace(**counts)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def decode(shape: ProgramShape, params, progress, request: RequestArrays, max_steps) -> Progress:
-    """Writes ids until all rows are done, for at most so many steps, an id per row and step."""
+def decode(
+    shape: ProgramShape, params, progress: Progress, request: RequestArrays, max_steps, max_done
+) -> Progress:
+    """Writes ids, one per row and step, until `max_done` rows are done or for `max_steps`."""
     last_step = progress.num_steps + max_steps
+    if progress.log_probs is not None:
+        log_probs = progress.log_probs._replace(first=progress.length)
+        progress = progress._replace(log_probs=log_probs)
 
     def at_work(progress):
-        return ~progress.done.all() & (progress.num_steps < last_step)
+        few_done = progress.done.sum() < max_done
+        return ~progress.done.all() & few_done & (progress.num_steps < last_step)
 
     step = _plain_step if progress.drafting is None else drafting_step
     return jax.lax.while_loop(at_work, functools.partial(step, shape, params, request), progress)
@@ -113,10 +173,10 @@ def _plain_step(shape: ProgramShape, params, request, progress: Progress) -> Pro
     decoder = shape.decoder
     waits = decoder.num_waiting(progress.state, progress.length - 1) > 0
     progress = append(shape, params, request, progress, ~waits & ~progress.done)
-    done = finishes(shape, request, progress.state, progress.length[:, None])[:, 0]
-    last = progress.length - 1
+    finished = finishes(shape, request, progress.state, progress.length[:, None])[:, 0]
+    done, last = progress.done | finished, progress.length - 1
     waits = (decoder.num_waiting(progress.state, last) > 0) & ~done
-    calls = enough_wait(shape, waits, done)
+    calls = enough_wait(shape, waits, done, progress.waited)
     state = jax.lax.cond(
         calls,
         lambda state: decoder.close(params, state, last, 1, waits),
@@ -124,10 +184,14 @@ def _plain_step(shape: ProgramShape, params, request, progress: Progress) -> Pro
         progress.state,
     )
     logits, state = decoder.predict(params, state, last, jnp.ones_like(last), 1)
-    seen = progress.first_seen
+    seen, log_probs = progress.first_seen, progress.log_probs
+    if log_probs is not None:
+        log_probs = log_probs._replace(next=jax.nn.log_softmax(logits[:, 0]))
     return progress._replace(
         state=state,
         next_log_p=next_distributions(shape, request, state, progress.length, logits, seen)[:, 0],
         done=done,
+        waited=jnp.where(waits & ~calls, progress.waited + 1, 0),
         num_global_calls=progress.num_global_calls + calls.astype(jnp.int32),
+        log_probs=log_probs,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from bltjax.inference.decoders import Decoder
-from bltjax.inference.engine import Request
+from bltjax.inference.jobs import Request
 from bltjax.inference.sampling import LARGEST, Sampling, check_number, is_whole, plain
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.terminal import short

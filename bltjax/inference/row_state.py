@@ -12,10 +12,11 @@ from bltjax.inference import utf8
 from bltjax.inference.decoders import BLTState, Decoder, PlainState
 from bltjax.inference.sampling import SamplingArrays, distribution, draw, row_keys
 from bltjax.model.cache import CacheSize
-from bltjax.ops.slots import on_rows, read_positions, span, write_positions
+from bltjax.ops.slots import on_rows, read_positions, span, write_positions, write_slots
 from bltjax.vocabulary import EOS_ID
 
 NEVER = 2**30  # a position that no row reaches
+MAX_WAIT = 8  # steps that a row waits for others, at most
 DRAW, ACCEPT, REDRAW = range(3)  # purposes of random numbers
 
 
@@ -34,8 +35,8 @@ class RequestArrays(NamedTuple):
     prompt_lengths: jax.Array  # int32 [B]
     max_new_bytes: jax.Array  # int32 [B]
     seeds: jax.Array  # uint32 [B]
-    stops: jax.Array  # int32 [S, m]  ids that end a row, -1 before shorter ones
-    sampling: SamplingArrays
+    stops: jax.Array  # int32 [B, S, m]  ids that end a row, -1 before shorter ones
+    sampling: SamplingArrays  # [B]
 
 
 class Drafting(NamedTuple):
@@ -50,6 +51,14 @@ class Drafting(NamedTuple):
     num_accepted: jax.Array  # int32 [B]
 
 
+class LogProbs(NamedTuple):
+    """What the model itself predicts, before sampling changes it, for callers who ask."""
+
+    next: jax.Array  # float32 [B, V]  of the id at position `length`
+    written: jax.Array  # float32 [B, K, V]  of the ids that the newest round of steps wrote
+    first: jax.Array  # int32 [B]  position of the first of them
+
+
 class Progress(NamedTuple):
     """State of the rows of a batch."""
 
@@ -58,10 +67,12 @@ class Progress(NamedTuple):
     next_log_p: jax.Array  # float32 [B, V]  of the id at position `length`
     done: jax.Array  # bool [B]
     first_seen: jax.Array  # int32 [B, V]  where an id occurred first; with a penalty on it only
+    waited: jax.Array  # int32 [B]  steps that a row has waited for the global stack
     num_steps: jax.Array  # int32  of everything but the global stack, all rows together
     num_global_calls: jax.Array  # int32  all rows together
     prompt_patches: jax.Array  # int32 [B]
     drafting: Drafting | None  # None: rows do not draft
+    log_probs: LogProbs | None  # None: nobody asks; not beside drafts
 
 
 def append(shape: ProgramShape, params, request, progress: Progress, rows) -> Progress:
@@ -86,13 +97,24 @@ def append(shape: ProgramShape, params, request, progress: Progress, rows) -> Pr
         all_ids = jnp.arange(shape.decoder.num_ids, dtype=jnp.int32)[None]
         occurs = rows[:, None] & (all_ids == ids[:, None])
         first_seen = jnp.minimum(first_seen, jnp.where(occurs, length[:, None], NEVER))
+    log_probs = _note(progress.log_probs, length, rows)
     state, length = progress.state.with_tokens(tokens), length + rows.astype(length.dtype)
     return progress._replace(
         state=shape.decoder.read(params, state, length - 1, jnp.ones_like(length), 1),
         length=length,
         first_seen=first_seen,
         num_steps=progress.num_steps + 1,
+        log_probs=log_probs,
     )
+
+
+def _note(log_probs: LogProbs | None, length, rows) -> LogProbs | None:
+    """Keeps the predictions that some rows just drew from."""
+    if log_probs is None:
+        return None
+    index = jnp.where(rows, length - log_probs.first, log_probs.written.shape[1])
+    written = write_slots(log_probs.written, log_probs.next[:, None], index[:, None])
+    return log_probs._replace(written=written)
 
 
 def next_distributions(shape: ProgramShape, request, state, first, logits, first_seen):
@@ -107,7 +129,8 @@ def next_distributions(shape: ProgramShape, request, state, first, logits, first
         seen = first_seen[:, None] < positions[..., None]
         allowed = jnp.ones_like(seen)
         if decoder.ids_are_bytes and sampling.valid_utf8 is not None:
-            allowed = utf8.may_follow(utf8.state_after(tokens), free)
+            valid = utf8.may_follow(utf8.state_after(tokens), free)
+            allowed = valid | ~sampling.valid_utf8[:, None, None]
         return distribution(logits, sampling, seen, allowed)
 
     return on_rows(distributions, logits, tokens, positions, first_seen, free, request.sampling)
@@ -116,7 +139,7 @@ def next_distributions(shape: ProgramShape, request, state, first, logits, first
 def finishes(shape: ProgramShape, request, state, lengths):
     """Returns bool [B, T]: rows of lengths int32 [B, T] that end in EOS, a stop, or at a limit."""
     decoder = shape.decoder
-    num_stops, longest = request.stops.shape
+    _, num_stops, longest = request.stops.shape
     last = read_positions(state.tokens, lengths - 1)
     written = decoder.num_written(state, request.prompt_lengths, lengths)
     ends = (last == EOS_ID) | (written >= request.max_new_bytes[:, None])
@@ -125,7 +148,7 @@ def finishes(shape: ProgramShape, request, state, lengths):
         return ends
     positions = span(lengths, -longest, 0)
     tokens = read_positions(state.tokens, positions.reshape(len(positions), -1))
-    stops = request.stops[None, None]
+    stops = request.stops[:, None]
     is_new = positions >= request.prompt_lengths[:, None, None]
     tokens = jnp.where(is_new, tokens.reshape(positions.shape), -2)[:, :, None]
     return ends | ((tokens == stops) | (stops == -1)).all(axis=-1).any(axis=-1)
@@ -145,10 +168,11 @@ def close_all(shape: ProgramShape, params, state, last, max_patches, rows=None):
     return jax.lax.while_loop(waits, close, (state, jnp.int32(0)))
 
 
-def enough_wait(shape: ProgramShape, waits, done):
-    """Returns whether so many rows wait that the global stack should run."""
+def enough_wait(shape: ProgramShape, waits, done, waited):
+    """Returns whether so many rows wait, or one for so long, that the global stack should run."""
     num_at_work = (~done).sum().astype(jnp.float32)
-    return waits.any() & (waits.sum().astype(jnp.float32) >= shape.quorum * num_at_work)
+    are_many = waits.sum().astype(jnp.float32) >= shape.quorum * num_at_work
+    return waits.any() & (are_many | (waited >= MAX_WAIT).any())
 
 
 def find_first_seen(tokens, lengths, num_ids: int):

@@ -5,6 +5,7 @@ the distribution with all its mass on one id, so drawing and verifying drafts ha
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -89,46 +90,60 @@ def check_number(name: str, value, is_valid, wanted: str):
 
 
 class SamplingArrays(NamedTuple):
-    """`Sampling` as arrays, so that other values compile nothing. None: a step that is left out.
+    """`Sampling` of each row as arrays [B], so that other values compile nothing.
 
-    Which steps there are is compiled: a GPU waits for the host at each branch that a program takes
-    or does not. Probabilities are in the form that float32 holds exactly enough: what top_p leaves
-    out, and the logarithm of min_p.
+    None: a step that no row needs. Which steps there are is compiled: a GPU waits for the host at
+    each branch that a program takes or does not. What a row draws is the same to the bit with the
+    steps that only others need. Probabilities are in the form that float32 holds exactly enough:
+    what top_p leaves out, and the logarithm of min_p.
     """
 
-    repetition_penalty: jax.Array | None
-    temperature: jax.Array | None  # None: greedy
-    top_k: jax.Array | None  # all three of the filters or none
-    tail: jax.Array | None  # 1 - top_p; -1 for all ids
-    log_min_p: jax.Array | None  # -inf for all ids
-    valid_utf8: jax.Array | None  # True
+    repetition_penalty: np.ndarray | jax.Array | None  # 1: none
+    temperature: np.ndarray | jax.Array | None  # 0: greedy
+    top_k: np.ndarray | jax.Array | None  # ALL: all. All three of the filters or none
+    tail: np.ndarray | jax.Array | None  # 1 - top_p; -1 for all ids
+    log_min_p: np.ndarray | jax.Array | None  # -inf for all ids
+    valid_utf8: np.ndarray | jax.Array | None  # bool
 
 
-def sampling_arrays(sampling: Sampling) -> SamplingArrays:
-    """Returns the options as arrays."""
-    top_p, min_p = sampling.top_p, sampling.min_p
-    greedy = sampling.temperature < GREEDY_BELOW
-    filters = (sampling.top_k, None if top_p == 1 else top_p, min_p) != (None,) * 3 and not greedy
-    return SamplingArrays(
-        None if sampling.repetition_penalty == 1 else jnp.float32(sampling.repetition_penalty),
-        None if greedy else jnp.float32(min(sampling.temperature, LARGEST)),
-        jnp.int32(min(sampling.top_k or ALL, ALL)) if filters else None,
-        jnp.float32(-1 if top_p is None or top_p == 1 else 1 - top_p) if filters else None,
-        jnp.float32(-math.inf if min_p is None else math.log(min_p)) if filters else None,
-        jnp.bool_(True) if sampling.valid_utf8 else None,
+def sampling_arrays(rows: Sequence[Sampling]) -> SamplingArrays:
+    """Returns the options of B rows as arrays."""
+    penalty = np.float32([row.repetition_penalty for row in rows])
+    temperature = np.float32([_temperature(row) for row in rows])
+    top_k = np.int32([min(row.top_k or ALL, ALL) for row in rows])
+    tail = np.float32([-1 if row.top_p in (None, 1) else 1 - row.top_p for row in rows])
+    log_min_p = np.float32(
+        [-math.inf if row.min_p is None else math.log(row.min_p) for row in rows]
     )
+    valid_utf8 = np.array([row.valid_utf8 for row in rows])
+    filtered = (temperature > 0) & ((top_k < ALL) | (tail >= 0) | (log_min_p > -math.inf))
+    filters = [x if filtered.any() else None for x in (top_k, tail, log_min_p)]
+    return SamplingArrays(
+        penalty if (penalty != 1).any() else None,
+        temperature if temperature.any() else None,
+        *filters,
+        valid_utf8 if valid_utf8.any() else None,
+    )
+
+
+def _temperature(sampling: Sampling) -> float:
+    """Returns 0 for greedy sampling, else what float32 holds."""
+    greedy = sampling.temperature < GREEDY_BELOW
+    return 0.0 if greedy else min(sampling.temperature, LARGEST)
 
 
 def distribution(
     logits: jax.Array, sampling: SamplingArrays, seen: jax.Array, allowed: jax.Array
 ) -> jax.Array:
-    """Returns log-probabilities of the next id from logits float32 [..., V] of all V ids.
+    """Returns log-probabilities of the next id from logits float32 [B, ..., V] of all V ids.
 
-    seen: bool [..., V], ids that occurred. allowed: bool [..., V]. Of special ids only EOS can be
-    drawn: the others have no bytes to show. Infinite logits count as the largest numbers, NaN as
-    the least. Where nothing is allowed, EOS is.
+    seen: bool [B, ..., V], ids that occurred. allowed: bool [B, ..., V]. Of special ids only EOS
+    can be drawn: the others have no bytes to show. Infinite logits count as the largest numbers,
+    NaN as the least. Where nothing is allowed, EOS is.
     """
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    per_row = (-1, *[1] * (logits.ndim - 1))
+    sampling = jax.tree.map(lambda option: jnp.asarray(option).reshape(per_row), sampling)
     if (penalty := sampling.repetition_penalty) is not None:
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
         logits = jnp.where(seen & (ids >= BYTE_OFFSET), penalised, logits)
@@ -136,7 +151,9 @@ def distribution(
     can_be_drawn = is_drawable(ids, logits.shape[-1]) & allowed
     can_be_drawn |= (ids == EOS_ID) & ~can_be_drawn.any(axis=-1, keepdims=True)
     logits = jnp.where(can_be_drawn, logits, -jnp.inf)
-    return _greedy(logits) if sampling.temperature is None else _tempered(logits, sampling)
+    if sampling.temperature is None:
+        return _greedy(logits)
+    return jnp.where(sampling.temperature == 0, _greedy(logits), _tempered(logits, sampling))
 
 
 def _greedy(logits):
@@ -150,9 +167,13 @@ def _tempered(logits, sampling):
     # Differences to the largest are 0 or less, and stay finite until those that cannot be drawn
     # are out: -inf times the reciprocal of a large temperature would be NaN.
     below = jnp.maximum(logits - logits.max(axis=-1, keepdims=True), -LARGEST)
-    scaled = jnp.where(logits == -jnp.inf, -jnp.inf, below / sampling.temperature)
+    temperature = jnp.where(sampling.temperature == 0, 1, sampling.temperature)
+    scaled = jnp.where(logits == -jnp.inf, -jnp.inf, below / temperature)
     log_p = jax.nn.log_softmax(scaled)
-    return log_p if sampling.top_k is None else _filtered(log_p, sampling)
+    if sampling.top_k is None:
+        return log_p
+    filtered = (sampling.top_k < ALL) | (sampling.tail >= 0) | (sampling.log_min_p > -jnp.inf)
+    return jnp.where(filtered, _filtered(log_p, sampling), log_p)
 
 
 def _filtered(log_p, sampling):
@@ -162,7 +183,8 @@ def _filtered(log_p, sampling):
     """
     ascending, num_ids = jnp.sort(log_p, axis=-1), log_p.shape[-1]
     kth = num_ids - jnp.minimum(sampling.top_k, num_ids)
-    log_p = _at_least(log_p, jax.lax.dynamic_index_in_dim(ascending, kth, axis=-1))
+    kth = jnp.broadcast_to(kth, (*ascending.shape[:-1], 1))
+    log_p = _at_least(log_p, jnp.take_along_axis(ascending, kth, axis=-1))
     ascending = jnp.sort(log_p, axis=-1)
     # Sums from the least probable on, where float32 has digits for small tails.
     beyond = jnp.cumsum(jnp.exp(ascending), axis=-1) > sampling.tail

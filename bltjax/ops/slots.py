@@ -47,6 +47,24 @@ def write_positions(values: jax.Array, new: jax.Array, positions: jax.Array) -> 
     return write_slots(values[..., None], new[..., None], positions)[..., 0]
 
 
+def put_row(rows: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """Puts the first row of new [P, ...] in the place `slot` of rows [B, ...]; returns these."""
+    spec = jax.typeof(rows).sharding.spec
+    axis, rest = (spec[0], spec[1:]) if spec else (None, ())
+    whole = jax.P(None, *rest)
+
+    def put(rows, new, slot):
+        first = 0 if axis is None else jax.lax.axis_index(axis) * len(rows)
+        at = jnp.clip(slot - first, 0, len(rows) - 1)
+        here = jax.lax.dynamic_slice_in_dim(rows, at, 1)
+        new = jnp.where(slot - first == at, new[:1], here)
+        return jax.lax.dynamic_update_slice_in_dim(rows, new, at, axis=0)
+
+    specs = spec, whole, jax.P()
+    new = jax.sharding.reshard(new, whole)
+    return jax.shard_map(put, in_specs=specs, out_specs=spec, check_vma=False)(rows, new, slot)
+
+
 def on_shards(function, *arguments, like=0):
     """Calls a function on the rows and heads of each device on its own.
 

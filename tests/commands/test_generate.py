@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from bltjax import cli
-from bltjax.inference.engine import Counts
+from bltjax.inference.jobs import Counts
 from tests.processes import ROOT
 
 # In the place of bltjax.api, in a process of its own: the command is about what is around it.

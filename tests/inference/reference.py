@@ -93,7 +93,7 @@ def generate_by_recompute(
         tokens,
         len(ids),
         stop,
-        sampling_arrays(Sampling(temperature=temperature)),
+        sampling_arrays([Sampling(temperature=temperature)]),
         jnp.full(1, seed, jnp.uint32),
     )
     return decode(np.asarray(tokens)[len(ids) : int(length)])

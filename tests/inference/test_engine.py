@@ -17,7 +17,7 @@ from bltjax.checkpoints.weights import Lengths
 from bltjax.config import MeshConfig, PatchingConfig
 from bltjax.evaluation.text_model import TextModel
 from bltjax.inference.decoders import BLTDecoder, for_generation
-from bltjax.inference.loops import decode, prefill
+from bltjax.inference.loops import decode, read
 from bltjax.model import functional
 from bltjax.patching.boundaries import patch_starts
 from bltjax.patching.entropy import next_byte_entropy
@@ -211,10 +211,10 @@ def test_one_compilation_for_a_batch_and_a_size_of_room(tiny):
     tiny.generate([b"a", b"b", b"c"], 10, batch_size=4, **drawn)
     tiny.generate([b"a"], 10, **drawn)
     tiny.generate([b"a"], 10)
-    before = prefill._cache_size(), decode._cache_size()
+    before = read._cache_size(), decode._cache_size()
     tiny.generate([b"another prompt"] * 9, 30, seed=3, temperature=0.5, top_k=9, batch_size=4)
     assert len(list(tiny.stream(b"text", 40))) > 2
-    assert (prefill._cache_size(), decode._cache_size()) == before
+    assert (read._cache_size(), decode._cache_size()) == before
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ from bltjax.config import (
     TransformerConfig,
 )
 from bltjax.evaluation.score import BLTScoring, score_documents
-from bltjax.inference import engine, memory
+from bltjax.inference import engine, jobs, loops, memory
 from bltjax.inference.decoders import BLTDecoder, for_generation
 from bltjax.inference.requests import configure, make_requests
 from bltjax.inference.sampling import Sampling
@@ -106,7 +106,7 @@ def test_options_of_speed_are_numbers_of_their_kind(name, value):
         if allowed
         else pytest.raises(ValueError, match=f"{name}=.* must be")
     ):
-        engine.Decoding(**{name: value})
+        jobs.Decoding(**{name: value})
 
 
 @pytest.mark.parametrize("threshold", [True, "1", float("inf"), float("nan"), [1.0]])
@@ -119,7 +119,7 @@ def test_a_threshold_is_a_finite_number(tiny, threshold):
 
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_more_than_memory_holds_is_refused_before_anything_is_allocated(tiny, monkeypatch, drafts):
-    monkeypatch.setattr(engine, "prefill", None)
+    monkeypatch.setattr(loops, "new_reading", None)
     texts = [b"abc", b"a"]
     with pytest.raises(ValueError, match=r"max_new_bytes=1073741823 .* one has 1073741824 at most"):
         tiny.generate(texts, 2**30 - 1, max_drafts=drafts)
@@ -176,7 +176,7 @@ def test_settings_of_jax_change_nothing():
                 requests,
                 sampling,
                 [b"\xff"],
-                engine.Decoding(max_drafts=2),
+                jobs.Decoding(max_drafts=2),
             )
             return texts, score_documents(scoring, [b"a b", b"\xff" * 70])
 

@@ -79,7 +79,7 @@ def test_distribution(chosen, spread, num_allowed, seed):
     seen = rng.random(VOCAB_SIZE) < 0.2
     allowed = np.isin(np.arange(VOCAB_SIZE), rng.permutation(VOCAB_SIZE)[:num_allowed])
     allowed[EOS_ID] = True
-    log_p = distribution(logits, sampling_arrays(chosen), seen, allowed)
+    log_p = distribution(logits, sampling_arrays([chosen]), seen, allowed)
     assert log_p.dtype == jnp.float32
     expected = expected_distribution(logits, chosen, seen, allowed)
     found = np.exp(np.asarray(log_p, np.float64))
@@ -92,7 +92,7 @@ def test_only_bytes_and_eos_can_be_drawn(temperature):
     logits = np.zeros(VOCAB_SIZE, np.float32)
     logits[WITHOUT_BYTES] = 50
     logits[EOS_ID] = 1
-    chosen = sampling_arrays(Sampling(temperature=temperature))
+    chosen = sampling_arrays([Sampling(temperature=temperature)])
     p = np.exp(distribution(logits, chosen, ~ALL, ALL))
     assert not p[WITHOUT_BYTES].any()
     assert p.argmax() == EOS_ID and p[EOS_ID] == (1 if temperature < 1 else p.max())
@@ -100,7 +100,7 @@ def test_only_bytes_and_eos_can_be_drawn(temperature):
 
 def test_no_limit_takes_nothing_away():
     """Rounding in sums of probabilities must not cut the tail where only another limit is set."""
-    chosen = sampling_arrays(Sampling(temperature=1, min_p=1e-30))
+    chosen = sampling_arrays([Sampling(temperature=1, min_p=1e-30)])
     for seed in range(20):
         logits = np.random.default_rng(seed).normal(0, 3, VOCAB_SIZE).astype(np.float32)
         drawable = np.isfinite(distribution(logits, chosen, ~ALL, ALL)).sum()
@@ -111,7 +111,7 @@ def test_rows_of_a_batch_are_their_own():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (2, 3, VOCAB_SIZE)).astype(np.float32)
     seen = rng.random(logits.shape) < 0.1
-    chosen = sampling_arrays(Sampling(1.5, 0.7, 20, 0.9, 0.01))
+    chosen = sampling_arrays([Sampling(1.5, 0.7, 20, 0.9, 0.01)])
     found = distribution(logits, chosen, seen, np.ones_like(seen))
     for i in np.ndindex(2, 3):
         np.testing.assert_allclose(found[i], distribution(logits[i], chosen, seen[i], ALL), 1e-6)
@@ -130,7 +130,7 @@ def draw_rows(logits, chosen, seeds):
 
 
 def greedy_like(chosen):
-    return sampling_arrays(Sampling())._replace(repetition_penalty=chosen.repetition_penalty)
+    return sampling_arrays([Sampling()])._replace(repetition_penalty=chosen.repetition_penalty)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -161,7 +161,7 @@ def test_extreme_temperatures_draw_what_they_mean(rows):
                 *LARGE,
             ):
                 for options in filters:
-                    chosen = sampling_arrays(Sampling(temperature=temperature, **options))
+                    chosen = sampling_arrays([Sampling(temperature=temperature, **options)])
                     found = draw_rows(values.astype(np.float32), chosen, seeds)
                     log_p, ids, greedy = map(np.asarray, found)
                     assert not np.isnan(log_p).any()
@@ -177,7 +177,9 @@ def test_large_temperatures_draw_evenly():
     logits = np.random.default_rng(0).normal(0, 20, VOCAB_SIZE).astype(np.float32)
     drawable = is_drawable(np.arange(VOCAB_SIZE))
     for temperature in LARGE:
-        log_p = distribution(logits, sampling_arrays(Sampling(temperature=temperature)), ~ALL, ALL)
+        log_p = distribution(
+            logits, sampling_arrays([Sampling(temperature=temperature)]), ~ALL, ALL
+        )
         np.testing.assert_allclose(np.exp(log_p), drawable / drawable.sum(), rtol=1e-5)
 
 
@@ -196,7 +198,7 @@ def test_shares_that_float32_does_not_hold(top_p):
 
 def test_where_nothing_is_allowed_the_text_ends():
     for temperature in (0.0, 1.0):
-        chosen = sampling_arrays(Sampling(temperature=temperature))
+        chosen = sampling_arrays([Sampling(temperature=temperature)])
         p = np.exp(distribution(np.zeros(VOCAB_SIZE, np.float32), chosen, ~ALL, ~ALL))
         assert p[EOS_ID] == 1 == p.sum()
 
@@ -256,7 +258,7 @@ def test_other_values_compile_nothing():
         if value == 0.5:
             compiled = distribution._cache_size()
     assert distribution._cache_size() == compiled
-    assert len(sampling_arrays(Sampling())) == len(dataclasses.fields(Sampling))
+    assert len(sampling_arrays([Sampling()])) == len(dataclasses.fields(Sampling))
 
 
 def assert_drawn_from(counts, p):
@@ -276,7 +278,7 @@ def test_draws(chosen):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, VOCAB_SIZE).astype(np.float32)
     seen = rng.random(VOCAB_SIZE) < 0.3
-    log_p = distribution(logits, sampling_arrays(chosen), seen, ALL)
+    log_p = distribution(logits, sampling_arrays([chosen]), seen, ALL)
     keys = row_keys(jnp.arange(DRAWS, dtype=jnp.uint32), jnp.full(DRAWS, 7))
     ids = draw(jnp.broadcast_to(log_p, (DRAWS, VOCAB_SIZE)), keys)
     assert ids.dtype == jnp.int32

@@ -11,7 +11,7 @@ from bltjax.checkpoints.weights import Lengths
 from bltjax.config import HashConfig, TokenModelConfig, TransformerConfig
 from bltjax.data import tokenizer
 from bltjax.evaluation.token_baseline.model import TokenModel
-from bltjax.inference import engine
+from bltjax.inference import room
 from bltjax.inference.loops import decode
 from bltjax.model import functional
 from bltjax.vocabulary import BYTE_OFFSET, EOS_ID
@@ -167,7 +167,7 @@ PROMPTS = ["the patch", b"", b"\xff\xfe", "naïve 日本 x = 12"]
     [(None, 128, {}), (8, 5, {}), (None, 2, TABLES), (8, 128, TABLES | dict(hash_dim=None))],
 )
 def test_greedy_text_is_that_of_computing_everything_anew(window, chunk, tables, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", chunk)  # positions of a prompt that are read at once
+    monkeypatch.setattr(room, "CHUNK", chunk)  # positions of a prompt that are read at once
     model = made(window, **tables)
     texts = model.generate(PROMPTS, max_new_bytes=18)
     assert texts == [slow_text(model, prompt, 18) for prompt in PROMPTS]
