@@ -43,6 +43,21 @@ class Reading(NamedTuple):
     logits: jax.Array  # float32 [B, V]  after the last of them
 
 
+class View(NamedTuple):
+    """What the host wants to know of rows; fields as of `Progress`."""
+
+    tokens: jax.Array
+    length: jax.Array
+    done: jax.Array
+    is_full: jax.Array  # bool [B]  more patches than there is room for
+    num_patches: jax.Array
+    prompt_patches: jax.Array
+    num_steps: jax.Array
+    num_global_calls: jax.Array
+    drafts: tuple[jax.Array, ...] | None  # anchor, num_drafted, num_accepted
+    log_probs: tuple[jax.Array, ...] | None  # written, first
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def new_reading(shape: ProgramShape, tokens) -> Reading:
     """Returns rows with the prompts in tokens int32 [B, C], of which nothing is read."""
@@ -148,6 +163,24 @@ def enter(progress: Progress, row: Progress, slot) -> Progress:
         lambda x, new: put_row(x, new, slot), progress._replace(**none), row._replace(**none)
     )
     return rows._replace(**counts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def look(shape: ProgramShape, progress: Progress) -> View:
+    """Returns what the host wants to know of the rows."""
+    drafting, log_probs = progress.drafting, progress.log_probs
+    return View(
+        tokens=progress.state.tokens,
+        length=progress.length,
+        done=progress.done,
+        is_full=shape.decoder.out_of_patches(progress.state, progress.length),
+        num_patches=shape.decoder.num_patches(progress.state),
+        prompt_patches=progress.prompt_patches,
+        num_steps=progress.num_steps,
+        num_global_calls=progress.num_global_calls,
+        drafts=drafting and (drafting.anchor, drafting.num_drafted, drafting.num_accepted),
+        log_probs=log_probs and (log_probs.written, log_probs.first),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

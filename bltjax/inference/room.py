@@ -17,7 +17,7 @@ from bltjax import sharding
 from bltjax.inference import loops
 from bltjax.inference.decoders import Decoder
 from bltjax.inference.jobs import CHUNK, Counts, Decoding, Job, Piece, Request
-from bltjax.inference.loops import Reading
+from bltjax.inference.loops import Reading, View
 from bltjax.inference.memory import GIB, needed_and_free
 from bltjax.inference.row_state import NEVER, ProgramShape, RequestArrays
 from bltjax.inference.sampling import sampling_arrays
@@ -167,58 +167,46 @@ class Room:
 
     def _pieces(self) -> Iterator[Piece]:
         """Yields the new text of each row; takes out the jobs that are done."""
-        progress, drafting = self.progress, self.progress.drafting
-        found = dict(
-            tokens=progress.state.tokens,
-            ends=progress.length,
-            done=progress.done,
-            patches=self.shape.decoder.num_patches(progress.state),
-            prompt_patches=progress.prompt_patches,
-            full=self.shape.decoder.out_of_patches(progress.state, progress.length),
-            counts=(progress.num_steps, progress.num_global_calls),
-            log_probs=progress.log_probs and progress.log_probs[1:],
-            drafts=drafting and (drafting.anchor, drafting.num_drafted, drafting.num_accepted),
-        )
-        found = sharding.on_host(found)
-        self.num_steps, self.num_global_calls = map(int, found["counts"])
+        view = sharding.on_host(loops.look(self.shape, self.progress))
+        self.num_steps, self.num_global_calls = int(view.num_steps), int(view.num_global_calls)
         for slot, occupant in enumerate(self.slots):
             if occupant is not None:
-                piece = self._piece(occupant, slot, found)
+                piece = self._piece(occupant, slot, view)
                 if piece.finish:
                     self.leave(slot)
                 yield piece
 
-    def _piece(self, occupant: Occupant, slot: int, found: dict) -> Piece:
+    def _piece(self, occupant: Occupant, slot: int, view: View) -> Piece:
         request, _, stops, *_ = job = occupant.job
-        if found["full"][slot]:
+        if view.is_full[slot]:
             raise ValueError(
                 f"a text has more than the {self.shape.size.patches} patches that there is room "
                 "for: lower min_patch_bytes, down to 1"
             )
-        end, drafted, accepted = int(found["ends"][slot]), 0, 0
-        if found["drafts"] is not None:
-            anchor, drafted, accepted = (int(x[slot]) for x in found["drafts"])
+        end, drafted, accepted = int(view.length[slot]), 0, 0
+        if view.drafts is not None:
+            anchor, drafted, accepted = (int(x[slot]) for x in view.drafts)
             end = anchor + 1 if anchor >= 0 else end  # what is drafted may not stand
-        ids = found["tokens"][slot, len(request.ids) : end]
+        ids = view.tokens[slot, len(request.ids) : end]
         whole = self.shape.decoder.decode(ids)[: request.max_new_bytes]
         text = whole[: min((at for stop in stops if (at := whole.find(stop)) >= 0), default=None)]
         ended = len(text) < len(whole) or (len(ids) and ids[-1] == EOS_ID)
-        done = ended or bool(found["done"][slot])
+        done = ended or bool(view.done[slot])
         shown, safe = occupant.shown, len(text) if done else len(text) - held_back(text, stops)
         safe = max(safe, shown)
         occupant.shown = safe
         counts = Counts(
             new_bytes=len(text),
             steps=self.num_steps - occupant.steps,
-            patches=int(found["patches"][slot]),
-            prompt_patches=int(found["prompt_patches"][slot]),
+            patches=int(view.num_patches[slot]),
+            prompt_patches=int(view.prompt_patches[slot]),
             global_calls=self.num_global_calls - occupant.global_calls,
             drafted=drafted,
             accepted=accepted,
         )
         log_p = None
         if job.log_probs:
-            written, first = (x[slot] for x in found["log_probs"])
+            written, first = (x[slot] for x in view.log_probs)
             new = written[: end - int(first)]
             both = new if occupant.log_p is None else np.concatenate([occupant.log_p, new])
             log_p, occupant.log_p = both[: safe - shown], both[safe - shown :]

@@ -189,7 +189,7 @@ def test_shares_that_float32_does_not_hold(top_p):
     p = np.array([0.6, 0.4 - 1.1e-6, 1e-6, 1e-7])
     logits = np.full(VOCAB_SIZE, -1e30, np.float32)
     logits[BYTE_OFFSET : BYTE_OFFSET + 4] = np.log(p)
-    log_p = distribution(logits, sampling_arrays(Sampling(temperature=1, top_p=top_p)), ~ALL, ALL)
+    log_p = distribution(logits, sampling_arrays([Sampling(temperature=1, top_p=top_p)]), ~ALL, ALL)
     before = np.cumsum(p) - p
     np.testing.assert_array_equal(
         np.isfinite(log_p)[BYTE_OFFSET : BYTE_OFFSET + 4], before < float(top_p)
@@ -253,7 +253,10 @@ def test_errors_name_the_value_and_the_remedy(settings, message):
 def test_other_values_compile_nothing():
     for value in (0.5, 0.7):
         distribution(
-            np.zeros(VOCAB_SIZE, np.float32), sampling_arrays(Sampling(temperature=value)), ALL, ALL
+            np.zeros(VOCAB_SIZE, np.float32),
+            sampling_arrays([Sampling(temperature=value)]),
+            ALL,
+            ALL,
         )
         if value == 0.5:
             compiled = distribution._cache_size()

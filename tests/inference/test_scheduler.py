@@ -180,9 +180,7 @@ def expected_log_p(tiny, ids):
 
 def test_what_has_no_room_is_refused(tiny, params):
     mine = scheduler(tiny, params)
-    with pytest.raises(
-        ValueError, match=r"of 4 ids needs 304 positions, and there are 256"
-    ):
+    with pytest.raises(ValueError, match=r"of 4 ids needs 304 positions, and there are 256"):
         mine.submit(job(b"abc", 300))
     assert mine.idle
 
