@@ -137,7 +137,8 @@ def _generation(config, rows: int):
         row = sharding.shard_rows(jnp.zeros(rows, jnp.int32))
         tokens, stops = jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, 0, 1), jnp.int32)
         greedy = sampling_arrays([Sampling()] * rows)
-        reading = loops.new_reading(shape, sharding.shard_rows(tokens))
+        thresholds = row.astype(jnp.float32)
+        reading = loops.new_reading(shape, sharding.shard_rows(tokens), thresholds)
         stops = sharding.shard_rows(stops)
         return reading, RequestArrays(row, row, row.astype(jnp.uint32), stops, greedy)
 

@@ -43,7 +43,8 @@ class Conversation:
         Reads what is new: where the text goes on from the one before, with what was written then,
         that is the last turn. Another text is read from its beginning.
         """
-        job, decoding = Job(request, sampling, stops), Decoding()
+        threshold, decoding = self.decoder.threshold_of(None), Decoding()
+        job = Job(request, sampling, stops, threshold=threshold)
         self.kept = self._shared(request)
         if self.kept:
             self._room.go_on(KEY, job, self.kept)

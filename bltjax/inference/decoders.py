@@ -23,6 +23,7 @@ from bltjax import sharding, vocabulary
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.data.tokenizer import Tokenizer
 from bltjax.inference.memory import GIB, needed_and_free
+from bltjax.inference.sampling import LARGEST
 from bltjax.model import functional
 from bltjax.model.cache import (
     BLTCache,
@@ -35,7 +36,7 @@ from bltjax.model.cache import (
 )
 from bltjax.model.incremental import ngram_reach
 from bltjax.ops.slots import on_rows, read_positions, read_slots, span, write_positions, write_slots
-from bltjax.patching.boundaries import needs_entropies
+from bltjax.patching.boundaries import needs_entropies, row_threshold
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.patching.incremental import Record, new_record, note_lines, note_starts
 
@@ -115,8 +116,19 @@ class PlainDecoder:
         """Returns the parameters as `for_generation` lays them out."""
         return functional.prepare(self.model, params, whole)
 
-    def new_state(self, size: CacheSize, tokens: jax.Array) -> PlainState:
-        """Returns the state before anything of the tokens int32 [B, C] is read."""
+    def threshold_of(self, wanted: float | None) -> float:
+        """Returns the threshold of a row in nats; wanted: None for the trained one."""
+        return 0.0
+
+    def without_threshold(self) -> "PlainDecoder":
+        """Returns the decoder that programs are compiled for, whatever the threshold of rows."""
+        return self
+
+    def new_state(self, size: CacheSize, tokens: jax.Array, thresholds: jax.Array) -> PlainState:
+        """Returns the state before anything of the tokens int32 [B, C] is read.
+
+        thresholds: float32 [B], of each row.
+        """
         return PlainState(tokens, jnp.zeros_like(tokens), new_plain_cache(self.model, size))
 
     def read(self, params, state: PlainState, first, count, num_new) -> PlainState:
@@ -180,6 +192,7 @@ class BLTState(NamedTuple):
     record: Record
     blt: BLTCache
     entropy_model: Stack | None
+    thresholds: jax.Array  # float32 [B]
 
     @property
     def tokens(self) -> jax.Array:
@@ -212,11 +225,19 @@ class BLTDecoder:
             for name, part in params.items()
         }
 
-    def new_state(self, size: CacheSize, tokens: jax.Array) -> BLTState:
+    def threshold_of(self, wanted: float | None) -> float:
+        threshold = wanted if wanted is not None else self.patching.threshold or 0.0
+        return row_threshold(self.patching, max(-LARGEST, min(threshold, LARGEST)))
+
+    def without_threshold(self) -> "BLTDecoder":
+        return dataclasses.replace(self, patching=dataclasses.replace(self.patching, threshold=0.0))
+
+    def new_state(self, size: CacheSize, tokens: jax.Array, thresholds: jax.Array) -> BLTState:
         entropy_cache, model = None, self.entropy_model
         if needs_entropies(self.patching):
             entropy_cache = new_ring(model.transformer, size, jnp.dtype(model.compute_dtype))
-        return BLTState(new_record(tokens), new_blt_cache(self.blt, size), entropy_cache)
+        cache = new_blt_cache(self.blt, size)
+        return BLTState(new_record(tokens), cache, entropy_cache, thresholds)
 
     def read(self, params, state: BLTState, first, count, num_new) -> BLTState:
         """Finds entropies, patch starts and byte states of new positions."""
@@ -234,13 +255,14 @@ class BLTDecoder:
                 *model, entropy_cache, tokens, first, count, lines
             )
             entropies = next_byte_entropy(functional.token_logits(*model, states))
-        record = note_starts(self.patching, record, first, count, entropies)
+        patching = dataclasses.replace(self.patching, threshold=state.thresholds[:, None])
+        record = note_starts(patching, record, first, count, entropies)
         before = _ids_before(self.blt, record.tokens, first)
         opens = read_positions(record.start_positions, _patch_of(record, positions)) == positions
         cache = functional.read_bytes(
             self.blt, params["blt"], state.blt, tokens, before, first, count, opens
         )
-        return BLTState(record, cache, entropy_cache)
+        return BLTState(record, cache, entropy_cache, state.thresholds)
 
     def predict(self, params, state: BLTState, first, count, num_new: int):
         """A position reads the last complete patch, or while that one waits the last closed one."""

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers."""
+"""Requests to the engine, and its answers."""
 
 import dataclasses
 import math
@@ -64,6 +64,7 @@ class Job(NamedTuple):
     sampling: Sampling = Sampling()
     stops: Sequence[bytes] = ()
     log_probs: bool = False  # the model's own prediction of each byte, before sampling changes it
+    threshold: float | None = None  # nats, of the patching rule; None: the trained one
     shared: int = 0  # first ids of the prompt that later prompts are likely to begin with, too
 
 

@@ -44,7 +44,7 @@ class Reading(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the host wants to know of rows; fields as of `Progress`."""
+    """Facts that the host wants of rows; fields as of `Progress`."""
 
     tokens: jax.Array
     length: jax.Array
@@ -59,9 +59,13 @@ class View(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def new_reading(shape: ProgramShape, tokens) -> Reading:
-    """Returns rows with the prompts in tokens int32 [B, C], of which nothing is read."""
-    return _reading(shape, shape.decoder.new_state(shape.size, tokens), 0 * tokens[:, 0])
+def new_reading(shape: ProgramShape, tokens, thresholds) -> Reading:
+    """Returns rows with the prompts in tokens int32 [B, C], of which nothing is read.
+
+    thresholds: float32 [B], nats, of the patching rule.
+    """
+    state = shape.decoder.new_state(shape.size, tokens, thresholds)
+    return _reading(shape, state, jnp.zeros_like(tokens[:, 0]))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -69,22 +69,21 @@ class Room:
     def fill(self, jobs: dict[int, Job]):
         """Reads the prompts of jobs, by their keys, all at once; no other may be here."""
         self._occupy(jobs)
-        reading = loops.new_reading(self.shape, self._tokens(list(jobs.values())))
-        self._start(reading)
+        self._start(new_reading(list(jobs.values()), self.shape))
 
     def go_on(self, key: int, job: Job, kept: int):
         """Goes on with another job, whose first `kept` ids are those of the first row."""
         self._occupy({key: job})
         every = np.ones(self.shape.size.rows, np.int32)
         every[0] = kept
-        tokens, kept_rows = self._tokens([job]), _put_rows(every)
+        tokens, kept_rows = tokens_of([job], self.shape), _put_rows(every)
         self._start(loops.reopen(self.shape, self.progress, tokens, kept_rows))
 
     def enter(self, jobs: dict[int, Job], reading: Reading, reading_shape: ProgramShape):
         """Puts jobs of one prompt, by their keys, into free slots, once `reading` has read it."""
         for key, job in jobs.items():
             if self.progress is None:
-                self._start(loops.new_reading(self.shape, self._tokens([])))
+                self._start(new_reading([], self.shape))
             slot = self.free[0]
             self.slots[slot] = self._occupant(key, job)
             arrays = _put_rows(_arrays_of([job], reading_shape))
@@ -130,9 +129,6 @@ class Room:
         if not self.is_empty:
             reading = loops.read(self.shape, self.params, reading, lengths, chunks)
         self.progress = loops.start(self.shape, self._num_log_probs, reading, self._arrays)
-
-    def _tokens(self, jobs: Sequence[Job]):
-        return tokens_of([job.request.ids for job in jobs], self.shape)
 
     def _renew(self):
         """Tells the programs which jobs there are now."""
@@ -230,7 +226,7 @@ def make_shape(
         # The drafts, and the byte that they follow.
         max_rewind=max(decoding.max_drafts + 1, rewind),
     )
-    return ProgramShape(decoder, size, decoding.max_drafts, decoding.quorum)
+    return ProgramShape(decoder.without_threshold(), size, decoding.max_drafts, decoding.quorum)
 
 
 def _chunk(rows: int) -> int:
@@ -246,7 +242,10 @@ def check_memory(shape: ProgramShape, longest: Request):
     mesh, size = jax.sharding.get_mesh(), shape.size
     rows = jax.NamedSharding(mesh, sharding.batch_spec(2))
     tokens = jax.ShapeDtypeStruct((size.rows, size.positions), jnp.int32, sharding=rows)
-    state = jax.eval_shape(functools.partial(shape.decoder.new_state, size), tokens)
+    row = jax.NamedSharding(mesh, sharding.batch_spec(1))
+    thresholds = jax.ShapeDtypeStruct((size.rows,), jnp.float32, sharding=row)
+    new_state = functools.partial(shape.decoder.new_state, size)
+    state = jax.eval_shape(new_state, tokens, thresholds)
     needed, free = needed_and_free(state)
     if free is not None and needed > free:
         raise ValueError(
@@ -273,11 +272,18 @@ def num_rows(wanted: int) -> int:
     return -(-wanted // shards) * shards
 
 
-def tokens_of(prompts: Sequence[np.ndarray], shape: ProgramShape):
-    """Returns the ids int32 [B, C] of prompts on the devices; rows beyond them hold nothing."""
+def new_reading(jobs: Sequence[Job], shape: ProgramShape) -> Reading:
+    """Returns the state in which the prompts of jobs are read; rows beyond them hold nothing."""
+    thresholds = np.zeros(shape.size.rows, np.float32)
+    thresholds[: len(jobs)] = [job.threshold for job in jobs]
+    return loops.new_reading(shape, tokens_of(jobs, shape), _put_rows(thresholds))
+
+
+def tokens_of(jobs: Sequence[Job], shape: ProgramShape):
+    """Returns the ids int32 [B, C] of the prompts of jobs on the devices."""
     tokens = np.full((shape.size.rows, shape.size.positions), PAD_ID, np.int32)
-    nothing = [shape.decoder.encode(b"")] * (len(tokens) - len(prompts))
-    for row, ids in zip(tokens, [*prompts, *nothing], strict=True):
+    nothing = [shape.decoder.encode(b"")] * (len(tokens) - len(jobs))
+    for row, ids in zip(tokens, [*(job.request.ids for job in jobs), *nothing], strict=True):
         row[: len(ids)] = ids
     return _put_rows(tokens)
 

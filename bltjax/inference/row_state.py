@@ -52,7 +52,7 @@ class Drafting(NamedTuple):
 
 
 class LogProbs(NamedTuple):
-    """What the model itself predicts, before sampling changes it, for callers who ask."""
+    """Predictions of the model itself, before sampling changes them, for callers who ask."""
 
     next: jax.Array  # float32 [B, V]  of the id at position `length`
     written: jax.Array  # float32 [B, K, V]  of the ids that the newest round of steps wrote

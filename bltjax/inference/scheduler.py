@@ -26,6 +26,7 @@ from bltjax.inference.room import (
     Room,
     check_memory,
     make_shape,
+    new_reading,
     num_positions,
     num_rows,
     tokens_of,
@@ -36,13 +37,18 @@ from bltjax.inference.room import (
 class Read:
     """A prompt that is being read, or was."""
 
-    ids: np.ndarray
+    job: Job  # the first that asks for it
     reading: Reading
     count: int  # ids that are read
 
     @property
     def is_whole(self) -> bool:
-        return self.count == len(self.ids)
+        return self.count == len(self.job.request.ids)
+
+    def serves(self, job: Job) -> bool:
+        """Returns whether a job's prompt is this one."""
+        mine, ids = self.job.request.ids, job.request.ids
+        return job.threshold == self.job.threshold and np.array_equal(mine, ids)
 
 
 class Scheduler:
@@ -69,7 +75,7 @@ class Scheduler:
         self.rooms: dict[int, Room] = {}
         self.waiting: dict[int, OrderedDict[int, Job]] = {}  # by the size of their room
         self._read: dict[int, Read] = {}  # of each size, the prompt that comes next
-        self._prefixes: OrderedDict[tuple[int, bytes], Reading] = OrderedDict()
+        self._prefixes: OrderedDict[tuple, Reading] = OrderedDict()
         self._keys = itertools.count()
 
     def submit(self, job: Job) -> int:
@@ -86,8 +92,9 @@ class Scheduler:
                 self.rooms[size], self.waiting[size] = Room(shape, self.params), OrderedDict()
         if job.log_probs and self.decoding.max_drafts:
             raise ValueError("log_probs=True: with max_drafts they are not kept")
-        key = next(self._keys)
-        self.waiting[size][key] = job
+        key, threshold = next(self._keys), self.decoder.threshold_of(job.threshold)
+        shared = min(job.shared, len(job.request.ids))
+        self.waiting[size][key] = job._replace(threshold=threshold, shared=shared)
         return key
 
     def _size(self, job: Job) -> int:
@@ -165,28 +172,28 @@ class Scheduler:
     def _read_on(self, size: int, room: Room, chunks: int) -> int:
         """Reads on in the prompt that comes next; returns the chunks that it took."""
         job, shape = next(iter(self.waiting[size].values())), self._reading_shape(room)
-        ids, read = job.request.ids, self._read.get(size)
-        if read is None or not np.array_equal(read.ids, ids):
-            read = self._read[size] = self._begin(size, shape, ids, job.shared)
+        num_ids, read = len(job.request.ids), self._read.get(size)
+        if read is None or not read.serves(job):
+            read = self._read[size] = self._begin(size, shape, job)
         took = 0
         while not read.is_whole and took < chunks:
             # A prefix that is kept ends a chunk.
-            end = job.shared if read.count < job.shared else len(ids)
+            end = job.shared if read.count < job.shared else num_ids
             num = min(chunks - took, -(-(end - read.count) // shape.size.chunk))
             self._advance(read, shape, end, num)
             took += num
             if read.count == job.shared:
-                self._keep(size, ids[: job.shared], read.reading)
+                self._keep(_prefix(size, job), read.reading)
         return took
 
-    def _begin(self, size: int, shape, ids: np.ndarray, shared: int) -> Read:
+    def _begin(self, size: int, shape, job: Job) -> Read:
         """Starts to read a prompt, after its beginning where that is kept."""
-        kept = self._prefixes.get((size, ids[:shared].tobytes())) if shared else None
-        tokens = tokens_of([ids], shape)
-        if kept is None:
-            return Read(ids, loops.new_reading(shape, tokens), 0)
-        self._prefixes.move_to_end((size, ids[:shared].tobytes()))
-        return Read(ids, loops.with_tokens(loops.copy(kept), tokens), shared)
+        prefix = _prefix(size, job)
+        if prefix not in self._prefixes:
+            return Read(job, new_reading([job], shape), 0)
+        self._prefixes.move_to_end(prefix)
+        kept = loops.copy(self._prefixes[prefix])
+        return Read(job, loops.with_tokens(kept, tokens_of([job], shape)), job.shared)
 
     def _advance(self, read: Read, shape, end: int, chunks: int):
         ends = np.ones(shape.size.rows, np.int32)
@@ -196,17 +203,17 @@ class Scheduler:
         read.reading = loops.read(shape, self.params, read.reading, lengths, limit)
         read.count = min(end, read.count + chunks * shape.size.chunk)
 
-    def _keep(self, size: int, ids: np.ndarray, reading: Reading):
+    def _keep(self, prefix: tuple, reading: Reading):
         if not self.keep_prefixes:
             return
-        self._prefixes[size, ids.tobytes()] = loops.copy(reading)
+        self._prefixes[prefix] = loops.copy(reading)
         while len(self._prefixes) > self.keep_prefixes:
             self._prefixes.popitem(last=False)
 
     def _enter(self, size: int, room: Room):
         """Puts the jobs whose prompt has been read into slots, as many as are free."""
         waiting, read = self.waiting[size], self._read[size]
-        same = [key for key, job in waiting.items() if np.array_equal(job.request.ids, read.ids)]
+        same = [key for key, job in waiting.items() if read.serves(job)]
         jobs = {key: waiting.pop(key) for key in same[: len(room.free)]}
         room.enter(jobs, read.reading, self._reading_shape(room))
         if len(jobs) == len(same):
@@ -220,3 +227,8 @@ class Scheduler:
                 before = texts.get(piece.key, (b"", None))[0]
                 texts[piece.key] = before + piece.text, piece.counts
         return texts
+
+
+def _prefix(size: int, job: Job) -> tuple:
+    """Returns the key under which the caches of a prompt's beginning are kept."""
+    return size, job.threshold, job.request.ids[: job.shared].tobytes()

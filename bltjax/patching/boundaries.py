@@ -233,6 +233,16 @@ def needs_entropies(config) -> bool:
     return rule_of(config).needs_entropies
 
 
+def row_threshold(config, threshold: float) -> float:
+    """Returns a threshold of a PatchingConfig's rule as float32 [..., 1] of rows can hold it.
+
+    The rule then opens the patches that it opens with the number itself.
+    """
+    if config.bf16_compat:
+        threshold = _bf16_threshold(threshold)
+    return falling.in_steps(threshold) if rule_of(config).by_length else threshold
+
+
 def check_rule(config):
     """Raises ValueError for an unknown rule, or a mean patch that it cannot be calibrated to."""
     rule = rule_of(config)
@@ -279,8 +289,9 @@ def starts_after(config, tokens, entropies, positions, from_start=True, open_byt
         entropies = entropies.astype(np.float32)
         if config.bf16_compat:
             entropies = _bf16(entropies)
-            threshold, add = _bf16(np.float32([config.threshold, config.threshold_add])).tolist()
-            config = dataclasses.replace(config, threshold=threshold, threshold_add=add)
+            names = ("threshold", "threshold_add")
+            rounded = {name: _bf16_threshold(getattr(config, name)) for name in names}
+            config = dataclasses.replace(config, **rounded)
     opened = _at_turns(tokens) if config.turns else False
     context = Context(tokens, entropies, positions, from_start, open_bytes, opened)
     num_forced = _namespace(positions).where(from_start, rule.num_forced, 2)
@@ -343,6 +354,13 @@ def _segments(ends):
 def _bf16(x):
     """Rounds to bfloat16: the published demo compares in it, threshold too (model.md#rounding)."""
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def _bf16_threshold(threshold):
+    """Rounds a number, or thresholds of rows, to bfloat16."""
+    if hasattr(threshold, "astype"):
+        return _bf16(threshold)
+    return _bf16(np.float32(threshold)).item()
 
 
 def _concatenate(*parts):

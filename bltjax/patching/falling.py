@@ -9,22 +9,35 @@ _MOST = 2**30  # steps; beyond it no patch of int32 positions ever ends, or each
 _UNROLL = 16  # positions that one turn of a compiled loop walks over
 
 
-def levels(threshold: float, lengths):
+def levels(threshold, lengths):
     """Returns what the entropy must exceed to end patches of `lengths` bytes, float32 nats.
 
-    lengths: int32, at least 1. It is threshold / length, rounded down to a step: in steps all
-    arithmetic is that of integers, so that NumPy and JAX agree to the bit.
+    threshold: a number, or multiples of a step, float32 of JAX, for each length. lengths: int32, at
+    least 1. It is threshold / length, rounded down to a step: in steps all arithmetic is that of
+    integers, so that NumPy and JAX agree to the bit.
     """
-    steps = math.floor(max(min(threshold * STEPS_PER_NAT, _MOST), -_MOST))
+    if hasattr(threshold, "astype"):
+        steps = (threshold * STEPS_PER_NAT).clip(-_MOST, _MOST).astype(np.int32)
+    else:
+        steps = _steps(threshold)
     return (steps // lengths).astype(np.float32) / np.float32(STEPS_PER_NAT)
 
 
-def opens(threshold: float, entropies, begins, open_bytes):
+def in_steps(threshold: float) -> float:
+    """Returns the largest multiple of a step that is not above a threshold."""
+    return _steps(threshold) / STEPS_PER_NAT
+
+
+def _steps(threshold: float) -> int:
+    return math.floor(max(min(threshold * STEPS_PER_NAT, _MOST), -_MOST))
+
+
+def opens(threshold, entropies, begins, open_bytes):
     """Returns whether a patch starts after each position, bool [..., S].
 
     entropies: float32 nats [..., S]. begins: bool [..., S], the first positions of documents, after
     which one starts in any case. open_bytes: int32 [...] or a number, bytes of the patch that is
-    open before the first position.
+    open before the first position. threshold: a number, or float32 [..., 1] as `levels` takes it.
     """
     if isinstance(entropies, np.ndarray):
         return _on_host(threshold, entropies, begins, np.asarray(open_bytes))
@@ -72,6 +85,7 @@ def _on_device(threshold, entropies, begins, open_bytes):
 
     # Zeros of the entropies, so that the carry is sharded as they are.
     length = jnp.zeros_like(entropies[..., 0], jnp.int32) + open_bytes
+    threshold = threshold[..., 0] if hasattr(threshold, "astype") else threshold
     along = (
         jnp.moveaxis(entropies, -1, 0),
         jnp.moveaxis(jnp.broadcast_to(begins, entropies.shape), -1, 0),

@@ -1,5 +1,6 @@
 """Continuous batching: texts do not depend on who else is there, or on when they came."""
 
+import dataclasses
 import random
 
 import jax
@@ -176,6 +177,28 @@ def expected_log_p(tiny, ids):
     patches = buffers_from_lengths(lengths_from_starts(starts)[None], rows.shape[1])
     logits = functional.apply(tiny.config, tiny.params["blt"], rows, patches)
     return np.array(jax.nn.log_softmax(logits[0, :, :260]))
+
+
+@pytest.mark.parametrize("rule", ["entropy", "falling"])
+def test_each_row_has_a_threshold_of_its_own(tiny, rule):
+    """It is that of a model with this threshold, and compiles nothing."""
+    patching = dataclasses.replace(tiny.patching, rule=rule)
+    thresholds, found, before = (1.3, 5.4, 1e30), [], None
+    mine = scheduler(Tiny("meta_A_1b_like", patching), tiny._generation_params)
+    keys = [mine.submit(job(b"The quick", 30, threshold=t)) for t in thresholds]
+    together = mine.run()
+    for key, threshold in zip(keys, thresholds, strict=True):
+        given = dataclasses.replace(patching, threshold=threshold)
+        model = Tiny("meta_A_1b_like", given)
+        mine = scheduler(model, tiny._generation_params)
+        mine.submit(job(b"The quick", 30))
+        ((text, counts),) = mine.run().values()
+        assert text == together[key][0] == model.recompute(b"The quick", 30)
+        found.append(counts.patches)
+        assert counts.patches == together[key][1].patches
+        before = before or decode._cache_size()
+        assert decode._cache_size() == before
+    assert found == sorted(found, reverse=True) and len(set(found)) > 1
 
 
 def test_what_has_no_room_is_refused(tiny, params):

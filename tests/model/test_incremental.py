@@ -174,7 +174,8 @@ def in_pieces(decoder, params, num_new):
 
     @jax.jit
     def run(params, *pieces):
-        state = decoder.new_state(size, pieces[0][0])
+        thresholds = jnp.full(B, decoder.threshold_of(None), jnp.float32)
+        state = decoder.new_state(size, pieces[0][0], thresholds)
         return jax.lax.scan(functools.partial(step, params), state, pieces)
 
     *pieces, of_text = random_pieces(num_new)

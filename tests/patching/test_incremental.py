@@ -1,5 +1,6 @@
 """Patch starts noted as bytes come, against the rules on whole texts."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -12,7 +13,13 @@ from hypothesis import strategies as st
 
 from bltjax.config import PatchingConfig
 from bltjax.patching import incremental
-from bltjax.patching.boundaries import RULES, newline_segments, patch_starts
+from bltjax.patching.boundaries import (
+    RULES,
+    needs_entropies,
+    newline_segments,
+    patch_starts,
+    row_threshold,
+)
 
 ROWS, SIZE = 3, 18
 CONFIGS = {name: PatchingConfig(name, threshold=1.0, threshold_add=0.25) for name in RULES} | {
@@ -47,7 +54,10 @@ def draw_tokens(rng, size):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def note_starts(config, *inputs):
+def note_starts(config, thresholds, *inputs):
+    """thresholds: float32 [B] in the place of the config's; None: that one."""
+    if thresholds is not None:
+        config = dataclasses.replace(config, threshold=thresholds[:, None])
     return incremental.note_starts(config, *inputs)
 
 
@@ -58,10 +68,12 @@ def note_lines(*inputs):
 
 @pytest.mark.parametrize("num_new", [1, 4])
 @pytest.mark.parametrize("name", CONFIGS)
-@given(steps=STEPS, seed=st.integers(0, 2**32 - 1))
+@given(steps=STEPS, seed=st.integers(0, 2**32 - 1), of_rows=st.booleans())
 @settings(max_examples=8)
-def test_starts(name, num_new, steps, seed):
-    config = CONFIGS[name]
+def test_starts(name, num_new, steps, seed, of_rows):
+    config, thresholds = CONFIGS[name], None
+    if of_rows and needs_entropies(config):
+        thresholds = np.full(ROWS, row_threshold(config, config.threshold), np.float32)
     rng = np.random.default_rng(seed)
     tokens = np.stack([draw_tokens(rng, SIZE) for _ in range(ROWS)])
     entropies = np.zeros((ROWS, SIZE), np.float32)
@@ -81,7 +93,7 @@ def test_starts(name, num_new, steps, seed):
             entropies[row, at : at + n] = new[row, :n]
             length[row] = at + n if n or not again[row] else length[row]
         record = record._replace(tokens=jnp.asarray(tokens))
-        record = note_starts(config, record, np.int32(first), np.int32(count), new)
+        record = note_starts(config, thresholds, record, np.int32(first), np.int32(count), new)
         check(config, record, tokens, entropies, length)
     assert (length == SIZE).all()
 
