@@ -35,7 +35,15 @@ from bltjax.model.cache import (
     new_ring,
 )
 from bltjax.model.incremental import ngram_reach
-from bltjax.ops.slots import on_rows, read_positions, read_slots, span, write_positions, write_slots
+from bltjax.ops.slots import (
+    on_rows,
+    read_positions,
+    read_slots,
+    span,
+    take_rows,
+    write_positions,
+    write_slots,
+)
 from bltjax.patching.boundaries import needs_entropies, row_threshold
 from bltjax.patching.entropy import next_byte_entropy
 from bltjax.patching.incremental import Record, new_record, note_lines, note_starts
@@ -173,8 +181,13 @@ class PlainDecoder:
         """Returns int32 [B]: patches that are complete at positions `last` [B] and not closed."""
         return jnp.zeros_like(last)
 
-    def close(self, params, state: PlainState, last, max_patches: int, rows=None) -> PlainState:
-        """Closes at most `max_patches` waiting patches of each of the rows bool [B]; None: all."""
+    def close(
+        self, params, state: PlainState, last, max_patches: int, rows=None, max_rows=None
+    ) -> PlainState:
+        """Closes at most `max_patches` waiting patches of each of the rows bool [B]; None: all.
+
+        max_rows: close those of so many rows, or fewer, and compute nothing for the others.
+        """
         return state
 
     def num_patches(self, state: PlainState):
@@ -289,21 +302,25 @@ class BLTDecoder:
     def num_waiting(self, state: BLTState, last):
         return _num_complete(state, last) - state.blt.num_patches
 
-    def close(self, params, state: BLTState, last, max_patches: int, rows=None) -> BLTState:
+    def close(
+        self, params, state: BLTState, last, max_patches: int, rows=None, max_rows=None
+    ) -> BLTState:
         count = jnp.minimum(self.num_waiting(state, last), max_patches)
         count = count if rows is None else jnp.where(rows, count, 0)
         numbers = span(state.blt.num_patches, 0, max_patches)
         starts_at = functools.partial(read_positions, state.record.start_positions)
         window = self.blt.cross_attention.window_encoder or 1
-        cache = functional.close_patches(
-            self.blt,
-            params["blt"],
-            state.blt,
+        found = (
             starts_at(numbers),
             starts_at(numbers + 1),
             starts_at(jnp.maximum(numbers - window + 1, 0)),
             count,
         )
+        chosen = None
+        if max_rows is not None:
+            chosen = on_rows(lambda count: jnp.argsort(count == 0)[:max_rows], count)
+            found = (take_rows(x, chosen) for x in found)
+        cache = functional.close_patches(self.blt, params["blt"], state.blt, *found, chosen)
         return state._replace(blt=cache)
 
     def num_patches(self, state: BLTState):

@@ -216,7 +216,7 @@ def _plain_step(shape: ProgramShape, params, request, progress: Progress) -> Pro
     calls = enough_wait(shape, waits, done, progress.waited)
     state = jax.lax.cond(
         calls,
-        lambda state: decoder.close(params, state, last, 1, waits),
+        lambda state: decoder.close(params, state, last, 1, waits, shape.max_rows),
         lambda state: state,
         progress.state,
     )

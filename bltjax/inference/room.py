@@ -32,6 +32,7 @@ LONGEST_CHUNK, CHUNK_OF_ROWS = 1024, 16_384  # positions of a row, and of all ro
 MIN_POSITIONS = 64
 STREAM_STEPS = 16  # between looks at what has been written
 ALL_CHUNKS = NEVER
+MANY = 16  # rows: on CPUs a call of the global stack then serves a quarter of them
 
 
 @dataclass
@@ -226,7 +227,19 @@ def make_shape(
         # The drafts, and the byte that they follow.
         max_rewind=max(decoding.max_drafts + 1, rewind),
     )
-    return ProgramShape(decoder.without_threshold(), size, decoding.max_drafts, decoding.quorum)
+    decoder, max_rows = decoder.without_threshold(), _rows_of_call(rows)
+    return ProgramShape(decoder, size, decoding.max_drafts, decoding.quorum, max_rows)
+
+
+def _rows_of_call(rows: int) -> int | None:
+    """Returns the rows that a call of the global stack serves; None: all.
+
+    On CPUs a call for many rows costs what their products cost, and rows that do not wait need
+    none. On accelerators, and for few rows, it costs reading the weights.
+    """
+    shards = sharding.num_row_shards(jax.sharding.get_mesh())
+    are_many = rows >= MANY and platform.platform() == "cpu" and shards == 1
+    return rows // 4 if are_many else None
 
 
 def _chunk(rows: int) -> int:

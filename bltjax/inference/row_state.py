@@ -27,6 +27,7 @@ class ProgramShape(NamedTuple):
     size: CacheSize
     max_drafts: int  # 0: no drafts
     quorum: float  # share of the rows at work that wait before the global stack runs
+    max_rows: int | None = None  # that a call of the global stack serves; None: all
 
 
 class RequestArrays(NamedTuple):
@@ -171,7 +172,10 @@ def close_all(shape: ProgramShape, params, state, last, max_patches, rows=None):
 def enough_wait(shape: ProgramShape, waits, done, waited):
     """Returns whether so many rows wait, or one for so long, that the global stack should run."""
     num_at_work = (~done).sum().astype(jnp.float32)
-    are_many = waits.sum().astype(jnp.float32) >= shape.quorum * num_at_work
+    wanted = shape.quorum * num_at_work
+    if shape.max_rows is not None:
+        wanted = jnp.minimum(wanted, shape.max_rows)
+    are_many = waits.sum().astype(jnp.float32) >= wanted
     return waits.any() & (are_many | (waited >= MAX_WAIT).any())
 
 

@@ -44,7 +44,7 @@ from bltjax.ops.cached_attention import (
     store_attention,
     write_cache,
 )
-from bltjax.ops.slots import below, on_shards, read_slots, span, write_slots
+from bltjax.ops.slots import below, on_shards, read_slots, span, take_rows, write_slots
 
 
 def _prepared(function):
@@ -135,29 +135,31 @@ def ngram_reach(config) -> int:
 
 @_prepared
 def close_patches(
-    config: BLTConfig, params, cache: BLTCache, starts, ends, seen_from, count
+    config: BLTConfig, params, cache: BLTCache, starts, ends, seen_from, count, rows=None
 ) -> BLTCache:
     """Runs the global stack on the next `count` int32 [B] patches, and returns the new cache.
 
     starts, ends: int32 [B, M], their positions, the end not included. seen_from: the first position
-    that a patch reads, with the encoder's window of patches.
+    that a patch reads, with the encoder's window of patches. rows: those of the cache that B stands
+    for, see `ops/slots.py`; None: all.
     """
-    stack, first = params["global_transformer"], cache.num_patches
+    stack, first = params["global_transformer"], take_rows(cache.num_patches, rows)
     valid = below(count, starts.shape[1])
     starts, ends, seen_from = (jnp.where(valid, x, 0) for x in (starts, ends, seen_from))
-    patches = _encode_patches(config, params["local_encoder"], cache, starts, ends, seen_from)
+    patches = _encode_patches(config, params["local_encoder"], cache, starts, ends, seen_from, rows)
     if config.patch_width != config.global_transformer.dim:
         patches = project(patches, stack["token_embedding_projection"])
 
     def attend(q, k, v, kept):
-        return store_attention(q, k, v, kept, first, count)
+        return store_attention(q, k, v, kept, first, count, rows=rows)
 
     patches, stores = _run_blocks(
         stack["layers"], config.global_transformer, patches, cache.patch, first, attend
     )
-    cache = cache._replace(patch=stores, num_patches=first + count)
+    cache = cache._replace(patch=stores, num_patches=_add_count(cache.num_patches, count, rows))
     numbers = span(first, 0, starts.shape[1])
-    return _add_decoder_patches(config, params["local_decoder"], cache, patches, numbers, valid)
+    decoder = params["local_decoder"]
+    return _add_decoder_patches(config, decoder, cache, patches, numbers, valid, rows)
 
 
 @_prepared
@@ -256,13 +258,16 @@ def _slots(positions, count, num_slots):
     return jnp.where(meant | (positions.shape[1] == 1), positions % num_slots, num_slots)
 
 
-def _write(kept, new, slots):
+def _write(kept, new, slots, rows=None):
     """Writes new keys and values [B, M, G, D] into cache slots [B, M] on each device."""
+    more = () if rows is None else (rows,)
 
-    def write(keys, values, slots, *kept):
-        return write_cache(kept, keys, values, slots)
+    def write(keys, values, slots, *rest):
+        rows, kept = (rest[0], rest[1:]) if more else (None, rest)
+        return write_cache(kept, keys, values, slots, rows)
 
-    return on_shards(write, *new, slots, *kept, like=tuple(range(3, 3 + len(kept))))
+    first = 3 + len(more)
+    return on_shards(write, *new, slots, *more, *kept, like=tuple(range(first, first + len(kept))))
 
 
 def _pool_on(mode, last, h, opens):
@@ -282,10 +287,16 @@ def _pool_on(mode, last, h, opens):
     return joined[1][:, 1:]
 
 
-def _encode_patches(config, encoder, cache, starts, ends, seen_from):
+def _add_count(num_patches, count, rows):
+    if rows is None:
+        return num_patches + count
+    return on_shards(lambda x, new, at: x.at[at].add(new), num_patches, count, rows)
+
+
+def _encode_patches(config, encoder, cache, starts, ends, seen_from, rows):
     """Returns patches [B, M, patch_width] as the encoder hands them to the global stack."""
     cross = config.cross_attention
-    pooled = read_slots(cache.pooled, (ends - 1) % cache.pooled.shape[1])
+    pooled = read_slots(cache.pooled, (ends - 1) % cache.pooled.shape[1], rows)
     if config.pooling == "mean":
         pooled = pooled / jnp.maximum(ends - starts, 1)[..., None]
     pooled = pooled.astype(config.compute_dtype)
@@ -293,7 +304,8 @@ def _encode_patches(config, encoder, cache, starts, ends, seen_from):
         return pooled
 
     def attend(q, kept):
-        return merge_vectors(span_attention(split_vectors(q, cross.k), kept, seen_from, ends))
+        q = split_vectors(q, cross.k)
+        return merge_vectors(span_attention(q, kept, seen_from, ends, rows=rows))
 
     patches = wide_to_vectors(project(pooled, encoder["patch_embedding_projection"]), cross.k)
     for layer, kept in zip(encoder["cross_attn_layers"], cache.byte, strict=True):
@@ -303,7 +315,9 @@ def _encode_patches(config, encoder, cache, starts, ends, seen_from):
     return vectors_to_wide(patches, cross.k)
 
 
-def _add_decoder_patches(config, decoder, cache: BLTCache, patches, numbers, valid) -> BLTCache:
+def _add_decoder_patches(
+    config, decoder, cache: BLTCache, patches, numbers, valid, rows
+) -> BLTCache:
     """Returns the cache with the decoder's keys and values of new global states [B, M, G]."""
     cross = config.cross_attention
     if config.has_decoder_projection:
@@ -311,14 +325,14 @@ def _add_decoder_patches(config, decoder, cache: BLTCache, patches, numbers, val
     if not cross.decoder:
         num_slots = cache.patch_states.shape[1]
         slots = jnp.where(valid, numbers % num_slots, num_slots)
-        return cache._replace(patch_states=write_slots(cache.patch_states, patches, slots))
+        return cache._replace(patch_states=write_slots(cache.patch_states, patches, slots, rows))
     vectors = wide_to_vectors(patches, cross.k)
     num_slots = cache.read[0][0].shape[2]
     slots = span(numbers % (num_slots // cross.k) * cross.k, 0, cross.k)
     slots = jnp.where(valid[..., None], slots, num_slots).reshape(len(slots), -1)
     eps = config.local_decoder.norm_eps
     new = [
-        _write(x, cross_keys_values(layer, vectors, eps), slots)
+        _write(x, cross_keys_values(layer, vectors, eps), slots, rows)
         for x, layer in zip(cache.read, decoder["cross_attn_layers"], strict=True)
     ]
     return cache._replace(read=tuple(new))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.ops import partial_softmax, platform
-from bltjax.ops.slots import below, on_shards, read_row, span, write_rows
+from bltjax.ops.slots import below, on_shards, read_row, read_some_rows, span, write_rows
 
 BLOCK = 128  # slots of a store that are read at a time on CPUs
 
@@ -55,23 +55,25 @@ def ring_attention(q, k, v, ring: Cache, first, count, earliest):
     return _on_shards_of_cache(attend, q, k, v, first, count, earliest, cache=ring)
 
 
-def store_attention(q, k, v, store: Cache, first, count, block: int = BLOCK):
+def store_attention(q, k, v, store: Cache, first, count, block: int = BLOCK, rows=None):
     """Attends from new positions to all stored ones before `first`, and to new ones not later.
 
     Shapes as in `ring_attention`; the number of slots is a multiple of `block`, or less. Rows of
     count 0 give anything. On CPUs cost follows the longest row with a count, not the number of
-    slots.
+    slots. rows: of the store, see `slots.py`; for CPUs.
     """
     in_blocks = platform.platform() == "cpu"
+    more = () if rows is None else (rows,)
 
-    def attend(q, k, v, first, count, *store):
+    def attend(q, k, v, first, count, *rest):
+        rows, store = (rest[0], rest[1:]) if more else (None, rest)
         groups, num_slots = store[0].shape[1:3]
         num_new, size = q.shape[1], min(block, num_slots) if in_blocks else num_slots
         slots = jnp.where(below(count, num_new), span(first, 0, num_new), num_slots)
 
         def see_store(sums, store, length):
             def add_block(i, sums):
-                part = (jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2) for x in store)
+                part = (_block_of(x, i * size, size, rows) for x in store)
                 visible = below(length - i * size, size)
                 return _add(sums, q, *_keys_values(tuple(part), q), visible[:, None])
 
@@ -81,27 +83,43 @@ def store_attention(q, k, v, store: Cache, first, count, block: int = BLOCK):
 
         before = jnp.where(count > 0, first, 0)
         if num_new == 1:
-            store, length = write_cache(store, k, v, slots), before + count
+            store, length = write_cache(store, k, v, slots, rows), before + count
             if in_blocks:
                 return _result(see_store(_no_sums(q, groups), store, length), q), *store
             return _attend_once(q, store, below(length, num_slots)[:, None]), *store
         sums = _see_new(q, k, v, first, jnp.zeros_like(first)[:, None])
-        return _result(see_store(sums, store, before), q), *write_cache(store, k, v, slots)
+        return _result(see_store(sums, store, before), q), *write_cache(store, k, v, slots, rows)
 
-    return _on_shards_of_cache(attend, q, k, v, first, count, cache=store)
+    return _on_shards_of_cache(attend, q, k, v, first, count, *more, cache=store)
 
 
-def span_attention(q, store: Cache, starts, ends, block: int = 16):
+def _block_of(store, start, size: int, rows):
+    """Returns slots start .. start + size - 1 of rows of a store [B, G, S, D] ."""
+    if rows is None:
+        return jax.lax.dynamic_slice_in_dim(store, start, size, axis=2)
+    _, groups, _, width = store.shape
+
+    def of_row(row):
+        return jax.lax.dynamic_slice(store, (row, 0, start, 0), (1, groups, size, width))[0]
+
+    return jax.vmap(of_row)(rows)
+
+
+def span_attention(q, store: Cache, starts, ends, block: int = 16, rows=None):
     """Attends from the K queries of each of M spans to stored positions start .. end - 1.
 
     q [B, M, K, H, D]; starts, ends int32 [B, M] -> [B, M, K, H, D], 0 for empty spans. Cost follows
-    the longest span; on accelerators a single span reads the store whole.
+    the longest span; on accelerators a single span reads the store whole. rows: of the store, see
+    `slots.py`; for CPUs.
     """
     at_once = platform.platform() != "cpu" and q.shape[1] == 1
 
-    def attend(q, starts, ends, *store):
-        rows, spans = q.shape[:2]
-        flat = q.reshape(rows * spans, *q.shape[2:])  # spans do not see each other
+    more = () if rows is None else (rows,)
+
+    def attend(q, starts, ends, *rest):
+        chosen, store = (rest[0], rest[1:]) if more else (None, rest)
+        num_rows, spans = q.shape[:2]
+        flat = q.reshape(num_rows * spans, *q.shape[2:])  # spans do not see each other
         if at_once:
             positions = jnp.arange(store[0].shape[2], dtype=jnp.int32)[None]
             visible = (positions >= starts) & (positions < ends)
@@ -109,15 +127,15 @@ def span_attention(q, store: Cache, starts, ends, block: int = 16):
 
         def add_block(i, sums):
             at = span(starts + i * block, 0, block)
-            part = tuple(_take_each(x, at) for x in store)
-            visible = (at < ends[..., None]).reshape(rows * spans, 1, block)
+            part = tuple(_take_each(x, at, chosen) for x in store)
+            visible = (at < ends[..., None]).reshape(num_rows * spans, 1, block)
             return _add(sums, flat, *_keys_values(part, q), visible)
 
         num_blocks = ((ends - starts).max() + block - 1) // block
         sums = jax.lax.fori_loop(0, num_blocks, add_block, _no_sums(flat, store[0].shape[1]))
         return _result(sums, flat).reshape(q.shape)
 
-    return on_shards(attend, q, starts, ends, *store)
+    return on_shards(attend, q, starts, ends, *more, *store)
 
 
 def slots_attention(q, cache: Cache, slots, visible):
@@ -136,11 +154,11 @@ def slots_attention(q, cache: Cache, slots, visible):
     return on_shards(attend, q, slots, visible, *cache)
 
 
-def write_cache(cache: Cache, keys, values, slots) -> Cache:
+def write_cache(cache: Cache, keys, values, slots, rows=None) -> Cache:
     """Writes keys, values [B, M, G, D] into slots int32 [B, M]; drops slots from R on."""
     new = (keys, values) if len(cache) == 2 else (jnp.concatenate([keys, values], axis=-1),)
     return tuple(
-        write_rows(x, jnp.swapaxes(y, 1, 2), slots) for x, y in zip(cache, new, strict=True)
+        write_rows(x, jnp.swapaxes(y, 1, 2), slots, rows) for x, y in zip(cache, new, strict=True)
     )
 
 
@@ -158,11 +176,12 @@ def _keys_values(cache: Cache, q):
     return cache if len(cache) == 2 else (cache[0][..., :width], cache[0][..., width:])
 
 
-def _take_each(cache, slots):
+def _take_each(cache, slots, rows=None):
     """Reads slots [B, M, S] of a cache [B, G, R, D] -> [B * M, G, S, D]."""
-    rows, groups, _, width = cache.shape
-    taken = jax.vmap(read_row)(cache, slots.reshape(rows, -1))
-    taken = taken.reshape(rows, groups, *slots.shape[1:], width)
+    num_rows, (_, groups, _, width) = len(slots), cache.shape
+    flat = slots.reshape(num_rows, -1)
+    taken = jax.vmap(read_row)(cache, flat) if rows is None else read_some_rows(cache, flat, rows)
+    taken = taken.reshape(num_rows, groups, *slots.shape[1:], width)
     return jnp.swapaxes(taken, 1, 2).reshape(-1, groups, slots.shape[-1], width)
 
 
@@ -214,10 +233,16 @@ def _as_queries(mixed, q):
 def _scores(q, keys):
     """Returns scores float32 [B, G, R, T, S] of q [B, T, H, D] against keys [B, G, S, D]."""
     queries = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[3])
-    return _product("btgrd,bgsd->bgrts", queries, keys) * q.shape[3] ** -0.5
+    if queries.shape[1] == queries.shape[3] == 1:  # a vector: CPUs read the keys four times faster
+        scores = _product("bgd,bgsd->bgs", queries[:, 0, :, 0], keys)[:, :, None, None]
+    else:
+        scores = _product("btgrd,bgsd->bgrts", queries, keys)
+    return scores * q.shape[3] ** -0.5
 
 
 def _read(weights, values):
+    if weights.shape[2] == weights.shape[3] == 1:
+        return _product("bgs,bgsd->bgd", weights[:, :, 0, 0], values)[:, :, None, None]
     return _product("bgrts,bgsd->bgrtd", weights, values)
 
 

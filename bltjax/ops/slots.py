@@ -1,6 +1,7 @@
 """Reads and writes cache slots, at different places in each row.
 
-Arrays may be sharded by rows, and by any axis but that of the slots.
+Arrays may be sharded by rows, and by any axis but that of the slots. `rows` int32 [R] names the
+rows of a cache that are meant, in order; None: all. With it the cache is not sharded by rows.
 """
 
 import math
@@ -9,9 +10,25 @@ import jax
 import jax.numpy as jnp
 
 
-def read_slots(cache: jax.Array, slots: jax.Array) -> jax.Array:
+def read_slots(cache: jax.Array, slots: jax.Array, rows: jax.Array | None = None) -> jax.Array:
     """Reads slots int32 [B, M], clipped, of a cache [B, ..., R, D] -> [B, ..., M, D]."""
-    return on_shards(jax.vmap(read_row), cache, slots)
+    if rows is None:
+        return on_shards(jax.vmap(read_row), cache, slots)
+    return on_shards(read_some_rows, cache, slots, rows)
+
+
+def read_some_rows(cache: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
+    """Does `read_slots` on one device; slots int32 [R, M] of each of the rows."""
+    lanes = jnp.arange(math.prod(cache.shape[1:-2]), dtype=rows.dtype)
+    flat = cache.reshape(len(cache), -1, *cache.shape[-2:])
+    at = rows[:, None, None], lanes[None, :, None], slots[:, None]
+    read = flat.at[at].get(mode="clip", wrap_negative_indices=False)
+    return read.reshape(len(rows), *cache.shape[1:-2], *read.shape[-2:])
+
+
+def take_rows(values: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """Returns the rows [R, ...] of values [B, ...]."""
+    return values if rows is None else on_shards(lambda x, at: x[at], values, rows)
 
 
 def read_row(row: jax.Array, slots: jax.Array) -> jax.Array:
@@ -19,22 +36,38 @@ def read_row(row: jax.Array, slots: jax.Array) -> jax.Array:
     return row.at[..., slots, :].get(mode="clip", wrap_negative_indices=False)
 
 
-def write_slots(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+def write_slots(
+    cache: jax.Array, new: jax.Array, slots: jax.Array, rows: jax.Array | None = None
+) -> jax.Array:
     """Writes new [B, ..., M, D] into slots int32 [B, M] of a cache [B, ..., R, D]; returns it.
 
     Drops slots from R on. No slot may be negative, or named twice in a row.
     """
-    return on_shards(write_rows, cache, new, slots)
+    more = () if rows is None else (rows,)
+    return on_shards(write_rows, cache, new, slots, *more)
 
 
-def write_rows(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+def write_rows(
+    cache: jax.Array, new: jax.Array, slots: jax.Array, rows: jax.Array | None = None
+) -> jax.Array:
     """Does `write_slots` on the rows of one device."""
+    if rows is not None:
+        return _write_some_rows(cache, new, slots, rows)
     write = jax.vmap(lambda row, new, at: row.at[at].set(new, mode="drop"))
     # Heads become rows: XLA turns a scatter to a single slot into a copy of the whole cache.
     groups = math.prod(cache.shape[1:-2])
     slots = jnp.repeat(slots, groups, axis=0)
     flat, new = (x.reshape(-1, *x.shape[-2:]) for x in (cache, new.astype(cache.dtype)))
     return write(flat, new, slots).reshape(cache.shape)
+
+
+def _write_some_rows(cache, new, slots, rows):
+    num_slots, width = cache.shape[-2:]
+    lanes = jnp.arange(math.prod(cache.shape[1:-2]), dtype=rows.dtype)
+    lane = rows[:, None, None] * len(lanes) + lanes[None, :, None]
+    at = jnp.where(slots < num_slots, slots, cache.size)[:, None] + lane * num_slots
+    flat, new = cache.reshape(-1, width), new.astype(cache.dtype).reshape(-1, width)
+    return flat.at[at.reshape(-1)].set(new, mode="drop").reshape(cache.shape)
 
 
 def read_positions(values: jax.Array, positions: jax.Array) -> jax.Array:

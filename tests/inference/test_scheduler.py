@@ -243,3 +243,20 @@ def test_texts_are_the_same_on_a_mesh(tiny):
             texts = mine.run()
             found.append([texts[key][0] for key in keys])
     assert found[0] == found[1]
+
+
+@pytest.mark.long
+def test_calls_for_some_of_many_rows_change_no_text(tiny, params, monkeypatch):
+    """On CPUs the global stack serves a quarter of many rows at once."""
+    from bltjax.inference import room
+
+    jobs = [job(bytes([97 + i]) * (i % 5), 20 + i, i, Sampling(temperature=1.0)) for i in range(16)]
+    found, calls = [], []
+    for many in (10**9, 16):
+        monkeypatch.setattr(room, "MANY", many)
+        mine = scheduler(tiny, params, rows=16)
+        keys = [mine.submit(one) for one in jobs]
+        texts = mine.run()
+        found.append([texts[key][0] for key in keys])
+        calls.append(sum(room.num_global_calls for room in mine.rooms.values()))
+    assert found[0] == found[1] and calls[0] < calls[1]

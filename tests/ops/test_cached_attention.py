@@ -324,3 +324,34 @@ def test_rows_and_heads_over_devices(attention, inputs, axes, use_mesh):
         found = [np.asarray(x) for x in found]
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, **CLOSE)
+
+
+@given(st.sampled_from(HEADS), st.sampled_from([1, 3]), SEEDS)
+@settings(max_examples=12)
+def test_some_rows_of_a_store_are_as_all_of_them(heads, num_new, seed):
+    """The rows that are meant see and write what they do among all; no other changes."""
+    rng, (heads, groups), batch = np.random.default_rng(seed), heads, 5
+    rows = rng.permutation(batch)[:3].astype(np.int32)
+    store = rng.normal(size=(2, batch, groups, S, D)).astype(np.float32)
+    q = rng.normal(size=(batch, num_new, heads, D)).astype(np.float32)
+    k, v = rng.normal(size=(2, batch, num_new, groups, D)).astype(np.float32)
+    first = rng.integers(0, S - num_new, batch).astype(np.int32)
+    count = rng.integers(0, num_new + 1, batch).astype(np.int32)
+    few = np.isin(np.arange(batch), rows)
+    whole = jax.jit(store_attention)(q, k, v, tuple(store), first, np.where(few, count, 0))
+    inputs = [x[rows] for x in (q, k, v)]
+    some = jax.jit(lambda *x: store_attention(*x[:3], x[3], *x[4:6], rows=x[6]))(
+        *inputs, tuple(store), first[rows], count[rows], rows
+    )
+    seen = count[rows] > 0
+    np.testing.assert_allclose(some[0][seen], np.array(whole[0])[rows][seen], **CLOSE)
+    for found, expected in zip(some[1], whole[1], strict=True):
+        np.testing.assert_array_equal(found, expected)
+    starts = rng.integers(0, S, (batch, 2)).astype(np.int32)
+    ends = np.minimum(starts + rng.integers(0, 9, (batch, 2)).astype(np.int32), S)
+    q = rng.normal(size=(batch, 2, 2, heads, D)).astype(np.float32)
+    whole = jax.jit(span_attention)(q, tuple(store), starts, ends)
+    some = jax.jit(lambda *x: span_attention(*x[:4], rows=x[4]))(
+        q[rows], tuple(store), starts[rows], ends[rows], rows
+    )
+    np.testing.assert_allclose(some, np.array(whole)[rows], **CLOSE)

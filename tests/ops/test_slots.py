@@ -87,3 +87,22 @@ def test_functions_of_rows(use_mesh):
         assert jax.typeof(sums).sharding.spec == sharding.batch_spec(1)
         # Each device sees its two rows only.
         np.testing.assert_array_equal(sums, np.arange(8) + 10 + np.repeat([1, 5, 9, 13], 2))
+
+
+@given(st.sampled_from(SHAPES), st.sampled_from([1, 3]), st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
+def test_some_rows_are_as_all_of_them(shape, num, seed):
+    rng = np.random.default_rng(seed)
+    rows = rng.permutation(shape[0])[: max(1, shape[0] - 1)].astype(np.int32)
+    cache, new = rng.normal(size=shape), rng.normal(size=(*shape[:-2], num, shape[-1]))
+    slots = np.stack([rng.permutation(shape[-2] + 3)[:num] for _ in range(shape[0])])
+    cache, new, slots = jnp.float32(cache), np.float32(new), np.int32(slots)
+    np.testing.assert_array_equal(
+        read_slots(cache, slots[rows], rows), np.array(read_slots(cache, slots))[rows]
+    )
+    others = np.setdiff1d(np.arange(shape[0]), rows)
+    elsewhere = slots.copy()
+    elsewhere[others] = shape[-2]  # dropped
+    np.testing.assert_array_equal(
+        write_slots(cache, new[rows], slots[rows], rows), write_slots(cache, new, elsewhere)
+    )
