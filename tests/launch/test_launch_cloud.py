@@ -109,13 +109,30 @@ def test_what_a_worker_is_told():
         f"(cd {home}/code && setsid bash launch/tpu_vm_worker.sh train a\\ b "
         f">>{home}/train.log 2>&1 </dev/null &)"
     ]
-    assert dry("tpu_vm_worker.sh", "train", "a b") == [
-        f"{home}/venv/bin/python -m bltjax.train a\\ b"
-    ]
+    for workdir, compiled in (
+        ("/runs/a", f"{home}/compiled"),
+        ("gs://mine/a/b", "gs://mine/compiled"),
+        ("gs://mine", "gs://mine/compiled"),
+    ):
+        (train,) = dry("tpu_vm_worker.sh", "train", "a b", f"--workdir={workdir}")
+        env, flags, cache, *command = shlex.split(train)
+        assert env == "env" and cache == f"JAX_COMPILATION_CACHE_DIR={compiled}"
+        assert flags.startswith("LIBTPU_INIT_ARGS=--xla_tpu_enable_async_collective_fusion=true ")
+        told = [*trained(f"{home}/cache"), "a b", f"--workdir={workdir}"]
+        assert command == [f"{home}/venv/bin/python", *told]
+    own = dict(LIBTPU_INIT_ARGS="", JAX_COMPILATION_CACHE_DIR="/mine")
+    (train,) = dry("tpu_vm_worker.sh", "train", "--workdir=gs://mine/a", **own)
+    assert shlex.split(train)[1:3] == [f"{name}={value}" for name, value in own.items()]
     assert dry("tpu_vm_worker.sh", "stop") == [
         f'kill -TERM "$(cat {home}/train.pid)"',
         *dry("tpu_vm_worker.sh", "wait_until_stopped"),
     ]
+
+
+def trained(cache):
+    """Words of the training before those that are given, which win where they are settings."""
+    bounds = f"--config.data.cache={cache}", "--config.data.cache_bytes=40000000000"
+    return ["-m", "bltjax.train", *bounds]
 
 
 # Logs its arguments and plays a cloud of one worker, whose home is a directory here.
@@ -202,7 +219,8 @@ def test_a_slice_that_was_taken_away_comes_back_and_trains(tmp_path):
     ]
 
     log = tmp_path / "home/bltjax/train.log"
-    told = "".join(f"<{word}>" for word in ("-m", "bltjax.train", *AWKWARD))
+    before = trained(tmp_path / "home/bltjax/cache")
+    told = "".join(f"<{word}>" for word in (*before, *AWKWARD))
     wait_for(lambda: log.exists() and log.read_text() == f"{told}\n")
     pid = tmp_path / "home/bltjax/train.pid"
     wait_for(lambda: pid.exists() and pid.read_text())
@@ -219,7 +237,8 @@ def test_a_slice_that_was_taken_away_comes_back_and_trains(tmp_path):
     launch("tpu_vm.sh", "install", **settings)
     wait_for(lambda: log.read_text().endswith("\nbltjax.train ended with exit code 75\n"))
     launch("tpu_vm.sh", "run", "--", "again", **settings)
-    wait_for(lambda: log.read_text().endswith("<-m><bltjax.train><again>\n"))
+    again = "".join(f"<{word}>" for word in (*before, "again"))
+    wait_for(lambda: log.read_text().endswith(f"{again}\n"))
     wait_for(lambda: pid.exists() and pid.read_text())
     os.kill(int(pid.read_text()), signal.SIGTERM)  # it ends by itself
     wait_for(lambda: not pid.exists())
@@ -314,6 +333,28 @@ def test_a_jobset_sets_flags_that_are_not_set(slices, between):
     assert any("data_parallel" in flag for flag in libtpu) == between
 
 
+@pytest.mark.parametrize(
+    "claim, workdir, compiled, mounted",
+    [
+        ("", "gs://mine/runs/a", "gs://mine/compiled", {"/cache", "/dev/shm"}),
+        ("runs", "/runs/a", "/runs/compiled", {"/cache", "/dev/shm", "/runs"}),
+        ("runs", "gs://mine/a", "gs://mine/compiled", {"/cache", "/dev/shm", "/runs"}),
+    ],
+)
+def test_a_jobset_keeps_its_run_in_a_bucket_or_a_claim(
+    jobset_schema, claim, workdir, compiled, mounted
+):
+    made = jobset(f"--workdir={workdir}", CLAIM=claim)
+    jobset_schema.validate(made)
+    pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {line["name"]: line["value"] for line in container["env"]}
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == compiled
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts.values()) == mounted
+    assert sorted(mounts) == sorted(volume["name"] for volume in pod["volumes"])
+
+
 def test_arguments_reach_the_container_as_they_are(jobset_schema):
     made = jobset(*AWKWARD, "yes", "12")
     jobset_schema.validate(made)
@@ -322,8 +363,8 @@ def test_arguments_reach_the_container_as_they_are(jobset_schema):
     ][0]
     # Kubernetes reads $$( as $(, which alone would name a variable.
     given = [argument.replace("$$(", "$(") for argument in container["args"]]
-    assert given == ["bltjax.train", *AWKWARD, "yes", "12"]
-    assert "$$(id)" in container["args"][3]
+    assert given == [*trained("/cache")[1:], *AWKWARD, "yes", "12"]
+    assert "$$(id)" in container["args"][5]
 
 
 def test_kubectl_is_given_what_was_printed(tmp_path):
