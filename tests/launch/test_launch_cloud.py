@@ -255,6 +255,44 @@ def test_stop_ends_no_process_but_the_training(tmp_path):
         other.kill()
 
 
+LOGGED_GCLOUD = """
+printf '%q ' "$@" | tr '\\n' ' ' >>"$CLOUD/calls"
+echo >>"$CLOUD/calls"
+case "$*" in
+    *" queued-resources describe "*) echo ACTIVE ;;
+    "projects describe "*) echo 1234 ;;
+esac
+"""
+
+
+def test_the_commands_of_the_page_do_what_it_says(tmp_path):
+    """From an empty project to a resumed spot run: the block as it is pasted into a shell."""
+    page = (ROOT / "launch/README.md").read_text()
+    section = page.partition("## From an empty project")[2].partition("\n## ")[0]
+    block = re.search(r"```\n(.*?)```", section, re.DOTALL)[1]
+    assert len(block.replace("\\\n", " ").strip().splitlines()) == 10
+    executable(tmp_path / "gcloud", LOGGED_GCLOUD)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    env = dict(PATH=path, HOME=str(tmp_path), TMPDIR=str(tmp_path), CLOUD=str(tmp_path))
+    subprocess.run(["bash", "-euc", block], cwd=ROOT, env=env, check=True, capture_output=True)
+    calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    where = ["--zone=us-east5-b", "--project=my-project"]
+    asked, made, _, granted, copied, created, *resumed, deleted = calls
+    assert asked[:2] == ["services", "enable"] and "tpu.googleapis.com" in asked
+    assert made[:4] == ["storage", "buckets", "create", "gs://my-runs"]
+    assert "--location=us-east5" in made
+    account = "serviceAccount:1234-compute@developer.gserviceaccount.com"
+    assert f"--member={account}" in granted and "--role=roles/storage.objectAdmin" in granted
+    assert copied[-1] == "gs://my-runs/corpus"
+    slice_ = ["blt", "--node-id=blt", *where, "--accelerator-type=v6e-64"]
+    assert created[3:] == ["create", *slice_, "--runtime-version=v2-alpha-tpuv6e", "--spot"]
+    assert deleted[3:5] == ["delete", "blt"]
+    runs = [call[-1] for call in resumed if "tpu_vm_worker.sh run " in call[-1]]
+    assert len(runs) == 2 and runs[0] == runs[1]
+    told = "--workdir=gs://my-runs/blt_1b --config.data.root=gs://my-runs/corpus"
+    assert f"run --config=configs/blt_1b.py {told} --config.mesh.fsdp=8" in runs[0]
+
+
 @pytest.fixture(scope="module")
 def jobset_schema():
     path = Path(__file__).parents[1] / "golden_data" / "jobset/jobset.schema.json.gz"
