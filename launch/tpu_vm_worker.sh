@@ -85,8 +85,8 @@ run() {
 }
 
 train() {
-    # Collectives beside the computation, as MaxText sets them for v5e to v6e: libtpu 0.0.42 knows
-    # them, what they gain was not measured. What is set already stays.
+    # Collectives beside the computation, as MaxText sets them for v5e to v6e: by the compiled program
+    # v6e gathers weights so, and v5e does by itself. Not measured. What is set already stays.
     export LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS---xla_tpu_enable_async_collective_fusion=true \
 --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
 --xla_tpu_enable_async_collective_fusion_multiple_steps=true \
