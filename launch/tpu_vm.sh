@@ -19,6 +19,9 @@ launch/tpu_vm.sh [--dry-run] COMMAND
                      after `create`.
   delete             give the slice back; what is on its disks is lost
 
+With --workdir=gs://BUCKET/RUN among the arguments all that is to be kept lies in the bucket, which
+the service account of the VMs must be allowed to read and write.
+
 --dry-run   print the commands and do nothing
 
 Settings, from the environment:
@@ -26,7 +29,8 @@ Settings, from the environment:
   ACCELERATOR_TYPE      v5litepod-64, v5p-128, v6e-64, ... (create, resume)
   RUNTIME_VERSION       the image of the VMs; default: the one that belongs to ACCELERATOR_TYPE
   SPOT=1                cheaper, and taken away at any time (create, resume)
-  NFS=HOST:/SHARE       mounted at /runs on every worker, for --workdir=/runs/... (install, resume)
+  NFS=HOST:/SHARE       instead of a bucket: mounted at /runs on every worker, for
+                        --workdir=/runs/... (install, resume)
   POLL_SECONDS          between two looks at a slice that is not there yet; default: 60 (resume)
 EOF
 }

@@ -9,7 +9,9 @@ launch/tpu_vm_worker.sh [--dry-run] COMMAND
   install [HOST:/SHARE]   ~/bltjax/incoming becomes ~/bltjax/code, with a Python of its own in
                           ~/bltjax/venv; the NFS share, if one is given, is mounted at /runs
   run ARGUMENTS           start bltjax.train in the background; its log is ~/bltjax/train.log
-  train ARGUMENTS         the same in the foreground
+  train ARGUMENTS         the same in the foreground, with copies of records of at most 40 GB in
+                          ~/bltjax/cache, and compiled programs in gs://BUCKET/compiled for
+                          --workdir=gs://BUCKET/..., else in ~/bltjax/compiled
   stop                    tell the training to save and stop, and wait until it has
   wait_until_stopped      wait only: it was told by another worker
 
@@ -83,18 +85,30 @@ run() {
 }
 
 train() {
-    # Collectives beside the computation, as MaxText sets them for v5e to v6e; not measured here. A
-    # restart finds its compiled programs in the cache. What is set already stays.
+    # Collectives beside the computation, as MaxText sets them for v5e to v6e: by the compiled program
+    # v6e gathers weights so, and v5e does by itself. Not measured. What is set already stays.
     export LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS---xla_tpu_enable_async_collective_fusion=true \
 --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
 --xla_tpu_enable_async_collective_fusion_multiple_steps=true \
 --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true}
-    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$home/compiled}
+    # A restart compiles nothing again. Worker 0 alone writes programs: only in a bucket the others,
+    # and the next slice, find them.
+    local compiled=$home/compiled argument
+    for argument in "$@"; do
+        [[ ! $argument =~ ^--?workdir=(gs://[^/]+) ]] || compiled=${BASH_REMATCH[1]}/compiled
+    done
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$compiled}
+    # Boot disks have 100 GB. The last of two equal settings counts.
+    local train=(
+        "$python" -m bltjax.train
+        "--config.data.cache=$home/cache" --config.data.cache_bytes=40000000000 "$@"
+    )
     if [ "$dry_run" ]; then
-        do_ "$python" -m bltjax.train "$@"
+        do_ env "LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS" \
+            "JAX_COMPILATION_CACHE_DIR=$JAX_COMPILATION_CACHE_DIR" "${train[@]}"
         return
     fi
-    "$python" -m bltjax.train "$@" &
+    "${train[@]}" &
     local pid=$! code=0
     echo "$pid" >"$home/train.pid"
     wait "$pid" || code=$?

@@ -15,7 +15,7 @@ from absl import flags
 
 from bltjax import cli
 from bltjax.cli import fail
-from bltjax.runtime import peers, processes, signals
+from bltjax.runtime import peers, preemption, processes, signals
 from bltjax.runtime.files import replacing
 from bltjax.runtime.system_errors import UnwritableError, in_words
 
@@ -27,6 +27,7 @@ def main(argv):
     config, workdir = cli.read_config()
     chosen = flags.FLAGS
     with signals.leaving(peers.stop):
+        preemption.watch(os.environ)
         try:
             processes.join(
                 processes.find_cluster(

@@ -17,8 +17,9 @@ from bltjax.config.checks import (
 )
 
 HUB = "hf://"
+SYNTHETIC = "synthetic://"
 FILE_KINDS = ("auto", "text", "bytes", "jsonl", "parquet", "array_record", "arrow")
-SOURCE_KINDS = (*FILE_KINDS, "chat", "huggingface")
+SOURCE_KINDS = (*FILE_KINDS, "chat", "huggingface", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class SourceConfig:
     path: str = ""
     # `"auto"` decides by the name of each file; `"text"`: a file is a document, decompressed if
     # need be; `"bytes"`: the same with its bytes as they are; `"chat"`: conversations, in JSON
-    # lines or Parquet; or one of `"jsonl"`, `"parquet"`, `"array_record"`, `"arrow"`,
-    # `"huggingface"`
+    # lines or Parquet; `"synthetic"`: text that is drawn, without a path; or one of `"jsonl"`,
+    # `"parquet"`, `"array_record"`, `"arrow"`, `"huggingface"`
     kind: str = "auto"
     field: str = ""  # field of a record that holds its text; empty: the first of `data.text_fields`
     # share of the bytes of this source; 0 for all sources: each document once an epoch. Give all
@@ -57,6 +58,11 @@ class SourceConfig:
             )
         if self.kind == "huggingface" and not self.path:
             found.append(f"{name}.path={self.path!r} must name a dataset")
+        if (self.path and self.kind == "synthetic") or _is_drawn(self.path):
+            found.append(
+                f"{name}.path={shown(self.path)}: text that is drawn has no path, give "
+                "kind='synthetic' alone"
+            )
         return found + not_negative(self, name, "weight")
 
 
@@ -65,8 +71,8 @@ class DataConfig:
     """The corpus. A hash of its name puts a document into the training or the validation part."""
 
     # the path of a single source: a file, a directory or a glob, local or `gs://`; `hf://DATASET`
-    # or `hf://DATASET:SUBSET` for a Hugging Face dataset; empty: the standard library of the
-    # running Python
+    # or `hf://DATASET:SUBSET` for a Hugging Face dataset; `synthetic://` for text that is drawn
+    # from `seed`; empty: the standard library of the running Python
     root: str = ""
     sources: tuple[SourceConfig, ...] = ()  # named sources, instead of `root`
     # endings of the text files that are read in directories, also with `.gz`, `.zst`, `.xz` or
@@ -93,7 +99,7 @@ class DataConfig:
     bad_records: str = "skip"
     validation_fraction: float = 0.035  # share of the documents that is held out, between 0 and 1
     # bytes taken of each source, approximately; files are taken in an order drawn from `seed`;
-    # None: all
+    # None: all, of text that is drawn 16 MB
     max_bytes: int | None = None
     # bytes of a document that training reads, its first ones; None: all. A small run learns more of
     # many beginnings than of a few whole files
@@ -109,7 +115,8 @@ class DataConfig:
     # bytes of these copies at most; those that were not used for longest are deleted
     cache_bytes: int = 200_000_000_000
     workers: int = 0  # processes that prepare batches; 0: a thread of the training process
-    seed: int = 0  # seed of the split, of the order of files and of the order of documents
+    # seed of the split, of the order of files and of documents, and of text that is drawn
+    seed: int = 0
 
     def problems(self, name: str) -> list[str]:
         """Returns what is wrong with the settings, a line each; name: of the group."""
@@ -125,6 +132,11 @@ class DataConfig:
             )
         if self.root == HUB:
             found.append(f"{name}.root={self.root!r} must name a dataset")
+        if _is_drawn(self.root) and self.root != SYNTHETIC:
+            found.append(
+                f"{name}.root={shown(self.root)} must be {SYNTHETIC!r}: how much text is drawn and "
+                f"which, {name}.max_bytes and {name}.seed say"
+            )
         if self.root and self.sources:
             found.append(f"{name}.root={self.root!r} and {name}.sources: give one of them")
         if self.records and (self.root or any(s.path for s in self.sources)):
@@ -150,4 +162,10 @@ class DataConfig:
         if self.root.startswith(HUB):
             path, _, subset = self.root.removeprefix(HUB).partition(":")
             return (SourceConfig(path=path, kind="huggingface", subset=subset),)
+        if self.root == SYNTHETIC:
+            return (SourceConfig(kind="synthetic"),)
         return self.sources or (SourceConfig(path=self.root),)
+
+
+def _is_drawn(path: str) -> bool:
+    return path.startswith(SYNTHETIC.rstrip("/"))

@@ -7,12 +7,12 @@ usage() {
 launch/gke/jobset.sh [--dry-run] -- [arguments of bltjax.train]
 
 Makes a JobSet with one pod for each host of each TPU slice and gives it to kubectl. The cluster
-needs the JobSet controller and a node pool for each slice.
+needs the JobSet controller and a node pool for each slice, whose service account may use the bucket.
 
-    export NAME=blt IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/bltjax CLAIM=runs
+    export NAME=blt IMAGE=REGION-docker.pkg.dev/PROJECT/REPOSITORY/bltjax
     export ACCELERATOR=tpu-v6e-slice TOPOLOGY=8x8
-    launch/gke/jobset.sh -- --config=configs/blt_1b.py --workdir=/runs/blt \
-        --config.data.root=/runs/corpus --config.mesh.fsdp=8
+    launch/gke/jobset.sh -- --config=configs/blt_1b.py --workdir=gs://BUCKET/blt \
+        --config.data.root=gs://BUCKET/corpus --config.mesh.fsdp=8
 
 When the nodes are taken away, all processes save the same step and exit with code 75. Any code but
 0 restarts the JobSet, at most MAX_RESTARTS times, and training goes on where it was saved. Codes 2
@@ -23,7 +23,8 @@ When the nodes are taken away, all processes save the same step and exit with co
 Settings, from the environment:
   NAME             of the JobSet
   IMAGE            made from launch/Dockerfile with EXTRA=tpu
-  CLAIM            a PersistentVolumeClaim that many nodes may write; it is /runs in the pods
+  CLAIM            instead of a bucket: a PersistentVolumeClaim that many nodes may write; it is
+                   /runs in the pods, for --workdir=/runs/...
   ACCELERATOR      tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice, tpu7x
   TOPOLOGY         chips of a slice, as its node pool has it: 8x8, 4x4x8, ...
   CHIPS_PER_HOST   as the node pool's machines have them; default: 4, or all of a smaller slice
@@ -60,7 +61,7 @@ shift
 for argument in "$@"; do
     [[ $argument != *[[:cntrl:]]* ]] || fail "an argument has a line break or control character"
 done
-for setting in NAME IMAGE CLAIM ACCELERATOR TOPOLOGY; do
+for setting in NAME IMAGE ACCELERATOR TOPOLOGY; do
     [ "${!setting:-}" ] || fail "$setting is not set: export it, see launch/gke/jobset.sh --help"
 done
 # Kubernetes appends to the name, and takes 63 characters.
@@ -71,7 +72,14 @@ libtpu_flags=${LIBTPU_INIT_ARGS---xla_tpu_enable_async_collective_fusion=true \
 --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
 --xla_tpu_enable_async_collective_fusion_multiple_steps=true \
 --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true}
-cache=${JAX_COMPILATION_CACHE_DIR-/runs/compiled}
+# Process 0 alone writes compiled programs: the others find them where the run is.
+place=${CLAIM:+/runs}
+for argument in "$@"; do
+    [[ ! $argument =~ ^--?workdir=(gs://[^/]+) ]] || place=${BASH_REMATCH[1]}
+done
+[ "$place" ] || fail "nothing would be kept: give --workdir=gs://BUCKET/RUN, or export CLAIM for \
+--workdir=/runs/RUN"
+compiled=${JAX_COMPILATION_CACHE_DIR-$place/compiled}
 slices=${SLICES:-1}
 if [ "$slices" != 1 ] && [ -z "${LIBTPU_INIT_ARGS+set}" ]; then # gradients between slices
     libtpu_flags+=" --xla_tpu_enable_data_parallel_all_reduce_opt=true"
@@ -163,18 +171,20 @@ EOF
                   image: $(quoted "$IMAGE")
                   args:
                     - bltjax.train
+                    - --config.data.cache=/cache
+                    - --config.data.cache_bytes=40000000000
 EOF
     for argument in "$@"; do
         echo "                    - $(quoted "$argument")"
     done
     cat <<EOF
-                  # Collectives beside the computation, as MaxText sets them for v5e to v6e, and
-                  # compiled programs for restarts; not measured here.
+                  # Collectives beside the computation, as MaxText sets them for v5e to v6e: by the
+                  # compiled program v6e gathers weights so, and v5e does by itself. Not measured.
                   env:
                     - name: LIBTPU_INIT_ARGS
                       value: $(quoted "$libtpu_flags")
                     - name: JAX_COMPILATION_CACHE_DIR
-                      value: $(quoted "$cache")
+                      value: $(quoted "$compiled")
                   # The TPU's devices belong to root, and its driver locks much memory.
                   securityContext:
                     privileged: true
@@ -186,14 +196,27 @@ EOF
                     limits:
                       google.com/tpu: $chips_per_host
                   volumeMounts:
-                    - name: runs
-                      mountPath: /runs
+                    - name: cache
+                      mountPath: /cache
                     - name: shared-memory
                       mountPath: /dev/shm
+EOF
+    if [ "${CLAIM:-}" ]; then
+        cat <<EOF
+                    - name: runs
+                      mountPath: /runs
               volumes:
                 - name: runs
                   persistentVolumeClaim:
                     claimName: $(quoted "$CLAIM")
+EOF
+    else
+        echo "              volumes:"
+    fi
+    cat <<EOF
+                # Copies of records, on the disk of the node.
+                - name: cache
+                  emptyDir: {}
                 # Processes that prepare batches hand them over in it; containers have 64 MB.
                 - name: shared-memory
                   emptyDir:

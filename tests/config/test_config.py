@@ -190,6 +190,10 @@ PROBLEMS = [
     (dict(data__shard_bytes=0), "data.shard_bytes=0"),
     (dict(data__cache_bytes=0), "data.cache_bytes=0"),
     (dict(data__root="hf://"), "data.root='hf://' dataset"),
+    (dict(data__root="synthetic://?bytes=1e6"), "'synthetic://?bytes=1e6' data.max_bytes"),
+    (dict(data__root="synthetic:"), "data.root='synthetic:' 'synthetic://'"),
+    (dict(data__sources=(dict(path="synthetic://"),)), "data.sources[0].path kind='synthetic'"),
+    (dict(data__sources=(dict(kind="synthetic", path="x"),)), "data.sources[0].path='x' drawn"),
     (dict(data__sources=SOURCES, data__root="x"), "data.root='x' data.sources one"),
     (dict(data__sources=(*SOURCES, dict(name="a"))), "data.sources: 'a'"),
     (dict(data__sources=({**SOURCES[0], "weight": 1.0}, SOURCES[1])), "data.sources: 1 2 weight"),
@@ -245,6 +249,8 @@ def test_a_root_is_a_single_source():
     assert changed().data.named_sources() == (SourceConfig(name="text", path=""),)
     (of_hub,) = changed(data__root="hf://org/corpus:20231101.en").data.named_sources()
     assert (of_hub.kind, of_hub.path, of_hub.subset) == ("huggingface", "org/corpus", "20231101.en")
+    (drawn,) = changed(data__root="synthetic://").data.named_sources()
+    assert (drawn.kind, drawn.path) == ("synthetic", "")
     named = changed(data__sources=SOURCES).data
     assert [source.name for source in named.named_sources()] == ["a", "b"]
 

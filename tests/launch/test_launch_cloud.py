@@ -109,13 +109,30 @@ def test_what_a_worker_is_told():
         f"(cd {home}/code && setsid bash launch/tpu_vm_worker.sh train a\\ b "
         f">>{home}/train.log 2>&1 </dev/null &)"
     ]
-    assert dry("tpu_vm_worker.sh", "train", "a b") == [
-        f"{home}/venv/bin/python -m bltjax.train a\\ b"
-    ]
+    for workdir, compiled in (
+        ("/runs/a", f"{home}/compiled"),
+        ("gs://mine/a/b", "gs://mine/compiled"),
+        ("gs://mine", "gs://mine/compiled"),
+    ):
+        (train,) = dry("tpu_vm_worker.sh", "train", "a b", f"--workdir={workdir}")
+        env, flags, cache, *command = shlex.split(train)
+        assert env == "env" and cache == f"JAX_COMPILATION_CACHE_DIR={compiled}"
+        assert flags.startswith("LIBTPU_INIT_ARGS=--xla_tpu_enable_async_collective_fusion=true ")
+        told = [*trained(f"{home}/cache"), "a b", f"--workdir={workdir}"]
+        assert command == [f"{home}/venv/bin/python", *told]
+    own = dict(LIBTPU_INIT_ARGS="", JAX_COMPILATION_CACHE_DIR="/mine")
+    (train,) = dry("tpu_vm_worker.sh", "train", "--workdir=gs://mine/a", **own)
+    assert shlex.split(train)[1:3] == [f"{name}={value}" for name, value in own.items()]
     assert dry("tpu_vm_worker.sh", "stop") == [
         f'kill -TERM "$(cat {home}/train.pid)"',
         *dry("tpu_vm_worker.sh", "wait_until_stopped"),
     ]
+
+
+def trained(cache):
+    """Words of the training before those that are given, which win where they are settings."""
+    bounds = f"--config.data.cache={cache}", "--config.data.cache_bytes=40000000000"
+    return ["-m", "bltjax.train", *bounds]
 
 
 # Logs its arguments and plays a cloud of one worker, whose home is a directory here.
@@ -202,7 +219,8 @@ def test_a_slice_that_was_taken_away_comes_back_and_trains(tmp_path):
     ]
 
     log = tmp_path / "home/bltjax/train.log"
-    told = "".join(f"<{word}>" for word in ("-m", "bltjax.train", *AWKWARD))
+    before = trained(tmp_path / "home/bltjax/cache")
+    told = "".join(f"<{word}>" for word in (*before, *AWKWARD))
     wait_for(lambda: log.exists() and log.read_text() == f"{told}\n")
     pid = tmp_path / "home/bltjax/train.pid"
     wait_for(lambda: pid.exists() and pid.read_text())
@@ -219,7 +237,8 @@ def test_a_slice_that_was_taken_away_comes_back_and_trains(tmp_path):
     launch("tpu_vm.sh", "install", **settings)
     wait_for(lambda: log.read_text().endswith("\nbltjax.train ended with exit code 75\n"))
     launch("tpu_vm.sh", "run", "--", "again", **settings)
-    wait_for(lambda: log.read_text().endswith("<-m><bltjax.train><again>\n"))
+    again = "".join(f"<{word}>" for word in (*before, "again"))
+    wait_for(lambda: log.read_text().endswith(f"{again}\n"))
     wait_for(lambda: pid.exists() and pid.read_text())
     os.kill(int(pid.read_text()), signal.SIGTERM)  # it ends by itself
     wait_for(lambda: not pid.exists())
@@ -234,6 +253,44 @@ def test_stop_ends_no_process_but_the_training(tmp_path):
         assert "no training is running" in process.stdout and not pid.exists()
         assert other.poll() is None
         other.kill()
+
+
+LOGGED_GCLOUD = """
+printf '%q ' "$@" | tr '\\n' ' ' >>"$CLOUD/calls"
+echo >>"$CLOUD/calls"
+case "$*" in
+    *" queued-resources describe "*) echo ACTIVE ;;
+    "projects describe "*) echo 1234 ;;
+esac
+"""
+
+
+def test_the_commands_of_the_page_do_what_it_says(tmp_path):
+    """From an empty project to a resumed spot run: the block as it is pasted into a shell."""
+    page = (ROOT / "launch/README.md").read_text()
+    section = page.partition("## From an empty project")[2].partition("\n## ")[0]
+    block = re.search(r"```\n(.*?)```", section, re.DOTALL)[1]
+    assert len(block.replace("\\\n", " ").strip().splitlines()) == 10
+    executable(tmp_path / "gcloud", LOGGED_GCLOUD)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    env = dict(PATH=path, HOME=str(tmp_path), TMPDIR=str(tmp_path), CLOUD=str(tmp_path))
+    subprocess.run(["bash", "-euc", block], cwd=ROOT, env=env, check=True, capture_output=True)
+    calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    where = ["--zone=us-east5-b", "--project=my-project"]
+    asked, made, _, granted, copied, created, *resumed, deleted = calls
+    assert asked[:2] == ["services", "enable"] and "tpu.googleapis.com" in asked
+    assert made[:4] == ["storage", "buckets", "create", "gs://my-runs"]
+    assert "--location=us-east5" in made
+    account = "serviceAccount:1234-compute@developer.gserviceaccount.com"
+    assert f"--member={account}" in granted and "--role=roles/storage.objectAdmin" in granted
+    assert copied[-1] == "gs://my-runs/corpus"
+    slice_ = ["blt", "--node-id=blt", *where, "--accelerator-type=v6e-64"]
+    assert created[3:] == ["create", *slice_, "--runtime-version=v2-alpha-tpuv6e", "--spot"]
+    assert deleted[3:5] == ["delete", "blt"]
+    runs = [call[-1] for call in resumed if "tpu_vm_worker.sh run " in call[-1]]
+    assert len(runs) == 2 and runs[0] == runs[1]
+    told = "--workdir=gs://my-runs/blt_1b --config.data.root=gs://my-runs/corpus"
+    assert f"run --config=configs/blt_1b.py {told} --config.mesh.fsdp=8" in runs[0]
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +371,28 @@ def test_a_jobset_sets_flags_that_are_not_set(slices, between):
     assert any("data_parallel" in flag for flag in libtpu) == between
 
 
+@pytest.mark.parametrize(
+    "claim, workdir, compiled, mounted",
+    [
+        ("", "gs://mine/runs/a", "gs://mine/compiled", {"/cache", "/dev/shm"}),
+        ("runs", "/runs/a", "/runs/compiled", {"/cache", "/dev/shm", "/runs"}),
+        ("runs", "gs://mine/a", "gs://mine/compiled", {"/cache", "/dev/shm", "/runs"}),
+    ],
+)
+def test_a_jobset_keeps_its_run_in_a_bucket_or_a_claim(
+    jobset_schema, claim, workdir, compiled, mounted
+):
+    made = jobset(f"--workdir={workdir}", CLAIM=claim)
+    jobset_schema.validate(made)
+    pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {line["name"]: line["value"] for line in container["env"]}
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == compiled
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts.values()) == mounted
+    assert sorted(mounts) == sorted(volume["name"] for volume in pod["volumes"])
+
+
 def test_arguments_reach_the_container_as_they_are(jobset_schema):
     made = jobset(*AWKWARD, "yes", "12")
     jobset_schema.validate(made)
@@ -322,8 +401,8 @@ def test_arguments_reach_the_container_as_they_are(jobset_schema):
     ][0]
     # Kubernetes reads $$( as $(, which alone would name a variable.
     given = [argument.replace("$$(", "$(") for argument in container["args"]]
-    assert given == ["bltjax.train", *AWKWARD, "yes", "12"]
-    assert "$$(id)" in container["args"][3]
+    assert given == [*trained("/cache")[1:], *AWKWARD, "yes", "12"]
+    assert "$$(id)" in container["args"][5]
 
 
 def test_kubectl_is_given_what_was_printed(tmp_path):

@@ -17,7 +17,7 @@ from etils import epath
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data import conversations
-from bltjax.data.sources import readers, tables
+from bltjax.data.sources import readers, synthetic, tables
 from bltjax.data.sources.files import COMPLETE, File, Listing, find_files, relative_names
 from bltjax.data.sources.left_out import LeftOut, described
 from bltjax.data.sources.readers import Bad, Document, Fields, undecoded
@@ -35,12 +35,12 @@ class Unit(NamedTuple):
 
     start and stop count bytes (jsonl), row groups (parquet), record batches (arrow) or records
     (array_record), and a stop of -1 is the end of the file; for huggingface they are the shard and
-    the number of shards.
+    the number of shards, for synthetic numbers of documents.
     """
 
     name: str  # unique in its source, fit for a file name; names sort in reading order
     kind: str  # kind of its files
-    paths: tuple[str, ...]  # its files, several only for text; for huggingface the dataset
+    paths: tuple[str, ...]  # its files, several only for text; of huggingface the dataset
     start: int
     stop: int
     size: int  # bytes on disk, about; 0 where unknown
@@ -77,6 +77,8 @@ def _list_units(source: SourceConfig, data: DataConfig) -> tuple[list[Unit], lis
     left_out = []
     if source.kind == "huggingface":
         units = _dataset_units(source, data)
+    elif source.kind == "synthetic":
+        units = _synthetic_units(data)
     else:
         files, left_out = list_files(source, data)
         # Not the hash of the split, by which the first files would all be validation documents.
@@ -101,6 +103,11 @@ def read_unit(unit: Unit, source: SourceConfig, data: DataConfig) -> Iterator[Do
     """
     if unit.kind == "huggingface":
         yield from _read_shard(unit, source, data, fields_of(source, data))
+        return
+    if unit.kind == "synthetic":
+        language = synthetic.language(f"{data.seed}:{source.name}")
+        for number in range(unit.start, unit.stop):
+            yield Document(f"synthetic:{number}", synthetic.document(language, number))
         return
     for path, name in zip(unit.paths, relative_names(unit.paths, source), strict=True):
         file = File(name, path, unit.kind, 0)
@@ -320,6 +327,14 @@ def _read_shard(unit: Unit, source: SourceConfig, data: DataConfig, fields: Fiel
         size += len(found.data) if isinstance(found, Document) else 0
         if size >= share:
             return
+
+
+def _synthetic_units(data: DataConfig) -> list[Unit]:
+    mean, total = synthetic.MEAN_BYTES, data.max_bytes or synthetic.DEFAULT_BYTES
+    target = min(data.shard_bytes, total)
+    documents, of_unit = (max(1, round(size / mean)) for size in (total, target))
+    spans = ((start, min(start + of_unit, documents)) for start in range(0, documents, of_unit))
+    return [Unit("", "synthetic", (), *span, mean * (span[1] - span[0])) for span in spans]
 
 
 def _hash(text: str) -> float:
