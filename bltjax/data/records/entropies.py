@@ -24,7 +24,18 @@ from bltjax.runtime.files import share
 from bltjax.runtime.progress import progress_bar
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
+ROWS_PER_DEVICE = 4  # at a time
 GROUP_IDS = 4_000_000  # ids of documents in memory at a time: 16 MB, and as much of entropies
+
+
+class TrainedModel(NamedTuple):
+    """An entropy model, its parameters on the host, and what else decides about its results."""
+
+    config: EntropyModelConfig
+    params: dict
+    reset_at_newlines: bool
+    row_bytes: int
+    claim: str  # what `claim_entropies` returned
 
 
 class _Span(NamedTuple):
@@ -49,6 +60,31 @@ def make_entropy_fn(config: EntropyModelConfig, reset_at_newlines: bool = False)
 def receptive_bytes(config: EntropyModelConfig) -> int:
     """Returns the number of earlier bytes that an entropy can depend on."""
     return config.transformer.num_layers * (config.transformer.window - 1)
+
+
+class Computer:
+    """Computes the entropies of shards on the devices of this process.
+
+    A device gets rows of one shape and no more than rows, on any mesh: so the entropies are the
+    same bits wherever they are computed.
+    """
+
+    def __init__(self, model: TrainedModel):
+        self._model, self._mesh = model, sharding.local_mesh()
+        self._entropy_fn = make_entropy_fn(model.config, model.reset_at_newlines)
+        with jax.set_mesh(self._mesh):
+            self._params = sharding.put_whole(model.params)
+
+    def add(self, store, shards: Sequence[Shard]):
+        """Does what `add_entropies` does."""
+        model, rows = self._model, ROWS_PER_DEVICE * sharding.num_row_shards(self._mesh)
+        shape = model.config, model.row_bytes, rows
+        with jax.set_mesh(self._mesh):
+            add_entropies(store, shards, self._entropy_fn, self._params, *shape, model.claim)
+
+    def compilations(self) -> int:
+        """Returns how often the model was compiled."""
+        return self._entropy_fn._cache_size()
 
 
 def add_entropies(
