@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from bltjax.config.data import DataConfig
 from bltjax.data.records import writing
-from bltjax.data.records.shards import Shard, has_entropies, score_histogram
+from bltjax.data.records.shards import Shard, score_histogram, without_entropies
 from bltjax.data.records.writing import Task
 from bltjax.data.sources.libraries import need
 from bltjax.patching.calibrate import ScoreHistogram
@@ -123,7 +123,7 @@ class Cluster:
         There is always an actor that waits for a device, and as many as those that have one: so
         machines that come later are used, and those that go are replaced.
         """
-        missing = [shard for shard in shards if not has_entropies(shard)]
+        missing = without_entropies(store.directory, shards)
         bar = progress_bar("entropies", sum(shard.num_bytes for shard in missing))
         given = self._ray.put(model)
         actor_type = self._ray.remote(**self._device())(_Device)

@@ -127,7 +127,8 @@ def check_external_entropies(config: RunConfig, directory: RunDirectory, store: 
     """
     if (store.directory / records.ENTROPIES).exists():
         return
-    found = [shard for shard in store.all_shards if records.has_entropies(shard)]
+    bare = {shard.stem for shard in records.without_entropies(store.directory, store.all_shards)}
+    found = [shard for shard in store.all_shards if shard.stem not in bare]
     external = [shard for shard in found if not records.model_of(shard)]
     if not external:
         return

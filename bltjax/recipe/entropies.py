@@ -271,7 +271,7 @@ def ensure_entropies(
     """
     stage = directory.stage(config, "entropy_model")
     has_model = directory.is_trained(stage.name)
-    if not has_model and all(records.has_entropies(shard) for shard in shards):
+    if not has_model and not records.without_entropies(store.directory, shards):
         return 0
     if not stage.is_finished():
         unfinished = "only a part of its training" if has_model else "no entropy model"

@@ -103,14 +103,24 @@ def write(
     """Writes an object; returns its generation.
 
     generation: that which the write replaces, 0 where there must be none yet. seconds: in which it
-    is tried, 0 for the usual number. Raises Changed where there is another.
+    is tried, 0 for the usual number. Raises Changed where there is another, unless it has the same
+    content: a write whose answer was lost is tried again, and finds itself.
     """
-    with _told(path):
-        blob = _blob(path)
-        blob.upload_from_string(
-            data, "application/octet-stream", if_generation_match=generation, **_patience(seconds)
-        )
-    return int(blob.generation)
+    try:
+        with _told(path):
+            blob = _blob(path)
+            blob.upload_from_string(
+                data,
+                "application/octet-stream",
+                if_generation_match=generation,
+                **_patience(seconds),
+            )
+            return int(blob.generation)
+    except Changed:
+        there = read_object(path)
+        if there is None or there[0] != data:
+            raise
+        return there[1]
 
 
 def delete(path: str | os.PathLike, generation: int | None = None):

@@ -232,10 +232,11 @@ def test_a_cluster_makes_the_same_records_though_a_machine_goes_and_another_come
 ):
     workdir, expected, report = copied
     machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    draw = random.Random()
+    moment = os.environ.get("MOMENTS") or str(random.randrange(1000))
+    draw = random.Random(moment)
     process = start("preprocess", workdir, f"--ray={cluster.address}")
     wanted = draw.randrange(2, len(expected) - 2)
-    print("killed after files", wanted, "of", len(expected))
+    print(f"MOMENTS={moment}: killed after {wanted} files of {len(expected)}")
     while process.poll() is None and number_of_files(workdir) < wanted:
         time.sleep(0.002)
     assert process.poll() is None, process.communicate()

@@ -17,7 +17,13 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.config import EntropyModelConfig
-from bltjax.data.records.shards import Documents, Shard, has_entropies, write_entropies
+from bltjax.data.records.shards import (
+    Documents,
+    Shard,
+    has_entropies,
+    without_entropies,
+    write_entropies,
+)
 from bltjax.data.sources.readers import in_chunks
 from bltjax.model import functional
 from bltjax.runtime.files import share
@@ -103,7 +109,7 @@ def add_entropies(
     `files.share`). Results depend on the shard, the model and the shape of batches alone. model:
     what `claim_entropies` returned. Raises ValueError as `corpus_entropies` does.
     """
-    missing = [shard for shard in shards if not has_entropies(shard)]
+    missing = without_entropies(store.directory, shards)
     # Processes take shards in one order: what lies before this one's is done or being done.
     ends = itertools.accumulate(shard.num_bytes for shard in missing)
     end_of = {shard.stem: end for shard, end in zip(missing, ends, strict=True)}

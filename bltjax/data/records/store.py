@@ -30,6 +30,7 @@ from bltjax.data.records.shards import damaged, drop_entropies, size_of
 from bltjax.data.records.shards import has_entropies as has_entropies
 from bltjax.data.records.shards import model_of as model_of
 from bltjax.data.records.shards import score_histogram as score_histogram
+from bltjax.data.records.shards import without_entropies as without_entropies
 from bltjax.data.records.shards import write_entropies as write_entropies
 from bltjax.data.records.writing import NAMED_BAD, PARTS, Task, below, intact, load, lock_of
 from bltjax.data.sources import units as sources
@@ -151,6 +152,8 @@ def _make(directory: Path, data: DataConfig, cluster: on_ray.Cluster | None):
     else:
         writing.record_units(directory, tasks, data, show)
     bar.close()
+    if is_remote(directory):
+        object_cache.learn(directory)
     _write_once(directory / INDEX, lambda: _index(stored, tasks, directory))
 
 
