@@ -210,6 +210,7 @@ def cluster(monkeypatch):
 
     for name, value in processes.environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else they wait for all other tests
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0))
     yield cluster
     cluster.shutdown()

@@ -54,6 +54,7 @@ def test_a_local_cluster(corpus, whole, store, monkeypatch):
     pytest.importorskip("ray", reason="the extra ray")
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else they wait for all other tests
     monkeypatch.setattr(on_ray, "SUMMED", 3)
     handler = signals.Leaving(lambda number: None)
     before = signal.signal(signal.SIGTERM, handler)
