@@ -71,7 +71,8 @@ def _configure():
     """Has the libraries keep no listings, and ask the server that the environment names."""
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # errors are raised as well
+    for library in ("gcsfs", "google.auth"):  # whose errors are raised as well
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     for protocol in ("gcs", "gs"):
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     # Names with / are all that is used here; to look for real directories takes a minute where
