@@ -1,5 +1,6 @@
 """What goes wrong with a cluster is told; sums of histograms are those of one process."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -7,10 +8,14 @@ import sys
 import numpy as np
 import pytest
 
+from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data import on_ray
 from bltjax.data.records import store as records
+from bltjax.data.records.writing import Task
+from bltjax.data.sources.units import Unit
 from bltjax.runtime import signals
 from tests.processes import environment, free_port
+from tests.record_stores import files_of
 
 
 def connected(address):
@@ -50,7 +55,7 @@ class Deadly:
 
 
 @pytest.mark.long
-def test_a_local_cluster(corpus, whole, store, monkeypatch):
+def test_a_local_cluster(corpus, whole, store, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="the extra ray")
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
@@ -61,10 +66,23 @@ def test_a_local_cluster(corpus, whole, store, monkeypatch):
     try:
         with on_ray.connect("local") as cluster:
             assert signal.getsignal(signal.SIGTERM) is handler
+            check_records(cluster, corpus, tmp_path)
             check_sums(cluster, whole)
             check_endings(cluster, store)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def check_records(cluster, corpus, tmp_path):
+    """They are those of one process; a bad one is skipped and named, or ends the work."""
+    one = files_of(records.build(tmp_path / "one", corpus).directory)
+    made = records.build(tmp_path / "cluster", corpus, cluster)
+    assert files_of(made.directory) == one
+    assert [bad.name for bad in made.bad["web"].first] == ["1.jsonl.gz:line 21"]
+    strict = dataclasses.replace(corpus, bad_records="fail")
+    named = r"^bad record '1\.jsonl\.gz:line 21' of source 'web': .*; mend it, or set"
+    with pytest.raises(ValueError, match=named):
+        records.build(tmp_path / "strict", strict, cluster)
 
 
 def check_sums(cluster, whole):
@@ -82,8 +100,9 @@ def check_endings(cluster, store):
     shard.scores_path.write_bytes(b"no histograms")
     with pytest.raises(ValueError, match=r"scores\.npz is damaged"):
         cluster.score_histogram([shard])
-    with pytest.raises(OSError, match=r"^part web/0: a process of the Ray cluster ended 4 times"):
-        cluster._result(cluster._task(os._exit).remote(3), "part web/0")
+    task = Task(SourceConfig("web", "nowhere"), Unit("0", "text", (), 0, -1, 10), Deadly(), [])
+    with pytest.raises(OSError, match=r"^part web/0 of the text: a process .* ended 4 times while"):
+        cluster.record_units(store.directory, [task], DataConfig(), None)
     shard.entropies_path.unlink()
     with pytest.raises(OSError, match=r"^the entropy model: a process .* ended 4 times while"):
         cluster.add_entropies(store, [shard], Deadly())
