@@ -38,7 +38,7 @@ Histograms = dict[tuple[str, str], ScoreHistogram]  # by source and language
 
 
 class Setting(NamedTuple):
-    """What this process has and those of the cluster need."""
+    """Place and caches of this process, which those of the cluster take over."""
 
     directory: str  # from which relative paths lead
     copies: object_cache.Settings

@@ -5,17 +5,25 @@ import os
 import signal
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from bltjax.config import EntropyModelConfig, TransformerConfig
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.data import on_ray
 from bltjax.data.records import store as records
+from bltjax.data.records.entropies import TrainedModel
 from bltjax.data.records.writing import Task
 from bltjax.data.sources.units import Unit
+from bltjax.model import functional
 from bltjax.runtime import signals
 from tests.processes import environment, free_port
 from tests.record_stores import files_of
+
+TINY = EntropyModelConfig(
+    TransformerConfig(dim=16, num_layers=1, num_heads=2, window=5, ffn_multiple_of=8)
+)
 
 
 def connected(address):
@@ -108,3 +116,9 @@ def check_endings(cluster, store):
         cluster.add_entropies(store, [shard], Deadly())
     with pytest.raises(Exception, match="'str' object has no attribute"):
         cluster.add_entropies(store, [shard], "no model")
+    params = jax.tree.map(np.asarray, functional.init(TINY, jax.random.key(0)))
+    model = TrainedModel(TINY, params, False, 512, "")
+    with pytest.raises(OSError, match=r"^the entropies of .*array_record: a .* ended 4 times"):
+        cluster.add_entropies(store._replace(sources=Deadly()), [shard], model)
+    cluster.add_entropies(store, [shard], model)
+    assert records.has_entropies(shard)
