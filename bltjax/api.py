@@ -16,6 +16,7 @@ from bltjax.checkpoints.weights import Lengths, Weights
 from bltjax.config import BLTConfig, EntropyModelConfig, PatchingConfig
 from bltjax.config.chat import ROLES, ChatConfig
 from bltjax.data import conversations
+from bltjax.evaluation.log_probs import next_byte_log_probs
 from bltjax.evaluation.patch_use import patch_use_of_documents
 from bltjax.evaluation.score import BLTScoring, ByteScoring, Score
 from bltjax.evaluation.text_model import Text, TextModel
@@ -173,6 +174,15 @@ class Model(TextModel):
         row_bytes = self.lengths.row_bytes if row_bytes is None else row_bytes
         with jax.set_mesh(self.mesh):
             return patch_use_of_documents(scoring, documents, num_rows, row_bytes)
+
+    def log_probs(self, documents: Sequence[Text]) -> list[np.ndarray]:
+        """Returns float32 [bytes + 1, 260] of each document: log p of the id after each byte.
+
+        The first row is of what follows BOS. A document is read as one row, however long it is; see
+        `evaluation.log_probs`.
+        """
+        with jax.set_mesh(self.mesh):
+            return next_byte_log_probs(self._scoring(), documents)
 
     def chat(
         self,
