@@ -24,8 +24,11 @@ from bltjax.evaluation.token_baseline import model as token_model
 from bltjax.evaluation.token_baseline.model import TokenModel
 from bltjax.inference.conversation import Conversation
 from bltjax.inference.decoders import BLTDecoder
+from bltjax.inference.jobs import Decoding
 from bltjax.inference.requests import make_requests
+from bltjax.inference.room import MIN_POSITIONS, power_of_two
 from bltjax.inference.sampling import Sampling
+from bltjax.inference.scheduler import Scheduler
 from bltjax.model import functional
 from bltjax.patching.boundaries import lengths_from_starts, needs_entropies, patch_starts
 from bltjax.patching.buffers import buffers_from_lengths
@@ -183,6 +186,18 @@ class Model(TextModel):
         """
         with jax.set_mesh(self.mesh):
             return next_byte_log_probs(self._scoring(), documents)
+
+    def scheduler(self, rows: int = 8, max_length: int = 8192, keep_prefixes: int = 0) -> Scheduler:
+        """Returns a Scheduler, which continues prompts as they come.
+
+        rows: slots in each of its rooms. max_length: bytes of a prompt and its continuation, and
+        BOS; the largest room has the next power of two. keep_prefixes: see Scheduler.
+        """
+        decoder, longest = self._decoder(), max(MIN_POSITIONS, power_of_two(max_length))
+        sizes = sorted({max(MIN_POSITIONS, longest // share) for share in (1, 4, 16)})
+        with jax.set_mesh(self.mesh):
+            params, decoding = self._generation_params, Decoding(batch_size=rows)
+            return Scheduler(decoder, params, decoding, sizes, keep_prefixes=keep_prefixes)
 
     def chat(
         self,

@@ -11,6 +11,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -51,6 +52,16 @@ class Read:
         return job.threshold == self.job.threshold and np.array_equal(mine, ids)
 
 
+class Stats(NamedTuple):
+    """Jobs now, and the work since the beginning."""
+
+    waiting: int  # jobs without a slot
+    running: int  # jobs in slots
+    steps: int
+    global_calls: int
+    new_bytes: int  # that were given out
+
+
 class Scheduler:
     """Slots in rooms, and the jobs that wait for them. All work is done on the mesh that is set."""
 
@@ -77,6 +88,7 @@ class Scheduler:
         self._read: dict[int, Read] = {}  # of each size, the prompt that comes next
         self._prefixes: OrderedDict[tuple, Reading] = OrderedDict()
         self._keys = itertools.count()
+        self._work = np.zeros(3, np.int64)  # steps, global calls, bytes
 
     def submit(self, job: Job) -> int:
         """Lets a job wait for a slot; returns its key.
@@ -132,6 +144,11 @@ class Scheduler:
         """Returns whether there is nothing to do."""
         return not (self.num_waiting or self.num_running)
 
+    @property
+    def stats(self) -> Stats:
+        """Returns the jobs now, and the work so far."""
+        return Stats(self.num_waiting, self.num_running, *map(int, self._work))
+
     def step(self, steps: int | None = None) -> list[Piece]:
         """Lets jobs that wait enter free slots, and makes steps in all rooms; returns new text."""
         pieces = []
@@ -139,7 +156,11 @@ class Scheduler:
             for size, room in self.rooms.items():
                 self._admit(size, room)
                 more = bool(self.waiting[size])
-                pieces += room.advance(steps or self.steps, until_one_is_done=more)
+                before = room.num_steps, room.num_global_calls
+                new = room.advance(steps or self.steps, until_one_is_done=more)
+                self._work[:2] += np.subtract((room.num_steps, room.num_global_calls), before)
+                self._work[2] += sum(len(piece.text) for piece in new)
+                pieces += new
         return pieces
 
     def _admit(self, size: int, room: Room):
