@@ -22,7 +22,7 @@ TIERS = [
     {"training", "inference"},
     {"evaluation"},
     {"api", "costs"},
-    {"recipe", "cli"},
+    {"recipe", "cli", "serving"},
     {"commands"},
 ]
 MODULES_WITHOUT_JAX = [

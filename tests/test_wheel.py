@@ -34,7 +34,8 @@ def test_every_file_of_the_package_and_every_config_is_in_the_wheel(wheel):
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "bltjax").rglob("*.py")}
     configs = {f"bltjax/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.py")}
     demo = {str(p.relative_to(ROOT)) for p in (ROOT / "bltjax/demo").rglob("*") if p.is_file()}
-    assert package | configs | demo | {"bltjax/py.typed"} <= inside and len(demo) > 2
+    others = {"bltjax/py.typed", "bltjax/serving/page.html"}
+    assert package | configs | demo | others <= inside and len(demo) > 2
 
 
 def test_the_console_script_finds_what_is_in_the_wheel_from_any_directory(wheel, tmp_path):

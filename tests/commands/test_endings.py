@@ -19,6 +19,7 @@ from bltjax.cli import COMMANDS
 from tests import directories, llamas, processes
 
 NAMES = sorted(path.stem for path in COMMANDS.glob("[!_]*.py"))
+ENDING = [name for name in NAMES if name != "serve"]  # by themselves; serving/test_faults.py has it
 STARTED = 1 << (signal.SIGTERM - 1)  # in SigCgt: the command handles SIGTERM from now on
 MOST_LINES = 3
 INTERRUPTED, TERMINATED, PIPE, SAVED = 130, 143, 141, 75
@@ -57,6 +58,7 @@ def arguments(name: str, files: Path, made: Path) -> list[str]:
             *(f"--config.entropy_model.transformer.{setting}" for setting in ENTROPY_MODEL),
         ],
         "score": [model, f"--input={files / 'text'}", "--show_patches"],
+        "serve": [model, "--port=0"],
         "settings": [],
         "train": [tiny, corpus, f"--workdir={made}", "--config.stages=entropy_model,entropies"],
     }[name]
@@ -208,14 +210,14 @@ def test_a_reader_that_goes_while_text_is_written(files, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ENDING)
 def test_every_stream_of_every_command(name, fault, files, tmp_path):
     run_with_fault(name, files, tmp_path / "made", fault)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [("SIGINT", INTERRUPTED), ("SIGTERM", TERMINATED)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ENDING)
 def test_signals_at_any_moment_of_every_command(name, number, code, files, tmp_path):
     """At six moments from the first to the last: while it imports, reads, compiles and works."""
     started = time.monotonic()

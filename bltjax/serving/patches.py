@@ -1,0 +1,38 @@
+"""The patches of a text, for `/v1/patches` and the page."""
+
+import dataclasses
+
+from bltjax.evaluation.patches.view import PatchView, look
+from bltjax.patching.boundaries import needs_entropies
+
+
+def show(model, text: bytes, threshold: float | None) -> dict:
+    """Returns patches, entropies and threshold of a text.
+
+    Raises ValueError for a threshold where the patching rule has none.
+    """
+    patching = model.patching
+    if threshold is not None:
+        if not needs_entropies(patching):
+            raise ValueError(
+                f"threshold={threshold}: the patching rule {patching.rule!r} has none: leave it out"
+            )
+        patching = dataclasses.replace(patching, threshold=threshold)
+    (view,) = look(model, [text], patching)
+    has_threshold = needs_entropies(patching)
+    return dict(
+        num_bytes=len(text),
+        rule=patching.rule,
+        threshold=patching.threshold if has_threshold else None,
+        trained_threshold=model.patching.threshold if has_threshold else None,
+        patches=_patches(view),
+        entropies=None if view.entropies is None else [float(h) for h in view.entropies],
+    )
+
+
+def _patches(view: PatchView) -> list[dict]:
+    pairs = zip(view.starts, view.patches, strict=True)
+    return [
+        dict(start=int(start), length=len(data), text=data.decode("utf-8", "replace"))
+        for start, data in pairs
+    ]
