@@ -19,7 +19,7 @@ from bltjax.vocabulary import BOS_ID, BYTE_OFFSET, EOS_ID, decode, is_drawable
 
 
 class Delta(NamedTuple):
-    """What one of the texts has grown by."""
+    """Growth of one of the texts."""
 
     index: int
     text: str

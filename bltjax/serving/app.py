@@ -38,7 +38,7 @@ CLOSED = 499  # the client went before its answer; for the metrics alone
 
 @dataclass
 class Settings:
-    """What the server was told: its name for the model, and its limits."""
+    """Settings of the server: its name for the model, and its limits."""
 
     name: str
     api_key: str | None = None

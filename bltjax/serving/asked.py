@@ -1,4 +1,4 @@
-"""What a request asks for: its fields as prompts, sampling, stop strings and limits."""
+"""Reads requests: their fields as prompts, sampling, stop strings and limits."""
 
 import itertools
 import secrets
@@ -46,12 +46,12 @@ class Asked(NamedTuple):
 
     @property
     def is_scored(self) -> bool:
-        """Whether the log-probabilities of the prompts are asked for."""
+        """Returns whether the log-probabilities of the prompts are asked for."""
         return self.echo and self.num_top is not None
 
     @property
     def needs_no_loop(self) -> bool:
-        """Whether scoring the prompts tells all: nothing is written, or the most probable byte."""
+        """Returns whether scores tell all: nothing is written, or the most probable byte."""
         greedy = self.sampling.temperature < GREEDY_BELOW and not self.sampling.valid_utf8
         one = self.max_new_bytes == 1 and greedy and self.sampling.repetition_penalty == 1
         return self.max_new_bytes == 0 or (self.is_scored and one and not self.stops)

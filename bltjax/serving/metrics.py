@@ -13,7 +13,7 @@ ROWS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """What `/metrics` shows. Any thread may count."""
+    """Counters that `/metrics` shows. Any thread may count."""
 
     def __init__(self):
         disable_created_metrics()  # a second line for each counter

@@ -71,7 +71,7 @@ async def _serve(model, scheduler, where, settings: Settings, max_open: int) -> 
 
 
 class Ending:
-    """How the server ends: it waits for the answers that are being written."""
+    """The end of the server: it waits for the answers that are being written."""
 
     def __init__(self, app: Server, web: uvicorn.Server):
         self._app, self._web, self._task = app, web, None

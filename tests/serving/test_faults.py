@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.serving import servers
 
 LONG = dict(model="m", prompt="the", max_tokens=4000, temperature=0)
+SMALL_ROOMS = "--rows=2", "--max_length=4096"
 KEY = "a secret"
 # Fails in the third step, as a device may.
 FAILING = """
@@ -38,7 +39,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(checkpoint):
-    with servers.running(checkpoint, "--rows=2", "--max_waiting=1", BLTJAX_API_KEY=KEY) as found:
+    with servers.running(checkpoint, *SMALL_ROOMS, "--max_waiting=0", BLTJAX_API_KEY=KEY) as found:
         found.headers = {"Authorization": f"Bearer {KEY}"}
         yield found
 
@@ -80,7 +81,7 @@ def test_a_client_that_goes_frees_its_row(server):
 
 def test_more_than_the_queue_holds_is_refused_and_comes_later(server):
     client = server.client(api_key=KEY)
-    streams = [client.completions.create(stream=True, **LONG) for _ in range(3)]
+    streams = [client.completions.create(stream=True, **LONG) for _ in range(2)]
     with pytest.raises(openai.RateLimitError) as refused:
         client.completions.create(model="m", prompt="x", max_tokens=1)
     assert refused.value.response.headers["retry-after"] == "1"
@@ -120,7 +121,7 @@ def test_no_request_makes_the_server_fail(server, path, body):
 
 def test_sigterm_lets_running_answers_finish(checkpoint):
     body = dict(LONG, max_tokens=600)
-    with servers.running(checkpoint) as server:
+    with servers.running(checkpoint, *SMALL_ROOMS) as server:
         stream = server.client().completions.create(stream=True, **body)
         pieces = [next(stream)]
         server.process.send_signal(signal.SIGTERM)
@@ -135,7 +136,7 @@ def test_sigterm_lets_running_answers_finish(checkpoint):
 
 
 def test_a_second_signal_ends_at_once(checkpoint):
-    with servers.running(checkpoint) as server:
+    with servers.running(checkpoint, *SMALL_ROOMS) as server:
         stream = server.client().completions.create(stream=True, **LONG)
         next(stream)
         server.process.send_signal(signal.SIGTERM)
@@ -147,7 +148,7 @@ def test_a_second_signal_ends_at_once(checkpoint):
 
 
 def test_a_model_that_fails_ends_the_server(checkpoint):
-    with servers.running(checkpoint, code=FAILING) as server:
+    with servers.running(checkpoint, *SMALL_ROOMS, code=FAILING) as server:
         failed = server.post("/v1/completions", LONG)
         assert failed.status_code == 500
         assert "the model has failed and this server ends" in failed.json()["error"]["message"]
@@ -168,7 +169,7 @@ def test_an_address_that_is_taken_is_told_before_the_model_is_read(checkpoint):
 @pytest.mark.long
 def test_sixty_four_clients_at_once(checkpoint):
     """Each gets the text that it would get alone; some go before the end."""
-    with servers.running(checkpoint) as server:
+    with servers.running(checkpoint, *SMALL_ROOMS) as server:
         client = server.client()
 
         def ask(number):
