@@ -57,6 +57,7 @@ def run(chosen) -> dict:
                 f"note: everyone who reaches {shown} may use the model: give {KEY} a key",
                 file=sys.stderr,
             )
+        where.listen()  # who reads the address may connect
         print(f"serving {printable_name(name)} at http://{shown}:{port}", flush=True)
         try:
             max_open = chosen.rows + chosen.max_waiting
