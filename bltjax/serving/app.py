@@ -22,7 +22,7 @@ from bltjax.serving.errors import RequestError
 from bltjax.serving.fields import DETOKENIZE, PATCHES, TOKENIZE, checked
 from bltjax.serving.metrics import Metrics
 from bltjax.serving.openapi import description
-from bltjax.serving.patches import show
+from bltjax.serving.patches import check_threshold, show
 from bltjax.serving.text import BOS_NAME, BOS_TOKEN
 from bltjax.serving.worker import Worker, broken
 from bltjax.vocabulary import text_bytes
@@ -136,6 +136,7 @@ class Server:
         return await self._answer(request, asked, Form(self.settings.name, True, asked))
 
     async def _answer(self, request: Request, asked: Asked, form: Form) -> Response:
+        check_threshold(self.model.patching, asked.threshold)
         choices = [Choice(i, asked) for i in range(asked.num_texts)]
         deltas = self._deltas(asked, choices)
         self.metrics.prompt_bytes.inc(sum(len(prompt.data) for prompt in asked.prompts))
@@ -201,6 +202,7 @@ class Server:
         if len(prompts) != 1:
             raise RequestError(f"prompt holds {len(prompts)} texts: give one", "prompt")
         self._check_length(prompts[0].data)
+        check_threshold(self.model.patching, given["threshold"])
         work = self.worker.call(lambda: show(self.model, prompts[0].data, given["threshold"]))
         return _json(await _unless_gone(request, work))
 

@@ -38,6 +38,7 @@ class Asked(NamedTuple):
     echo: bool
     stream: bool
     include_usage: bool
+    threshold: float | None  # nats, of the patching rule; None: the trained one
     shared: int = 0  # first bytes of a prompt that other requests are likely to begin with, too
 
     @property
@@ -60,7 +61,7 @@ class Asked(NamedTuple):
         """Returns a job for each text; those of one prompt stand together and share its reading."""
         with_log_p, shared = self.num_top is not None, self.shared and 1 + self.shared  # with BOS
         return [
-            Job(request, self.sampling, self.stops, with_log_p, shared)
+            Job(request, self.sampling, self.stops, with_log_p, self.threshold, shared)
             for prompt in self.prompts
             for request in self._requests(encode(prompt.data, add_eos=False))
         ]
@@ -78,6 +79,10 @@ def completion(body) -> Asked:
             f"best_of={given['best_of']} must be n={given['n']}: leave it out", "best_of"
         )
     stops = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
+    if given["threshold"] is not None and given["echo"] and given["logprobs"] is not None:
+        raise RequestError(
+            "threshold: prompts are scored with the trained one: leave it out", "threshold"
+        )
     return Asked(
         prompts=prompts_of(given["prompt"]),
         max_new_bytes=given["max_tokens"],
@@ -159,4 +164,5 @@ def _common(given: dict) -> dict:
         seed=secrets.randbelow(SEEDS) if seed is None else seed % SEEDS,
         stream=given["stream"],
         include_usage=bool(options.get("include_usage")),
+        threshold=given["threshold"],
     )

@@ -41,6 +41,14 @@ def number(least: float, most: float) -> dict:
     return dict(type="number", minimum=least, maximum=most)
 
 
+THRESHOLD = Field(
+    "threshold",
+    number(-1e6, 1e6),
+    None,
+    "a number of nats",
+    "instead of the trained one: a higher one makes longer patches",
+)
+
 COMMON = (
     Field("model", STRING, "", "a string", "any name; there is one model"),
     Field(
@@ -84,6 +92,7 @@ COMMON = (
         "a whole number of 64 bits",
         "of what is drawn: the same one gives the same text, in any company; null: any",
     ),
+    THRESHOLD,
     Field("stream", BOOL, False, "true or false", "send the text as it is written"),
     Field(
         "stream_options",
@@ -166,13 +175,7 @@ CHAT = (
 
 PATCHES = (
     Field("prompt", COMPLETIONS[0].schema, "", COMPLETIONS[0].wanted, "the text; one of them"),
-    Field(
-        "threshold",
-        number(-1e6, 1e6),
-        None,
-        "a number of nats",
-        "instead of the trained one",
-    ),
+    THRESHOLD,
 )
 TOKENIZE = (Field("prompt", STRING, None, "a string", "the text"),)
 DETOKENIZE = (Field("tokens", BYTES, None, COMPLETIONS[0].wanted, "bytes 0 to 255"),)

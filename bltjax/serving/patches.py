@@ -2,21 +2,25 @@
 
 import dataclasses
 
+from bltjax.config import PatchingConfig
 from bltjax.evaluation.patches.view import PatchView, look
 from bltjax.patching.boundaries import needs_entropies
+from bltjax.serving.errors import RequestError
+
+
+def check_threshold(patching: PatchingConfig, threshold: float | None):
+    """Raises RequestError for a threshold where the patching rule has none."""
+    if threshold is not None and not needs_entropies(patching):
+        raise RequestError(
+            f"threshold={threshold}: the patching rule {patching.rule!r} has none: leave it out",
+            "threshold",
+        )
 
 
 def show(model, text: bytes, threshold: float | None) -> dict:
-    """Returns patches, entropies and threshold of a text.
-
-    Raises ValueError for a threshold where the patching rule has none.
-    """
+    """Returns patches, entropies and threshold of a text."""
     patching = model.patching
     if threshold is not None:
-        if not needs_entropies(patching):
-            raise ValueError(
-                f"threshold={threshold}: the patching rule {patching.rule!r} has none: leave it out"
-            )
         patching = dataclasses.replace(patching, threshold=threshold)
     (view,) = look(model, [text], patching)
     has_threshold = needs_entropies(patching)

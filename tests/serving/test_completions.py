@@ -112,6 +112,14 @@ def test_a_seed_gives_the_same_text_in_any_company(client):
     assert len(unseeded) == 2
 
 
+def test_a_threshold_is_that_of_the_request(client, model):
+    (text,) = model.generate(["in a caf"], max_new_bytes=24, threshold=0.1)
+    options = dict(prompt="in a caf", max_tokens=24, **GREEDY)
+    found = client.completions.create(extra_body=dict(threshold=0.1), **options)
+    assert found.choices[0].text == shown(text)
+    assert found.usage.patches > client.completions.create(**options).usage.patches
+
+
 def test_log_probs_of_a_prompt_are_those_of_the_scorer(client, model):
     data = "in a café".encode()
     (log_p,) = model.log_probs([data])
@@ -203,6 +211,11 @@ def test_log_probs_of_a_chat(client):
             "needs 1048578 positions, and there are 1024",
         ),
         (dict(prompt="a" * 9000, echo=True, logprobs=0), "prompt", "9000 bytes"),
+        (
+            dict(prompt="a", echo=True, logprobs=1, extra_body=dict(threshold=1)),
+            "threshold",
+            "scored with the trained one",
+        ),
         (dict(prompt=["a"] * 69), None, "69 texts are asked for at once"),
     ],
 )
