@@ -52,7 +52,7 @@ class Running:
         (found,) = re.findall(rf"^{re.escape(name)} (\S+)$", self.get("/metrics").text, re.M)
         return float(found)
 
-    def wait_for(self, condition, seconds=120):
+    def wait_for(self, condition, seconds=240):
         """Until the condition holds; AssertionError where it does not within the time."""
         deadline = time.monotonic() + seconds
         while not condition():

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import re
 import signal
 import socket
 
@@ -49,6 +50,12 @@ def is_idle(server):
     return {"bltjax_running 0.0", "bltjax_waiting 0.0"} <= set(lines)
 
 
+def written(server):
+    """Bytes that the server has written so far."""
+    text = server.get("/metrics", headers=server.headers).text
+    return float(re.search(r"^bltjax_new_bytes_total (\S+)$", text, re.MULTILINE)[1])
+
+
 def test_the_key_is_asked_for(server):
     assert server.get("/health").status_code == 200
     for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": f"Bearer {KEY}x"}):
@@ -75,6 +82,7 @@ def test_a_client_that_goes_frees_its_row(server):
             assert client.recv(8)
         client.close()
         server.wait_for(lambda: is_idle(server))
+        assert written(server) < 3000  # of 4000 in each
     found = server.get("/metrics", headers=server.headers).text
     assert 'bltjax_requests_total{path="/v1/completions",status="499"}' in found
 
