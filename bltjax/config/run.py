@@ -126,6 +126,7 @@ class RunConfig:
             )
         found += self._profile_problems()
         found += self._teacher_problems()
+        found += self._diffusion_problems()
         found += self._patchless_problems("entropy_training", self.entropy_model, "entropy model")
         found += self._patchless_problems("token_training", self.token_model, "token model")
         if found:
@@ -147,6 +148,10 @@ class RunConfig:
                 f"{name}.teacher.source={shown(training.teacher.source)}: the {called} has no "
                 "layers of a teacher, leave it empty"
             )
+        found += training.diffusion.without_blocks(
+            f"{name}.diffusion",
+            f"only a BLT fills in blocks, give it for the BLT, not the {called}",
+        )
         if training.row_bytes == 0 < training.row_patches:
             found.append(f"{name}.row_bytes=0 must be at least 8: its rows have no patches")
         return found
@@ -167,6 +172,36 @@ class RunConfig:
                 "change the layers that are the teacher's, leave one out"
             ]
         return []
+
+    def _diffusion_problems(self) -> list[str]:
+        """Returns what keeps blocks from being learned: no blocks, or parts that do not learn."""
+        diffusion, block = self.blt_training.diffusion, self.blt.diffusion_block
+        weight = f"blt_training.diffusion.weight={diffusion.weight}"
+        if not block:
+            why = "blt.diffusion_block=0, give the bytes of a block, 4 for example"
+            # A model that the run starts from may have blocks.
+            unused = diffusion.without_blocks("blt_training.diffusion", why)
+            return [] if self.start_from else unused
+        if not diffusion.weight:
+            return []
+        with_blocks = f"with blt.diffusion_block={block} and {weight}"
+        remedy = "set blt_training.diffusion.weight=0, or leave it out"
+        others = {
+            f"blt.lora.rank={self.blt.lora.rank}": (self.blt.lora.rank, "adapters alone learn"),
+            f"blt_training.teacher.source={shown(self.blt_training.teacher.source)}": (
+                self.blt_training.teacher.source,
+                "a teacher has no lesson of blocks",
+            ),
+            "blt_training.optimizer.local_rate=0": (
+                not self.blt_training.optimizer.local_rate,
+                "the decoder does not learn",
+            ),
+        }
+        return [
+            f"{setting} {with_blocks}: {why}, {remedy}"
+            for setting, (is_set, why) in others.items()
+            if is_set
+        ]
 
     def _profile_problems(self) -> list[str]:
         first, stage = self.profile.first_step, self.profile.stage

@@ -26,8 +26,9 @@ from bltjax.runtime.progress import announced
 from bltjax.runtime.terminal import printable_name
 
 MODELS = ("entropy_model", "blt")
-# Settings that may be others than the source's: how a model is computed, and patches at turns.
-COMPUTING = (*DEVICE_FIELDS, "compute_dtype", "remat", "in_step", "turns")
+# Settings that may be others than the source's: how a model is computed, patches at turns, and the
+# blocks that a decoder learns to fill in.
+FREE = (*DEVICE_FIELDS, "compute_dtype", "remat", "in_step", "turns", "diffusion_block")
 
 
 def resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunConfig, Weights | None]:
@@ -80,9 +81,13 @@ def filled(config: RunConfig, entropy_model, blt, patching: PatchingConfig | Non
         if there is not None:
             given, usual = getattr(config, name), getattr(default, name)
             parts[name] = _fill(given, usual, there, name, config.start_from, problems)
+    found = dataclasses.replace(config, **parts) if not problems else config
+    if not found.blt.diffusion_block:
+        why = f"start_from={config.start_from} fills in no blocks, set blt.diffusion_block"
+        problems += config.blt_training.diffusion.without_blocks("blt_training.diffusion", why)
     if problems:
         raise ValueError("; ".join(problems))
-    return dataclasses.replace(config, **parts)
+    return found
 
 
 def _fill(given, default, there, name: str, source: str, problems: list[str]):
@@ -105,7 +110,7 @@ def _fill(given, default, there, name: str, source: str, problems: list[str]):
         return dataclasses.replace(given, **parts)
     if given == default:
         return there
-    if given != there and name.rpartition(".")[2] not in COMPUTING:
+    if given != there and name.rpartition(".")[2] not in FREE:
         problems.append(
             f"{name}={given!r} contradicts start_from={source}, which has {there!r}: leave it out"
         )
@@ -133,15 +138,18 @@ def first_params(
 
     def read() -> dict:
         source = printable_name(config.start_from)
-        plain = without_adapters(stage.model)
+        there = stage.model
+        if stage.name == "blt":  # the rest, which is new here, is drawn
+            there = dataclasses.replace(
+                without_adapters(there), diffusion_block=start.blt.diffusion_block
+            )
         with announced(f"{stage.name}: reading {source}"):
             lazy = formats.cast(start, "float32").params[stage.name]
-            params = placing.put_lazy(lazy, functional.abstract_params(plain))
+            params = placing.put_lazy(lazy, functional.abstract_params(there))
         directory.keep_start(stage.name, digest(params))
-        if plain == stage.model:
+        if there == stage.model:
             return params
-        key = jax.random.key(stage.training.seed)
-        return overlaid(params, functional.adapters(stage.model, key))
+        return overlaid(functional.added(stage.model, jax.random.key(stage.training.seed)), params)
 
     return read
 
