@@ -12,6 +12,7 @@ EOS_ID = 2
 BPE_ID = 3  # Ends a patch in the "bpe" patching rule; never emitted by `encode`.
 BYTE_OFFSET = 4  # Byte value b has id b + BYTE_OFFSET.
 VOCAB_SIZE = BYTE_OFFSET + 256
+MASK_ID = -1  # In blocks that a decoder fills in: a byte to be found; no model predicts it.
 TEXT = bytes, bytearray, memoryview, str  # types of a text
 _NO_BYTES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that escape no byte
 

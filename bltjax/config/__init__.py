@@ -9,6 +9,7 @@ dataclasses. Only this package knows ConfigDicts.
 from bltjax.config.chat import ChatConfig as ChatConfig
 from bltjax.config.data import DataConfig as DataConfig
 from bltjax.config.data import SourceConfig as SourceConfig
+from bltjax.config.diffusion import DiffusionConfig as DiffusionConfig
 from bltjax.config.lora import LoRAConfig as LoRAConfig
 from bltjax.config.model import DTYPES as DTYPES
 from bltjax.config.model import BLTConfig as BLTConfig

@@ -12,6 +12,7 @@ INIT_FACTORS = ("current_depth", "global_depth", "dim_ratio", "disabled")
 DTYPES = ("float32", "bfloat16")
 REMAT_MODES = ("none", "dots", "full")
 ATTENTION_KERNELS = ("auto", "tiles", "cudnn", "mosaic", "splash")
+MOST_FILLED = 256  # bytes of a block that the decoder fills in
 MOST_BLOCK = 2**16  # positions of a block; scores of two blocks would fill a TPU's memory
 HASH_TABLES = "encoder_hash_tok_embedding"  # published name of the parameter
 INITIAL_ROWS = ("normal", "zeros")
@@ -228,7 +229,7 @@ class EntropyModelConfig:
     attention_block: int | None = None
 
     # No settings here: of token models, and of byte latent transformers.
-    hash, lora = NO_TABLES, LoRAConfig()
+    hash, lora, diffusion_block = NO_TABLES, LoRAConfig(), 0
 
     @property
     def hash_width(self) -> int:
@@ -291,6 +292,9 @@ class BLTConfig:
     # the decoder starts from a linear layer of the encoder's byte states that is zero at first, so
     # that it has to read patches from the start (H-Net); otherwise from these states, as published
     skip_projection: bool = False
+    # bytes of a block that the decoder can fill in at once, from a patch start on (BLT-D, see
+    # `blt_training.diffusion`); 0: it predicts the next byte alone, as published
+    diffusion_block: int = 0
     lora: LoRAConfig = LoRAConfig()  # adapters, which then learn alone
     vocab_size: int = VOCAB_SIZE  # ids it predicts: 4 special ids and 256 bytes; at least 260
     init: InitConfig = InitConfig()  # initial weights
@@ -355,6 +359,7 @@ class BLTConfig:
             )
         found += cross.problems(f"{name}.cross_attention", f"{name}.local_encoder.dim", local.dim)
         found += one_of(self, name, "pooling", POOLING_MODES)
+        found += not_negative(self, name, "diffusion_block", most=MOST_FILLED)
         found += self.hash.problems(f"{name}.hash") + self.lora.problems(f"{name}.lora")
         return found + _common_model_problems(self, name)
 

@@ -41,9 +41,14 @@ FREE_FIELDS = (
     "profile",
 )
 
-# Settings of stacks and of patching that most models do not have, and what they are then.
+# Settings of models and of patching that most models do not have, and what they are then.
 OPTIONS = dict(
-    qkv_bias=False, qk_norm=False, rope_factor=1.0, rope_original_positions=None, turns=False
+    qkv_bias=False,
+    qk_norm=False,
+    rope_factor=1.0,
+    rope_original_positions=None,
+    turns=False,
+    diffusion_block=0,
 )
 
 # Of the device that computes a model, not of the model.

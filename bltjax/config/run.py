@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from bltjax.config.checks import MOST, MOST_BYTES, MOST_ROW, not_negative, one_of, positive, shown
 from bltjax.config.data import DataConfig
+from bltjax.config.diffusion import DiffusionConfig
 from bltjax.config.model import BLTConfig, EntropyModelConfig, TokenModelConfig
 from bltjax.config.patching import PatchingConfig
 from bltjax.config.training import (
@@ -126,6 +127,7 @@ class RunConfig:
             )
         found += self._profile_problems()
         found += self._teacher_problems()
+        found += self._diffusion_problems()
         found += self._patchless_problems("entropy_training", self.entropy_model, "entropy model")
         found += self._patchless_problems("token_training", self.token_model, "token model")
         if found:
@@ -147,6 +149,10 @@ class RunConfig:
                 f"{name}.teacher.source={shown(training.teacher.source)}: the {called} has no "
                 "layers of a teacher, leave it empty"
             )
+        if training.diffusion != DiffusionConfig():
+            found.append(
+                f"{name}.diffusion changes nothing: the {called} fills in no blocks, leave it out"
+            )
         if training.row_bytes == 0 < training.row_patches:
             found.append(f"{name}.row_bytes=0 must be at least 8: its rows have no patches")
         return found
@@ -167,6 +173,39 @@ class RunConfig:
                 "change the layers that are the teacher's, leave one out"
             ]
         return []
+
+    def _diffusion_problems(self) -> list[str]:
+        """Returns what keeps blocks from being learned: no blocks, or parts that do not learn."""
+        diffusion, block = self.blt_training.diffusion, self.blt.diffusion_block
+        weight = f"blt_training.diffusion.weight={diffusion.weight}"
+        if not block:
+            # A model that the run starts from may have blocks.
+            if diffusion == DiffusionConfig() or self.start_from:
+                return []
+            return [
+                "blt_training.diffusion changes nothing with blt.diffusion_block=0: give the bytes "
+                "of a block, 4 for example, or leave it out"
+            ]
+        if not diffusion.weight:
+            return []
+        with_blocks = f"with blt.diffusion_block={block} and {weight}"
+        remedy = "set blt_training.diffusion.weight=0, or leave it out"
+        others = {
+            f"blt.lora.rank={self.blt.lora.rank}": (self.blt.lora.rank, "adapters alone learn"),
+            f"blt_training.teacher.source={shown(self.blt_training.teacher.source)}": (
+                self.blt_training.teacher.source,
+                "a teacher has no lesson of blocks",
+            ),
+            "blt_training.optimizer.local_rate=0": (
+                not self.blt_training.optimizer.local_rate,
+                "the decoder does not learn",
+            ),
+        }
+        return [
+            f"{setting} {with_blocks}: {why}, {remedy}"
+            for setting, (is_set, why) in others.items()
+            if is_set
+        ]
 
     def _profile_problems(self) -> list[str]:
         first, stage = self.profile.first_step, self.profile.stage

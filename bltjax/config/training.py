@@ -13,6 +13,7 @@ from bltjax.config.checks import (
     positive,
     shown,
 )
+from bltjax.config.diffusion import DiffusionConfig
 from bltjax.config.teacher import TeacherConfig
 
 SCHEDULES = ("cosine", "linear", "inv_sqrt", "wsd", "constant")
@@ -124,6 +125,8 @@ class TrainingConfig:
     optimizer: OptimizerConfig = OptimizerConfig()  # optimizer and learning-rate schedule
     # the tokenized model that a byte-ified one learns from, with its global transformer frozen
     teacher: TeacherConfig = TeacherConfig()
+    # masked blocks that the decoder learns to fill in, where `blt.diffusion_block` is above 0
+    diffusion: DiffusionConfig = DiffusionConfig()
     z_loss: float = 0.0  # weight of the squared logarithm of the softmax's sum; 0: none
     # skip an update whose loss is above this many times its running mean, or not finite; 0: never,
     # otherwise above 1
@@ -204,6 +207,7 @@ class TrainingConfig:
                 "out"
             )
         found += self.teacher.problems(f"{name}.teacher")
+        found += self.diffusion.problems(f"{name}.diffusion")
         return found + self.optimizer.problems(f"{name}.optimizer")
 
 

@@ -11,13 +11,18 @@ TRAINING_FACTOR = 3  # forward and backward, in forward passes; rematerialisatio
 
 
 def flops_per_byte(
-    config: BLTConfig | EntropyModelConfig, context_bytes: float, patch_bytes: float = 1.0
+    config: BLTConfig | EntropyModelConfig,
+    context_bytes: float,
+    patch_bytes: float = 1.0,
+    blocks_per_byte: float = 0.0,
 ) -> dict[str, float]:
     """Returns the forward FLOPs per byte of each part of a model, and their `total`.
 
     context_bytes: bytes of a row, taken as one document, so an upper bound where rows are packed.
-    patch_bytes: mean bytes of a patch or a token; the entropy model ignores it. Attention counts
-    the pairs that the mask lets through, not the masked ones that a kernel may compute besides.
+    patch_bytes: mean bytes of a patch or a token; the entropy model ignores it. blocks_per_byte:
+    blocks that the decoder reads in training beside each byte, which are a part `blocks`. Attention
+    counts the pairs that the mask lets through, not the masked ones that a kernel may compute
+    besides.
     """
     if isinstance(config, EntropyModelConfig):
         stack = config.transformer
@@ -35,7 +40,22 @@ def flops_per_byte(
     patches, slots = 1 / patch_bytes, cross.k / patch_bytes  # per byte
     encoder_cross_layers = _num_cross_layers(cross.encoder, cross.all_layers_encoder, encoder)
     decoder_cross_layers = _num_cross_layers(cross.decoder, cross.all_layers_decoder, decoder)
+    blocks = {}
+    if blocks_per_byte:
+        rows = blocks_per_byte * config.diffusion_block
+        keys = mean_visible(context_bytes, decoder.window) + config.diffusion_block
+        read = _cross_attention(
+            decoder.dim,
+            cross.decoder_heads,
+            decoder_cross_layers,
+            queries=1,
+            keys=0,
+            pairs=cross.k * (cross.window_decoder or 1),
+        )
+        output = _matrix(decoder.dim, config.vocab_size)
+        blocks["blocks"] = rows * (stack_flops(decoder, keys) + read + output)
     return _with_total(
+        **blocks,
         encoder=stack_flops(encoder, mean_visible(context_bytes, encoder.window)),
         encoder_cross=_cross_attention(
             encoder.dim,

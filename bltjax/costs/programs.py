@@ -23,6 +23,7 @@ from bltjax.inference.row_state import RequestArrays
 from bltjax.inference.sampling import Sampling, sampling_arrays
 from bltjax.model import functional
 from bltjax.patching.boundaries import needs_entropies
+from bltjax.training.block_diffusion import blocks_per_byte
 from bltjax.training.optimizer import make_optimizer
 from bltjax.training.patch_finder import make_patch_finder
 from bltjax.training.state import abstract_state
@@ -61,7 +62,8 @@ def _trace_train(config, stage) -> Traced:
     batch = sharding.concrete(memory_plan.abstract_batch(config, stage))
     rows, length = batch["tokens"].shape
     patch_bytes = length / batch["patch_lengths"].shape[1] if "patch_lengths" in batch else 1.0
-    forward = flops_per_byte(model, length, patch_bytes)["total"]
+    blocks = blocks_per_byte(model, training, length, length / patch_bytes)
+    forward = flops_per_byte(model, length, patch_bytes, blocks)["total"]
     inputs, find_patches = [batch], None
     if stage == "blt" and config.patching.in_step:
         find_patches, entropy_params = _patch_finder(config, batch.pop("patch_lengths").shape[1])
@@ -75,7 +77,7 @@ def _trace_train(config, stage) -> Traced:
         batch_bytes=memory_plan.chip_bytes(batch),
         num_bytes=rows * length,
         model_flops=rows * length * TRAINING_FACTOR * forward,
-        recompute_flops=rows * length * recomputed_per_byte(model, length, patch_bytes),
+        recompute_flops=rows * length * recomputed_per_byte(model, length, patch_bytes, blocks),
     )
 
 
@@ -160,7 +162,9 @@ def _forward_flops(config, patch_bytes: float | None = None) -> float:
     return needed
 
 
-def recomputed_per_byte(model, length: int, patch_bytes: float) -> float:
+def recomputed_per_byte(
+    model, length: int, patch_bytes: float, blocks_per_byte: float = 0.0
+) -> float:
     """Returns the FLOPs that remat adds to the backward pass: "full" runs the layers again.
 
     "dots" keeps the results of linear layers and attention, so that only elementwise work and small
@@ -169,8 +173,8 @@ def recomputed_per_byte(model, length: int, patch_bytes: float) -> float:
     """
     if model.remat != "full":
         return 0.0
-    scanned = {"transformer", "encoder", "global", "decoder", "decoder_cross"}
+    scanned = {"transformer", "encoder", "global", "decoder", "decoder_cross", "blocks"}
     if isinstance(model, BLTConfig) and model.cross_attention.all_layers_encoder:
         scanned.add("encoder_cross")
-    parts = flops_per_byte(model, length, patch_bytes)
+    parts = flops_per_byte(model, length, patch_bytes, blocks_per_byte)
     return sum(flops for name, flops in parts.items() if name in scanned)

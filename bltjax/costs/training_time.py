@@ -12,6 +12,7 @@ from bltjax.costs.chips import CHIPS
 from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte
 from bltjax.costs.memory_plan import mean_patch_bytes
 from bltjax.patching.boundaries import needs_entropies
+from bltjax.training.block_diffusion import blocks_per_byte
 
 ASSUMED_MFU = 0.3  # where none is given
 
@@ -51,15 +52,17 @@ def _training(config: RunConfig, stage: str, num_bytes: float | None) -> StageWo
         num_bytes = configured
     elif stage == "entropy_model":
         num_bytes = min(num_bytes, configured)
-    per_byte = TRAINING_FACTOR * _forward(config, stage)
+    per_byte = TRAINING_FACTOR * _forward(config, stage, trains=True)
     return StageWork(num_bytes, per_byte, math.ceil(num_bytes / a_step))
 
 
-def _forward(config: RunConfig, stage: str) -> float:
+def _forward(config: RunConfig, stage: str, trains: bool = False) -> float:
     """Returns the FLOPs per byte of a forward pass of a stage's model."""
-    model, _ = config.trained(stage)
-    patch_bytes = mean_patch_bytes(config.patching)
-    return flops_per_byte(model, _row_bytes(config, stage), patch_bytes)["total"]
+    model, training = config.trained(stage)
+    patch_bytes, row_bytes = mean_patch_bytes(config.patching), _row_bytes(config, stage)
+    row_patches = training.row_patches or row_bytes / patch_bytes
+    blocks = blocks_per_byte(model, training, row_bytes, row_patches) if trains else 0.0
+    return flops_per_byte(model, row_bytes, patch_bytes, blocks)["total"]
 
 
 def _row_bytes(config: RunConfig, stage: str) -> float:

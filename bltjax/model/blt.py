@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bltjax.config import BLTConfig
+from bltjax.model.block_rows import in_rows
 from bltjax.model.embeddings import embed_ids
 from bltjax.model.global_transformer import GlobalTransformer
 from bltjax.model.hash_tables import HashTables
@@ -30,7 +31,7 @@ class BLT(nnx.Module):
         if config.lora.rank:
             add_adapters(self, config.lora, jax.random.fold_in(key, 1))
 
-    def __call__(self, tokens, patches, document_ids=None, ngrams=None):
+    def __call__(self, tokens, patches, document_ids=None, ngrams=None, blocks=None):
         """Returns logits and every intermediate, by name.
 
         Args:
@@ -39,9 +40,12 @@ class BLT(nnx.Module):
           document_ids: int32 [B, L]; bytes see only their own document. None: a document ends
             with its EOS (model.md#masks).
           ngrams: [B, L, E], the sum of each byte's hash n-gram rows. None: a lookup finds it.
+          blocks: Blocks that the decoder reads beside the bytes, which do not see them.
         Returns:
           dict of `embedded` [B, L, E], `byte_states` [B, L, E], `patch_states` [B, P, patch_width],
           `global_states` [B, P, G], `decoder_states` [layers, B, L, E], `logits` float32 [B, L, V].
+          With blocks also `block_logits` float32 [B, N, V] of their N bytes, one after the other:
+          at each place, of the byte there.
         """
         if document_ids is None:
             document_ids = document_segments(tokens)
@@ -49,10 +53,14 @@ class BLT(nnx.Module):
         global_states = self.global_transformer(
             patch_states, patch_documents(tokens, document_ids, patches.starts)
         )
-        logits, decoder_states = self.local_decoder(
-            byte_states, global_states, patches, document_ids
-        )
-        return dict(
+        reads, of_blocks = [byte_states, global_states, patches, document_ids], {}
+        if blocks is not None:
+            reads += [blocks, self.embed_blocks(blocks.ids)]
+        logits, decoder_states = self.local_decoder(*reads)
+        if blocks is not None:
+            logits, of_blocks["block_logits"] = logits
+            decoder_states, _ = decoder_states
+        return of_blocks | dict(
             embedded=embedded,
             byte_states=byte_states,
             patch_states=patch_states,
@@ -60,6 +68,14 @@ class BLT(nnx.Module):
             decoder_states=decoder_states,
             logits=logits,
         )
+
+    def embed_blocks(self, ids):
+        """Embeds the bytes of blocks [B, S, M, K] -> [B, S M K, E], as bytes without n-grams.
+
+        Masked ones are anything; n-grams would need the bytes between them.
+        """
+        embedding = self.local_encoder.tok_embeddings
+        return embedding(jnp.maximum(in_rows(ids), 0), self.config.compute_dtype)
 
     def encode(self, tokens, patches, document_ids, ngrams=None):
         """Returns `embedded`, `byte_states` and `patch_states` of `__call__`."""

@@ -52,12 +52,17 @@ class CrossAttention(nnx.Module):
     def bytes_from_patches(self, h, patches, patch_ids, k, window):
         """Attends from each byte to the k vectors of its patch.
 
-        h [B, L, E], patches [B, P*k, E], patch_ids int32 [B, L] -> [B, L, E].
+        h [B, L, E], patches [B, P*k, E], patch_ids int32 [B, L] -> [B, L, E]. There may be several
+        h, as a pytree, each with patch_ids of its own.
         """
         keys, values = (split_vectors(x, k) for x in self._keys_values_for_all_heads(patches))
-        return self.read(
-            h, lambda q: bytes_from_patches_attention(q, keys, values, patch_ids, window)
-        )
+
+        def read(h, patch_ids):
+            return self.read(
+                h, lambda q: bytes_from_patches_attention(q, keys, values, patch_ids, window)
+            )
+
+        return jax.tree.map(read, h, patch_ids)
 
     def keys_values(self, kv):
         """Projects kv [B, L, E] -> keys, values [B, L, G, D], which `read` may attend to."""

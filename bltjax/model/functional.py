@@ -14,7 +14,8 @@ from bltjax.config import BLTConfig, EntropyModelConfig
 from bltjax.model import incremental, prepared
 from bltjax.model.blt import BLT
 from bltjax.model.entropy_model import EntropyModel
-from bltjax.model.lora import matrices, only_adapters, set_dropout
+from bltjax.model.local_decoder import MASK
+from bltjax.model.lora import matrices, only_adapters, overlaid, set_dropout
 from bltjax.patching.boundaries import entropy_segments
 from bltjax.patching.entropy import next_byte_entropy
 
@@ -28,9 +29,16 @@ def init(config: BLTConfig | EntropyModelConfig, key: jax.Array) -> dict:
     return jax.jit(lambda key: _parameters(config, key))(key)
 
 
-def adapters(config: BLTConfig, key: jax.Array) -> dict:
-    """Draws the initial values of the adapters of a model alone, sharded over the mesh."""
-    return jax.jit(lambda key: only_adapters(_parameters(config, key)))(key)
+def added(config: BLTConfig, key: jax.Array) -> dict:
+    """Draws initial values of what published models do not have: adapters, the mask of blocks."""
+
+    def draw(key):
+        params = _parameters(config, key)
+        decoder = params["local_decoder"]
+        mask = {name: x for name, x in decoder.items() if name == MASK}
+        return overlaid(only_adapters(params), dict(local_decoder=mask))
+
+    return jax.jit(draw)(key)
 
 
 def abstract_params(config: BLTConfig | EntropyModelConfig) -> dict:
@@ -54,9 +62,10 @@ def apply(
 def intermediates(config, params, tokens, *inputs, dropout_key=None, **known) -> dict:
     """Returns everything that a forward pass computes, by name; see `BLT.__call__`.
 
-    dropout_key: draws which inputs of adapters are left out; None: none are.
+    dropout_key: draws which inputs of adapters are left out; None: none are. known: `ngrams`, and
+    `blocks` of a model with a `diffusion_block`, in the order and number that a caller likes.
     """
-    tokens, inputs = sharding.shard_rows((tokens, inputs))
+    tokens, inputs, known = sharding.shard_rows((tokens, inputs, known))
     model = _model(config, params)
     if dropout_key is not None:
         set_dropout(model, dropout_key)

@@ -1,6 +1,7 @@
 """Patches back to bytes: cross-attention before windowed blocks, then logits (model.md#decoder)."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -8,10 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bltjax.config import BLTConfig
+from bltjax.model.block_rows import block_of_rows_and_blocks, in_rows, with_mask
 from bltjax.model.cross_attention import add_residual, make_cross_layers, wide_to_vectors
-from bltjax.model.parameters import Linear, RMSNorm
+from bltjax.model.parameters import Embedding, Linear, RMSNorm
 from bltjax.model.transformer import block_of_rows, layer_slice, make_blocks, scan_layers
 from bltjax.ops.pooling import take_patches
+
+MASK = "mask_embedding"  # of a byte that blocks do not know
 
 
 class LocalDecoder(nnx.Module):
@@ -39,39 +43,48 @@ class LocalDecoder(nnx.Module):
         self.output = Linear(
             config.vocab_size, local.dim, std=local.dim**-0.5, axes=(None, "embed"), key=key_out
         )
+        if config.diffusion_block:
+            key_mask = jax.random.fold_in(key_out, 1)
+            self.mask_embedding = Embedding(1, local.dim, std=local.dim**-0.5, key=key_mask)
 
-    def __call__(self, h, patch_states, patches, segments):
+    def __call__(self, h, patch_states, patches, segments, blocks=None, embedded=None):
         """Maps h [B, L, E], patch_states [B, P, G] -> logits, states of all layers [N, B, L, E].
 
         Logits are float32 [B, L, V]. A byte reads `patches.decoder_ids`, the last patch complete
-        once the byte is known.
+        once the byte is known. With Blocks of N bytes in all, whose ids are `embedded` [B, N, E],
+        both results are pairs: of the bytes, as without them, and of those of the blocks.
         """
-        config, local = self.config, self.config.local_decoder
+        config, local, reading = self.config, self.config.local_decoder, self.config.cross_attention
         chex.assert_shape(h, (*segments.shape, local.dim))
         chex.assert_shape(patch_states, (*patches.lengths.shape, config.global_transformer.dim))
         if config.has_decoder_projection:
             patch_states = self.patch_embedding_projection(patch_states)
         if config.skip_projection:
             h = self.skip_projection(h)
-        run_block = block_of_rows(local, segments, config)
+        run_block, ids = block_of_rows(local, segments, config), patches.decoder_ids
+        if blocks is not None:
+            run_block = block_of_rows_and_blocks(config, segments, blocks)
+            rows = with_mask(embedded, in_rows(blocks.ids), self.mask_embedding.weight[...])
+            h, ids = (h, rows), (ids, in_rows(blocks.patch_ids, blocks.ids.shape[-1]))
 
-        if not config.cross_attention.decoder:
-            ids = patches.decoder_ids
-            h = h + take_patches(patch_states, ids) * (ids >= 0)[..., None].astype(h.dtype)
+        if not reading.decoder:
+
+            def add_patch(h, ids):
+                return h + take_patches(patch_states, ids) * (ids >= 0)[..., None].astype(h.dtype)
+
+            h = jax.tree.map(add_patch, h, ids)
             h, states = scan_layers(self.layers, h, run_block, config.remat)
             return self.logits(h), states
 
-        k = config.cross_attention.k
-        patch_states = wide_to_vectors(patch_states, k)
+        patch_states = wide_to_vectors(patch_states, reading.k)
 
         def both(layer, h):
             block, cross = layer
-            read = cross.bytes_from_patches(
-                h, patch_states, patches.decoder_ids, k, config.cross_attention.window_decoder
-            )
-            return run_block(block, add_residual(h, read, config.cross_attention.doubled_residual))
+            read = cross.bytes_from_patches(h, patch_states, ids, reading.k, reading.window_decoder)
+            add = functools.partial(add_residual, doubled=reading.doubled_residual)
+            return run_block(block, jax.tree.map(add, h, read))
 
-        num_cross = local.num_layers if config.cross_attention.all_layers_decoder else 1
+        num_cross = local.num_layers if reading.all_layers_decoder else 1
         h, states = scan_layers(
             (layer_slice(self.layers, 0, num_cross), self.cross_attn_layers), h, both, config.remat
         )
@@ -79,9 +92,9 @@ class LocalDecoder(nnx.Module):
             h, more = scan_layers(
                 layer_slice(self.layers, num_cross, None), h, run_block, config.remat
             )
-            states = jnp.concatenate([states, more])
+            states = jax.tree.map(lambda *parts: jnp.concatenate(parts), states, more)
         return self.logits(h), states
 
     def logits(self, h):
-        """Maps h [B, L, E] -> float32 logits [B, L, V]."""
-        return self.output(self.norm(h)).astype(jnp.float32)
+        """Maps h [B, L, E], or several as a pytree -> float32 logits [B, L, V]."""
+        return jax.tree.map(lambda h: self.output(self.norm(h)).astype(jnp.float32), h)

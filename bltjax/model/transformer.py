@@ -137,13 +137,18 @@ def run_blocks(blocks: Block, stack: TransformerConfig, x, segments, model: Mode
 
 def block_of_rows(stack: TransformerConfig, segments, model: Model):
     """Returns run_block(block, x) for rows x [B, L, E] whose positions see their segment [B, L]."""
+    factors, attend = attention_of(stack, segments, model)
+    return lambda block, x: block(x, factors, attend)
+
+
+def attention_of(stack: TransformerConfig, segments, model: Model):
+    """Returns what `Attention` wants beside x [B, L, E]: factors, and attend."""
     factors = rotary_of(stack, jnp.arange(segments.shape[1]))
     name = attention_kernel(stack, model).name
     # Splash kernels leave scores as they are: the turn of queries scales them for nothing.
     scale = stack.head_width**-0.5 if name == "splash" else 1.0
     factors = lay_out(factors, scale), lay_out(factors)
-    attend = attention_of_rows(segments, stack.window, name, model.attention_block)
-    return lambda block, x: block(x, factors, attend)
+    return factors, attention_of_rows(segments, stack.window, name, model.attention_block)
 
 
 def rotary_of(stack: TransformerConfig, positions):

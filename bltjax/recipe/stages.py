@@ -43,6 +43,7 @@ from bltjax.recipe.teacher import open_teacher
 from bltjax.runtime.paths import is_remote
 from bltjax.runtime.system_errors import writing
 from bltjax.runtime.terminal import printable_name
+from bltjax.training.block_diffusion import blocks_per_byte
 from bltjax.training.loop import InStep, Reporting, TrainingData, train
 from bltjax.training.optimizer import learning, make_optimizer
 from bltjax.training.state import abstract_state
@@ -267,7 +268,10 @@ def watch(
 ) -> Reporting:
     """Returns what a stage reports: useful FLOPs, traces, its settings, and held-out rows."""
     mean_patch_bytes = patched.mean_patch_bytes if patched else 1.0
-    forward = flops_per_byte(stage.model, layout.row_bytes, mean_patch_bytes)["total"]
+    row_bytes = layout.row_bytes
+    row_patches = layout.row_patches or row_bytes / mean_patch_bytes
+    blocks = blocks_per_byte(stage.model, stage.training, row_bytes, row_patches)
+    forward = flops_per_byte(stage.model, row_bytes, mean_patch_bytes, blocks)["total"]
     kernels = attention_report(stage.model)
     print(f"{stage.name}: {kernels}", flush=True)
     about = dict(

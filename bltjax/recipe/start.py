@@ -26,8 +26,9 @@ from bltjax.runtime.progress import announced
 from bltjax.runtime.terminal import printable_name
 
 MODELS = ("entropy_model", "blt")
-# Settings that may be others than the source's: how a model is computed, and patches at turns.
-COMPUTING = (*DEVICE_FIELDS, "compute_dtype", "remat", "in_step", "turns")
+# Settings that may be others than the source's: how a model is computed, patches at turns, and the
+# blocks that a decoder learns to fill in.
+FREE = (*DEVICE_FIELDS, "compute_dtype", "remat", "in_step", "turns", "diffusion_block")
 
 
 def resolve(config: RunConfig, directory: RunDirectory) -> tuple[RunConfig, Weights | None]:
@@ -105,7 +106,7 @@ def _fill(given, default, there, name: str, source: str, problems: list[str]):
         return dataclasses.replace(given, **parts)
     if given == default:
         return there
-    if given != there and name.rpartition(".")[2] not in COMPUTING:
+    if given != there and name.rpartition(".")[2] not in FREE:
         problems.append(
             f"{name}={given!r} contradicts start_from={source}, which has {there!r}: leave it out"
         )
@@ -133,15 +134,18 @@ def first_params(
 
     def read() -> dict:
         source = printable_name(config.start_from)
-        plain = without_adapters(stage.model)
+        there = stage.model
+        if stage.name == "blt":  # the rest, which is new here, is drawn
+            there = dataclasses.replace(
+                without_adapters(there), diffusion_block=start.blt.diffusion_block
+            )
         with announced(f"{stage.name}: reading {source}"):
             lazy = formats.cast(start, "float32").params[stage.name]
-            params = placing.put_lazy(lazy, functional.abstract_params(plain))
+            params = placing.put_lazy(lazy, functional.abstract_params(there))
         directory.keep_start(stage.name, digest(params))
-        if plain == stage.model:
+        if there == stage.model:
             return params
-        key = jax.random.key(stage.training.seed)
-        return overlaid(params, functional.adapters(stage.model, key))
+        return overlaid(functional.added(stage.model, jax.random.key(stage.training.seed)), params)
 
     return read
 

@@ -144,7 +144,7 @@ def decays(config: OptimizerConfig, name: str) -> bool:
     module = name.split(".")[-2]
     if "norm" in module.split("_") or name.endswith(".bias"):  # ffn_norm, cross_attn_norm_q
         return config.decay_norms
-    return config.decay_embeddings or module != "tok_embeddings"
+    return config.decay_embeddings or module not in ("tok_embeddings", "mask_embedding")
 
 
 def _rates(config: OptimizerConfig) -> dict[str, float]:

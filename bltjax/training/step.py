@@ -18,6 +18,7 @@ from bltjax.model import functional
 from bltjax.model.lora import overlaid
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.runtime.heap import give_back_after_compiling
+from bltjax.training import block_diffusion
 from bltjax.training.loss import bits_per_byte, loss_sums
 from bltjax.training.optimizer import HASH_TABLES, learning, learning_rate
 from bltjax.training.patch_finder import patch_counts
@@ -56,11 +57,15 @@ def make_train_step(
     if config.skip_loss_above or config.skip_norm_above:
         update = _guarded(config, update)
     sparse = config.optimizer.hash_updates == "touched"
+    blocks = block_diffusion.has_blocks(model_config, config)
 
     def train_step(state: TrainState, batch, entropy_params=None, teacher=None):
         key = None
         if model_config.lora.dropout:
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if blocks:
+            drawn = block_diffusion.noise(model_config, config.seed, state.step, batch["tokens"])
+            batch = batch | dict(block_noise=drawn)
         if teacher is not None:
             teacher = teacher | dict(fed=state.step < config.teacher.feed * config.steps)
         further = entropy_params, key, teacher
@@ -79,7 +84,7 @@ def _gradients(model_config, config, find_patches, num_sources, byte_lengths, ro
     key: of the dropout of adapters, or None. teacher: its arrays, or None. Gradients are those of
     the parameters that learn, see `optimizer.learning`.
     """
-    z_loss = config.z_loss
+    z_loss, blocks = config.z_loss, block_diffusion.has_blocks(model_config, config)
 
     def gradients(params, batch, entropy_params, key, teacher):
         rows = batch["tokens"], batch["document_ids"]
@@ -87,16 +92,21 @@ def _gradients(model_config, config, find_patches, num_sources, byte_lengths, ro
 
         def objective(learned):
             every = overlaid(params, learned)
-            taught = None
+            forward, added = None, lambda sums: 0.0
             if teacher is not None:
-                taught = functools.partial(
+                forward = functools.partial(
                     taught_logits, model_config, config.teacher, row_tokens, every, teacher
                 )
-            sums = batch_sums(
-                model_config, every, batch, found, num_sources, z_loss, byte_lengths, key, taught
-            )
+                added = functools.partial(weighted, config.teacher)
+            elif blocks:
+                forward = functools.partial(
+                    block_diffusion.logits_and_sums, model_config, config.diffusion, every
+                )
+                added = functools.partial(block_diffusion.weighted, config.diffusion)
+            constant = num_sources, z_loss, byte_lengths
+            sums = batch_sums(model_config, every, batch, found, *constant, key, forward)
             loss = sums["nats"] + z_loss * sums.pop("z", 0.0)
-            return loss + (weighted(config.teacher, sums) if taught else 0.0), sums
+            return loss + added(sums), sums
 
         return jax.grad(objective, has_aux=True)(learning(config.optimizer, params))
 
@@ -207,6 +217,8 @@ def _metrics(sums: dict, batch: dict) -> dict:
         metrics["overflow"] = sums["overflow"]
     if "taught" in sums:
         metrics |= means(sums)
+    if "blocks" in sums:
+        metrics |= block_diffusion.means(sums)
     if "stop" in batch:
         metrics["stop"] = jnp.max(batch["stop"])
     return metrics
@@ -235,11 +247,11 @@ def batch_sums(
     z_loss=0.0,
     byte_lengths=None,
     dropout_key=None,
-    taught=None,
+    forward=None,
 ):
     """Runs a model over a batch -> `loss_sums` and `patch_counts`; without patches, `inputs`.
 
-    patches: PatchBuffers, where the batch has no patch_lengths. taught: (batch, patches) -> logits
+    patches: PatchBuffers, where the batch has no patch_lengths. forward: (batch, patches) -> logits
     and more sums, in the place of the model, see `teacher.taught_logits`.
     """
     if patches is None and "patch_lengths" in batch:
@@ -250,10 +262,10 @@ def batch_sums(
         rows, dtype = params[HASH_TABLES]["weight"], model_config.compute_dtype
         known["ngrams"] = sum_rows(rows, batch["ngram_places"], dtype)
     more = {}
-    if taught is None:
+    if forward is None:
         logits = functional.apply(model_config, params, batch["tokens"], *inputs, **known)
     else:
-        logits, more = taught(batch, patches, **known)
+        logits, more = forward(batch, patches, **known)
     targets = batch["targets"], batch["loss_mask"], batch.get("source_ids")
     sums = loss_sums(logits, *targets, num_sources, bool(z_loss), byte_lengths) | more
     if patches is not None:

@@ -26,8 +26,10 @@ from bltjax.checkpoints.lazy_arrays import (
 from bltjax.checkpoints.weights import shape_problems, shapes
 from bltjax.config import BLTConfig, TransformerConfig
 from bltjax.model import functional
+from bltjax.model.local_decoder import MASK
 
 META, HF = "meta", "hf"  # styles of names
+MASK_EMBEDDING = ("local_decoder", MASK, "weight")  # has no name there
 _NEVER_SAID = ("qkv_bias", "qk_norm", "rope_factor")  # of stacks
 
 
@@ -121,9 +123,14 @@ ENTROPY_MODEL_NAMES = [
 
 
 def to_published(config, params: dict, style: str) -> dict[str, LazyArray]:
-    """Converts our nested parameters to lazy tensors by published name; reads only shapes."""
+    """Converts our nested parameters to lazy tensors by published name; reads only shapes.
+
+    MASK_EMBEDDING is left out.
+    """
     tensors, names = {}, names_by_path(config)
     for path, leaf in tree_leaves(params):
+        if path == MASK_EMBEDDING:
+            continue
         name = names[path]
         if name == HASH_TABLES:
             leaf = WithRows(leaf, config.hash.vocab)

@@ -19,6 +19,7 @@ from bltjax.checkpoints.pytorch.reading import ENTROPY_MODEL_DIRECTORY
 from bltjax.checkpoints.pytorch.safetensors_files import write_sharded
 from bltjax.checkpoints.pytorch.tensor_names import HF, META, to_published
 from bltjax.checkpoints.weights import Weights, WeightsError
+from bltjax.config import BLTConfig
 from bltjax.runtime.files import write_json
 from bltjax.runtime.progress import OnProgress
 
@@ -72,7 +73,8 @@ def plan_hf(weights: Weights) -> WritePlan:
         **hf_tokenizer.files(weights.chat),
         "config.json": config,
     }
-    return WritePlan(tensors, files, {}, hf_config.notes(weights.blt, weights.patching))
+    notes = hf_config.notes(weights.blt, weights.patching) + _left_out(weights.blt)
+    return WritePlan(tensors, files, {}, notes)
 
 
 def plan_meta(weights: Weights) -> WritePlan:
@@ -109,8 +111,18 @@ def plan_meta(weights: Weights) -> WritePlan:
         to_published(weights.blt, weights.params["blt"], META),
         {"train_args.json": training, "config.json": {"args": training["model"]}},
         {} if entropy_model is None else {ENTROPY_MODEL_DIRECTORY: entropy_model},
-        meta_config.notes(weights.patching),
+        meta_config.notes(weights.patching) + _left_out(weights.blt),
         _in_one_file,
+    )
+
+
+def _left_out(blt: BLTConfig) -> tuple[str, ...]:
+    """Returns a note on what of a model has no place in published formats."""
+    if not blt.diffusion_block:
+        return ()
+    return (
+        f"diffusion_block={blt.diffusion_block}: published formats know no blocks, so the "
+        "embedding of masked bytes is left out; next bytes are predicted as before",
     )
 
 
