@@ -182,7 +182,7 @@ class Room:
             )
         end, drafted, accepted = int(view.length[slot]), 0, 0
         if view.drafts is not None:
-            anchor, drafted, accepted = (int(x[slot]) for x in view.drafts)
+            drafted, accepted, anchor = (int(x[slot]) for x in view.drafts)
             end = anchor + 1 if anchor >= 0 else end  # what is drafted may not stand
         ids = view.tokens[slot, len(request.ids) : end]
         whole = self.shape.decoder.decode(ids)[: request.max_new_bytes]
@@ -225,10 +225,11 @@ def make_shape(
         patches=min(max(patches, BLOCK), positions),
         chunk=min(_chunk(rows), positions),
         # The drafts, and the byte that they follow.
-        max_rewind=max(decoding.max_drafts + 1, rewind),
+        max_rewind=max(decoding.ahead + 1, rewind),
     )
     decoder, max_rows = decoder.without_threshold(), _rows_of_call(rows)
-    return ProgramShape(decoder, size, decoding.max_drafts, decoding.quorum, max_rows)
+    drafts = decoding.max_drafts, decoding.quorum, decoding.blocks
+    return ProgramShape(decoder, size, *drafts, max_rows)
 
 
 def _rows_of_call(rows: int) -> int | None:
@@ -270,7 +271,7 @@ def check_memory(shape: ProgramShape, longest: Request):
 
 def num_positions(request: Request, decoding: Decoding) -> int:
     """Returns the smallest of the few sizes that has room for a request. Raises ValueError."""
-    needed = request.max_length + decoding.max_drafts
+    needed = request.max_length + decoding.ahead
     if needed > NEVER:
         raise ValueError(
             f"{request} needs a row of {needed} ids, and one has {NEVER} at most: lower "
