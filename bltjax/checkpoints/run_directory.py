@@ -249,7 +249,7 @@ class RunDirectory:
         except UnwritableError as error:
             raise OSError(f"{error}, or choose another --workdir") from error
         except OSError as error:
-            raise OSError(f"{unwritable(self.path, error)}, or choose another --workdir") from error
+            raise unwritable(self.path, error, ", or choose another --workdir") from error
         more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise ValueError(
             f"{self.path} holds a run of another config ({changed[0]}{more}): choose another "

@@ -14,8 +14,8 @@ from bltjax.data.records.store import (
     ENTROPIES,
     NoRecords,
     Unfinished,
-    has_entropies,
     open_store,
+    without_entropies,
 )
 from bltjax.data.sources.units import list_units, refuse_without_document
 from bltjax.model import functional
@@ -117,7 +117,7 @@ def has_all_entropies(config: RunConfig, directory: RunDirectory) -> bool:
         store = open_store(directory.records(config))
     except (NoRecords, Unfinished):
         return False
-    return all(has_entropies(shard) for shard in store.all_shards)
+    return not without_entropies(store.directory, store.all_shards)
 
 
 def check_sources(config: RunConfig, directory: RunDirectory):

@@ -8,6 +8,7 @@ import numpy as np
 
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import TRAINING, RunConfig, TrainingConfig
+from bltjax.data import on_ray
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.batches.order import InOrder, Mixture, Shuffled
 from bltjax.data.records import store as records
@@ -16,8 +17,10 @@ from bltjax.data.sources.units import no_document
 from bltjax.training.loop import TrainingData
 
 
-def open_corpus(config: RunConfig, directory: RunDirectory) -> Store:
-    """Opens the records of a run, made from its sources if need be.
+def open_corpus(
+    config: RunConfig, directory: RunDirectory, cluster: on_ray.Cluster | None = None
+) -> Store:
+    """Opens the records of a run, made from its sources if need be, by a cluster if one is given.
 
     Records that `data.records` names are opened as they are. Raises ValueError where a part that
     the stages use is empty.
@@ -25,7 +28,7 @@ def open_corpus(config: RunConfig, directory: RunDirectory) -> Store:
     if config.data.records:
         store = records.open_store(config.data.records)
     else:
-        store = records.build(directory.records(config), config.data)
+        store = records.build(directory.records(config), config.data, cluster)
     measured = any(
         config.trained(name)[1].validate_every for name in TRAINING if name in config.stages
     )
@@ -124,7 +127,8 @@ def check_external_entropies(config: RunConfig, directory: RunDirectory, store: 
     """
     if (store.directory / records.ENTROPIES).exists():
         return
-    found = [shard for shard in store.all_shards if records.has_entropies(shard)]
+    bare = {shard.stem for shard in records.without_entropies(store.directory, store.all_shards)}
+    found = [shard for shard in store.all_shards if shard.stem not in bare]
     external = [shard for shard in found if not records.model_of(shard)]
     if not external:
         return

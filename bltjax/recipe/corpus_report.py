@@ -3,6 +3,7 @@
 from collections import Counter
 
 from bltjax.config import PatchingConfig, RunConfig
+from bltjax.data import on_ray
 from bltjax.data.records import store as records
 from bltjax.data.records.store import Store
 from bltjax.evaluation.patches.pictures import histogram_lines
@@ -12,7 +13,9 @@ from bltjax.recipe.entropies import Patched, blt_layout, in_step_patches, sample
 from bltjax.runtime.terminal import print_table
 
 
-def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
+def corpus_report(
+    config: RunConfig, store: Store, patched: Patched, cluster: on_ray.Cluster | None = None
+) -> dict:
     """Returns sizes, mean patch and threshold of the training part, by source and by language too.
 
     The `threshold` of a source or language is the one that would give it alone the wanted mean;
@@ -46,7 +49,7 @@ def corpus_report(config: RunConfig, store: Store, patched: Patched) -> dict:
         languages={},
     )
     if patching.rule in CALIBRATED:
-        _add_thresholds(report, config, store, patched)
+        _add_thresholds(report, config, store, patched, cluster)
     else:
         _add_means(report, store, patching)
     return report
@@ -59,10 +62,10 @@ def _add_means(report: dict, store: Store, patching: PatchingConfig):
         report["sources"][source]["mean_patch_bytes"] = float(lengths.mean())
 
 
-def _add_thresholds(report: dict, config: RunConfig, store: Store, patched: Patched):
+def _add_thresholds(report: dict, config: RunConfig, store: Store, patched: Patched, cluster):
     by_source, by_language = {}, {}
     shards = [s for s in store.shards() if records.has_entropies(s)]
-    for (source, language), part in records.score_histogram(shards).items():
+    for (source, language), part in (cluster or records).score_histogram(shards).items():
         by_source.setdefault(source, ScoreHistogram()).merge(part)
         if language:
             by_language.setdefault(language, ScoreHistogram()).merge(part)

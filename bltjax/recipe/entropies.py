@@ -5,7 +5,6 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from bltjax import sharding
@@ -14,9 +13,10 @@ from bltjax.checkpoints.fingerprints import digest
 from bltjax.checkpoints.orbax_weights import save_weights
 from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.config import PatchingConfig, RunConfig, differences, to_dict, to_model_dict
+from bltjax.data import on_ray
 from bltjax.data.batches.lanes import Layout
 from bltjax.data.records import store as records
-from bltjax.data.records.entropies import add_entropies, make_entropy_fn, receptive_bytes
+from bltjax.data.records.entropies import Computer, TrainedModel, receptive_bytes
 from bltjax.data.records.store import Documents, Shard, Store
 from bltjax.data.sources.readers import Document
 from bltjax.model import functional
@@ -34,7 +34,6 @@ from bltjax.vocabulary import encode
 
 # Or a shard of each source, where patches are found in the step; and of documents for a search.
 CALIBRATION_BYTES = 2_000_000
-ROWS_PER_DEVICE = 4  # of the entropy model at a time
 SAMPLE_BYTES, SAMPLE_SHARDS = 8_000_000, 256  # of documents whose patches are measured
 WEIGHT_STEPS = 1000  # to which the weights of sources are rounded in calibration
 IN_STEP_ROOM = 1.15  # patch columns over the mean of a row: no packer keeps rows within a budget
@@ -93,20 +92,26 @@ def put_entropy_model(config: RunConfig, directory: RunDirectory, params: dict, 
 
 
 def find_patches(
-    config: RunConfig, directory: RunDirectory, store: Store, everything: bool = False
+    config: RunConfig,
+    directory: RunDirectory,
+    store: Store,
+    everything: bool = False,
+    cluster: on_ray.Cluster | None = None,
 ) -> Patched:
     """Calibrates the threshold of a run, and computes the entropies that its stages read.
 
-    everything: compute those of the whole corpus. A threshold that is in the working directory
-    already stays. Raises ValueError where there is no model for missing entropies.
+    everything: compute those of the whole corpus. cluster: that does both. A threshold that is in
+    the working directory already stays. Raises ValueError where there is no model for missing
+    entropies.
     """
     kept = directory.threshold() is not None
-    patched, at = measure_patches(config, directory, store, everything), ""
+    patched, at = measure_patches(config, directory, store, everything, cluster), ""
     if needs_entropies(config.patching):
         directory.write_patching(patched.patching)
         sharding.barrier("a threshold is written")
         if sharding.any_process(directory.threshold() != patched.patching.threshold):
-            patched = measure_patches(config, directory, store, everything)  # another run was first
+            # Another run was first.
+            patched = measure_patches(config, directory, store, everything, cluster)
         at = f" at threshold {patched.patching.threshold:.4f} nats"
     read = f"in the {sum(shard.num_bytes for shard in patched.train)} bytes that the steps read"
     if patched.read_patch_bytes:
@@ -118,7 +123,11 @@ def find_patches(
 
 
 def measure_patches(
-    config: RunConfig, directory: RunDirectory, store: Store, everything: bool
+    config: RunConfig,
+    directory: RunDirectory,
+    store: Store,
+    everything: bool,
+    cluster: on_ray.Cluster | None = None,
 ) -> Patched:
     """Does the work of `find_patches` without writing the threshold."""
     patching, needed = config.patching, needed_bytes(config, config.blt_training)
@@ -133,8 +142,8 @@ def measure_patches(
         if everything:
             sample = store.shards()
             wanted = sample + store.shards(part="validation")
-        compilations = ensure_entropies(config, directory, store, wanted)
-        counts = histogram(config, store, sample)
+        compilations = ensure_entropies(config, directory, store, wanted, cluster)
+        counts = histogram(config, store, sample, cluster)
         threshold = directory.threshold()
         if threshold is None and patching.target_patch_bytes is not None:
             threshold = wanted_threshold(config, store, sample, counts)
@@ -190,10 +199,12 @@ def _mean_of_lengths(config: RunConfig, store: Store, lengths: dict[str, np.ndar
     return 1 / sum(share / lengths[name].mean() for name, share in by_source if share)
 
 
-def histogram(config: RunConfig, store: Store, shards: list[Shard]) -> ScoreHistogram:
+def histogram(
+    config: RunConfig, store: Store, shards: list[Shard], cluster: on_ray.Cluster | None = None
+) -> ScoreHistogram:
     """Returns the scores of shards, each source weighted by its share of the mixture."""
     parts = {source: ScoreHistogram() for source in store.sources}
-    for (source, _), part in records.score_histogram(shards).items():
+    for (source, _), part in (cluster or records).score_histogram(shards).items():
         parts[source].merge(part)
     per_byte = {
         source: share / parts[source].num_positions
@@ -247,16 +258,20 @@ def sample_documents(
 
 
 def ensure_entropies(
-    config: RunConfig, directory: RunDirectory, store: Store, shards: list[Shard]
+    config: RunConfig,
+    directory: RunDirectory,
+    store: Store,
+    shards: list[Shard],
+    cluster: on_ray.Cluster | None = None,
 ) -> int:
-    """Computes the entropies that shards lack; returns how often the entropy model was compiled.
+    """Computes the entropies that shards lack; returns how often this process compiled the model.
 
     Entropies that came with the corpus need no model. Raises ValueError where they are of another
     model, or missing without one.
     """
     stage = directory.stage(config, "entropy_model")
     has_model = directory.is_trained(stage.name)
-    if not has_model and all(records.has_entropies(shard) for shard in shards):
+    if not has_model and not records.without_entropies(store.directory, shards):
         return 0
     if not stage.is_finished():
         unfinished = "only a part of its training" if has_model else "no entropy model"
@@ -271,21 +286,20 @@ def ensure_entropies(
         reset_at_newlines=config.patching.reset_at_newlines,
         parameters=digest(params),
     )
-    claimed = records.claim_entropies(store, model)
-    entropy_fn = make_entropy_fn(stage.model, config.patching.reset_at_newlines)
+    claim = records.claim_entropies(store, model)
     # Windows of a longer document start with what its bytes look back on: at most a quarter.
     row_bytes = max(stage.training.row_bytes, 4 * receptive_bytes(stage.model))
-    # Each process works on shards of its own. A device gets rows of one shape and no more than
-    # rows, on any mesh: so the entropies are the same bits wherever they are computed.
-    params, mesh = sharding.on_host(params), sharding.local_mesh()
-    batch_size = ROWS_PER_DEVICE * sharding.num_row_shards(mesh)
-    with jax.set_mesh(mesh):
-        params = sharding.put_whole(params)
-        add_entropies(
-            store, shards, entropy_fn, params, stage.model, row_bytes, batch_size, claimed
-        )
+    params, reset = sharding.on_host(params), config.patching.reset_at_newlines
+    trained = TrainedModel(stage.model, params, reset, row_bytes, claim)
+    compilations = 0
+    if cluster:
+        cluster.add_entropies(store, shards, trained)
+    else:  # each process works on shards of its own
+        computer = Computer(trained)
+        computer.add(store, shards)
+        compilations = computer.compilations()
     sharding.barrier("the entropies are there")
-    return entropy_fn._cache_size()
+    return compilations
 
 
 def blt_layout(config: RunConfig, patched: Patched, chat: tuple = ()) -> Layout:

@@ -71,7 +71,8 @@ def _configure():
     """Has the libraries keep no listings, and ask the server that the environment names."""
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # errors are raised as well
+    for library in ("gcsfs", "google.auth"):  # whose errors are raised as well
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     for protocol in ("gcs", "gs"):
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     # Names with / are all that is used here; to look for real directories takes a minute where
@@ -103,14 +104,24 @@ def write(
     """Writes an object; returns its generation.
 
     generation: that which the write replaces, 0 where there must be none yet. seconds: in which it
-    is tried, 0 for the usual number. Raises Changed where there is another.
+    is tried, 0 for the usual number. Raises Changed where there is another, unless it has the same
+    content: a write whose answer was lost is tried again, and finds itself.
     """
-    with _told(path):
-        blob = _blob(path)
-        blob.upload_from_string(
-            data, "application/octet-stream", if_generation_match=generation, **_patience(seconds)
-        )
-    return int(blob.generation)
+    try:
+        with _told(path):
+            blob = _blob(path)
+            blob.upload_from_string(
+                data,
+                "application/octet-stream",
+                if_generation_match=generation,
+                **_patience(seconds),
+            )
+            return int(blob.generation)
+    except Changed:
+        there = read_object(path)
+        if there is None or there[0] != data:
+            raise
+        return there[1]
 
 
 def delete(path: str | os.PathLike, generation: int | None = None):

@@ -64,6 +64,11 @@ def learn(folder: Path):
         _known[f"{os.fspath(folder)}/{name}"] = found
 
 
+def is_known(path: Path) -> bool:
+    """Returns whether an object was there when this process last looked; makes no request."""
+    return os.fspath(path) in _known
+
+
 def known(path: Path) -> buckets.Object | None:
     """Returns what is known of an object, asking for one that was not there before."""
     name = os.fspath(path)

@@ -30,7 +30,10 @@ def as_path(text: str | os.PathLike) -> Path:
     if is_remote(text):
         return buckets.opened(text)
     if "://" in text:
-        raise ValueError(f"{text}: buckets are known as {REMOTE}BUCKET/NAME, others are not")
+        raise ValueError(
+            f"{text}: only buckets of Google Cloud Storage will do ({REMOTE}BUCKET/NAME): choose "
+            "one of those, or a directory"
+        )
     return Path(text)
 
 

@@ -122,6 +122,8 @@ def _errno(error: BaseException) -> int | None:
 
 def unwritable(path: str | Path, error: BaseException, rest: str = "") -> UnwritableError:
     """Returns an error of one line that names the file, the reason and the remedy."""
+    if isinstance(error, buckets.Unreachable):  # which says all that
+        return UnwritableError(f"{error}{rest}")
     code = _errno(error)
     reason = os.strerror(code) if code else first_line(error)
     remedy = FAULTS[code][-1] if code in FAULTS else ""

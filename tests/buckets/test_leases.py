@@ -156,7 +156,7 @@ def test_a_bucket_that_is_not_there(server):
         as_path("gs://absent/run")
     with pytest.raises(ValueError, match="names no bucket"):
         as_path("gs://")
-    with pytest.raises(ValueError, match="others are not"):
+    with pytest.raises(ValueError, match="only buckets of Google Cloud Storage will do"):
         as_path("s3://bucket/run")
 
 

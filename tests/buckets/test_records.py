@@ -39,6 +39,10 @@ def texts(store):
     return [document.data for document in Documents(store.all_shards)]
 
 
+def texts_of(shard):
+    return [document.data for document in Documents([shard])]
+
+
 def copies(cache):
     return sorted(path for path in cache.rglob("*") if path.is_file())
 
@@ -87,6 +91,17 @@ def test_a_copy_is_not_fetched_again(corpus, cache, bucket, server, monkeypatch)
     asked = server.requests()[before:]
     assert not [r for r in asked if "download" in r and ".array_record" in r]
     assert len(asked) <= 5  # settings, index, one listing
+
+
+def test_shards_without_entropies_cost_one_listing(corpus, cache, bucket, server, monkeypatch):
+    store = records.build(bucket, corpus)
+    whole, *bare = store.all_shards
+    records.write_entropies(whole, [[0.5] * (len(text) + 2) for text in texts_of(whole)])
+    assert len(bare) > 1
+    forget(monkeypatch)
+    before = len(server.requests())
+    assert records.without_entropies(store.directory, store.all_shards) == bare
+    assert len(server.requests()) == before + 1
 
 
 def test_a_damaged_object_is_named(corpus, cache, bucket, monkeypatch):

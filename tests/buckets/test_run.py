@@ -33,7 +33,6 @@ from tests.processes import ROOT, environment, free_port, write_corpus
 pytestmark = pytest.mark.long  # one interpreter will do
 
 OF_MACHINE = ("workdir", "seconds", "data_wait_fraction", "compilations")
-KILLED = int(os.environ.get("KILLED", 2))  # times; in studies more
 OPTIONS = [
     "--config=tests/configs/tiny.py",
     "--config.stages=('entropy_model',)",
@@ -149,30 +148,37 @@ def ended(process):
     return json.loads(output.splitlines()[-1])
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits(bucket, server, tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(bucket, server, tmp_path, kills):
+    """While the corpus is recorded, models are trained, entropies computed, or it is evaluated."""
     write_corpus(tmp_path / "corpus")
     places = tmp_path / "corpus", tmp_path / "cache"
-    ended(start(bucket / "whole", *places))
-    draw, prefix = random.Random(os.environ.get("MOMENTS", "7")), f"{bucket.name}%2Fkilled"
-    for _ in range(KILLED):
-        process = start(bucket / "killed", *places)
-        wanted = requests_of(server, prefix) + draw.randint(20, 600)
-        while requests_of(server, prefix) < wanted and process.poll() is None:
+    stages = "--config.stages=entropy_model,entropies,blt,evaluate"
+    whole = ended(start(bucket / "whole", *places, stages))
+    in_all = requests_of(server, f"{bucket.name}/whole")
+    draw, name = random.Random(os.environ.get("MOMENTS", "7")), f"{bucket.name}/killed"
+    for _ in range(kills):
+        process = start(bucket / "killed", *places, stages)
+        wanted = requests_of(server, name) + draw.randint(20, in_all)
+        while requests_of(server, name) < wanted and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    ended(start(bucket / "killed", *places))
-    runs = [bucket / name / "entropy_model" for name in ("whole", "killed")]
-    lines = [buckets.read(path / "metrics.jsonl").splitlines() for path in runs]
-    losses = [[json.loads(line)["loss"] for line in of_run] for of_run in lines]
-    assert losses[0] == losses[1] and len(losses[0]) == 16
-    records = [read_record(path / "checkpoints" / "16") for path in runs]
-    assert records[0]["arrays"] == records[1]["arrays"]
-    assert records[0]["position"] == records[1]["position"]
+    killed = ended(start(bucket / "killed", *places, stages))
+    assert without_machine(killed) == without_machine(whole)
+    for stage, steps in (("entropy_model", 16), ("blt", 24)):
+        runs = [bucket / name / stage for name in ("whole", "killed")]
+        lines = [buckets.read(path / "metrics.jsonl").splitlines() for path in runs]
+        losses = [[json.loads(line)["loss"] for line in of_run] for of_run in lines]
+        assert losses[0] == losses[1] and len(losses[0]) == steps
+        records = [read_record(path / "checkpoints" / str(steps)) for path in runs]
+        assert records[0]["arrays"] == records[1]["arrays"]
+        assert records[0]["position"] == records[1]["position"]
 
 
-def requests_of(server, prefix):
-    return sum(prefix in line or prefix.replace("%2F", "/") in line for line in server.requests())
+def requests_of(server, name):
+    """How many requests there were for something below a name."""
+    return sum(name in line.replace("%2F", "/") for line in server.requests())
 
 
 def test_a_bucket_that_is_not_there_is_one_line(server, tmp_path):

@@ -1,10 +1,12 @@
 """The command that makes records with entropies: killed, shared, and read by training."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,3 +190,59 @@ def test_an_entropy_model_is_brought_or_missed(run, start, tmp_path):
     )
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2 and "num_layers: 1 there, 2 here" in err
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    """A working directory with the entropy model alone, and the files and the report to come."""
+    workdir, report = run
+    (tmp_path / "copied").mkdir()
+    (tmp_path / "copied" / "config.json").write_bytes((workdir / "config.json").read_bytes())
+    os.symlink(workdir / "entropy_model", tmp_path / "copied" / "entropy_model")
+    return tmp_path / "copied", files_of(workdir), report | dict(records="")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray cluster whose machines, processes of this one, are still to be added."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
+    from ray.cluster_utils import Cluster
+
+    for name, value in processes.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else they wait for all other tests
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0))
+    yield cluster
+    cluster.shutdown()
+
+
+def kill_machine(node):
+    """kill -9 of a machine of the cluster and of all its processes."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    pids = [raylet]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == raylet:
+                pids.append(int(stat.parent.name))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_cluster_makes_the_same_records_though_a_machine_goes_and_another_comes(
+    copied, start, cluster
+):
+    workdir, expected, report = copied
+    machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    moment = os.environ.get("MOMENTS") or str(random.randrange(1000))
+    draw = random.Random(moment)
+    process = start("preprocess", workdir, f"--ray={cluster.address}")
+    wanted = draw.randrange(2, len(expected) - 2)
+    print(f"MOMENTS={moment}: killed after {wanted} files of {len(expected)}")
+    while process.poll() is None and number_of_files(workdir) < wanted:
+        time.sleep(0.002)
+    assert process.poll() is None, process.communicate()
+    kill_machine(draw.choice(machines))
+    cluster.add_node(num_cpus=1)
+    assert finish(process) | dict(records="") == report
+    left = {name: data for name, data in files_of(workdir).items() if not name.endswith(".partial")}
+    assert left == expected

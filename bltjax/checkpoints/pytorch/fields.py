@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bltjax.checkpoints.lazy_arrays import insert
+from bltjax.runtime import buckets
 from bltjax.runtime.plain_files import parse_json, read_bytes, reason
 from bltjax.runtime.terminal import short
 
@@ -42,6 +43,8 @@ def read_json(path: Path, problems: list[str]) -> dict:
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
         return {}
+    except buckets.Unreachable:
+        raise
     except (OSError, ValueError) as error:
         problems.append(f"{path.name} cannot be read as JSON ({reason(error)})")
         return {}

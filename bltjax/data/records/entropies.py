@@ -17,14 +17,31 @@ import numpy as np
 
 from bltjax import sharding
 from bltjax.config import EntropyModelConfig
-from bltjax.data.records.shards import Documents, Shard, has_entropies, write_entropies
+from bltjax.data.records.shards import (
+    Documents,
+    Shard,
+    has_entropies,
+    without_entropies,
+    write_entropies,
+)
 from bltjax.data.sources.readers import in_chunks
 from bltjax.model import functional
 from bltjax.runtime.files import share
 from bltjax.runtime.progress import progress_bar
 from bltjax.vocabulary import EOS_ID, PAD_ID, encode
 
+ROWS_PER_DEVICE = 4  # at a time
 GROUP_IDS = 4_000_000  # ids of documents in memory at a time: 16 MB, and as much of entropies
+
+
+class TrainedModel(NamedTuple):
+    """An entropy model, its parameters on the host, and what else decides about its results."""
+
+    config: EntropyModelConfig
+    params: dict
+    reset_at_newlines: bool
+    row_bytes: int
+    claim: str  # what `claim_entropies` returned
 
 
 class _Span(NamedTuple):
@@ -51,6 +68,31 @@ def receptive_bytes(config: EntropyModelConfig) -> int:
     return config.transformer.num_layers * (config.transformer.window - 1)
 
 
+class Computer:
+    """Computes the entropies of shards on the devices of this process.
+
+    A device gets rows of one shape and no more than rows, on any mesh: so the entropies are the
+    same bits wherever they are computed.
+    """
+
+    def __init__(self, model: TrainedModel):
+        self._model, self._mesh = model, sharding.local_mesh()
+        self._entropy_fn = make_entropy_fn(model.config, model.reset_at_newlines)
+        with jax.set_mesh(self._mesh):
+            self._params = sharding.put_whole(model.params)
+
+    def add(self, store, shards: Sequence[Shard]):
+        """Does what `add_entropies` does."""
+        model, rows = self._model, ROWS_PER_DEVICE * sharding.num_row_shards(self._mesh)
+        shape = model.config, model.row_bytes, rows
+        with jax.set_mesh(self._mesh):
+            add_entropies(store, shards, self._entropy_fn, self._params, *shape, model.claim)
+
+    def compilations(self) -> int:
+        """Returns how often the model was compiled."""
+        return self._entropy_fn._cache_size()
+
+
 def add_entropies(
     store,
     shards: Sequence[Shard],
@@ -67,7 +109,7 @@ def add_entropies(
     `files.share`). Results depend on the shard, the model and the shape of batches alone. model:
     what `claim_entropies` returned. Raises ValueError as `corpus_entropies` does.
     """
-    missing = [shard for shard in shards if not has_entropies(shard)]
+    missing = without_entropies(store.directory, shards)
     # Processes take shards in one order: what lies before this one's is done or being done.
     ends = itertools.accumulate(shard.num_bytes for shard in missing)
     end_of = {shard.stem: end for shard, end in zip(missing, ends, strict=True)}

@@ -139,6 +139,14 @@ def has_entropies(shard: Shard) -> bool:
     return size_of(shard.entropies_path) is not None
 
 
+def without_entropies(directory: Path, shards: Iterable[Shard]) -> list[Shard]:
+    """Returns those shards of a store that have no entropies, with one listing of a bucket."""
+    if not is_remote(directory):
+        return [shard for shard in shards if not has_entropies(shard)]
+    object_cache.learn(directory)
+    return [shard for shard in shards if not object_cache.is_known(shard.entropies_path)]
+
+
 def drop_entropies(shard: Shard):
     """Deletes the entropies of a shard, if it has any."""
     for path in (shard.entropies_path, shard.scores_path):

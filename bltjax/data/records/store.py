@@ -22,6 +22,7 @@ from typing import NamedTuple
 from bltjax.config import differences
 from bltjax.config.chat import ChatConfig
 from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.data import on_ray
 from bltjax.data.records import source_files, writing
 from bltjax.data.records.shards import Documents as Documents  # shards are reached here too
 from bltjax.data.records.shards import Shard as Shard
@@ -29,8 +30,9 @@ from bltjax.data.records.shards import damaged, drop_entropies, size_of
 from bltjax.data.records.shards import has_entropies as has_entropies
 from bltjax.data.records.shards import model_of as model_of
 from bltjax.data.records.shards import score_histogram as score_histogram
+from bltjax.data.records.shards import without_entropies as without_entropies
 from bltjax.data.records.shards import write_entropies as write_entropies
-from bltjax.data.records.writing import NAMED_BAD, PARTS, Task, below, intact, load
+from bltjax.data.records.writing import NAMED_BAD, PARTS, Task, below, intact, load, lock_of
 from bltjax.data.sources import units as sources
 from bltjax.data.sources.units import Bad, Unit
 from bltjax.runtime import object_cache, system_errors
@@ -101,15 +103,17 @@ class Store(NamedTuple):
 
     def lock(self, shard: Shard) -> Path:
         """Returns the lock file of a shard, for `files.share`."""
-        return _lock(self.directory, os.path.relpath(shard.stem, self.directory))
+        return lock_of(self.directory, os.path.relpath(shard.stem, self.directory))
 
 
-def build(directory: str | os.PathLike, data: DataConfig) -> Store:
+def build(
+    directory: str | os.PathLike, data: DataConfig, cluster: on_ray.Cluster | None = None
+) -> Store:
     """Reads the sources of `data` into a store, or goes on with one, or opens a finished one.
 
-    Several processes may build one store at once (see `files.share`). What was deleted of a store
-    is made anew. Raises ValueError for a store made with other settings, sources that have changed
-    meanwhile and, under bad_records="fail", a bad record.
+    Several processes may build one store at once (see `files.share`), and those of a cluster may
+    help. What was deleted of a store is made anew. Raises ValueError for a store made with other
+    settings, sources that have changed meanwhile and, under bad_records="fail", a bad record.
     """
     directory = _path(directory)
     try:
@@ -117,7 +121,7 @@ def build(directory: str | os.PathLike, data: DataConfig) -> Store:
     except (NoRecords, Unfinished):
         store = None
     if store is None:
-        _make(directory, data)
+        _make(directory, data, cluster)
         store = open_store(directory, data)
     left_out = load(directory / STORE).get("left_out", {})  # older stores do not tell
     for source in store.sources:
@@ -126,7 +130,7 @@ def build(directory: str | os.PathLike, data: DataConfig) -> Store:
     return store
 
 
-def _make(directory: Path, data: DataConfig):
+def _make(directory: Path, data: DataConfig, cluster: on_ray.Cluster | None):
     """Records the units that are not whole, and lists the shards."""
     _write_once(directory / STORE, lambda: _plan(data))
     stored = _read_store(directory, data)
@@ -140,17 +144,16 @@ def _make(directory: Path, data: DataConfig):
     )
     bar = progress_bar("reading text", sum(sizes))
 
-    def record(task: Task):
-        for unit_bytes in writing.record_unit(directory, task, data):
-            bar.update(max(before[task.name] + min(unit_bytes, task.unit.size) - bar.n, 0))
+    def show(task: Task, unit_bytes: int):
+        bar.update(max(before[task.name] + min(unit_bytes, task.unit.size) - bar.n, 0))
 
-    share(
-        tasks,
-        is_done=lambda task: writing.is_whole(directory, task),
-        do=record,
-        lock=lambda task: _lock(directory, task.name),
-    )
+    if cluster:
+        cluster.record_units(directory, tasks, data, lambda task: bar.update(task.unit.size))
+    else:
+        writing.record_units(directory, tasks, data, show)
     bar.close()
+    if is_remote(directory):
+        object_cache.learn(directory)
     _write_once(directory / INDEX, lambda: _index(stored, tasks, directory))
 
 
@@ -362,12 +365,8 @@ def _summary(store: Store, source: str) -> str:
 
 def _write_once(path: Path, make: Callable[[], dict]):
     """Writes the content that `make` returns, unless this or another process has."""
-    lock = _lock(path.parent, path.name)
+    lock = lock_of(path.parent, path.name)
     share([path], exists, lambda path: write_checked(path, make()), lambda _: lock)
-
-
-def _lock(directory: Path, name: str) -> Path:
-    return directory / ".locks" / f"{name}.lock"
 
 
 def _path(directory: str | os.PathLike) -> Path:

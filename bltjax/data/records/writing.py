@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from bltjax.data.records.shards import (
 from bltjax.data.sources import units
 from bltjax.data.sources.units import Bad, Document, Unit
 from bltjax.runtime.checked_json import read_checked, write_checked
+from bltjax.runtime.files import share
 from bltjax.runtime.paths import exists
 from bltjax.runtime.system_errors import reading
 
@@ -52,6 +53,36 @@ class Task(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.source.name}/{self.unit.name}"
+
+
+def record_units(
+    directory: Path,
+    tasks: Sequence[Task],
+    data: DataConfig,
+    on_progress: Callable[[Task, int], None] | None = None,
+):
+    """Records units that are not whole yet; several processes may do so at once (`files.share`).
+
+    on_progress: called with a unit and how many of its bytes are recorded. Raises as `record_unit`
+    does.
+    """
+
+    def record(task: Task):
+        for unit_bytes in record_unit(directory, task, data):
+            if on_progress:
+                on_progress(task, unit_bytes)
+
+    share(
+        tasks,
+        is_done=lambda task: is_whole(directory, task),
+        do=record,
+        lock=lambda task: lock_of(directory, task.name),
+    )
+
+
+def lock_of(directory: Path, name: str) -> Path:
+    """Returns the lock file of something in a store, for `files.share`."""
+    return directory / ".locks" / f"{name}.lock"
 
 
 def record_unit(directory: Path, task: Task, data: DataConfig) -> Iterator[int]:
