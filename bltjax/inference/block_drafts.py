@@ -42,8 +42,11 @@ def block_step(shape: ProgramShape, params, request, progress: Progress) -> Prog
     next_ids = draw_next(request, progress)[:, None]
     tokens = _write(progress.state.tokens, next_ids, length, at_work[:, None])
     state = progress.state.with_tokens(tokens)
-    ids, log_q = _fill_in(shape, params, request, progress._replace(state=state), starts, known)
+    ids, log_q, fills = _fill_in(
+        shape, params, request, progress._replace(state=state), starts, known
+    )
     drafted = below(size - known, size - 1) & at_work[:, None]  # after the next byte
+    progress = progress._replace(num_fills=progress.num_fills + fills)
     drafts, log_q = _shift(ids, known, size - 1), _shift(log_q, known, size - 1)
     tokens = _write(tokens, drafts, length + 1, drafted)
     num_drafts = drafted.sum(axis=1, dtype=jnp.int32)
@@ -65,25 +68,16 @@ def block_step(shape: ProgramShape, params, request, progress: Progress) -> Prog
         length,
         progress.drafting.rounds,
     )
-    return _settle(
-        shape, params, request, progress, state, at_work, num_drafts, accepted, next_log_p, seen
-    )
+    progress = progress._replace(state=state, first_seen=seen)
+    return _settle(shape, params, request, progress, at_work, num_drafts, accepted, next_log_p)
 
 
 def _settle(
-    shape: ProgramShape,
-    params,
-    request,
-    progress,
-    state,
-    at_work,
-    num_drafts,
-    accepted,
-    log_p,
-    seen,
+    shape: ProgramShape, params, request, progress: Progress, at_work, num_drafts, accepted, log_p
 ) -> Progress:
     """Keeps what stands of the drafts of rows at work, and closes the patches that are complete."""
     decoder, size, drafting = shape.decoder, shape.blocks.size, progress.drafting
+    state, seen = progress.state, progress.first_seen
     lengths = span(progress.length + 1, 0, size)
     ends = finishes(shape, request, state, lengths) & below(accepted + 1, size)
     finished = ends.any(axis=1) & at_work
@@ -133,7 +127,7 @@ def _close(shape: ProgramShape, params, request, progress: Progress, waits) -> P
 def _fill_in(shape: ProgramShape, params, request, progress: Progress, starts, known):
     """Fills in the blocks at `starts`, of which the first `known` bytes are there.
 
-    Returns the ids int32 [B, K], and what they were drawn from, float32 [B, K, V].
+    Returns the ids int32 [B, K], what they were drawn from, float32 [B, K, V], and the passes.
     """
     decoder, blocks, state = shape.decoder, shape.blocks, progress.state
     positions = span(starts, 0, blocks.size)
@@ -147,7 +141,7 @@ def _fill_in(shape: ProgramShape, params, request, progress: Progress, starts, k
         )(log_p, positions)
 
     def one_pass(carry):
-        ids, log_q = carry
+        ids, log_q, passes = carry
         logits = decoder.predict_block(params, state, ids, starts)
         log_p = next_distributions(shape, request, state, starts, logits, progress.first_seen)
         if request.sampling.temperature is None:
@@ -155,12 +149,14 @@ def _fill_in(shape: ProgramShape, params, request, progress: Progress, starts, k
         else:
             drawn = on_rows(draw_ids, log_p, request.seeds, positions, progress.drafting.rounds)
         chosen = on_rows(functools.partial(_choose, blocks), logits, ids == MASK_ID)
-        return jnp.where(chosen, drawn, ids), jnp.where(chosen[..., None], log_p, log_q)
+        ids, log_q = jnp.where(chosen, drawn, ids), jnp.where(chosen[..., None], log_p, log_q)
+        return ids, log_q, passes + 1
 
     nothing = jnp.zeros_like(progress.next_log_p)[:, None].repeat(blocks.size, axis=1)
+    begun = ids, nothing, jnp.int32(0)
     if blocks.in_one_pass:
-        return one_pass((ids, nothing))
-    return jax.lax.while_loop(lambda carry: (carry[0] == MASK_ID).any(), one_pass, (ids, nothing))
+        return one_pass(begun)
+    return jax.lax.while_loop(lambda carry: (carry[0] == MASK_ID).any(), one_pass, begun)
 
 
 def _choose(blocks, logits, is_masked):

@@ -56,8 +56,8 @@ class Decoding:
         make_plain(self)
         if self.blocks and self.max_drafts:
             raise ValueError(
-                f"max_drafts={self.max_drafts} and blocks={self.blocks.size} are two ways to draft: "
-                "give one"
+                f"max_drafts={self.max_drafts} and blocks={self.blocks.size} are two ways to "
+                "draft: give one"
             )
         for name, least in (("batch_size", 1), ("max_drafts", 0)):
             value = getattr(self, name)
@@ -117,6 +117,7 @@ class Counts(NamedTuple):
     global_calls: int = 0  # of the global stack after the prompts, for all rows of a batch at once
     drafted: int = 0
     accepted: int = 0
+    fills: int = 0  # passes of the decoder that filled in blocks
 
     def __add__(self, other):
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))

@@ -56,6 +56,7 @@ class View(NamedTuple):
     prompt_patches: jax.Array
     num_steps: jax.Array
     num_global_calls: jax.Array
+    num_fills: jax.Array
     drafts: tuple[jax.Array, ...] | None  # num_drafted, num_accepted, anchor
     log_probs: tuple[jax.Array, ...] | None  # written, first
 
@@ -155,6 +156,7 @@ def start(shape: ProgramShape, num_log_probs: int, reading: Reading, request: Re
         waited=zeros,
         num_steps=jnp.int32(0),
         num_global_calls=jnp.int32(0),
+        num_fills=jnp.int32(0),
         prompt_patches=decoder.num_patches(state),
         drafting=drafting,
         log_probs=log_probs,
@@ -164,9 +166,9 @@ def start(shape: ProgramShape, num_log_probs: int, reading: Reading, request: Re
 @functools.partial(jax.jit, donate_argnums=0)
 def enter(progress: Progress, row: Progress, slot) -> Progress:
     """Puts the first row of `row`, which `start` has made, into a slot."""
-    counts = dict(num_steps=progress.num_steps, num_global_calls=progress.num_global_calls)
-    # Axes of rows differ in size between the two; the counts have none.
-    none = dict(num_steps=None, num_global_calls=None)
+    names = ("num_steps", "num_global_calls", "num_fills")
+    counts = {name: getattr(progress, name) for name in names}
+    none = dict.fromkeys(names)  # they have no rows
     rows = jax.tree.map(
         lambda x, new: put_row(x, new, slot), progress._replace(**none), row._replace(**none)
     )
@@ -186,6 +188,7 @@ def look(shape: ProgramShape, progress: Progress) -> View:
         prompt_patches=progress.prompt_patches,
         num_steps=progress.num_steps,
         num_global_calls=progress.num_global_calls,
+        num_fills=progress.num_fills,
         drafts=drafting and (drafting.num_drafted, drafting.num_accepted, _anchors(progress)),
         log_probs=log_probs and (log_probs.written, log_probs.first),
     )

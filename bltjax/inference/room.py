@@ -43,6 +43,7 @@ class Occupant:
     job: Job
     steps: int  # of the room before it came
     global_calls: int
+    fills: int
     shown: int = 0  # bytes that were given out
     log_p: np.ndarray | None = None  # float32 [n, V], of bytes that were not given out yet
 
@@ -55,7 +56,7 @@ class Room:
         self.shape, self.params = shape, params
         self.slots: list[Occupant | None] = [None] * shape.size.rows
         self.progress, self._arrays = None, None
-        self.num_steps = self.num_global_calls = 0
+        self.num_steps = self.num_global_calls = self.num_fills = 0
 
     @property
     def free(self) -> list[int]:
@@ -116,12 +117,12 @@ class Room:
 
     def _occupy(self, jobs: dict[int, Job]):
         """Puts jobs into the first slots."""
-        self.num_steps = self.num_global_calls = 0
+        self.num_steps = self.num_global_calls = self.num_fills = 0
         empty = [None] * (len(self.slots) - len(jobs))
         self.slots = [self._occupant(*item) for item in jobs.items()] + empty
 
     def _occupant(self, key: int, job: Job) -> Occupant:
-        return Occupant(key, job, self.num_steps, self.num_global_calls)
+        return Occupant(key, job, self.num_steps, self.num_global_calls, self.num_fills)
 
     def _start(self, reading: Reading):
         """Reads the prompts of all slots, and makes rows of them that write on."""
@@ -166,6 +167,7 @@ class Room:
         """Yields the new text of each row; takes out the jobs that are done."""
         view = sharding.on_host(loops.look(self.shape, self.progress))
         self.num_steps, self.num_global_calls = int(view.num_steps), int(view.num_global_calls)
+        self.num_fills = int(view.num_fills)
         for slot, occupant in enumerate(self.slots):
             if occupant is not None:
                 piece = self._piece(occupant, slot, view)
@@ -200,6 +202,7 @@ class Room:
             global_calls=self.num_global_calls - occupant.global_calls,
             drafted=drafted,
             accepted=accepted,
+            fills=self.num_fills - occupant.fills,
         )
         log_p = None
         if job.log_probs:

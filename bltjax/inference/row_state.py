@@ -82,6 +82,7 @@ class Progress(NamedTuple):
     waited: jax.Array  # int32 [B]  steps that a row has waited for the global stack
     num_steps: jax.Array  # int32  of everything but the global stack, all rows together
     num_global_calls: jax.Array  # int32  all rows together
+    num_fills: jax.Array  # int32  passes that filled in blocks, all rows together
     prompt_patches: jax.Array  # int32 [B]
     drafting: Drafting | BlockDrafting | None  # None: rows do not draft
     log_probs: LogProbs | None  # None: nobody asks; not beside drafts
