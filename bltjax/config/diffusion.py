@@ -1,5 +1,6 @@
 """Settings of training the decoder to fill in blocks of unknown bytes."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from bltjax.config.checks import MOST_ROW, between, not_negative, one_of
@@ -25,3 +26,12 @@ class DiffusionConfig:
         found += between(self, name, "t_min", 0.001, 1)
         found += one_of(self, name, "t_per", ("block", "row"))
         return found + not_negative(self, name, "row_blocks", most=MOST_ROW)
+
+    def without_blocks(self, name: str, why: str) -> list[str]:
+        """Returns the settings that change nothing where no blocks are learned, a line each."""
+        default = DiffusionConfig()
+        return [
+            f"{name}.{field.name}={value!r} changes nothing: {why}, or leave it {usual!r}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != (usual := getattr(default, field.name))
+        ]

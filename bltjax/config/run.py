@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from bltjax.config.checks import MOST, MOST_BYTES, MOST_ROW, not_negative, one_of, positive, shown
 from bltjax.config.data import DataConfig
-from bltjax.config.diffusion import DiffusionConfig
 from bltjax.config.model import BLTConfig, EntropyModelConfig, TokenModelConfig
 from bltjax.config.patching import PatchingConfig
 from bltjax.config.training import (
@@ -149,10 +148,10 @@ class RunConfig:
                 f"{name}.teacher.source={shown(training.teacher.source)}: the {called} has no "
                 "layers of a teacher, leave it empty"
             )
-        if training.diffusion != DiffusionConfig():
-            found.append(
-                f"{name}.diffusion changes nothing: the {called} fills in no blocks, leave it out"
-            )
+        found += training.diffusion.without_blocks(
+            f"{name}.diffusion",
+            f"only a BLT fills in blocks, give it for the BLT, not the {called}",
+        )
         if training.row_bytes == 0 < training.row_patches:
             found.append(f"{name}.row_bytes=0 must be at least 8: its rows have no patches")
         return found
@@ -179,13 +178,10 @@ class RunConfig:
         diffusion, block = self.blt_training.diffusion, self.blt.diffusion_block
         weight = f"blt_training.diffusion.weight={diffusion.weight}"
         if not block:
+            why = "blt.diffusion_block=0, give the bytes of a block, 4 for example"
             # A model that the run starts from may have blocks.
-            if diffusion == DiffusionConfig() or self.start_from:
-                return []
-            return [
-                "blt_training.diffusion changes nothing with blt.diffusion_block=0: give the bytes "
-                "of a block, 4 for example, or leave it out"
-            ]
+            unused = diffusion.without_blocks("blt_training.diffusion", why)
+            return [] if self.start_from else unused
         if not diffusion.weight:
             return []
         with_blocks = f"with blt.diffusion_block={block} and {weight}"

@@ -36,8 +36,7 @@ def generate(
             outputs[i], of_text = texts[key]
             counts += of_text._replace(steps=0, global_calls=0, fills=0)
         (room,) = scheduler.rooms.values()
-        shared = dict(steps=room.num_steps, global_calls=room.num_global_calls)
-        counts += Counts(**shared, fills=room.num_fills)
+        counts += Counts(**room.work._asdict())
     return outputs, counts
 
 

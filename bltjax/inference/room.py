@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +36,25 @@ ALL_CHUNKS = NEVER
 MANY = 16  # rows: on CPUs a call of the global stack then serves a quarter of them
 
 
+class Work(NamedTuple):
+    """Work of a room for all its rows; fields as of `Counts`."""
+
+    steps: int = 0
+    global_calls: int = 0
+    fills: int = 0
+
+    def since(self, before: "Work") -> "Work":
+        """Returns the work that came after."""
+        return Work(*(a - b for a, b in zip(self, before, strict=True)))
+
+
 @dataclass
 class Occupant:
     """The job in a slot, and what the host knows of its row."""
 
     key: int
     job: Job
-    steps: int  # of the room before it came
-    global_calls: int
-    fills: int
+    work: Work  # of the room before it came
     shown: int = 0  # bytes that were given out
     log_p: np.ndarray | None = None  # float32 [n, V], of bytes that were not given out yet
 
@@ -56,7 +67,8 @@ class Room:
         self.shape, self.params = shape, params
         self.slots: list[Occupant | None] = [None] * shape.size.rows
         self.progress, self._arrays = None, None
-        self.num_steps = self.num_global_calls = self.num_fills = 0
+        self.work = Work()  # all that was done here
+        self._work_before = Work()  # before the rows that are here were filled in
 
     @property
     def free(self) -> list[int]:
@@ -117,12 +129,12 @@ class Room:
 
     def _occupy(self, jobs: dict[int, Job]):
         """Puts jobs into the first slots."""
-        self.num_steps = self.num_global_calls = self.num_fills = 0
+        self._work_before = self.work
         empty = [None] * (len(self.slots) - len(jobs))
         self.slots = [self._occupant(*item) for item in jobs.items()] + empty
 
     def _occupant(self, key: int, job: Job) -> Occupant:
-        return Occupant(key, job, self.num_steps, self.num_global_calls, self.num_fills)
+        return Occupant(key, job, self.work)
 
     def _start(self, reading: Reading):
         """Reads the prompts of all slots, and makes rows of them that write on."""
@@ -166,8 +178,8 @@ class Room:
     def _pieces(self) -> Iterator[Piece]:
         """Yields the new text of each row; takes out the jobs that are done."""
         view = sharding.on_host(loops.look(self.shape, self.progress))
-        self.num_steps, self.num_global_calls = int(view.num_steps), int(view.num_global_calls)
-        self.num_fills = int(view.num_fills)
+        counted = int(view.num_steps), int(view.num_global_calls), int(view.num_fills)
+        self.work = Work(*(a + b for a, b in zip(self._work_before, counted, strict=True)))
         for slot, occupant in enumerate(self.slots):
             if occupant is not None:
                 piece = self._piece(occupant, slot, view)
@@ -196,13 +208,11 @@ class Room:
         occupant.shown = safe
         counts = Counts(
             new_bytes=len(text),
-            steps=self.num_steps - occupant.steps,
             patches=int(view.num_patches[slot]),
             prompt_patches=int(view.prompt_patches[slot]),
-            global_calls=self.num_global_calls - occupant.global_calls,
             drafted=drafted,
             accepted=accepted,
-            fills=self.num_fills - occupant.fills,
+            **self.work.since(occupant.work)._asdict(),
         )
         log_p = None
         if job.log_probs:

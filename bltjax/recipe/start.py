@@ -81,9 +81,13 @@ def filled(config: RunConfig, entropy_model, blt, patching: PatchingConfig | Non
         if there is not None:
             given, usual = getattr(config, name), getattr(default, name)
             parts[name] = _fill(given, usual, there, name, config.start_from, problems)
+    found = dataclasses.replace(config, **parts) if not problems else config
+    if not found.blt.diffusion_block:
+        why = f"start_from={config.start_from} fills in no blocks, set blt.diffusion_block"
+        problems += config.blt_training.diffusion.without_blocks("blt_training.diffusion", why)
     if problems:
         raise ValueError("; ".join(problems))
-    return dataclasses.replace(config, **parts)
+    return found
 
 
 def _fill(given, default, there, name: str, source: str, problems: list[str]):

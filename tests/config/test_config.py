@@ -103,6 +103,7 @@ def test_whole_numbers_are_floats_and_lists_are_tuples():
     assert run.stages == ("blt",)
 
 
+BLOCKS = dict(blt__diffusion_block=4)
 SOURCES = (dict(name="a"), dict(name="b", path="b.jsonl"))
 
 # Each: settings, and what the message must say.
@@ -218,6 +219,28 @@ PROBLEMS = [
     (dict(blt_training__optimizer__beta1=1.0), "blt_training.optimizer.beta1=1.0 1)"),
     (dict(blt_training__z_loss=float("nan")), "blt_training.z_loss=nan finite"),
     (dict(blt_training__skip_norm_above=0.5), "blt_training.skip_norm_above=0.5 1"),
+    (dict(blt__diffusion_block=300), "blt.diffusion_block=300 256"),
+    (dict(blt__diffusion_block=-1), "blt.diffusion_block=-1 0"),
+    (dict(**BLOCKS, blt_training__diffusion__t_min=0.0), "blt_training.diffusion.t_min=0.0 0.001"),
+    (dict(**BLOCKS, blt_training__diffusion__weight=-1.0), "diffusion.weight=-1.0 at least 0"),
+    (dict(**BLOCKS, blt_training__diffusion__row_blocks=-1), "diffusion.row_blocks=-1 0"),
+    (dict(**BLOCKS, blt_training__diffusion__t_per="byte"), "diffusion.t_per='byte' 'row'"),
+    (
+        dict(blt_training__diffusion__t_min=0.2),
+        "blt_training.diffusion.t_min=0.2 blt.diffusion_block=0 4",
+    ),
+    (
+        dict(entropy_training__diffusion__t_min=0.2),
+        "entropy_training.diffusion.t_min=0.2 nothing entropy model",
+    ),
+    (
+        dict(**BLOCKS, blt__lora__rank=2),
+        "blt.lora.rank=2 blt.diffusion_block=4 blt_training.diffusion.weight=1.0 weight=0",
+    ),
+    (
+        dict(**BLOCKS, blt_training__optimizer__local_rate=0.0),
+        "local_rate=0 blt.diffusion_block=4 blt_training.diffusion.weight=0",
+    ),
     (dict(profile__first_step=-1), "profile.first_step=-1 0"),
     (
         dict(blt_training__optimizer__schedule="wsd", blt_training__optimizer__min_ratio=0.0),
@@ -259,6 +282,8 @@ def test_settings_that_look_alike_are_valid():
     changed(blt_training__row_bytes=0, blt_training__row_patches=512)
     changed(blt_training__optimizer__min_ratio=0.0)
     changed(blt__hash__sizes=(), blt__hash__vocab=0)
+    changed(start_from="x", blt_training__diffusion__t_min=0.2)  # which may have blocks
+    changed(**BLOCKS, blt__lora__rank=2, blt_training__diffusion__weight=0.0)
     changed(token_model__hash__sizes=(2,), token_training__optimizer__hash_rate=2.0)
     changed(blt__global_transformer__dim=130, blt__global_transformer__head_dim=32)
     changed(blt__cross_attention__num_kv_heads=4, blt__cross_attention__num_heads_decoder=2)

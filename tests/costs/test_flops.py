@@ -21,9 +21,12 @@ from bltjax.config import (
     TokenModelConfig,
     TrainingConfig,
     TransformerConfig,
+    read_config,
 )
 from bltjax.costs import flops
+from bltjax.costs.training_time import work_of_stages
 from bltjax.model import functional, parameters, transformer
+from bltjax.model.block_rows import Blocks
 from bltjax.patching.buffers import buffers_from_lengths
 from tests import processes
 
@@ -247,6 +250,38 @@ def test_every_matrix_product_of_the_traced_model_is_counted(config, dense_atten
     assert found == pytest.approx(terms["total"] + masked_flops(config) - sums_flops(config))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [TINY, with_cross(TINY, window_decoder=2, all_layers_decoder=False)],
+    ids=["default", "windows"],
+)
+def test_every_matrix_product_of_blocks_is_counted(config, dense_attention):
+    config, number = dataclasses.replace(config, diffusion_block=4), 5
+    blocks = Blocks(*(jnp.ones((BATCH, 1, number, *rest), jnp.int32) for rest in ((), (4,), ())))
+    found = (dot_flops(trace(config, blocks)) - dot_flops(trace(config))) / (BATCH * ROW)
+    terms = flops.flops_per_byte(config, ROW, PATCH, number / ROW)
+    plain = flops.flops_per_byte(config, ROW, PATCH)
+    assert terms["total"] == pytest.approx(plain["total"] + terms["blocks"])
+    cross, rows = config.cross_attention, 4 * number / ROW
+    layers = DECODER.num_layers if cross.all_layers_decoder else 1
+    masked = 4 * DECODER.dim * DECODER.num_layers * (ROW - flops.mean_visible(ROW, DECODER.window))
+    sums = 4 * cross.k * layers * DECODER.dim * (cross.window_decoder or 1)
+    assert found == pytest.approx(terms["blocks"] + rows * (masked - sums))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "blt_400m", "blt_1b", "blt_7b"])
+def test_blocks_of_four_take_less_than_1_6_times_a_plain_step(name):
+    blocks = {"blt.diffusion_block": 4}
+    with_blocks, plain = (work_of_stages(read_config(name, s))["blt"] for s in (blocks, None))
+    ratio = with_blocks.flops_per_byte / plain.flops_per_byte
+    assert 1.02 < ratio < 1.6
+    unread = blocks | {"blt_training.diffusion.weight": 0.0}
+    assert work_of_stages(read_config(name, unread))["blt"] == plain
+    few = blocks | {"blt_training.diffusion.row_blocks": 64}
+    less = work_of_stages(read_config(name, few))["blt"].flops_per_byte
+    assert 1 < less / plain.flops_per_byte < ratio
+
+
 @pytest.mark.parametrize("width", [None, 24])
 def test_tables_of_tokens_cost_their_projection_alone(width, dense_attention):
     stack = dataclasses.replace(ENCODER, window=ROW)
@@ -276,7 +311,7 @@ def test_backward_costs_twice_the_forward(dense_attention):
     assert dot_flops(backward.jaxpr) == flops.TRAINING_FACTOR * dot_flops(trace(config))
 
 
-def trace(config):
+def trace(config, blocks=None):
     """The jaxpr of a forward pass over BATCH rows of ROW bytes in patches of PATCH."""
     tokens = jax.ShapeDtypeStruct((BATCH, ROW), jnp.int32)
     lengths = jax.ShapeDtypeStruct((BATCH, ROW // PATCH), jnp.int32)
@@ -284,6 +319,8 @@ def trace(config):
     def forward(params, tokens, lengths):
         is_blt = isinstance(config, BLTConfig)
         inputs = (buffers_from_lengths(lengths, ROW),) if is_blt else ()
+        if blocks is not None:
+            return functional.intermediates(config, params, tokens, *inputs, blocks=blocks)
         return functional.apply(config, params, tokens, *inputs)
 
     return jax.make_jaxpr(forward)(functional.abstract_params(config), tokens, lengths).jaxpr

@@ -185,6 +185,70 @@ def test_a_run_goes_on_without_its_source(sources, of_hf, config, tmp_path):
     np.testing.assert_equal(params_of(again), params_of(of_hf.path))
 
 
+@pytest.fixture(scope="module")
+def with_blocks(sources, config, tmp_path_factory):
+    """A run from Hugging Face's weights whose decoder learns to fill in blocks."""
+    given = config(sources["hf"], **BLOCKS)
+    return given, train(given, tmp_path_factory.mktemp("runs") / "blocks")
+
+
+BLOCKS = {
+    "blt.diffusion_block": 3,
+    "blt_training.steps": 3,
+    "blt_training.checkpoint_every": 1,
+    "blt_training.log_every": 1,
+}
+MASK = "local_decoder.mask_embedding.weight"
+
+
+def test_a_plain_model_learns_blocks_and_goes_on_as_if_never_interrupted(
+    sources, with_blocks, tmp_path
+):
+    given, directory = with_blocks
+    assert first_bits(directory) == pytest.approx(bits_of_source(sources["hf"]), rel=1e-6)
+    lines, found = metrics(directory.path, "blt"), params_of(directory.path)
+    assert all(line["block_loss"] > 0 and 0 < line["block_share"] <= 1 for line in lines)
+    assert set(found) - set(params_of(sources["hf"])) == {MASK}
+    with interrupted_at(2):
+        train(given, tmp_path / "run")
+    again = train(given, tmp_path / "run").path
+    assert metrics(again, "blt") == lines
+    np.testing.assert_equal(params_of(again), found)
+
+
+def test_the_mask_of_blocks_is_kept_by_our_format_alone(with_blocks, tmp_path):
+    _, directory = with_blocks
+    found = params_of(directory.path)
+    with jax.set_mesh(sharding.make_mesh()):
+        weights = formats.read(directory.path)
+        formats.plan(weights, "bltjax").write(tmp_path / "ours")
+        plan = formats.plan(weights, "hf")
+        plan.write(tmp_path / "hf")
+        ours, theirs = (formats.read(tmp_path / name) for name in ("ours", "hf"))
+    assert ours.blt == weights.blt and ours.blt.diffusion_block == 3
+    np.testing.assert_equal(params_of(tmp_path / "ours"), found)
+    assert theirs.blt == dataclasses.replace(weights.blt, diffusion_block=0)
+    assert "diffusion_block=3: published formats know no blocks" in plan.notes[-1]
+    mask = found.pop(MASK)
+    np.testing.assert_equal(params_of(tmp_path / "hf"), found)
+    assert mask.any()
+
+
+def test_blocks_of_the_source_are_kept_and_others_may_be_learned(with_blocks, config):
+    _, directory = with_blocks
+    with jax.set_mesh(sharding.make_mesh()):
+        source = formats.read(directory.path)
+    plain = dataclasses.replace(source.blt, diffusion_block=0)
+    for there, here, expected in ((source.blt, {}, 3), (source.blt, 5, 5), (plain, 5, 5)):
+        given = config(directory.path, **({"blt.diffusion_block": here} if here else {}))
+        found = filled(given, source.entropy_model, there, source.patching)
+        assert found.blt == dataclasses.replace(source.blt, diffusion_block=expected)
+    given = config(directory.path, **{"blt_training.diffusion.weight": 0.5})
+    filled(given, source.entropy_model, source.blt, source.patching)
+    with pytest.raises(ValueError, match=r"diffusion\.weight=0\.5 changes nothing: start_from="):
+        filled(given, source.entropy_model, plain, source.patching)
+
+
 def test_a_source_that_changed_is_noticed(sources, config, tmp_path):
     """Where the run was killed before it had anything of its own."""
     source = shutil.copytree(sources["hf"], tmp_path / "source")

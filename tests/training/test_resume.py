@@ -107,6 +107,33 @@ def test_killed_at_random_steps_and_run_again(command, uninterrupted, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(whole))
 
 
+def test_killed_while_it_learns_blocks(command, tmp_path):
+    """Which blocks are drawn and masked depends on the seed and the step alone."""
+    settings = [
+        "--config.stages=('blt',)",
+        "--config.patching.rule=space",
+        "--config.blt.diffusion_block=3",
+        "--config.blt_training.diffusion.t_per=row",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    output = command(whole, *settings).communicate(timeout=300)[0]
+    step = random.Random().randrange(5, 22)
+    kill_after(command(killed, *settings), killed, "blt", step)
+    process = command(killed, *settings)
+    again = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, again
+    assert "resumed at step" in again and "resumed" not in output, (step, output)
+    lines = metrics(whole, "blt")
+    assert len(lines) == 24 and len({line["block_loss"] for line in lines}) == 24
+    assert metrics(killed, "blt") == lines, step
+    found = []
+    for workdir in (whole, killed):
+        directory = RunDirectory(workdir)
+        found.append(directory.stage(directory.config(), "blt").params())
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert found[0]["local_decoder"]["mask_embedding"]["weight"].any()
+
+
 @pytest.mark.slow
 def test_asked_to_stop_while_it_saves(command, uninterrupted, tmp_path):
     """By SIGTERM, then by Ctrl-C; it saves all the time."""
