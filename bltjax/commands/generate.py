@@ -27,6 +27,7 @@ OPTIONS = (  # of Model.generate, which explains them
     "stop",
     "threshold",
     "max_drafts",
+    "blocks",
 )
 
 
@@ -113,6 +114,7 @@ def define_flags():
     flags.DEFINE_multi_string("stop", [], "A string that ends the text; may be given again.")
     flags.DEFINE_float("threshold", None, "Nats; higher: fewer patches than in training.")
     flags.DEFINE_integer("max_drafts", 0, "Bytes drafted past the end of a patch; 0: none.")
+    flags.DEFINE_integer("blocks", 0, "Bytes that are filled in together; 0: none.", 0)
     flags.DEFINE_bool("raw", False, "Write the bytes alone, as they are.")
 
 

@@ -11,8 +11,8 @@ from bltjax.evaluation.continuations import ContinuationScore, score_continuatio
 from bltjax.evaluation.score import ByteScoring, Score, score_documents
 from bltjax.inference.decoders import Decoder, for_generation
 from bltjax.inference.engine import generate, stream
-from bltjax.inference.jobs import Counts, Decoding
-from bltjax.inference.requests import configure, make_requests
+from bltjax.inference.jobs import BlockDrafts, Counts, Decoding
+from bltjax.inference.requests import as_blocks, configure, make_requests
 from bltjax.inference.sampling import Sampling
 from bltjax.vocabulary import TEXT
 
@@ -57,6 +57,7 @@ class TextModel(abc.ABC):
         seed: int | Sequence[int] = 0,
         threshold: float | None = None,
         max_drafts: int = 0,
+        blocks: int | BlockDrafts = 0,
         batch_size: int = 32,
         quorum: float = 0.5,
         min_patch_bytes: float = 1.0,
@@ -81,12 +82,14 @@ class TextModel(abc.ABC):
           threshold: nats, instead of the trained one, for rules with entropies: a higher one makes
             fewer patches, and generation cheaper.
           max_drafts: bytes drafted past the end of a patch and then verified; 0 drafts none.
+          blocks: bytes of a block that are filled in together and then verified, by a model that
+            was trained so (`blt.diffusion_block`); 0: none. BlockDrafts has more options.
           batch_size: prompts that are continued at once.
           quorum: share of the rows that wait for a patch before the global transformer runs.
           min_patch_bytes: mean length of patches that there is memory for; 1 is enough for any
             text.
 
-        The last four are of speed and memory: greedy text is the same whatever they are.
+        The last five are of speed and memory: greedy text is the same whatever they are.
 
         Raises ValueError for values that make no sense. Warns where a text may get longer than
         those that the model was trained on.
@@ -104,6 +107,7 @@ class TextModel(abc.ABC):
             seed=seed,
             threshold=threshold,
             max_drafts=max_drafts,
+            blocks=blocks,
             batch_size=batch_size,
             quorum=quorum,
             min_patch_bytes=min_patch_bytes,
@@ -125,14 +129,15 @@ class TextModel(abc.ABC):
         seed: int | Sequence[int] = 0,
         threshold: float | None = None,
         max_drafts: int = 0,
+        blocks: int | BlockDrafts = 0,
         batch_size: int = 32,
         quorum: float = 0.5,
         min_patch_bytes: float = 1.0,
     ) -> tuple[list[bytes], Counts]:
         """Returns what `generate` returns, and the work it took: steps, patches, drafts."""
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, valid_utf8)
-        decoding = Decoding(batch_size, max_drafts, quorum, min_patch_bytes)
-        decoder, stops = configure(self._decoder(), sampling, stop, threshold, max_drafts)
+        decoding = Decoding(batch_size, max_drafts, quorum, min_patch_bytes, as_blocks(blocks))
+        decoder, stops = configure(self._decoder(), sampling, stop, threshold, decoding)
         requests = make_requests(decoder, prompts, max_new_bytes, seed, self.lengths.row_bytes)
         with jax.set_mesh(self.mesh):
             params = self._generation_params
@@ -153,6 +158,7 @@ class TextModel(abc.ABC):
         seed: int = 0,
         threshold: float | None = None,
         max_drafts: int = 0,
+        blocks: int | BlockDrafts = 0,
     ) -> Iterator[tuple[bytes, Counts]]:
         """Yields the continuation of one prompt in pieces, each with the counts so far.
 
@@ -162,11 +168,11 @@ class TextModel(abc.ABC):
         if not isinstance(prompt, TEXT):
             raise ValueError(f"prompt is a {type(prompt).__name__}: stream takes one str or bytes")
         sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, valid_utf8)
-        decoder, stops = configure(self._decoder(), sampling, stop, threshold, max_drafts)
+        decoding = Decoding(max_drafts=max_drafts, blocks=as_blocks(blocks))
+        decoder, stops = configure(self._decoder(), sampling, stop, threshold, decoding)
         (request,) = make_requests(decoder, [prompt], max_new_bytes, seed, self.lengths.row_bytes)
         with jax.set_mesh(self.mesh):
-            params, decoding = self._generation_params, Decoding(max_drafts=max_drafts)
-            return stream(decoder, params, request, sampling, stops, decoding)
+            return stream(decoder, self._generation_params, request, sampling, stops, decoding)
 
     def score(
         self,

@@ -286,6 +286,22 @@ class BLTDecoder:
         )
         return logits[..., : self.num_ids], state._replace(blt=cache)
 
+    def predict_block(self, params, state: BLTState, ids, starts):
+        """Returns logits float32 [B, K, V] of a block of ids [B, K], each of the byte there."""
+        numbers = _newest_complete(state.record, starts[:, None] - 1)[:, 0]
+        logits = functional.predict_block(self.blt, params["blt"], state.blt, ids, starts, numbers)
+        return logits[..., : self.num_ids]
+
+    def open_patch(self, state: BLTState, last):
+        """Returns int32 [B]: where the patch starts that the byte after positions `last` is in."""
+        number = read_positions(state.record.num_starts, last[:, None]) - 1
+        return read_positions(state.record.start_positions, number)[:, 0]
+
+    def in_patch(self, state: BLTState, first, number: int):
+        """Returns bool [B, number]: whether the bytes after `first` [B] are in its patch."""
+        opened = read_positions(state.record.num_starts, span(first, -1, number))
+        return opened[:, 1:] == opened[:, :1]
+
     def predict_last(self, params, state: BLTState, first, count, num_new: int):
         """Runs the local decoder on all new positions, whose keys and values later ones read."""
         logits, state = self.predict(params, state, first, count, num_new)

@@ -34,9 +34,9 @@ def generate(
         texts = scheduler.run()
         for i, key in zip(chosen, keys, strict=True):
             outputs[i], of_text = texts[key]
-            counts += of_text._replace(steps=0, global_calls=0)
+            counts += of_text._replace(steps=0, global_calls=0, fills=0)
         (room,) = scheduler.rooms.values()
-        counts += Counts(steps=room.num_steps, global_calls=room.num_global_calls)
+        counts += Counts(**room.work._asdict())
     return outputs, counts
 
 

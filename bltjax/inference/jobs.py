@@ -15,6 +15,34 @@ CHUNK = 128  # positions of a prompt that are read at once, at least
 
 
 @dataclass(frozen=True)
+class BlockDrafts:
+    """Blocks that a decoder with `blt.diffusion_block` fills in; see `block_drafts.py`."""
+
+    size: int  # bytes of a block, at most those of training
+    verified: bool = True  # BLT-DV; else BLT-D: all drafts stand
+    # What is kept of a pass, until all of the block is: bytes with a higher probability; 0: all.
+    confidence: float = 0.0
+    entropy_bound: float | None = None  # instead: the surest bytes, up to so many nats together
+
+    def __post_init__(self):
+        make_plain(self)
+        if not (is_whole(self.size) and self.size >= 2):
+            raise ValueError(f"size={short(self.size)} of blocks must be a whole number from 2")
+        check_number("confidence", self.confidence, lambda p: 0 <= p < 1, "from 0, below 1")
+        if self.entropy_bound is not None:
+            check_number(
+                "entropy_bound",
+                self.entropy_bound,
+                lambda nats: 0 <= nats < math.inf,
+                "a number 0 or more, or None",
+            )
+
+    @property
+    def in_one_pass(self) -> bool:
+        return self.confidence == 0 and self.entropy_bound is None
+
+
+@dataclass(frozen=True)
 class Decoding:
     """Options of speed and memory; they do not change what greedy generation yields."""
 
@@ -22,9 +50,15 @@ class Decoding:
     max_drafts: int = 0  # bytes drafted past the end of a patch (self-speculation); 0: none
     quorum: float = 0.5  # share of the rows that wait before the global stack runs
     min_patch_bytes: float = 1.0  # mean length of patches that there is room for; 1: of any
+    blocks: BlockDrafts | None = None  # bytes that are filled in together; not beside drafts
 
     def __post_init__(self):
         make_plain(self)
+        if self.blocks and self.max_drafts:
+            raise ValueError(
+                f"max_drafts={self.max_drafts} and blocks={self.blocks.size} are two ways to "
+                "draft: give one"
+            )
         for name, least in (("batch_size", 1), ("max_drafts", 0)):
             value = getattr(self, name)
             if not (is_whole(value) and value >= least):
@@ -35,6 +69,11 @@ class Decoding:
             "min_patch_bytes", self.min_patch_bytes, lambda n: 1 <= n < math.inf, "1 or more"
         )
         check_number("quorum", self.quorum, lambda share: 0 < share <= 1, "above 0 and at most 1")
+
+    @property
+    def ahead(self) -> int:
+        """Positions that a row may write beyond its text."""
+        return self.blocks.size if self.blocks else self.max_drafts
 
     def with_rows(self, rows: int) -> "Decoding":
         """Returns the options with another batch size."""
@@ -78,6 +117,7 @@ class Counts(NamedTuple):
     global_calls: int = 0  # of the global stack after the prompts, for all rows of a batch at once
     drafted: int = 0
     accepted: int = 0
+    fills: int = 0  # passes of the decoder that filled in blocks
 
     def __add__(self, other):
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bltjax.inference.block_drafts import block_step
 from bltjax.inference.decoders import BLTState, PlainState
 from bltjax.inference.row_state import (
+    BlockDrafting,
     Drafting,
     LogProbs,
     ProgramShape,
@@ -54,7 +56,8 @@ class View(NamedTuple):
     prompt_patches: jax.Array
     num_steps: jax.Array
     num_global_calls: jax.Array
-    drafts: tuple[jax.Array, ...] | None  # anchor, num_drafted, num_accepted
+    num_fills: jax.Array
+    drafts: tuple[jax.Array, ...] | None  # num_drafted, num_accepted, anchor
     log_probs: tuple[jax.Array, ...] | None  # written, first
 
 
@@ -136,6 +139,8 @@ def start(shape: ProgramShape, num_log_probs: int, reading: Reading, request: Re
             num_drafted=zeros,
             num_accepted=zeros,
         )
+    if shape.blocks:
+        drafting = BlockDrafting(zeros, zeros < 0, zeros, zeros)
     if num_log_probs:
         log_probs = LogProbs(
             next=jax.nn.log_softmax(logits),
@@ -151,6 +156,7 @@ def start(shape: ProgramShape, num_log_probs: int, reading: Reading, request: Re
         waited=zeros,
         num_steps=jnp.int32(0),
         num_global_calls=jnp.int32(0),
+        num_fills=jnp.int32(0),
         prompt_patches=decoder.num_patches(state),
         drafting=drafting,
         log_probs=log_probs,
@@ -160,9 +166,9 @@ def start(shape: ProgramShape, num_log_probs: int, reading: Reading, request: Re
 @functools.partial(jax.jit, donate_argnums=0)
 def enter(progress: Progress, row: Progress, slot) -> Progress:
     """Puts the first row of `row`, which `start` has made, into a slot."""
-    counts = dict(num_steps=progress.num_steps, num_global_calls=progress.num_global_calls)
-    # Axes of rows differ in size between the two; the counts have none.
-    none = dict(num_steps=None, num_global_calls=None)
+    names = ("num_steps", "num_global_calls", "num_fills")
+    counts = {name: getattr(progress, name) for name in names}
+    none = dict.fromkeys(names)  # they have no rows
     rows = jax.tree.map(
         lambda x, new: put_row(x, new, slot), progress._replace(**none), row._replace(**none)
     )
@@ -182,9 +188,16 @@ def look(shape: ProgramShape, progress: Progress) -> View:
         prompt_patches=progress.prompt_patches,
         num_steps=progress.num_steps,
         num_global_calls=progress.num_global_calls,
-        drafts=drafting and (drafting.anchor, drafting.num_drafted, drafting.num_accepted),
+        num_fills=progress.num_fills,
+        drafts=drafting and (drafting.num_drafted, drafting.num_accepted, _anchors(progress)),
         log_probs=log_probs and (log_probs.written, log_probs.first),
     )
+
+
+def _anchors(progress: Progress):
+    """Returns int32 [B], last positions before drafts that nothing verified yet; -1: all are."""
+    drafting = progress.drafting
+    return drafting.anchor if isinstance(drafting, Drafting) else jnp.full_like(progress.length, -1)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -201,7 +214,7 @@ def decode(
         few_done = progress.done.sum() < max_done
         return ~progress.done.all() & few_done & (progress.num_steps < last_step)
 
-    step = _plain_step if progress.drafting is None else drafting_step
+    step = drafting_step if shape.max_drafts else block_step if shape.blocks else _plain_step
     return jax.lax.while_loop(at_work, functools.partial(step, shape, params, request), progress)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from bltjax.inference.decoders import Decoder
-from bltjax.inference.jobs import Request
+from bltjax.inference.jobs import BlockDrafts, Decoding, Request
 from bltjax.inference.sampling import LARGEST, Sampling, check_number, is_whole, plain
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.terminal import short
@@ -20,7 +20,7 @@ def configure(
     sampling: Sampling,
     stop: str | bytes | Sequence[str | bytes] = (),
     threshold: float | None = None,
-    max_drafts: int = 0,
+    decoding: Decoding = Decoding(),
 ) -> tuple[Decoder, list[bytes]]:
     """Returns the decoder, with `threshold` in the place of its own, and the stop strings.
 
@@ -28,8 +28,12 @@ def configure(
     """
     if threshold is not None:
         decoder = _with_threshold(decoder, threshold)
-    if max_drafts and not decoder.ids_are_bytes:
-        raise ValueError(f"max_drafts={max_drafts}: a model of tokens has no patches to draft past")
+    if decoding.max_drafts and not decoder.ids_are_bytes:
+        raise ValueError(
+            f"max_drafts={decoding.max_drafts}: a model of tokens has no patches to draft past"
+        )
+    if decoding.blocks:
+        _check_blocks(decoder, decoding.blocks.size)
     if sampling.valid_utf8 and not decoder.ids_are_bytes:
         raise ValueError(
             "valid_utf8=True needs a model of bytes, as tokens may hold half a character: decode "
@@ -39,6 +43,29 @@ def configure(
         raise ValueError(f"stop is a {type(stop).__name__}: give bytes, str, or a list of them")
     stops = [stop] if isinstance(stop, TEXT) else stop
     return decoder, [_stop_bytes(text) for text in stops]
+
+
+def as_blocks(blocks: int | BlockDrafts) -> BlockDrafts | None:
+    """Returns the blocks that an option asks for. Raises ValueError for no number of bytes."""
+    if isinstance(blocks, BlockDrafts):
+        return blocks
+    blocks = plain(blocks)
+    if not is_whole(blocks) or blocks == 1 or blocks < 0:
+        raise ValueError(
+            f"blocks={short(blocks)} must be a whole number of bytes from 2, or 0 for none"
+        )
+    return BlockDrafts(blocks) if blocks else None
+
+
+def _check_blocks(decoder: Decoder, size: int):
+    """Raises ValueError for blocks that the decoder was not trained to fill in."""
+    trained = decoder.blt.diffusion_block if decoder.ids_are_bytes else 0
+    if size > trained:
+        remedy = f"give at most {trained}" if trained else "leave blocks out, or train with them"
+        raise ValueError(
+            f"blocks={size}: the decoder was trained to fill in blocks of {trained} bytes "
+            f"(blt.diffusion_block): {remedy}"
+        )
 
 
 def _stop_bytes(text) -> bytes:

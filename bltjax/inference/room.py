@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +36,25 @@ ALL_CHUNKS = NEVER
 MANY = 16  # rows: on CPUs a call of the global stack then serves a quarter of them
 
 
+class Work(NamedTuple):
+    """Work of a room for all its rows; fields as of `Counts`."""
+
+    steps: int = 0
+    global_calls: int = 0
+    fills: int = 0
+
+    def since(self, before: "Work") -> "Work":
+        """Returns the work that came after."""
+        return Work(*(a - b for a, b in zip(self, before, strict=True)))
+
+
 @dataclass
 class Occupant:
     """The job in a slot, and what the host knows of its row."""
 
     key: int
     job: Job
-    steps: int  # of the room before it came
-    global_calls: int
+    work: Work  # of the room before it came
     shown: int = 0  # bytes that were given out
     log_p: np.ndarray | None = None  # float32 [n, V], of bytes that were not given out yet
 
@@ -55,7 +67,8 @@ class Room:
         self.shape, self.params = shape, params
         self.slots: list[Occupant | None] = [None] * shape.size.rows
         self.progress, self._arrays = None, None
-        self.num_steps = self.num_global_calls = 0
+        self.work = Work()  # all that was done here
+        self._work_before = Work()  # before the rows that are here were filled in
 
     @property
     def free(self) -> list[int]:
@@ -116,12 +129,12 @@ class Room:
 
     def _occupy(self, jobs: dict[int, Job]):
         """Puts jobs into the first slots."""
-        self.num_steps = self.num_global_calls = 0
+        self._work_before = self.work
         empty = [None] * (len(self.slots) - len(jobs))
         self.slots = [self._occupant(*item) for item in jobs.items()] + empty
 
     def _occupant(self, key: int, job: Job) -> Occupant:
-        return Occupant(key, job, self.num_steps, self.num_global_calls)
+        return Occupant(key, job, self.work)
 
     def _start(self, reading: Reading):
         """Reads the prompts of all slots, and makes rows of them that write on."""
@@ -165,7 +178,8 @@ class Room:
     def _pieces(self) -> Iterator[Piece]:
         """Yields the new text of each row; takes out the jobs that are done."""
         view = sharding.on_host(loops.look(self.shape, self.progress))
-        self.num_steps, self.num_global_calls = int(view.num_steps), int(view.num_global_calls)
+        counted = int(view.num_steps), int(view.num_global_calls), int(view.num_fills)
+        self.work = Work(*(a + b for a, b in zip(self._work_before, counted, strict=True)))
         for slot, occupant in enumerate(self.slots):
             if occupant is not None:
                 piece = self._piece(occupant, slot, view)
@@ -182,7 +196,7 @@ class Room:
             )
         end, drafted, accepted = int(view.length[slot]), 0, 0
         if view.drafts is not None:
-            anchor, drafted, accepted = (int(x[slot]) for x in view.drafts)
+            drafted, accepted, anchor = (int(x[slot]) for x in view.drafts)
             end = anchor + 1 if anchor >= 0 else end  # what is drafted may not stand
         ids = view.tokens[slot, len(request.ids) : end]
         whole = self.shape.decoder.decode(ids)[: request.max_new_bytes]
@@ -194,12 +208,11 @@ class Room:
         occupant.shown = safe
         counts = Counts(
             new_bytes=len(text),
-            steps=self.num_steps - occupant.steps,
             patches=int(view.num_patches[slot]),
             prompt_patches=int(view.prompt_patches[slot]),
-            global_calls=self.num_global_calls - occupant.global_calls,
             drafted=drafted,
             accepted=accepted,
+            **self.work.since(occupant.work)._asdict(),
         )
         log_p = None
         if job.log_probs:
@@ -225,10 +238,11 @@ def make_shape(
         patches=min(max(patches, BLOCK), positions),
         chunk=min(_chunk(rows), positions),
         # The drafts, and the byte that they follow.
-        max_rewind=max(decoding.max_drafts + 1, rewind),
+        max_rewind=max(decoding.ahead + 1, rewind),
     )
     decoder, max_rows = decoder.without_threshold(), _rows_of_call(rows)
-    return ProgramShape(decoder, size, decoding.max_drafts, decoding.quorum, max_rows)
+    drafts = decoding.max_drafts, decoding.quorum, decoding.blocks
+    return ProgramShape(decoder, size, *drafts, max_rows)
 
 
 def _rows_of_call(rows: int) -> int | None:
@@ -270,7 +284,7 @@ def check_memory(shape: ProgramShape, longest: Request):
 
 def num_positions(request: Request, decoding: Decoding) -> int:
     """Returns the smallest of the few sizes that has room for a request. Raises ValueError."""
-    needed = request.max_length + decoding.max_drafts
+    needed = request.max_length + decoding.ahead
     if needed > NEVER:
         raise ValueError(
             f"{request} needs a row of {needed} ids, and one has {NEVER} at most: lower "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from bltjax.inference import utf8
 from bltjax.inference.decoders import BLTState, Decoder, PlainState
+from bltjax.inference.jobs import BlockDrafts
 from bltjax.inference.sampling import SamplingArrays, distribution, draw, row_keys
 from bltjax.model.cache import CacheSize
 from bltjax.ops.slots import on_rows, read_positions, span, write_positions, write_slots
@@ -17,7 +18,7 @@ from bltjax.vocabulary import EOS_ID
 
 NEVER = 2**30  # a position that no row reaches
 MAX_WAIT = 8  # steps that a row waits for others, at most
-DRAW, ACCEPT, REDRAW = range(3)  # purposes of random numbers
+DRAW, ACCEPT, REDRAW, DRAFT = range(4)  # purposes of random numbers
 
 
 class ProgramShape(NamedTuple):
@@ -27,6 +28,7 @@ class ProgramShape(NamedTuple):
     size: CacheSize
     max_drafts: int  # 0: no drafts
     quorum: float  # share of the rows at work that wait before the global stack runs
+    blocks: BlockDrafts | None = None  # None: no blocks are filled in
     max_rows: int | None = None  # that a call of the global stack serves; None: all
 
 
@@ -52,6 +54,15 @@ class Drafting(NamedTuple):
     num_accepted: jax.Array  # int32 [B]
 
 
+class BlockDrafting(NamedTuple):
+    """State of rows that fill in blocks; see `block_drafts.py`."""
+
+    rounds: jax.Array  # int32 [B]  times that drafts were verified
+    redraw: jax.Array  # bool [B]  the next id takes the place of a refused draft
+    num_drafted: jax.Array  # int32 [B]
+    num_accepted: jax.Array  # int32 [B]
+
+
 class LogProbs(NamedTuple):
     """Predictions of the model itself, before sampling changes them, for callers who ask."""
 
@@ -71,13 +82,14 @@ class Progress(NamedTuple):
     waited: jax.Array  # int32 [B]  steps that a row has waited for the global stack
     num_steps: jax.Array  # int32  of everything but the global stack, all rows together
     num_global_calls: jax.Array  # int32  all rows together
+    num_fills: jax.Array  # int32  passes that filled in blocks, all rows together
     prompt_patches: jax.Array  # int32 [B]
-    drafting: Drafting | None  # None: rows do not draft
+    drafting: Drafting | BlockDrafting | None  # None: rows do not draft
     log_probs: LogProbs | None  # None: nobody asks; not beside drafts
 
 
-def append(shape: ProgramShape, params, request, progress: Progress, rows) -> Progress:
-    """Draws the next id of some rows bool [B], and reads it."""
+def draw_next(request, progress: Progress):
+    """Draws the next id int32 [B] of each row."""
     drafting, length = progress.drafting, progress.length
     rounds, purpose = jnp.zeros_like(length), jnp.full_like(length, DRAW)
     if drafting is not None:
@@ -87,9 +99,13 @@ def append(shape: ProgramShape, params, request, progress: Progress, rows) -> Pr
         return draw(log_p, row_keys(*numbers))
 
     if request.sampling.temperature is None:  # all mass is on one id
-        ids = jnp.argmax(progress.next_log_p, axis=-1).astype(jnp.int32)
-    else:
-        ids = on_rows(draw_ids, progress.next_log_p, request.seeds, length, rounds, purpose)
+        return jnp.argmax(progress.next_log_p, axis=-1).astype(jnp.int32)
+    return on_rows(draw_ids, progress.next_log_p, request.seeds, length, rounds, purpose)
+
+
+def append(shape: ProgramShape, params, request, progress: Progress, rows) -> Progress:
+    """Draws the next id of some rows bool [B], and reads it."""
+    length, ids = progress.length, draw_next(request, progress)
     tokens = progress.state.tokens
     positions = jnp.where(rows, length, tokens.shape[1])
     tokens = write_positions(tokens, ids[:, None], positions[:, None])

@@ -102,8 +102,8 @@ class Scheduler:
                 shape = make_shape(self.decoder, rows, size, self.decoding)
                 check_memory(shape, job.request)
                 self.rooms[size], self.waiting[size] = Room(shape, self.params), OrderedDict()
-        if job.log_probs and self.decoding.max_drafts:
-            raise ValueError("log_probs=True: with max_drafts they are not kept")
+        if job.log_probs and self.decoding.ahead:
+            raise ValueError("log_probs=True: with drafts they are not kept")
         key, threshold = next(self._keys), self.decoder.threshold_of(job.threshold)
         shared = min(job.shared, len(job.request.ids))
         self.waiting[size][key] = job._replace(threshold=threshold, shared=shared)

@@ -123,6 +123,7 @@ def entropies(config: EntropyModelConfig, params: dict, tokens, reset_at_newline
 prepare = prepared.prepare
 read_tokens, token_logits = incremental.read_tokens, incremental.token_logits
 read_bytes, close_patches = incremental.read_bytes, incremental.close_patches
+predict_block = incremental.predict_block
 predict = incremental.predict
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig
 from bltjax.config.model import HASH_TABLES
+from bltjax.model.block_rows import with_mask
 from bltjax.model.cache import BLTCache, Stack
 from bltjax.model.cross_attention import (
     add_residual,
@@ -27,6 +28,7 @@ from bltjax.model.cross_attention import (
 )
 from bltjax.model.embeddings import embed_ids
 from bltjax.model.hash_tables import lookup_sum
+from bltjax.model.local_decoder import MASK
 from bltjax.model.prepared import (
     cross_keys_values,
     cross_read,
@@ -38,6 +40,7 @@ from bltjax.model.prepared import (
 from bltjax.model.transformer import rotary_of
 from bltjax.ops import platform
 from bltjax.ops.cached_attention import (
+    block_ring_attention,
     ring_attention,
     slots_attention,
     span_attention,
@@ -163,17 +166,52 @@ def close_patches(
 
 
 @_prepared
+def predict_block(config: BLTConfig, params, cache: BLTCache, ids, starts, patch_numbers):
+    """Returns logits float32 [B, T, V] of the bytes of a block, at each place of the byte there.
+
+    ids: int32 [B, T], MASK_ID where a byte is to be found. starts: int32 [B], the position of the
+    first. patch_numbers: int32 [B], the last patch that is complete before it. See
+    `model/block_rows.py`; the cache stays as it is.
+    """
+    decoder, local = params["local_decoder"], config.local_decoder
+    h = _embedding(params["local_encoder"]["tok_embeddings"])(
+        jnp.maximum(ids, 0), jnp.dtype(config.compute_dtype)
+    )
+    h = with_mask(h, ids, decoder[MASK]["weight"])
+    h = h + read_slots(cache.states, (starts[:, None] - 1) % cache.states.shape[1])
+
+    def attend(q, k, v, kept):
+        return block_ring_attention(q, k, v, kept, starts, local.window), kept
+
+    numbers = jnp.broadcast_to(patch_numbers[:, None], ids.shape)
+    read = _reader(config, decoder, cache, numbers)
+    h, _ = _run_blocks(decoder["layers"], local, h, cache.decoder, starts, attend, before=read)
+    return _logits(decoder, local, h)
+
+
+@_prepared
 def predict(config: BLTConfig, params, cache: BLTCache, num_new: int, first, count, patch_numbers):
     """Returns logits float32 [B, T, V] of T = num_new positions that were read, and the cache.
 
     patch_numbers: int32 [B, T]: the closed patch that each position reads.
     """
-    decoder, local, cross = params["local_decoder"], config.local_decoder, config.cross_attention
+    decoder, local = params["local_decoder"], config.local_decoder
     positions = span(first, 0, num_new)
     h = read_slots(cache.states, positions % cache.states.shape[1])
     if config.skip_projection:
         h = project(h, decoder["skip_projection"])
     attend = _ring_attention(local, first, count, num_new)
+    read = _reader(config, decoder, cache, patch_numbers)
+    h, rings = _run_blocks(decoder["layers"], local, h, cache.decoder, first, attend, before=read)
+    return _logits(decoder, local, h), cache._replace(decoder=rings)
+
+
+def _reader(config: BLTConfig, decoder, cache: BLTCache, patch_numbers):
+    """Returns read(index, h): h [B, T, E] with what it reads of patches before a layer.
+
+    patch_numbers: int32 [B, T], the last patch that each position reads.
+    """
+    local, cross = config.local_decoder, config.cross_attention
     if cross.decoder:
         slots, visible = _patch_slots(cache.read[0][0].shape[2], cross, patch_numbers)
         layers = decoder["cross_attn_layers"]
@@ -193,8 +231,7 @@ def predict(config: BLTConfig, params, cache: BLTCache, num_new: int, first, cou
         def read(index, h):
             return h if index else h + patches
 
-    h, rings = _run_blocks(decoder["layers"], local, h, cache.decoder, first, attend, before=read)
-    return _logits(decoder, local, h), cache._replace(decoder=rings)
+    return read
 
 
 def _tables(config, params):

@@ -55,6 +55,24 @@ def ring_attention(q, k, v, ring: Cache, first, count, earliest):
     return _on_shards_of_cache(attend, q, k, v, first, count, earliest, cache=ring)
 
 
+def block_ring_attention(q, k, v, ring: Cache, starts, window: int):
+    """Attends from the rows of a block to each other, and to the `window` positions before it.
+
+    q [B, T, H, D]; k, v [B, T, G, D]: positions starts .. starts + T - 1, which are not kept -> [B,
+    T, H, D]. The ring holds no position T or more after the start.
+    """
+
+    def attend(q, k, v, starts, *ring):
+        keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        sums = _add(_no_sums(q, k.shape[2]), q, keys, values, jnp.ones((1, 1, q.shape[1]), bool))
+        num_slots, last = ring[0].shape[2], starts[:, None] - 1
+        held = last - (last - jnp.arange(num_slots, dtype=jnp.int32)[None]) % num_slots
+        visible = (held >= 0) & (held > last - window)
+        return _result(_add(sums, q, *_keys_values(ring, q), visible[:, None]), q)
+
+    return on_shards(attend, q, k, v, starts, *ring)
+
+
 def store_attention(q, k, v, store: Cache, first, count, block: int = BLOCK, rows=None):
     """Attends from new positions to all stored ones before `first`, and to new ones not later.
 

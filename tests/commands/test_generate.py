@@ -61,7 +61,7 @@ def test_text_in_whole_characters_then_counts_then_json():
         line.decode(errors="replace") for line in (shown, told, stacks, drafts)
     )
     assert shown.startswith("ab<b'ab' {'temperature': 0.0, 'top_k': 5, 'top_p': None")
-    assert "'stop': ['x', 'yz'], 'threshold': None, 'max_drafts': 0, " in shown
+    assert "'stop': ['x', 'yz'], 'threshold': None, 'max_drafts': 0, 'blocks': 0, " in shown
     assert "'max_new_bytes': 256, 'seed': 3}>é" in shown
     found = json.loads(found)
     assert told.startswith(f"4 bytes after 2, the first ones after {found['seconds_to_first']:.2f}")

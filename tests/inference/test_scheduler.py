@@ -258,5 +258,5 @@ def test_calls_for_some_of_many_rows_change_no_text(tiny, params, monkeypatch):
         keys = [mine.submit(one) for one in jobs]
         texts = mine.run()
         found.append([texts[key][0] for key in keys])
-        calls.append(sum(room.num_global_calls for room in mine.rooms.values()))
+        calls.append(sum(room.work.global_calls for room in mine.rooms.values()))
     assert found[0] == found[1] and calls[0] < calls[1]
