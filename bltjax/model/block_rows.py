@@ -9,7 +9,7 @@ from bltjax.config import BLTConfig
 from bltjax.model.transformer import attention_of, rotary_of
 from bltjax.ops.block_attention import block_attention
 from bltjax.ops.rotary import lay_out
-from bltjax.ops.slots import read_slots, span
+from bltjax.ops.slots import span
 from bltjax.vocabulary import MASK_ID
 
 
@@ -38,15 +38,6 @@ def in_rows(x, block: int = 1):
 def with_mask(embedded, ids, mask):
     """Puts mask [1, E] in the place of embeddings [B, N, E] whose ids [B, N] are MASK_ID."""
     return jnp.where((ids == MASK_ID)[..., None], mask.astype(embedded.dtype)[None], embedded)
-
-
-def before_blocks(h, blocks: Blocks):
-    """Returns the state [B, S M K, E] of the byte before each block, of h [B, L, E], in its rows.
-
-    It knows the n-grams that end there, which is much of what a small model knows.
-    """
-    before = read_slots(h, in_rows(blocks.starts) - 1)
-    return jnp.repeat(before, blocks.ids.shape[-1], axis=1)
 
 
 def block_of_rows_and_blocks(config: BLTConfig, segments, blocks: Blocks):

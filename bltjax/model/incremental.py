@@ -178,7 +178,6 @@ def predict_block(config: BLTConfig, params, cache: BLTCache, ids, starts, patch
         jnp.maximum(ids, 0), jnp.dtype(config.compute_dtype)
     )
     h = with_mask(h, ids, decoder[MASK]["weight"])
-    h = h + read_slots(cache.states, (starts[:, None] - 1) % cache.states.shape[1])
 
     def attend(q, k, v, kept):
         return block_ring_attention(q, k, v, kept, starts, local.window), kept

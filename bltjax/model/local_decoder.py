@@ -9,12 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bltjax.config import BLTConfig
-from bltjax.model.block_rows import (
-    before_blocks,
-    block_of_rows_and_blocks,
-    in_rows,
-    with_mask,
-)
+from bltjax.model.block_rows import block_of_rows_and_blocks, in_rows, with_mask
 from bltjax.model.cross_attention import add_residual, make_cross_layers, wide_to_vectors
 from bltjax.model.parameters import Embedding, Linear, RMSNorm
 from bltjax.model.transformer import block_of_rows, layer_slice, make_blocks, scan_layers
@@ -64,15 +59,12 @@ class LocalDecoder(nnx.Module):
         chex.assert_shape(patch_states, (*patches.lengths.shape, config.global_transformer.dim))
         if config.has_decoder_projection:
             patch_states = self.patch_embedding_projection(patch_states)
-        rows = None
-        if blocks is not None:
-            rows = with_mask(embedded, in_rows(blocks.ids), self.mask_embedding.weight[...])
-            rows = rows + before_blocks(h, blocks)
         if config.skip_projection:
             h = self.skip_projection(h)
         run_block, ids = block_of_rows(local, segments, config), patches.decoder_ids
         if blocks is not None:
             run_block = block_of_rows_and_blocks(config, segments, blocks)
+            rows = with_mask(embedded, in_rows(blocks.ids), self.mask_embedding.weight[...])
             h, ids = (h, rows), (ids, in_rows(blocks.patch_ids, blocks.ids.shape[-1]))
 
         if not reading.decoder:
