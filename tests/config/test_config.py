@@ -235,7 +235,7 @@ PROBLEMS = [
     ),
     (
         dict(**BLOCKS, blt__lora__rank=2),
-        "blt.lora.rank=2 blt.diffusion_block=4 blt_training.diffusion.weight=1.0 weight=0",
+        "blt.lora.rank=2 blt.diffusion_block=4 blt_training.diffusion.weight=0.1 weight=0",
     ),
     (
         dict(**BLOCKS, blt_training__optimizer__local_rate=0.0),
