@@ -88,7 +88,7 @@ class Scheduler:
         self._read: dict[int, Read] = {}  # of each size, the prompt that comes next
         self._prefixes: OrderedDict[tuple, Reading] = OrderedDict()
         self._keys = itertools.count()
-        self._work = np.zeros(3, np.int64)  # steps, global calls, bytes
+        self._new_bytes = 0
 
     def submit(self, job: Job) -> int:
         """Lets a job wait for a slot; returns its key.
@@ -147,7 +147,14 @@ class Scheduler:
     @property
     def stats(self) -> Stats:
         """Returns the jobs now, and the work so far."""
-        return Stats(self.num_waiting, self.num_running, *map(int, self._work))
+        work = [room.work for room in self.rooms.values()]
+        return Stats(
+            self.num_waiting,
+            self.num_running,
+            steps=sum(done.steps for done in work),
+            global_calls=sum(done.global_calls for done in work),
+            new_bytes=self._new_bytes,
+        )
 
     def step(self, steps: int | None = None) -> list[Piece]:
         """Lets jobs that wait enter free slots, and makes steps in all rooms; returns new text."""
@@ -156,11 +163,8 @@ class Scheduler:
             for size, room in self.rooms.items():
                 self._admit(size, room)
                 more = bool(self.waiting[size])
-                before = room.num_steps, room.num_global_calls
-                new = room.advance(steps or self.steps, until_one_is_done=more)
-                self._work[:2] += np.subtract((room.num_steps, room.num_global_calls), before)
-                self._work[2] += sum(len(piece.text) for piece in new)
-                pieces += new
+                pieces += room.advance(steps or self.steps, until_one_is_done=more)
+        self._new_bytes += sum(len(piece.text) for piece in pieces)
         return pieces
 
     def _admit(self, size: int, room: Room):
