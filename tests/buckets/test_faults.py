@@ -96,7 +96,7 @@ def training(workdir, places, *options):
     return "train", *stage, *steps, *text, f"--workdir={workdir}", *options
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", os.environ.get("MOMENTS", "3").split(","))
 def test_training_goes_on_through_faults(bucket, server, proxied, tmp_path, seed):
     """Or ends with one line, and goes on where the server is well again; the bits are the same."""

@@ -148,7 +148,8 @@ def ended(process):
     return json.loads(output.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(bucket, server, tmp_path, kills):
     """While the corpus is recorded, models are trained, entropies computed, or it is evaluated."""
     write_corpus(tmp_path / "corpus")

@@ -228,6 +228,7 @@ def kill_machine(node):
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_cluster_makes_the_same_records_though_a_machine_goes_and_another_comes(
     copied, start, cluster
 ):

@@ -174,7 +174,7 @@ def test_an_address_that_is_taken_is_told_before_the_model_is_read(checkpoint):
     assert err.splitlines()[-1].startswith(f"error: cannot listen at 127.0.0.1:{port} (")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_sixty_four_clients_at_once(checkpoint):
     """Each gets the text that it would get alone; some go before the end."""
     with servers.running(checkpoint, *SMALL_ROOMS) as server:
