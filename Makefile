@@ -1,6 +1,6 @@
 # make train    train the quickstart on this machine's Python library, from nothing
 # make test     run the tests; PYTHON=python3.12 uses another interpreter, in its own .venv-3.12
-#              ARGS="-m slow" runs the studies instead; ARGS=tests/training/test_pod.py one file
+#              ARGS="-m long" or "-m slow" runs the long ones instead; ARGS=tests/training/test_pod.py one file
 # make oracle   PyTorch, transformers and lm-eval into that environment, for the tests of those
 # make lint     ruff and mypy
 
