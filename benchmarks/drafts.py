@@ -16,14 +16,12 @@ is another than plain decoding writes. Prints a table and, last, a JSON line.
 import json
 import math
 import os
-from pathlib import Path
 
 import jax
 import measuring
 from absl import app, flags
-from trained import held_out, timed
+from trained import model_and_texts, timed
 
-import bltjax
 from bltjax import cli
 from bltjax.inference.jobs import BlockDrafts, Counts
 
@@ -50,11 +48,7 @@ def main(argv):
     if len(argv) > 1:
         cli.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
     chosen = flags.FLAGS
-    try:
-        model = bltjax.load(chosen.checkpoint)
-        texts = held_out(Path(chosen.checkpoint) / "records", chosen.documents)
-    except (OSError, ValueError) as error:
-        cli.fail(error)
+    model, texts = model_and_texts()
     if not model.config.diffusion_block:
         cli.fail(f"{chosen.checkpoint} does not fill in blocks: train it with blt.diffusion_block")
     prompts, rows = [text[: chosen.prompt] for text in texts], []

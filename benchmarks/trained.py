@@ -32,14 +32,9 @@ THRESHOLDS |= {"bits/byte": ".4f"}
 def main(argv):
     if len(argv) > 1:
         cli.fail(f"unexpected argument {argv[1]!r}: only flags are taken")
-    chosen = flags.FLAGS
-    try:
-        model = bltjax.load(chosen.checkpoint)
-        texts = held_out(Path(chosen.checkpoint) / "records", chosen.documents)
-    except (OSError, ValueError) as error:
-        cli.fail(error)
+    chosen, drafts = flags.FLAGS, []
+    model, texts = model_and_texts()
     prompts = [text[: chosen.prompt] for text in texts]
-    drafts = []
     for rows in map(int, chosen.batches):
         for temperature in (0.0, 0.8):
             drafts += with_drafts(model, prompts, rows, temperature)
@@ -52,6 +47,16 @@ def main(argv):
     print(
         json.dumps(dict(benchmark="trained", machine=about, drafts=drafts, thresholds=thresholds))
     )
+
+
+def model_and_texts():
+    """The model of a run, and the longest of its held-out documents."""
+    chosen = flags.FLAGS
+    try:
+        model = bltjax.load(chosen.checkpoint)
+        return model, held_out(Path(chosen.checkpoint) / "records", chosen.documents)
+    except (OSError, ValueError) as error:
+        cli.fail(error)
 
 
 def held_out(records: Path, number: int) -> list[bytes]:

@@ -26,7 +26,7 @@ from bltjax.inference.conversation import Conversation
 from bltjax.inference.decoders import BLTDecoder
 from bltjax.inference.jobs import Decoding
 from bltjax.inference.requests import make_requests
-from bltjax.inference.room import MIN_POSITIONS, power_of_two
+from bltjax.inference.room import MIN_POSITIONS, room_size
 from bltjax.inference.sampling import Sampling
 from bltjax.inference.scheduler import Scheduler
 from bltjax.model import functional
@@ -193,7 +193,7 @@ class Model(TextModel):
         rows: slots in each of its rooms. max_length: bytes of a prompt and its continuation, and
         BOS; the largest room has the next power of two. keep_prefixes: see Scheduler.
         """
-        decoder, longest = self._decoder(), max(MIN_POSITIONS, power_of_two(max_length))
+        decoder, longest = self._decoder(), room_size(max_length)
         sizes = sorted({max(MIN_POSITIONS, longest // share) for share in (1, 4, 16)})
         with jax.set_mesh(self.mesh):
             params, decoding = self._generation_params, Decoding(batch_size=rows)

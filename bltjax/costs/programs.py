@@ -18,7 +18,7 @@ from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte
 from bltjax.inference import loops
 from bltjax.inference.decoders import BLTDecoder, prepared_types
 from bltjax.inference.jobs import Decoding
-from bltjax.inference.room import MIN_POSITIONS, make_shape, power_of_two
+from bltjax.inference.room import make_shape, room_size
 from bltjax.inference.row_state import RequestArrays
 from bltjax.inference.sampling import Sampling, sampling_arrays
 from bltjax.model import functional
@@ -127,7 +127,7 @@ def _generation(config, rows: int):
     mesh = jax.sharding.get_mesh()
     rows *= sharding.num_row_shards(mesh)
     needed = config.entropy_model if needs_entropies(config.patching) else None
-    length = max(MIN_POSITIONS, power_of_two(config.blt_training.row_bytes))
+    length = room_size(config.blt_training.row_bytes)
     decoder = BLTDecoder(config.blt, needed, _patching(config))
     decoding = Decoding(min_patch_bytes=MIN_PATCH_BYTES)
     shape = make_shape(decoder, rows, length, decoding)

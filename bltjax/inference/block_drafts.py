@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.inference.row_state import (
-    ACCEPT,
     DRAFT,
     NEVER,
     BlockDrafting,
@@ -28,7 +27,8 @@ from bltjax.inference.row_state import (
     finishes,
     next_distributions,
 )
-from bltjax.inference.sampling import draw, leftover, row_keys
+from bltjax.inference.sampling import draw, row_keys
+from bltjax.inference.self_speculation import accept
 from bltjax.ops.slots import below, on_rows, read_positions, span, write_positions
 from bltjax.vocabulary import MASK_ID
 
@@ -56,18 +56,10 @@ def block_step(shape: ProgramShape, params, request, progress: Progress) -> Prog
     new = jnp.concatenate([next_ids, drafts], axis=1)
     seen = _seen_with(shape, request, progress, new, below(count, size))
     target = next_distributions(shape, request, state, length + 1, logits, seen)
-    in_patch = decoder.in_patch(state, length, size - 1)
-    accepted, next_log_p = on_rows(
-        functools.partial(_accept, shape.blocks.verified),
-        drafts,
-        target,
-        log_q,
-        num_drafts,
-        in_patch,
-        request.seeds,
-        length,
-        progress.drafting.rounds,
-    )
+    there = drafted & decoder.in_patch(state, length, size - 1)
+    keys = request.seeds, length, progress.drafting.rounds
+    decide = functools.partial(accept, verified=shape.blocks.verified)
+    accepted, next_log_p = on_rows(decide, drafts, target, log_q, there, *keys)
     progress = progress._replace(state=state, first_seen=seen)
     return _settle(shape, params, request, progress, at_work, num_drafts, accepted, next_log_p)
 
@@ -181,32 +173,6 @@ def _choose(blocks, logits, is_masked):
         surest = jnp.argmax(confidence, axis=-1)
     is_surest = jax.nn.one_hot(surest, is_masked.shape[1], dtype=bool)
     return is_masked & (is_sure | is_surest)
-
-
-def _accept(verified: bool, drafts, target, log_q, num_drafts, in_patch, seeds, first, rounds):
-    """Returns int32 [B], how many drafts of each row stand, and the distribution of the next id.
-
-    drafts int32 [B, K - 1] were drawn from log_q [B, K - 1, V]; target [B, K, V] is what follows
-    each new byte; in_patch bool [B, K - 1]: whether a draft is in the patch of the first new byte.
-    """
-    number = drafts.shape[1]
-    there = below(num_drafts, number) & in_patch
-    fits = there
-    if verified:
-        keys = row_keys(seeds, first, rounds, jnp.full_like(first, ACCEPT))
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, (number,), jnp.float32))(keys)
-        target_p, draft_p = (
-            jnp.exp(jnp.take_along_axis(x[:, :number], drafts[..., None], -1)[..., 0])
-            for x in (target, log_q)
-        )
-        fits = there & (uniform * draft_p < target_p)
-    accepted = jnp.cumprod(fits, axis=1).sum(axis=1).astype(jnp.int32)
-    take_each = jax.vmap(lambda row, i: row[i])
-    following = take_each(target, accepted)
-    index = jnp.minimum(accepted, number - 1)
-    refused = take_each(there, index) & (accepted < number)
-    left = leftover(following, take_each(log_q, index))
-    return accepted, jnp.where(refused[:, None], left, following)
 
 
 def _seen_with(shape: ProgramShape, request, progress: Progress, new, count):

@@ -290,7 +290,12 @@ def num_positions(request: Request, decoding: Decoding) -> int:
             f"{request} needs a row of {needed} ids, and one has {NEVER} at most: lower "
             "max_new_bytes"
         )
-    return max(MIN_POSITIONS, power_of_two(needed))
+    return room_size(needed)
+
+
+def room_size(positions: int) -> int:
+    """Returns the smallest of the few sizes that has room for so many positions."""
+    return max(MIN_POSITIONS, power_of_two(positions))
 
 
 def num_rows(wanted: int) -> int:

@@ -84,9 +84,8 @@ def _verify(shape: ProgramShape, params, request, progress: Progress, rows) -> P
     positions = span(first + 1, 0, max_drafts)
     tokens = read_positions(state.tokens, positions)
     ends = finishes(shape, request, state, positions + 1)
-    accepted, next_log_p = on_rows(
-        _accept, tokens, target, drafting.log_p, drafts, request.seeds, first, drafting.rounds
-    )
+    there, keys = below(drafts, max_drafts), (request.seeds, first, drafting.rounds)
+    accepted, next_log_p = on_rows(accept, tokens, target, drafting.log_p, there, *keys)
     stand = below(accepted, max_drafts)
     done = (stand & ends).any(axis=1)
     kept = jnp.where(done, jax.lax.argmax(stand & ends, 1, jnp.int32) + 1, accepted)
@@ -112,24 +111,27 @@ def _verify(shape: ProgramShape, params, request, progress: Progress, rows) -> P
     )
 
 
-def _accept(tokens, target, drafted, num_drafts, seeds, first, rounds):
+def accept(drafts, target, drafted, there, seeds, first, rounds, verified: bool = True):
     """Returns int32 [B], how many drafts of each row stand, and the distribution of the next id.
 
-    tokens int32 [B, k] were drawn from drafted [B, k, V]; target [B, k + 1, V].
+    drafts int32 [B, k] were drawn from drafted [B, k, V], of which the first ones are there, bool
+    [B, k]; target [B, k + 1, V]. verified: else all that are there stand.
     """
-    keys = row_keys(seeds, first, rounds, jnp.full_like(first, ACCEPT))
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:], jnp.float32))(keys)
-    target_p, drafted_p = (
-        jnp.exp(jnp.take_along_axis(x[:, : tokens.shape[1]], tokens[..., None], -1)[..., 0])
-        for x in (target, drafted)
-    )
-    fits = (uniform * drafted_p < target_p) & below(num_drafts, tokens.shape[1])
+    number, fits = drafts.shape[1], there
+    if verified:
+        keys = row_keys(seeds, first, rounds, jnp.full_like(first, ACCEPT))
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (number,), jnp.float32))(keys)
+        target_p, drafted_p = (
+            jnp.exp(jnp.take_along_axis(x[:, :number], drafts[..., None], -1)[..., 0])
+            for x in (target, drafted)
+        )
+        fits = there & (uniform * drafted_p < target_p)
     accepted = jnp.cumprod(fits, axis=1).sum(axis=1).astype(jnp.int32)
     take_each = jax.vmap(lambda row, i: row[i])
-    following = take_each(target, accepted)
-    refused = take_each(drafted, jnp.minimum(accepted, tokens.shape[1] - 1))
-    left = jnp.where((accepted < num_drafts)[:, None], leftover(following, refused), following)
-    return accepted, left
+    following, index = take_each(target, accepted), jnp.minimum(accepted, number - 1)
+    refused = take_each(there, index) & (accepted < number)
+    left = leftover(following, take_each(drafted, index))
+    return accepted, jnp.where(refused[:, None], left, following)
 
 
 def _awaits_verification(shape: ProgramShape, request, progress: Progress):
