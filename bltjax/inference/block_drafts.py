@@ -79,14 +79,14 @@ def _settle(
     state = decoder.rewind(state, last)
     waits = (decoder.num_waiting(state, last) > 0) & ~done
     refused = at_work & (accepted < num_drafts) & ~waits
-    calls = enough_wait(shape, waits, done, progress.waited)
+    calls, waited = enough_wait(shape, waits, done, progress.waited)
     progress = progress._replace(
         state=state,
         length=length,
         next_log_p=jnp.where(at_work[:, None], log_p, progress.next_log_p),
         done=done,
         first_seen=jnp.where(seen >= length[:, None], NEVER, seen),
-        waited=jnp.where(waits & ~calls, progress.waited + 1, 0),
+        waited=waited,
         num_steps=progress.num_steps + 1,
         num_global_calls=progress.num_global_calls + calls.astype(jnp.int32),
         drafting=BlockDrafting(

@@ -226,7 +226,7 @@ def _plain_step(shape: ProgramShape, params, request, progress: Progress) -> Pro
     finished = finishes(shape, request, progress.state, progress.length[:, None])[:, 0]
     done, last = progress.done | finished, progress.length - 1
     waits = (decoder.num_waiting(progress.state, last) > 0) & ~done
-    calls = enough_wait(shape, waits, done, progress.waited)
+    calls, waited = enough_wait(shape, waits, done, progress.waited)
     state = jax.lax.cond(
         calls,
         lambda state: decoder.close(params, state, last, 1, waits, shape.max_rows),
@@ -241,7 +241,7 @@ def _plain_step(shape: ProgramShape, params, request, progress: Progress) -> Pro
         state=state,
         next_log_p=next_distributions(shape, request, state, progress.length, logits, seen)[:, 0],
         done=done,
-        waited=jnp.where(waits & ~calls, progress.waited + 1, 0),
+        waited=waited,
         num_global_calls=progress.num_global_calls + calls.astype(jnp.int32),
         log_probs=log_probs,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from bltjax.config import PatchingConfig
 from bltjax.inference.decoders import Decoder
 from bltjax.inference.jobs import BlockDrafts, Decoding, Request
 from bltjax.inference.sampling import LARGEST, Sampling, check_number, is_whole, plain
@@ -83,6 +84,14 @@ def _stop_bytes(text) -> bytes:
     return found
 
 
+def check_has_threshold(patching: PatchingConfig, threshold: float):
+    """Raises ValueError where the patching rule has no threshold that another could replace."""
+    if not needs_entropies(patching):
+        raise ValueError(
+            f"threshold={threshold}: the patching rule {patching.rule!r} has none: leave it out"
+        )
+
+
 def _with_threshold(decoder: Decoder, threshold: float) -> Decoder:
     patching = getattr(decoder, "patching", None)
     if patching is None:
@@ -90,8 +99,7 @@ def _with_threshold(decoder: Decoder, threshold: float) -> Decoder:
     threshold = plain(threshold)
     check_number("threshold", threshold, lambda t: abs(t) < math.inf, "finite, a number of nats")
     threshold = float(max(-LARGEST, min(threshold, LARGEST)))
-    if not needs_entropies(patching):
-        raise ValueError(f"threshold={threshold}: the patching rule {patching.rule!r} has none")
+    check_has_threshold(patching, threshold)
     patching = dataclasses.replace(patching, threshold=threshold)
     return dataclasses.replace(decoder, patching=patching)
 

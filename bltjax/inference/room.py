@@ -147,8 +147,8 @@ class Room:
     def _renew(self):
         """Tells the programs which jobs there are now."""
         self._arrays = _put_rows(_arrays_of(self._jobs, self.shape))
-        done = sharding.on_host(self.progress.done) | [job is None for job in self._jobs]
-        self.progress = self.progress._replace(done=_put_rows(done))
+        is_free = _put_rows(np.array([job is None for job in self._jobs]))
+        self.progress = self.progress._replace(done=self.progress.done | is_free)
         self._match_log_probs()
 
     @property
@@ -168,11 +168,10 @@ class Room:
 
     def _limited(self, steps: int) -> int:
         """Returns the steps to make before the host must look."""
-        if self._num_log_probs:
-            return min(steps, STREAM_STEPS)
         stops = any(o.job.stops for o in self.slots if o)
-        if stops and not self.shape.decoder.ids_are_bytes:
-            return min(steps, STREAM_STEPS)  # the host looks for stop strings
+        finds_stops = stops and not self.shape.decoder.ids_are_bytes
+        if self._num_log_probs or finds_stops:
+            return min(steps, STREAM_STEPS)
         return min(steps, self.shape.size.positions * (self.shape.max_drafts + 2), NEVER - 1)
 
     def _pieces(self) -> Iterator[Piece]:

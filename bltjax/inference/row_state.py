@@ -186,13 +186,17 @@ def close_all(shape: ProgramShape, params, state, last, max_patches, rows=None):
 
 
 def enough_wait(shape: ProgramShape, waits, done, waited):
-    """Returns whether so many rows wait, or one for so long, that the global stack should run."""
+    """Returns whether so many rows wait, or one for so long, that the global stack should run.
+
+    Also the steps int32 [B] that each has waited then, from those before.
+    """
     num_at_work = (~done).sum().astype(jnp.float32)
     wanted = shape.quorum * num_at_work
     if shape.max_rows is not None:
         wanted = jnp.minimum(wanted, shape.max_rows)
     are_many = waits.sum().astype(jnp.float32) >= wanted
-    return waits.any() & (are_many | (waited >= MAX_WAIT).any())
+    calls = waits.any() & (are_many | (waited >= MAX_WAIT).any())
+    return calls, jnp.where(waits & ~calls, waited + 1, 0)
 
 
 def find_first_seen(tokens, lengths, num_ids: int):

@@ -41,8 +41,8 @@ def drafting_step(shape: ProgramShape, params, request, progress: Progress) -> P
     drafting = drafting._replace(anchor=jnp.where(starts, last, drafting.anchor))
     progress = progress._replace(done=done, drafting=drafting)
     waits = _awaits_verification(shape, request, progress)
-    calls = enough_wait(shape, waits, done, progress.waited)
-    progress = progress._replace(waited=jnp.where(waits & ~calls, progress.waited + 1, 0))
+    calls, waited = enough_wait(shape, waits, done, progress.waited)
+    progress = progress._replace(waited=waited)
     progress = jax.lax.cond(
         calls,
         lambda progress: _verify(shape, params, request, progress, waits),

@@ -59,9 +59,15 @@ class Asked(NamedTuple):
 
     def jobs(self) -> list[Job]:
         """Returns a job for each text; those of one prompt stand together and share its reading."""
-        with_log_p, shared = self.num_top is not None, self.shared and 1 + self.shared  # with BOS
+        wanted = dict(
+            sampling=self.sampling,
+            stops=self.stops,
+            log_probs=self.num_top is not None,
+            threshold=self.threshold,
+            shared=self.shared and 1 + self.shared,  # with BOS
+        )
         return [
-            Job(request, self.sampling, self.stops, with_log_p, self.threshold, shared)
+            Job(request, **wanted)
             for prompt in self.prompts
             for request in self._requests(encode(prompt.data, add_eos=False))
         ]

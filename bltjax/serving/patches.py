@@ -4,17 +4,18 @@ import dataclasses
 
 from bltjax.config import PatchingConfig
 from bltjax.evaluation.patches.view import PatchView, look
+from bltjax.inference.requests import check_has_threshold
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.serving.errors import RequestError
 
 
 def check_threshold(patching: PatchingConfig, threshold: float | None):
     """Raises RequestError for a threshold where the patching rule has none."""
-    if threshold is not None and not needs_entropies(patching):
-        raise RequestError(
-            f"threshold={threshold}: the patching rule {patching.rule!r} has none: leave it out",
-            "threshold",
-        )
+    if threshold is not None:
+        try:
+            check_has_threshold(patching, threshold)
+        except ValueError as error:
+            raise RequestError(str(error), "threshold") from None
 
 
 def show(model, text: bytes, threshold: float | None) -> dict:

@@ -13,7 +13,8 @@ from scipy.stats import chi2
 
 from bltjax.inference import sampling
 from bltjax.inference.sampling import GREEDY_BELOW, Sampling, leftover, row_keys, sampling_arrays
-from bltjax.inference.self_speculation import _accept
+from bltjax.inference.self_speculation import accept
+from bltjax.ops.slots import below
 from bltjax.vocabulary import BYTE_OFFSET, EOS_ID, VOCAB_SIZE, is_drawable
 
 DRAWS = 50_000
@@ -348,11 +349,11 @@ def test_drafts_leave_the_target_distribution(greedy):
         for i in range(num_drafts):
             ids.append(draw(after["d"][ids[-1]], row_keys(seeds, first + i, first + 11)))
         before = jnp.stack(ids, axis=1)
-        accepted, left = _accept(
+        accepted, left = accept(
             before[:, 1:],
             after["t"][before],
             after["d"][before[:, :-1]],
-            drafts,
+            below(drafts, num_drafts),
             seeds,
             first,
             first,
