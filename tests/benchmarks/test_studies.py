@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.studies import (
     ablations,
+    blocks,
     fixed_inference,
     languages,
     multilingual,
@@ -192,6 +193,25 @@ def test_words_of_each_tokenizer(given):
     assert [path.rpartition("/")[2] for path in paths] == ["tokenizer.json", "tokenizer-marks.json"]
     assert points_of["BPE_marks_tables"].settings["tokenizer.path"] == paths[1]
     assert "tokenizer.path" not in points_of["bytes_tables"].settings
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_change_of_blocks_reads_the_same_bytes(size, given):
+    shared_parts = shared.assumed(given(size).directory, size)
+    plain, baseline, *changes = blocks.plan(given(size), shared_parts)
+    assert len({p.name for p in (plain, baseline, *changes)}) == len(changes) + 2 >= 12
+    base = run_config(baseline)
+    assert (run_config(plain).blt.diffusion_block, base.blt.diffusion_block) == (0, 4)
+    for point in changes:
+        config = run_config(point)
+        assert config.blt.diffusion_block > 0
+        assert account(point).num_bytes == account(plain).num_bytes
+        varied = "blt", "patching", "blt_training"
+        now, before = ([getattr(c, name) for name in varied] for c in (config, base))
+        assert sum(a != b for a, b in zip(now, before, strict=True)) in (1, 2)
+        cost = blocks.training_flops_per_byte(point) / account(point).model["total"]
+        assert 1.2 < cost < 6
+    assert blocks.training_flops_per_byte(plain) == account(plain).model["total"]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.studies import (
     ablations,
+    blocks,
     fixed_inference,
     languages,
     multilingual,
@@ -16,6 +17,7 @@ from benchmarks.studies import (
     robustness,
     scaling,
 )
+from bltjax.checkpoints.run_directory import RunDirectory
 from bltjax.evaluation.noise import KINDS, WHERE
 from tests.figures import collisions
 
@@ -106,6 +108,33 @@ def test_the_page_of_ablations(tmp_path):
     assert "+0.3000" in page
     with pytest.raises(ValueError, match="the baseline has not finished"):
         ablations.report(rows[1:], tmp_path)
+
+
+def test_the_page_of_blocks(tmp_path):
+    rows = [
+        row("", 0, bits, group=group, change=change)
+        | dict(block_loss=2.5, block_loss_deviation=0.1, stood=stood, bytes_per_call=5.0)
+        | dict(step_flops_per_byte=3e6)
+        for group, change, bits, stood in (
+            (blocks.PLAIN, blocks.PLAIN, 2.0, None),
+            (blocks.BASELINE, blocks.BASELINE, 2.05, 0.4),
+            ("size", "16 bytes", 2.25, 0.125),
+        )
+    ]
+    blocks.report(rows, tmp_path)
+    page = check_page(tmp_path, "changes.png")
+    assert "| size | 16 bytes | 2.2500 | +0.2500 | 2.500 | 0.100 | 12.5% | 5.00 | 3.00 |" in page
+    with pytest.raises(ValueError, match="first two points have not finished"):
+        blocks.report(rows[1:], tmp_path)
+
+
+def test_late_losses_are_those_of_the_last_quarter(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.metrics("blt").parent.mkdir()
+    lines = [dict(step=step, block_loss=step / 10) for step in range(10, 101, 10)]
+    run.metrics("blt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = blocks.late_losses(run)
+    assert found["block_loss"] == pytest.approx(9) and found["block_loss_deviation"] == 1
 
 
 def test_the_page_of_the_recipe(tmp_path):
