@@ -51,12 +51,16 @@ def main(argv):
         cli.fail("give --topology, for example --topology=v5e:16x16")
     if values.program != "train" and values.stage != "blt":
         cli.fail(f"--program={values.program} is of the byte latent transformer: --stage=blt")
+    if values.blocks and values.program != "decode":
+        cli.fail(f"--blocks={values.blocks} is of generation: --program=decode")
     os.environ.update(ENVIRONMENT)  # before JAX is imported
     with captured_log() as log:
         try:
             config = shapes_of(config)
-            what = (values.slices, values.stage, values.program, values.text, values.rows)
-            found = compile_program(config, values.topology, *what)
+            what = (values.slices, values.stage, values.program, values.text)
+            found = compile_program(
+                config, values.topology, *what, rows=values.rows, blocks=values.blocks
+            )
         except ValueError as error:
             cli.fail(error)
         except Exception as error:
@@ -93,6 +97,7 @@ def define_flags():
     flags.DEFINE_enum("stage", "blt", ["blt", "entropy_model", "token_model"], "Which model.")
     flags.DEFINE_enum("program", "train", PROGRAMS, "What is compiled.")
     flags.DEFINE_integer("rows", 1, "Texts that a device generates at once.", 1)
+    flags.DEFINE_integer("blocks", 0, "Bytes of a text that are filled in together; 0: none.", 0)
     cli.define_path("text", "A file for the optimized program (HLO text).")
 
 

@@ -36,12 +36,13 @@ def compile_program(
     program: str,
     text_file: str | None,
     rows: int = 1,
+    blocks: int = 0,
 ) -> dict:
     """Compiles a program of a RunConfig for a topology; returns its costs per device.
 
     topology_name, slices: see `topology.topology_devices`. program: "train", or of generation
-    "prefill" or "decode" of so many `rows` a device. text_file: where the optimized program is
-    written (HLO text), or None.
+    "prefill" or "decode" of so many `rows` a device, `blocks` bytes of each filled in together (0:
+    none). text_file: where the optimized program is written (HLO text), or None.
     Raises ValueError for what cannot be compiled, JaxRuntimeError where the compiler fails.
     """
     import jax
@@ -62,7 +63,7 @@ def compile_program(
     with jax.set_mesh(mesh):
         if program == "train":
             print(attention_report(getattr(config, stage)))
-        made = programs.trace(config, stage, program, rows)
+        made = programs.trace(config, stage, program, rows, blocks)
         written = jaxpr_flops.Work(made.traced.jaxpr)
         compiled, refused, seconds = _compile(made.traced.lower())
     each = dict(

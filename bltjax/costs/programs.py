@@ -18,6 +18,7 @@ from bltjax.costs.flops import TRAINING_FACTOR, flops_per_byte
 from bltjax.inference import loops
 from bltjax.inference.decoders import BLTDecoder, prepared_types
 from bltjax.inference.jobs import Decoding
+from bltjax.inference.requests import as_blocks, configure
 from bltjax.inference.room import make_shape, room_size
 from bltjax.inference.row_state import RequestArrays
 from bltjax.inference.sampling import Sampling, sampling_arrays
@@ -45,14 +46,16 @@ class Traced(NamedTuple):
     optimizer_bytes: int = 0
 
 
-def trace(config, stage: str, program: str, rows: int = 1) -> Traced:
+def trace(config, stage: str, program: str, rows: int = 1, blocks: int = 0) -> Traced:
     """Traces a program of a RunConfig on the mesh that is set.
 
-    rows: texts that generation writes at once, on each device that has rows of its own.
+    rows: texts that generation writes at once, on each device that has rows of its own. blocks:
+    bytes that it fills in together and verifies; 0: none. Raises ValueError for blocks that the
+    model has not learned.
     """
     if program == "train":
         return _trace_train(config, stage)
-    return (_trace_prefill if program == "prefill" else _trace_decode)(config, rows)
+    return (_trace_prefill if program == "prefill" else _trace_decode)(config, rows, blocks)
 
 
 def _trace_train(config, stage) -> Traced:
@@ -94,9 +97,9 @@ def _patching(config):
     return dataclasses.replace(config.patching, threshold=threshold)
 
 
-def _trace_prefill(config, rows: int) -> Traced:
+def _trace_prefill(config, rows: int, blocks: int) -> Traced:
     """Traces the loop that reads prompts; FLOPs are those of a chunk of each prompt."""
-    shape, params, reading, request = _generation(config, rows)
+    shape, params, reading, request = _generation(config, rows, blocks)
     num_bytes = shape.size.rows * shape.size.chunk
     lengths, chunks = request.prompt_lengths, _a_number()
     return Traced(
@@ -108,9 +111,12 @@ def _trace_prefill(config, rows: int) -> Traced:
     )
 
 
-def _trace_decode(config, rows: int) -> Traced:
-    """Traces the loop that writes bytes; FLOPs are those of a byte and a patch of each row."""
-    shape, params, reading, request = _generation(config, rows)
+def _trace_decode(config, rows: int, blocks: int) -> Traced:
+    """Traces the loop that writes bytes; FLOPs are those of a byte and a patch of each row.
+
+    With blocks it writes more than a byte of a row where drafts stand; FLOPs are of one byte.
+    """
+    shape, params, reading, request = _generation(config, rows, blocks)
     progress = jax.eval_shape(functools.partial(loops.start, shape, 0), reading, request)
     progress, limits = sharding.concrete(progress), (_a_number(), _a_number())
     return Traced(
@@ -122,14 +128,15 @@ def _trace_decode(config, rows: int) -> Traced:
     )
 
 
-def _generation(config, rows: int):
+def _generation(config, rows: int, blocks: int):
     """Returns shape, parameters, prompts and requests of rows as long as in training, as types."""
     mesh = jax.sharding.get_mesh()
     rows *= sharding.num_row_shards(mesh)
     needed = config.entropy_model if needs_entropies(config.patching) else None
     length = room_size(config.blt_training.row_bytes)
     decoder = BLTDecoder(config.blt, needed, _patching(config))
-    decoding = Decoding(min_patch_bytes=MIN_PATCH_BYTES)
+    decoding = Decoding(min_patch_bytes=MIN_PATCH_BYTES, blocks=as_blocks(blocks))
+    decoder, _ = configure(decoder, Sampling(), decoding=decoding)
     shape = make_shape(decoder, rows, length, decoding)
     models = dict(blt=config.blt, entropy_model=needed)
     params = {n: functional.abstract_params(m) for n, m in models.items() if m is not None}

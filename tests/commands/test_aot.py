@@ -117,6 +117,7 @@ def test_what_compiles_must_be_there(monkeypatch):
         ([], "give --topology, for example --topology=v5e:16x16"),
         (["--topology=v5e:4"], "error: --topology=v5e:4 has 1 sizes"),
         (["--topology=v5e:2x2", "--stage=entropy_model", "--program=decode"], "--stage=blt"),
+        (["--topology=v5e:2x2", "--blocks=4"], "--blocks=4 is of generation: --program=decode"),
     ],
 )
 def test_mistakes_are_one_line(arguments, said):
@@ -295,6 +296,23 @@ def test_programs_that_serve(rows, no_mesh):
         assert needed < program.model_flops < 1.4 * needed  # and the entropy model's
         written = jaxpr_flops.Work(program.traced.jaxpr).flops
         assert 0.8 * program.model_flops < written < 2 * program.model_flops
+
+
+def test_the_program_that_fills_in_blocks(no_mesh):
+    """A step reads 4 bytes in the byte stacks, in the decoder twice, and the same patch."""
+    from bltjax import sharding
+    from bltjax.costs import jaxpr_flops
+
+    config = from_config_dict(
+        RunConfig, settings("configs/quickstart.py", **{"blt.diffusion_block": 4})
+    )
+    with jax.set_mesh(sharding.make_mesh(config.mesh, jax.devices()[:1])):
+        plain, blocks = (programs.trace(config, "blt", "decode", 2, size) for size in (0, 4))
+        with pytest.raises(ValueError, match=r"blocks=8: the decoder was trained .* of 4 bytes"):
+            programs.trace(config, "blt", "decode", 2, 8)
+    written = [jaxpr_flops.Work(made.traced.jaxpr).flops for made in (plain, blocks)]
+    assert 1.5 * written[0] < written[1] < 8 * written[0]
+    assert blocks.num_bytes == plain.num_bytes and blocks.model_flops == plain.model_flops
 
 
 @pytest.mark.parametrize("unit", ["bytes", "tokens"])
