@@ -268,7 +268,9 @@ class Program:
     def _written(self, body, shape: str) -> float:
         """Returns the bytes of HBM that a computation writes; results it was given cost none."""
         root, results, total = hlo_text.root(body), hlo_text.arrays(shape), 0
-        names = root.operands if root.opcode == "tuple" else [root.name] * len(results)
+        parts = root.operands if root.opcode == "tuple" else [root.name]
+        # One that makes several results, such as a variadic reduction, is the writer of each.
+        names = [name for name in parts for _ in hlo_text.arrays(body[name].shape)]
         for name, array in zip(names, results, strict=True):
             made, size = body[name], array.hbm_bytes
             while made.opcode == "bitcast":

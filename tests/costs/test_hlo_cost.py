@@ -51,6 +51,37 @@ def test_a_loop_that_ends_itself_counts_once():
     assert exchange.flops == 3 * once and not exchange.unknown_loops
 
 
+def test_a_fusion_that_makes_several_results_at_once():
+    """Its root holds the two results of a reduction in a tuple of their own."""
+    made = "(f32[8]{0}, (f32[8]{0}, s32[8]{0}))"
+    text = f"""HloModule best
+
+%larger (a: f32[], i: s32[], b: f32[], j: s32[]) -> (f32[], s32[]) {{
+  %a = f32[] parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[] parameter(2)
+  %j = s32[] parameter(3)
+  ROOT %both = (f32[], s32[]) tuple(%a, %i)
+}}
+
+%fused (p: f32[8,4]) -> (f32[8], (f32[8], s32[8])) {{
+  %p = f32[8,4]{{1,0}} parameter(0)
+  %places = s32[8,4]{{1,0}} iota(), iota_dimension=1
+  %zero = f32[] constant(0)
+  %none = s32[] constant(0)
+  %first = f32[8]{{0}} broadcast(%zero), dimensions={{}}
+  %best = (f32[8]{{0}}, s32[8]{{0}}) reduce(%p, %places, %zero, %none), to_apply=%larger
+  ROOT %made = {made} tuple(%first, %best)
+}}
+
+ENTRY %main (x: f32[8,4]) -> (f32[8], (f32[8], s32[8])) {{
+  %x = f32[8,4]{{1,0}} parameter(0)
+  ROOT %fusion = {made} fusion(%x), kind=kInput, calls=%fused
+}}
+"""
+    assert hlo_cost.read_cost(text).hbm_bytes == 4 * (8 * 4 + 3 * 8)
+
+
 def test_what_runs_on_other_cores_of_a_chip():
     """Computations of TPUs' sparse cores end with an attribute, and calls of them begin and end."""
     text = TPU.replace("\n}\n\n%update", '\n}, execution_thread="sparsecore"\n\n%update')
