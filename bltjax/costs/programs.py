@@ -19,7 +19,7 @@ from bltjax.inference import loops
 from bltjax.inference.decoders import BLTDecoder, prepared_types
 from bltjax.inference.jobs import Decoding
 from bltjax.inference.requests import as_blocks, configure
-from bltjax.inference.room import make_shape, room_size
+from bltjax.inference.room import NUM_STOPS, STOP_BYTES, make_shape, room_size
 from bltjax.inference.row_state import RequestArrays
 from bltjax.inference.sampling import Sampling, sampling_arrays
 from bltjax.model import functional
@@ -144,7 +144,8 @@ def _generation(config, rows: int, blocks: int):
 
     def inputs():
         row = sharding.shard_rows(jnp.zeros(rows, jnp.int32))
-        tokens, stops = jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, 0, 1), jnp.int32)
+        tokens = jnp.zeros((rows, length), jnp.int32)
+        stops = jnp.zeros((rows, NUM_STOPS, STOP_BYTES), jnp.int32)
         greedy = sampling_arrays([Sampling()] * rows)
         thresholds = row.astype(jnp.float32)
         reading = loops.new_reading(shape, sharding.shard_rows(tokens), thresholds)

@@ -34,6 +34,9 @@ MIN_POSITIONS = 64
 STREAM_STEPS = 16  # between looks at what has been written
 ALL_CHUNKS = NEVER
 MANY = 16  # rows: on CPUs a call of the global stack then serves a quarter of them
+# Stop strings of a row, and bytes of each, that tables have room for at least: one program serves
+# rows without any, and with most.
+NUM_STOPS, STOP_BYTES = 8, 16
 
 
 class Work(NamedTuple):
@@ -348,9 +351,8 @@ def _arrays_of(jobs: Sequence[Job | None], shape: ProgramShape) -> RequestArrays
 
 def _stop_tables(rows: Sequence[Sequence[bytes]]) -> np.ndarray:
     """Returns ids int32 [B, S, m] of few sizes: -1 before shorter ones, -3, no id, to fill up."""
-    num_stops, longest = max(map(len, rows)), max((len(s) for row in rows for s in row), default=1)
-    if not num_stops:
-        return np.zeros((len(rows), 0, 1), np.int32)
+    num_stops = max(NUM_STOPS, *map(len, rows))
+    longest = max([STOP_BYTES, *(len(stop) for row in rows for stop in row)])
     shape = len(rows), power_of_two(num_stops), power_of_two(longest)
     tables = np.full(shape, -3, np.int32)
     for table, stops in zip(tables, rows, strict=True):

@@ -156,13 +156,11 @@ def next_distributions(shape: ProgramShape, request, state, first, logits, first
 def finishes(shape: ProgramShape, request, state, lengths):
     """Returns bool [B, T]: rows of lengths int32 [B, T] that end in EOS, a stop, or at a limit."""
     decoder = shape.decoder
-    _, num_stops, longest = request.stops.shape
+    longest = request.stops.shape[-1]
     last = read_positions(state.tokens, lengths - 1)
     written = decoder.num_written(state, request.prompt_lengths, lengths)
     ends = (last == EOS_ID) | (written >= request.max_new_bytes[:, None])
     ends |= decoder.out_of_patches(state, lengths[:, 0])[:, None]
-    if num_stops == 0:
-        return ends
     positions = span(lengths, -longest, 0)
     tokens = read_positions(state.tokens, positions.reshape(len(positions), -1))
     stops = request.stops[:, None]
