@@ -1,6 +1,7 @@
 """Serves a model over HTTP as OpenAI's clients ask for it: `bltjax serve --checkpoint=DIR`.
 
-Prints the address when it answers. SIGTERM or Ctrl-C: answers that are being written are finished,
+Prints the address when it answers, and compiles programs until a request comes; /health is ok once
+usual requests need none. SIGTERM or Ctrl-C: answers that are being written are finished,
 other requests get 503, then it ends with 0; a second signal ends it at once. The last line is JSON.
 Only this machine can reach it, unless --host says otherwise (docs/serving.md).
 """
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from absl import flags
 
@@ -41,6 +43,7 @@ def run(chosen) -> dict:
     except ImportError as error:
         raise ValueError(f"serving needs more ({error}): pip install 'bltjax[serve]'") from None
     key = chosen.api_key or os.environ.get(KEY) or None
+    root_path, sites = chosen.root_path.strip("/"), origins(chosen.cors)
     with server.bind(chosen.host, chosen.port) as where:  # an address that is taken shows at once
         model = cli.open_model()
         if not isinstance(model, Model):
@@ -48,7 +51,13 @@ def run(chosen) -> dict:
         scheduler = model.scheduler(chosen.rows, chosen.max_length, KEPT_PREFIXES)
         name = chosen.name or Path(chosen.checkpoint).name or "bltjax"
         settings = server.Settings(
-            name, key, chosen.max_body_bytes, max_text_bytes=chosen.max_length - 1
+            name,
+            key,
+            chosen.max_body_bytes,
+            max_text_bytes=chosen.max_length - 1,
+            root_path=root_path and f"/{root_path}",
+            origins=sites,
+            warm_up=chosen.warm_up,
         )
         host, port = where.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -66,6 +75,15 @@ def run(chosen) -> dict:
             cli.fail(error, FAILED)
 
 
+def origins(given: list[str]) -> tuple[str, ...]:
+    """Returns the origins of pages. Raises ValueError for what is none."""
+    for origin in given:
+        url = urlsplit(origin)
+        if origin != "*" and origin != f"{url.scheme}://{url.netloc}":
+            raise ValueError(f"--cors={origin}: give origins as https://site.example:8080, or *")
+    return tuple(given)
+
+
 def _is_loopback(host: str) -> bool:
     return ipaddress.ip_address(host).is_loopback
 
@@ -76,6 +94,9 @@ def define_flags():
     flags.DEFINE_integer("port", 8000, "Port to listen at; 0: any free one.", 0, 65535)
     flags.DEFINE_string("api_key", None, f"Key that requests must send; better: ${KEY}.")
     flags.DEFINE_string("name", None, "Name of the model; default: that of the directory.")
+    flags.DEFINE_list("cors", [], "Origins whose pages may ask, as https://site.example; *: all.")
+    flags.DEFINE_string("root_path", "", "Prefix of paths behind a proxy, as /blt.")
+    flags.DEFINE_bool("warm_up", True, "Compile what usual requests need before they come.")
     flags.DEFINE_integer("rows", 8, "Texts that are written at once.", lower_bound=1)
     flags.DEFINE_integer("max_waiting", 64, "Texts that may wait; more get 429.", lower_bound=0)
     flags.DEFINE_integer("max_body_bytes", 2**22, "Of a request; more get 413.", lower_bound=1)

@@ -9,7 +9,7 @@ One thread owns a scheduler and calls everything.
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from bltjax import sharding
 from bltjax.inference import loops
 from bltjax.inference.decoders import Decoder
-from bltjax.inference.jobs import Counts, Decoding, Job, Piece
+from bltjax.inference.jobs import Counts, Decoding, Job, Piece, Request
 from bltjax.inference.loops import Reading
 from bltjax.inference.room import (
     ALL_CHUNKS,
@@ -98,16 +98,45 @@ class Scheduler:
         size = self._size(job)
         if size not in self.rooms:
             with jax.set_mesh(self.mesh):
-                rows = num_rows(self.decoding.batch_size)
-                shape = make_shape(self.decoder, rows, size, self.decoding)
-                check_memory(shape, job.request)
-                self.rooms[size], self.waiting[size] = Room(shape, self.params), OrderedDict()
+                self.rooms[size] = self._new_room(size, job.request)
+            self.waiting[size] = OrderedDict()
         if job.log_probs and self.decoding.ahead:
             raise ValueError("log_probs=True: with drafts they are not kept")
         key, threshold = next(self._keys), self.decoder.threshold_of(job.threshold)
         shared = min(job.shared, len(job.request.ids))
         self.waiting[size][key] = job._replace(threshold=threshold, shared=shared)
         return key
+
+    def _new_room(self, size: int, request: Request) -> Room:
+        rows = num_rows(self.decoding.batch_size)
+        shape = make_shape(self.decoder, rows, size, self.decoding)
+        check_memory(shape, request)
+        return Room(shape, self.params)
+
+    def warm_up(self, jobs: Sequence[Job]) -> Iterator[int]:
+        """Compiles what jobs with such sampling run; yields the size of a room after each of them.
+
+        Each goes both ways into a slot, of a room that is thrown away. Raises ValueError where the
+        memory has no space for a room of the next size.
+        """
+        for size in self.sizes or ():
+            for job in jobs:
+                with jax.set_mesh(self.mesh):
+                    self._rehearse(size, job._replace(threshold=self.decoder.threshold_of(None)))
+                yield size
+
+    def _rehearse(self, size: int, job: Job):
+        num_ids = len(job.request.ids)
+        room = self._new_room(size, job.request._replace(max_new_bytes=size - num_ids))
+        room.fill({0: job})
+        room.advance(self.steps)
+        shape = self._reading_shape(room)
+        read = self._begin(size, shape, job)
+        self._advance(read, shape, num_ids, 1)
+        if self.keep_prefixes:
+            loops.copy(read.reading)
+        room.enter({0: job}, read.reading, shape)
+        room.advance(self.steps)
 
     def _size(self, job: Job) -> int:
         needed = num_positions(job.request, self.decoding)

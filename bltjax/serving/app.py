@@ -13,8 +13,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
 
+from bltjax.runtime.terminal import short
 from bltjax.serving import asked as requests
 from bltjax.serving.answers import Choice, Delta, Form, most_probable, usage
 from bltjax.serving.asked import Asked
@@ -44,6 +45,9 @@ class Settings:
     api_key: str | None = None
     max_body_bytes: int = 4 * 2**20
     max_text_bytes: int = 2**13  # of a prompt that is scored or shown
+    root_path: str = ""  # with which a proxy passes paths on, or without it
+    origins: tuple[str, ...] = ()  # of other sites' pages that may ask; "*": all
+    warm_up: bool = True  # compile what usual requests need, as long as there is none
 
 
 class Server:
@@ -67,12 +71,18 @@ class Server:
             "/metrics": self.show_metrics,
             "/openapi.json": self.openapi,
             "/v1/models": self.models,
+            "/v1/models/{name:path}": self.one_model,
             "/tokenizer_info": self.tokenizer_info,
         }
         self._paths = {*posts, *gets}
+        routes: list[BaseRoute] = [
+            *(Route(path, handler, methods=["POST"]) for path, handler in posts.items()),
+            *(Route(path, handler, methods=["GET"]) for path, handler in gets.items()),
+        ]
+        if settings.root_path:
+            routes.append(Mount(settings.root_path, routes=list(routes)))
         self._routes = Starlette(
-            routes=[Route(path, handler, methods=["POST"]) for path, handler in posts.items()]
-            + [Route(path, handler, methods=["GET"]) for path, handler in gets.items()],
+            routes=routes,
             exception_handlers={
                 RequestError: _refused,
                 HTTPException: _no_route,
@@ -100,14 +110,19 @@ class Server:
         finally:
             self.at_work -= 1
             self.num_answered += 1
-            path = scope["path"] if scope["path"] in self._paths else "other"
-            self.metrics.requests.labels(path, str(status)).inc()
+            path = self._path(scope)
+            known = path if path in self._paths else "other"
+            self.metrics.requests.labels(known, str(status)).inc()
+
+    def _path(self, scope) -> str:
+        return scope["path"].removeprefix(self.settings.root_path) or "/"
 
     def _refusal(self, scope) -> Response | None:
         """Returns the answer to a request without the key, or that comes while the server ends."""
-        path, headers = scope["path"], dict(scope["headers"])
+        path, headers = self._path(scope), dict(scope["headers"])
         if self.settings.api_key is not None and path not in OPEN_PATHS:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            given = headers.get(b"authorization", b"")
+            given = given[7:] if given[:7].lower() == b"bearer " else given
             if not hmac.compare_digest(given, self.settings.api_key.encode()):
                 text = "the key is missing or wrong: send it as 'Authorization: Bearer KEY'"
                 return _error(RequestError(text, status=401, code="invalid_api_key"))
@@ -234,17 +249,30 @@ class Server:
             return _error(RequestError("the model has failed", status=503, code="model_failed"))
         if self.draining:
             return _error(RequestError("this server ends", status=503, code="ending"))
+        if not self.worker.is_warm:
+            text = "programs are being compiled: a request may wait for that, ask again for this"
+            return _error(RequestError(text, status=503, code="warming_up", retry_after=1))
         return _json(dict(status="ok"))
 
     async def models(self, request: Request) -> Response:
-        model = dict(id=self.settings.name, object="model", created=self.created, owned_by="bltjax")
-        return _json(dict(object="list", data=[model]))
+        return _json(dict(object="list", data=[self._model()]))
+
+    async def one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self.settings.name:
+            text = f"no model {short(name)} here: there is {self.settings.name}"
+            raise RequestError(text, "model", status=404, code="model_not_found")
+        return _json(self._model())
+
+    def _model(self) -> dict:
+        owner = dict(created=self.created, owned_by="bltjax")
+        return dict(id=self.settings.name, object="model", **owner)
 
     async def show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
-        return _json(description())
+        return _json(description(self.settings.root_path))
 
     def _check_length(self, data: bytes):
         if len(data) > self.settings.max_text_bytes:

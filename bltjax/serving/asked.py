@@ -106,8 +106,9 @@ def chat(body, template: ChatConfig) -> Asked:
         raise RequestError("messages is missing: give a list of them", "messages")
     if given["top_logprobs"] is not None and not given["logprobs"]:
         raise RequestError("top_logprobs needs logprobs=true: give both", "top_logprobs")
+    messages = [_of_known_role(message) for message in given["messages"]]
     try:
-        prompt = conversations.to_bytes(given["messages"], template, answer=True)
+        prompt = conversations.to_bytes(messages, template, answer=True)
     except ValueError as error:
         raise RequestError(str(error), "messages") from None
     stops = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
@@ -118,9 +119,14 @@ def chat(body, template: ChatConfig) -> Asked:
         stops=(*map(text_bytes, stops), *ends),
         num_top=(given["top_logprobs"] or 0) if given["logprobs"] else None,
         echo=False,
-        shared=_system_bytes(given["messages"], template),
+        shared=_system_bytes(messages, template),
         **_common(given),
     )
+
+
+def _of_known_role(message: dict) -> dict:
+    """Returns a message whose role is not OpenAI's newer name of the system's."""
+    return dict(message, role="system") if message.get("role") == "developer" else message
 
 
 def _system_bytes(messages: Sequence[dict], template: ChatConfig) -> int:
@@ -156,7 +162,7 @@ def _common(given: dict) -> dict:
     sampling = Sampling(
         repetition_penalty=given["repetition_penalty"],
         temperature=given["temperature"],
-        top_k=given["top_k"],
+        top_k=max(given["top_k"] or 0, 0) or None,
         top_p=given["top_p"],
         min_p=given["min_p"] or None,
         valid_utf8=given["valid_utf8"],

@@ -61,7 +61,13 @@ COMMON = (
         "a number above 0, at most 1",
         "draw from the most probable bytes that together have this probability",
     ),
-    Field("top_k", whole(1, 2**30), None, "a whole number from 1", "of the k most probable bytes"),
+    Field(
+        "top_k",
+        whole(-1, 2**30),
+        None,
+        "a whole number from -1",
+        "of the k most probable bytes; 0 and -1: of all",
+    ),
     Field(
         "min_p",
         number(0, 1),
@@ -145,8 +151,8 @@ CHAT = (
         dict(type="array", items=dict(type="object"), minItems=1),
         None,
         "a list of at least one object with role and content",
-        "the conversation: `role` is system, user or assistant; `content` a string, or parts of "
-        "the type text",
+        "the conversation: `role` is system (or developer), user or assistant; `content` a string, "
+        "or parts of the type text",
     ),
     Field(
         "max_completion_tokens",

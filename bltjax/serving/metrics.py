@@ -9,6 +9,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of JAX
 ROWS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -30,6 +31,9 @@ class Metrics:
         self.global_calls = Counter(
             "bltjax_global_calls", "Calls of the global transformer after prompts.", **own
         )
+        self.compilations = Counter(
+            "bltjax_compilations", "Programs compiled, or taken from a cache on disk.", **own
+        )
         self.rows = Histogram("bltjax_rows", "Rows at work in a step.", buckets=ROWS, **own)
         self.first_byte = Histogram(
             "bltjax_first_byte_seconds", "From a request to the first byte of its answer.", **own
@@ -43,6 +47,11 @@ class Metrics:
         for name, before in self._totals.items():
             self._totals[name] = getattr(stats, name)
             getattr(self, name).inc(self._totals[name] - before)
+
+    def note(self, event: str, seconds: float, **_):
+        """Counts compilations, as a listener of `jax.monitoring`."""
+        if event == COMPILED:
+            self.compilations.inc()
 
     def show(self, stats):
         """Takes over how many texts wait and are being written."""

@@ -17,11 +17,13 @@ GETS = {
     "/health": ("Says whether the server takes requests.", "application/json"),
     "/metrics": ("Counters for Prometheus.", "text/plain"),
     "/v1/models": ("Names the model.", "application/json"),
+    "/v1/models/{name}": ("Tells whether it is the model.", "application/json"),
     "/tokenizer_info": ("Names the special tokens.", "application/json"),
 }
 REFUSALS = {
     "400": "a value that makes no sense, or that there is no room for",
     "401": "the key is missing or wrong",
+    "404": "no such model",
     "413": "the body is too large",
     "415": "the body is no application/json",
     "429": "too many texts wait",
@@ -30,8 +32,8 @@ REFUSALS = {
 }
 
 
-def description() -> dict:
-    """Returns the OpenAPI 3.1 document of the server."""
+def description(root_path: str = "") -> dict:
+    """Returns the OpenAPI 3.1 document of the server; root_path: before all paths."""
     refusals = {
         code: _response(meaning, "#/components/schemas/Error") for code, meaning in REFUSALS.items()
     }
@@ -44,9 +46,13 @@ def description() -> dict:
     for path, (summary, kind) in GETS.items():
         answers = {"200": dict(description="the answer", content={kind: {}})} | refusals
         paths[path] = dict(get=dict(summary=summary, responses=answers))
+        if "{name}" in path:
+            place = {"name": "name", "in": "path", "required": True}
+            paths[path]["get"]["parameters"] = [dict(place, schema=dict(type="string"))]
     return dict(
         openapi="3.1.0",
         info=dict(title="bltjax", version=version("bltjax")),
+        servers=[dict(url=root_path or "/")],
         paths=paths,
         components=dict(schemas=dict(Error=ERROR)),
     )

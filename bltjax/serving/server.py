@@ -4,12 +4,16 @@ import asyncio
 import contextlib
 import signal
 import socket
+from collections.abc import Sequence
 
+import jax
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
 
 from bltjax.runtime import signals
 from bltjax.serving.app import Server, Settings
 from bltjax.serving.metrics import Metrics
+from bltjax.serving.warm_up import warm_up
 from bltjax.serving.worker import Worker
 
 LOOK_SECONDS = 0.05  # between looks at whether the last answers are out
@@ -47,10 +51,12 @@ def serve(model, scheduler, where: socket.socket, settings: Settings, max_open: 
 
 async def _serve(model, scheduler, where, settings: Settings, max_open: int) -> dict:
     metrics = Metrics()
-    worker = Worker(scheduler, model.log_probs, model.mesh, metrics, max_open)
+    jax.monitoring.register_event_duration_secs_listener(metrics.note)
+    warming = warm_up(scheduler) if settings.warm_up else None
+    worker = Worker(scheduler, model.log_probs, model.mesh, metrics, max_open, warming)
     app = Server(model, worker, metrics, settings)
     config = uvicorn.Config(
-        app,
+        _for_browsers(app, settings.origins),
         loop="none",
         lifespan="off",
         access_log=False,
@@ -68,6 +74,19 @@ async def _serve(model, scheduler, where, settings: Settings, max_open: int) -> 
         raise ModelFailed(f"the model failed: {worker.failure!r}") from worker.failure
     worker.stop()
     return dict(requests=app.num_answered, new_bytes=scheduler.stats.new_bytes)
+
+
+def _for_browsers(app: Server, origins: Sequence[str]):
+    """Returns the application, which lets pages of these origins ask and read answers."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
 
 
 class Ending:

@@ -8,7 +8,7 @@ import asyncio
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from bltjax.serving.metrics import Metrics
 
 RETRY_SECONDS = 1
 SCORED_AT_ONCE = 2**15  # bytes of texts, of as many requests as wait
+ALL = object()  # has been warmed up
 
 
 class Scoring(NamedTuple):
@@ -34,7 +35,8 @@ class Worker:
     """Runs the jobs of all requests, texts to score, and other calls, in one thread.
 
     score: from texts to their log-probabilities, float32 [bytes + 1, num_ids] each. max_open: jobs
-    and texts at once, running or waiting. on_death: called in the loop where the thread fails.
+    and texts at once, running or waiting. warm_up: what is done, step by step, while no request is
+    there.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Worker:
         mesh: jax.sharding.Mesh,
         metrics: Metrics,
         max_open: int,
+        warm_up: Iterator | None = None,
     ):
         self._scheduler, self._score, self._mesh = scheduler, score, mesh
+        self._warm_up, self.is_warm = warm_up, warm_up is None
         self._metrics, self._max_open = metrics, max_open
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -61,7 +65,10 @@ class Worker:
     # ---- in the event loop
 
     def start(self, on_death: Callable[[], None]):
-        """Starts the thread; pieces go to the loop that runs now."""
+        """Starts the thread; pieces go to the loop that runs now.
+
+        on_death: called in the loop where the thread fails.
+        """
         self._loop, self._on_death = asyncio.get_running_loop(), on_death
         self._thread.start()
 
@@ -156,6 +163,8 @@ class Worker:
                     self._score_some()
                     if not self._scheduler.idle:
                         self._step()
+                    elif not self.is_warm:
+                        self.is_warm = next(self._warm_up, ALL) is ALL
         except BaseException as error:
             traceback.print_exception(error)
             self._in_loop(self._fail, error)
@@ -163,7 +172,7 @@ class Worker:
     def _take_commands(self) -> bool:
         """Does what handlers ask for; waits where there is nothing else to do. False: to end."""
         while True:
-            is_busy = self._scorings or not self._scheduler.idle
+            is_busy = self._scorings or not self._scheduler.idle or not self.is_warm
             try:
                 command = self._commands.get(block=not is_busy)
             except queue.Empty:

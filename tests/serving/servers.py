@@ -48,6 +48,9 @@ class Running:
     def get(self, path, **options) -> httpx.Response:
         return httpx.get(self.url + path, timeout=240, **options)
 
+    def ask(self, method, path, **options) -> httpx.Response:
+        return httpx.request(method, self.url + path, timeout=240, **options)
+
     def metric(self, name) -> float:
         (found,) = re.findall(rf"^{re.escape(name)} (\S+)$", self.get("/metrics").text, re.M)
         return float(found)
@@ -72,8 +75,9 @@ class Running:
 def start(checkpoint, *arguments, code=None, **environment):
     """The process of a server of a checkpoint; code: Python in the place of the command."""
     command = ["-m", "bltjax.serve"] if code is None else ["-c", code]
+    quick = ["--port=0", "--warm_up=false"]  # unless arguments say otherwise
     return subprocess.Popen(
-        [sys.executable, *command, f"--checkpoint={checkpoint}", "--port=0", *arguments],
+        [sys.executable, *command, f"--checkpoint={checkpoint}", *quick, *arguments],
         cwd=processes.ROOT,
         env=processes.environment() | environment,
         text=True,
