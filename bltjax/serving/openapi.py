@@ -8,7 +8,7 @@ from bltjax.serving.fields import CHAT, COMPLETIONS, DETOKENIZE, PATCHES, TOKENI
 POSTS = {
     "/v1/completions": ("Writes on from prompts, or scores them.", COMPLETIONS, ()),
     "/v1/chat/completions": ("Answers a conversation.", CHAT, ("messages",)),
-    "/v1/patches": ("Shows the patches of a text.", PATCHES, ("prompt",)),
+    "/v1/patches": ("Shows the patches of a text.", PATCHES, ()),
     "/tokenize": ("Gives the bytes of a text.", TOKENIZE, ("prompt",)),
     "/detokenize": ("Gives the text of bytes.", DETOKENIZE, ("tokens",)),
 }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bltjax.serving.errors import RequestError
 from bltjax.serving.fields import CHAT, COMMON, COMPLETIONS, MISSING, PATCHES, checked, fits
 from bltjax.serving.metrics import Metrics
-from bltjax.serving.openapi import description, schema
+from bltjax.serving.openapi import POSTS, description, schema
 
 ROOT = Path(__file__).parents[2]
 VALUES = st.recursive(
@@ -76,6 +76,13 @@ def test_neutral_values_and_unknown_keys_pass():
 def test_a_body_that_is_no_object_is_refused(body):
     with pytest.raises(RequestError, match="send a JSON object"):
         checked(body, COMPLETIONS)
+
+
+def test_what_is_required_has_no_default():
+    for _, fields, required in POSTS.values():
+        found = {field.name for field in fields if field.name in required}
+        assert found == set(required)
+        assert all(field.default is None for field in fields if field.name in required)
 
 
 def test_the_description_is_a_schema_of_every_field():
