@@ -114,28 +114,31 @@ class Scheduler:
         return Room(shape, self.params)
 
     def warm_up(self, jobs: Sequence[Job]) -> Iterator[int]:
-        """Compiles what jobs with such sampling run; yields the size of a room after each of them.
+        """Compiles what jobs with such sampling run; yields the size of a room after some programs.
 
-        Each goes both ways into a slot, of a room that is thrown away. Raises ValueError where the
+        Each goes both ways into a slot, of rooms that are thrown away. Raises ValueError where the
         memory has no space for a room of the next size.
         """
         for size in self.sizes or ():
             for job in jobs:
-                with jax.set_mesh(self.mesh):
-                    self._rehearse(size, job._replace(threshold=self.decoder.threshold_of(None)))
-                yield size
+                job = job._replace(threshold=self.decoder.threshold_of(job.threshold))
+                longest = job.request._replace(max_new_bytes=size - len(job.request.ids))
+                for way in (self._read_aside_and_enter, self._fill):
+                    with jax.set_mesh(self.mesh):
+                        way(self._new_room(size, longest), job)
+                    yield size
 
-    def _rehearse(self, size: int, job: Job):
-        num_ids = len(job.request.ids)
-        room = self._new_room(size, job.request._replace(max_new_bytes=size - num_ids))
-        room.fill({0: job})
-        room.advance(self.steps)
+    def _read_aside_and_enter(self, room: Room, job: Job):
         shape = self._reading_shape(room)
-        read = self._begin(size, shape, job)
-        self._advance(read, shape, num_ids, 1)
+        read = self._begin(shape.size.positions, shape, job)
+        self._advance(read, shape, len(job.request.ids), 1)
         if self.keep_prefixes:
             loops.copy(read.reading)
         room.enter({0: job}, read.reading, shape)
+        room.advance(self.steps)
+
+    def _fill(self, room: Room, job: Job):
+        room.fill({0: job})
         room.advance(self.steps)
 
     def _size(self, job: Job) -> int:
