@@ -333,8 +333,7 @@ def _read_run(path: Path, on_progress: OnProgress, values: bool) -> Weights:
     if irregular := [p for stage in stages for p in irregular_files(stage.directory)]:
         raise WeightsError(path, irregular)
     params = {stage.name: stage.lazy_params() for stage in stages}
-    # The kernel of attention was chosen for the devices of the run.
-    configs = {s.name: dataclasses.replace(s.model, attention="auto") for s in stages}
+    configs = {stage.name: stage.portable_model for stage in stages}
     if stages[0].name == "blt" and (threshold := directory.threshold()) is not None:
         stages[0].check_data(threshold=threshold)
     _check(path, configs, params, on_progress, values)

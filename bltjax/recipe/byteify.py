@@ -169,14 +169,7 @@ def _entropy_model(directory: Path) -> Weights:
 
 def _words(model: llama.TokenModel, path: Path) -> tuple[Words, np.ndarray]:
     """Returns the words of the source, and its embeddings of them. Raises ValueError."""
-    pieces = tokenizer_of(path, f"the tokenizer in {path}", "tokenizer").pieces
-    rows = model.embeddings.shape[0]
-    if max(pieces, default=0) >= rows:
-        raise ValueError(
-            f"the source has embeddings of {rows} tokens, and the tokenizer in {path} has "
-            f"{max(pieces) + 1}: give the tokenizer of this model"
-        )
-    words = words_of(pieces)
+    words = words_of(tokenizer_of(path, f"the tokenizer in {path}", "--tokenizer", model).pieces)
     return words, np.asarray(read_all(model.embeddings), np.float32)[words.ids]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from bltjax.checkpoints.checksums import write_checksums
 from bltjax.checkpoints.demo import directory_of
 from bltjax.runtime import buckets
-from bltjax.runtime.files import UNFINISHED, new_directory
+from bltjax.runtime.files import new_directory, refuse_existing
 from bltjax.runtime.paths import absolute, is_remote
 from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
@@ -98,37 +98,30 @@ def read_and_check(sources: list[Path], target: Path, progress: bool, adapter: P
 
 def target_error(target: Path, sources: list[Path]) -> Exception | None:
     """Returns what is wrong with a place for a new directory, None where nothing is seen yet."""
-    if is_remote(target):
-        return _remote_target_error(target, sources)
     try:
-        place = target.resolve()
-        for source in (s.resolve() for s in sources if not is_remote(s)):
+        place = _resolved(target)
+        for source in map(_resolved, sources):
             if place == source:
                 return FileExistsError(f"the target {target} is the source: choose another")
             if source in place.parents:
                 return ValueError(f"the target {target} is inside of {source}: choose another")
-        if target.exists() or target.is_symlink():
-            return FileExistsError(f"the target {target} exists: choose another, or delete it")
+        refuse_existing(target)
+        if is_remote(target):
+            return None
         parent = next(parent for parent in target.parents if parent.exists())
         if not parent.is_dir():
             return NotADirectoryError(f"{parent} is a file, so {target} cannot be: choose another")
         if not os.access(parent, os.W_OK | os.X_OK):
             return PermissionError(f"{parent} is not writable: choose another target")
+    except (FileExistsError, buckets.Unreachable) as error:
+        return error
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
         return OSError(f"the target {target} cannot be ({reason(error)}): choose another")
     return None
 
 
-def _remote_target_error(target: Path, sources: list[Path]) -> Exception | None:
-    for source in sources:
-        if target == source:
-            return FileExistsError(f"the target {target} is the source: choose another")
-        if source in target.parents:
-            return ValueError(f"the target {target} is inside of {source}: choose another")
-    there = buckets.below(target)
-    if there and UNFINISHED not in there:
-        return FileExistsError(f"the target {target} exists: choose another, or delete it")
-    return None
+def _resolved(path: Path) -> Path:
+    return path if is_remote(path) else path.resolve()
 
 
 def write_new(plan, target: Path, num_bytes: int, progress: bool):
