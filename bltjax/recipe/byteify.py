@@ -129,14 +129,15 @@ def _checked(source: Path, target: Path, sizes: LocalSizes, entropy_model, drop,
     """Returns the source, the root mean square of its embeddings, the config of the result, and
     weights with an entropy model, or None.
 
-    Raises one error for all problems with them and with the target.
+    Raises one error for all problems with them and with the target; where the latter is wrong, no
+    value of the layers is read.
     """
     wrong = target_error(target, [source])
     problems = [str(wrong)] if wrong else []
     model = size = config = other = None
     with progress_bar("checking", llama.stored_bytes(source), shown=progress) as bar:
         try:
-            model = llama.read(source, drop, bar.update)
+            model = llama.read(source, drop, bar.update, values=wrong is None)
             config = config_around(model.settings.stack, sizes)
             problems += config.problems("blt")
             size = llama.root_mean_square(model.embeddings)

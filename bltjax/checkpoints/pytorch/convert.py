@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from bltjax.checkpoints.checksums import write_checksums
-from bltjax.checkpoints.demo import directory_of
+from bltjax.checkpoints.demo import directory_of, existing
 from bltjax.runtime import buckets
 from bltjax.runtime.files import new_directory, refuse_existing
 from bltjax.runtime.paths import absolute, is_remote
@@ -41,16 +41,16 @@ def convert(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
-    # Imported late: --help and wrong flags answer at once.
+    started = time.perf_counter()
+    sources = [existing(directory_of(p)) for p in (source, entropy_model) if p is not None]
+    target = absolute(target)
+    # Imported late: --help, wrong flags and paths answer at once.
     import jax
 
     from bltjax import sharding
     from bltjax.checkpoints import formats
     from bltjax.checkpoints.weights import flat
 
-    started = time.perf_counter()
-    sources = [directory_of(p) for p in (source, entropy_model) if p is not None]
-    target = absolute(target)
     formats.check_dtype(dtype)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         weights = read_and_check(sources, target, progress, adapter and directory_of(adapter))
@@ -77,7 +77,8 @@ def convert(
 def read_and_check(sources: list[Path], target: Path, progress: bool, adapter: Path | None):
     """Reads the source, and the directory of its entropy model if there is a second one.
 
-    Raises one error for all problems with them and with the target.
+    Raises one error for all problems with them and with the target. Where something is wrong with
+    the target, which is known at once, no value of the source is read.
     """
     from bltjax.checkpoints import formats
     from bltjax.checkpoints.weights import WeightsError
@@ -86,7 +87,9 @@ def read_and_check(sources: list[Path], target: Path, progress: bool, adapter: P
     try:
         total = sum(map(formats.stored_bytes, sources))
         with progress_bar("checking", total, shown=progress) as bar:
-            weights = formats.read(*sources, on_progress=bar.update, adapter=adapter)
+            weights = formats.read(
+                *sources, on_progress=bar.update, adapter=adapter, values=wrong is None
+            )
     except WeightsError as error:
         if wrong is None:
             raise
