@@ -13,7 +13,6 @@ patches: the first queries and the output of cross-attention.
 import dataclasses
 import functools
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +40,7 @@ from bltjax.patching.boundaries import needs_entropies
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.recipe.teacher import tokenizer_of
 from bltjax.recipe.vocabulary_lesson import Words, learn_words, words_of
+from bltjax.runtime.paths import absolute
 from bltjax.runtime.progress import progress_bar
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET
 
@@ -87,12 +87,14 @@ def byteify(
     OSError; the target then does not exist. Returns a summary for JSON, with notes.
     """
     started = time.perf_counter()
-    source, target = _path(source), _path(target).absolute()
+    read_from, target = llama.local_path(source), absolute(target)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         model, size, config, other = _checked(
-            source, target, sizes, entropy_model, drop_rope_scaling, progress
+            read_from, target, sizes, entropy_model, drop_rope_scaling, progress
         )
-        words = _words(model, _path(tokenizer or source)) if vocabulary_steps else None
+        words = None
+        if vocabulary_steps:
+            words = _words(model, llama.local_path(tokenizer) if tokenizer else read_from)
         params, patch_size = _matched(config, _fresh(config, seed), size, seed)
         distance = None
         if words:
@@ -116,13 +118,9 @@ def byteify(
         embedding_rms=size,
         patch_rms=patch_size,
         word_distance=distance,
-        notes=list(dict.fromkeys((*weights.notes, *_left_behind(source, model)))),
+        notes=list(dict.fromkeys((*weights.notes, *_left_behind(read_from, model)))),
         seconds=round(time.perf_counter() - started, 1),
     )
-
-
-def _path(path: str | Path) -> Path:
-    return Path(os.path.expanduser(path))
 
 
 def _checked(source: Path, target: Path, sizes: LocalSizes, entropy_model, drop, progress):

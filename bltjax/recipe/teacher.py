@@ -6,7 +6,6 @@ no checkpoint holds it. The layers are those of the model that the run starts fr
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,7 @@ def check_teacher(config: RunConfig):
 
 def _opened(config: RunConfig) -> tuple[llama.TokenModel, TeacherTokenizer]:
     """Opens the teacher and its tokenizer."""
-    source = Path(os.path.expanduser(config.blt_training.teacher.source))
+    source = llama.local_path(config.blt_training.teacher.source)
     stack = config.blt.global_transformer
     drop = (stack.rope_factor, stack.rope_original_positions) == (1.0, None)
     model = llama.read(source, drop_rope_scaling=drop, values=False)
@@ -52,7 +51,7 @@ def _opened(config: RunConfig) -> tuple[llama.TokenModel, TeacherTokenizer]:
             told = "missing" if found is None else f"of shape {found.shape}"
             raise ValueError(f"{SOURCE}={source}: its {name} is {told}, and should have {shape}")
     given = config.blt_training.teacher.tokenizer
-    path = Path(os.path.expanduser(given)) if given else source
+    path = llama.local_path(given) if given else source
     named = f"{TOKENIZER if given else SOURCE}={path}"
     return model, tokenizer_of(path, named, TOKENIZER, model)
 
