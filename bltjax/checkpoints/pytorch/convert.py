@@ -49,6 +49,7 @@ def convert(
 
     from bltjax import sharding
     from bltjax.checkpoints import formats
+    from bltjax.checkpoints.lazy_arrays import num_bytes
     from bltjax.checkpoints.weights import flat
 
     formats.check_dtype(dtype)
@@ -59,14 +60,16 @@ def convert(
         notes = [*weights.notes, *plan.notes, *formats.left_behind(sources[0])]
         if not dry_run:
             write_new(plan, target, weights.num_bytes(), progress)
-    leaves = flat(weights.params).values()
+    models, leaves = list(weights.params), list(flat(weights.params).values())
+    if format == "peft":  # adapters of a BLT alone
+        models, leaves = ["blt"], list(plan.tensors.values())
     return dict(
         source=str(source),
         target=str(target),
         format=format,
-        models=[name for name in ("blt", "entropy_model") if name in weights.params],
+        models=[name for name in ("blt", "entropy_model") if name in models],
         parameters=sum(math.prod(leaf.shape) for leaf in leaves),
-        bytes=weights.num_bytes(),
+        bytes=sum(map(num_bytes, leaves)),
         dtypes=sorted({leaf.dtype.name for leaf in leaves}),
         notes=list(dict.fromkeys(notes)),
         seconds=round(time.perf_counter() - started, 1),
