@@ -6,6 +6,7 @@
 import ast
 import contextlib
 import os
+import re
 import runpy
 import signal
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from bltjax.checkpoints.demo import directory_of, existing
 from bltjax.config import DTYPES, RunConfig
 from bltjax.config import read_config as read_config_file
 from bltjax.config.command_line import take_settings
@@ -29,6 +31,9 @@ from bltjax.runtime.system_errors import first_line, in_words, is_of_network, wi
 from bltjax.runtime.terminal import printable
 
 flags.disclaim_key_flags()  # --help of a command shows the flags that are defined here for it
+# What Python says of flags that are no numbers, and what that means.
+NO_INTEGER = r"invalid literal for int\(\).*", "must be a whole number"
+NO_FLOAT = r"could not convert string to float.*", "must be a number"
 USER_ERROR = 2  # exit code: the command or what it names is at fault
 COMMANDS = Path(__file__).parent / "commands"
 
@@ -114,10 +119,14 @@ def define_model_flags():
 
 def define_sampling_flags():
     """Defines --temperature, --top_k, --top_p, --min_p, --repetition_penalty and --seed."""
-    flags.DEFINE_float("temperature", 0.0, "0: always the most probable byte.")
-    flags.DEFINE_integer("top_k", None, "Draw from the k most probable bytes.")
-    flags.DEFINE_float("top_p", None, "Draw from the most probable bytes of this probability.")
-    flags.DEFINE_float("min_p", None, "Draw from bytes of this share of the best's probability.")
+    flags.DEFINE_float("temperature", 0.0, "0: always the most probable byte.", 0)
+    flags.DEFINE_integer("top_k", None, "Draw from the k most probable bytes.", 1)
+    flags.DEFINE_float(
+        "top_p", None, "Draw from the most probable bytes of this probability.", 0, 1
+    )
+    flags.DEFINE_float(
+        "min_p", None, "Draw from bytes of this share of the best's probability.", 0, 1
+    )
     flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: bytes that occurred become rarer.")
     flags.DEFINE_integer("seed", 0, "Of what is drawn.")
 
@@ -161,15 +170,18 @@ def parse(argv: list[str]) -> list[str]:
     except SystemExit:  # after --help, which ends with 1 in absl
         sys.exit(0)
     except flags.UnrecognizedFlagError as error:
-        fail(f"{error}{_meant_setting(error.flagname)}")
+        others = "" if "Did you mean" in str(error) else ": --help lists the flags"
+        fail(f"{error}{_meant_setting(error.flagname) or others}")
     except (flags.Error, ValueError) as error:
-        fail(error)
+        fail(re.sub(*NO_FLOAT, re.sub(*NO_INTEGER, str(error))))
 
 
 def _meant_setting(flag: str) -> str:
     """Returns a question after the setting that an unknown flag might be, or nothing."""
+    if "config" not in flags.FLAGS:
+        return ""
     leaves = {name.rpartition(".")[2] for name in settings()}
-    if "config" not in flags.FLAGS or not ("." in flag or flag in leaves):
+    if not ("." in flag or flag in leaves):
         return ""
     first, _, rest = flag.partition(".")
     typed = rest if letters(first.lower(), "config") <= 2 else flag
@@ -213,15 +225,20 @@ def given_settings() -> dict:
     return dict(_settings)
 
 
+def model_directories() -> list[Path]:
+    """Returns the directories of --checkpoint and --entropy_model. Raises OSError for none."""
+    given = flags.FLAGS.checkpoint, flags.FLAGS.entropy_model
+    return [existing(directory_of(path)) for path in given if path is not None]
+
+
 def open_model():
     """Loads the model that the flags name, with a progress bar."""
+    given = model_directories()
     from bltjax import api
     from bltjax.checkpoints import formats  # late: JAX takes seconds
-    from bltjax.checkpoints.demo import directory_of
 
     chosen = flags.FLAGS
-    given = [d for d in (chosen.checkpoint, chosen.entropy_model) if d is not None]
-    bar = progress_bar("loading", sum(formats.stored_bytes(directory_of(d)) for d in given))
+    bar = progress_bar("loading", sum(map(formats.stored_bytes, given)))
     with warnings.catch_warnings():
         warnings.showwarning = _print_note
         model = api.load(

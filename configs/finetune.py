@@ -1,11 +1,12 @@
-"""Conversations on top of weights: `configs/finetune.py:PAIRS`, a file or folder of conversations.
+"""Text or conversations on top of weights: `configs/finetune.py:PAIRS`, a file or folder of them.
 
-Command:   python -m bltjax.train --config=configs/finetune.py --workdir=runs/tuned
+Command:   python -m bltjax.train --config=configs/finetune.py --workdir=runs/tuned \
+               --config.data.root=TEXT
            python -m bltjax.train --config=configs/finetune.py:PAIRS --workdir=runs/tuned \
                --config.start_from=DIR
 Hardware:  2 CPU cores, minutes for small models; what the weights need for large ones.
 Expect:    the shapes of the weights that it starts from, which are those of the model in the
-           package unless others are named. Without PAIRS it reads pairs.jsonl.
+           package unless others are named. Without PAIRS it reads the text at data.root.
 
 All parameters learn. Low-rank adapters: --config.blt.lora.rank=8.
 """
@@ -13,14 +14,15 @@ All parameters learn. Low-rank adapters: --config.blt.lora.rank=8.
 from bltjax.config import default_config
 
 
-def get_config(pairs: str = "pairs.jsonl"):
+def get_config(pairs: str = ""):
     config = default_config()
     config.stages = ("entropies", "blt", "evaluate")
     config.start_from = "demo"
-    config.data.sources = (dict(name="pairs", path=pairs, kind="chat"),)
+    if pairs:
+        config.data.sources = (dict(name="pairs", path=pairs, kind="chat"),)
+        config.patching.turns = True
     config.data.validation_fraction, config.data.shard_bytes = 0.05, 1_000_000
     config.data.seed = 42
-    config.patching.turns = True
     config.evaluation.baselines = False
 
     training = config.blt_training

@@ -18,6 +18,8 @@ from absl import flags
 from bltjax import cli
 cli.define_run_flags()
 cli.define_model_flags()
+flags.DEFINE_integer("rows", None, "")
+flags.DEFINE_float("share", None, "")
 found = []
 for argv in json.loads(sys.argv[1]):
     flags.FLAGS.unparse_flags()
@@ -47,6 +49,9 @@ WRONG = {
     "--config=quickstrat": "neither a file nor the name of a config: did you mean quickstart?",
     "--config=/dev/null": "neither a file",
     "--dtype=float8": "float8",
+    "--zzz=x": "Unknown command line flag 'zzz': --help lists the flags",
+    "--rows=many": "flag --rows=many: must be a whole number",
+    "--share=half": "flag --share=half: must be a number",
 }
 
 
@@ -110,10 +115,32 @@ def test_the_module_is_the_command():
     assert subprocess.run(command, capture_output=True, text=True).stdout.startswith("bltjax ")
 
 
+def test_a_checkpoint_that_is_not_there_is_told_before_jax_is_loaded(tmp_path):
+    (tmp_path / "text").write_text("text")
+    model, text = "--checkpoint=nowhere", str(tmp_path / "text")
+    for name, *arguments in (
+        ("chat", model),
+        ("convert", "--source=nowhere", f"--target={tmp_path / 'made'}", "--format=hf"),
+        ("evaluate", model, f"--data={text}"),
+        ("generate", model, "--prompt=a"),
+        ("patches", model, f"--input={text}"),
+        ("score", model, f"--input={text}"),
+        ("serve", model, "--port=0"),
+    ):
+        command = [sys.executable, "-X", "importtime", "-m", f"bltjax.{name}", *arguments]
+        env = processes.environment()
+        done = subprocess.run(command, cwd=processes.ROOT, env=env, capture_output=True, text=True)
+        lines = done.stderr.splitlines()
+        told = [line for line in lines if not line.startswith("import time:")]
+        assert done.returncode == 2, (name, told)
+        assert len(told) == 1 and told[0].startswith("error: no directory nowhere: give"), told
+        assert not [line for line in lines if line.split("|")[-1].strip() == "jax"], name
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_is_told_that_the_model_is_compiled(terminal, monkeypatch, capsys):
     given = dict(entropy_model=None, adapter=None, dtype=None, bf16_compat=False)
-    chosen = SimpleNamespace(checkpoint="a", **given)
+    chosen = SimpleNamespace(checkpoint="demo", **given)
     monkeypatch.setattr(cli.flags, "FLAGS", chosen)
     monkeypatch.setattr(formats, "stored_bytes", lambda path: 0)
     monkeypatch.setattr(api, "load", lambda *_, **__: "a model")

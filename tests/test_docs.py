@@ -11,9 +11,11 @@ import xml.etree.ElementTree as ET
 from functools import cache
 from pathlib import Path
 
+import jax
 import pytest
 
 from bltjax import config as config_module
+from bltjax import sharding
 from bltjax.config import (
     FREE_FIELDS,
     RunConfig,
@@ -25,6 +27,7 @@ from bltjax.config import (
 from bltjax.config.command_line import take_settings
 from bltjax.config.names import meanings
 from bltjax.patching.boundaries import RULES
+from bltjax.recipe.start import with_shapes
 from tests import directories, processes
 
 ROOT = Path(__file__).parents[1]
@@ -213,7 +216,10 @@ def check(command, arguments):
             assert value in allowed, argument
         else:
             assert given or kind == "bool", f"{argument} of {command} takes a value"
-    read_config(path, settings)
+    config = read_config(path, settings)
+    if config.start_from == "demo":  # its shapes are not contradicted
+        with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+            with_shapes(config)
 
 
 @pytest.mark.parametrize("page", PAGES)

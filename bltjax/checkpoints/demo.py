@@ -1,4 +1,4 @@
-"""The model in the package, which has the name `demo` where a directory of weights is asked for."""
+"""Directories of weights as they are asked for, and the model in the package, `demo`."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from bltjax.runtime.paths import as_path
 
 NAME = "demo"
+MODEL = "model.json"  # in directories of bltjax's own format
 DIRECTORY = Path(__file__).parents[1] / "demo"
 
 
@@ -16,6 +17,21 @@ def directory_of(path: str | os.PathLike) -> Path:
     """
     path = os.path.expanduser(path)
     return DIRECTORY if path == NAME and not os.path.lexists(path) else as_path(path)
+
+
+def existing(directory: Path) -> Path:
+    """Returns a directory of weights. Raises NotADirectoryError or FileNotFoundError for none."""
+    if directory.is_file():
+        raise NotADirectoryError(
+            f"{directory} is a file: give the directory that it is in{way_past(directory)}"
+        )
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"no directory {directory}: give one with weights (config.json, params.json or "
+            f"{MODEL} inside), the working directory of a run, or {NAME}, a model in the package"
+            f"{way_past(directory)}"
+        )
+    return directory
 
 
 def way_past(path: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bltjax.checkpoints import adapters
 from bltjax.checkpoints.checksums import CHECKSUMS, checksum_problems
-from bltjax.checkpoints.demo import NAME, way_past
+from bltjax.checkpoints.demo import MODEL, existing, way_past
 from bltjax.checkpoints.lazy_arrays import Cast
 from bltjax.checkpoints.orbax_weights import open_weights, save_weights
 from bltjax.checkpoints.pytorch import reading, writing
@@ -54,7 +54,7 @@ from bltjax.runtime.plain_files import dangling_links, irregular_files
 from bltjax.runtime.progress import OnProgress
 
 VERSION = 1  # of model.json
-MODEL, WEIGHTS = "model.json", "weights"
+WEIGHTS = "weights"
 BLTJAX, RUN, HF, META = "bltjax", "run", "hf", "meta"
 PEFT = "peft"  # an adapter alone, which is only written
 # Names in a directory that are never taken for absent where they are links to nothing.
@@ -69,17 +69,7 @@ def detect(directory: Path) -> str:
 
     Raises FileNotFoundError without a directory, WeightsError where it is none of these.
     """
-    directory = as_path(directory)
-    if directory.is_file():
-        raise NotADirectoryError(
-            f"{directory} is a file: give the directory that it is in{way_past(directory)}"
-        )
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"no directory {directory}: give one with weights (config.json, params.json or "
-            f"{MODEL} inside), the working directory of a run, or {NAME}, a model in the package"
-            f"{way_past(directory)}"
-        )
+    directory = existing(as_path(directory))
     if (directory / UNFINISHED).exists():
         raise WeightsError(directory, ["it is what an interrupted conversion left: convert again"])
     if (directory / MODEL).exists():
@@ -101,7 +91,8 @@ def detect(directory: Path) -> str:
             "of a training run"
         ]
     if problems == ["config.json is missing"]:
-        problems = [f"it holds none of config.json, params.json and {MODEL}{way_past(directory)}"]
+        problem = f"it holds none of config.json, params.json and {MODEL}: give one that does"
+        problems = [f"{problem}{way_past(directory)}"]
     raise WeightsError(directory, problems)
 
 
@@ -333,8 +324,7 @@ def _read_run(path: Path, on_progress: OnProgress, values: bool) -> Weights:
     if irregular := [p for stage in stages for p in irregular_files(stage.directory)]:
         raise WeightsError(path, irregular)
     params = {stage.name: stage.lazy_params() for stage in stages}
-    # The kernel of attention was chosen for the devices of the run.
-    configs = {s.name: dataclasses.replace(s.model, attention="auto") for s in stages}
+    configs = {stage.name: stage.portable_model for stage in stages}
     if stages[0].name == "blt" and (threshold := directory.threshold()) is not None:
         stages[0].check_data(threshold=threshold)
     _check(path, configs, params, on_progress, values)

@@ -126,6 +126,11 @@ class Stage:
     directory: Path
 
     @property
+    def portable_model(self) -> BLTConfig | EntropyModelConfig | TokenModelConfig:
+        """Settings of the model on any devices: attention was chosen for those of the run."""
+        return dataclasses.replace(self.model, attention="auto")
+
+    @property
     def weights(self) -> Path:
         """Directory of imported parameters, which stand for trained ones."""
         return self.directory / WEIGHTS

@@ -89,7 +89,7 @@ class WeightsError(ValueError):
         if count > MOST_TOLD:
             told.append(f"and {count - MOST_TOLD} more")
         lines = "".join(f"\n  - {problem}" for problem in told)
-        super().__init__(f"{path}: {count} problem{'s' if count > 1 else ''}{lines}")
+        super().__init__(f"{path}: {told[0] if count == 1 else f'{count} problems{lines}'}")
 
 
 def _one_line(problem: str) -> str:

@@ -19,6 +19,7 @@ def main(argv):
     cli.no_arguments(argv, "give --source and --target")
     if None in (chosen.source, chosen.target):
         cli.fail("give --source=DIR and --target=DIR")
+    hash_sizes = _numbers(chosen.hash_sizes)
     os.environ["JAX_PLATFORMS"] = "cpu"  # little is computed: leave accelerators to others
     from bltjax.recipe.byteify import LocalSizes, byteify  # late: JAX takes seconds
 
@@ -33,7 +34,7 @@ def main(argv):
                 decoder_layers=chosen.decoder_layers,
                 window=chosen.window,
                 k=chosen.k,
-                hash_sizes=_numbers(chosen.hash_sizes),
+                hash_sizes=hash_sizes,
                 hash_vocab=chosen.hash_vocab,
             ),
             vocabulary_steps=chosen.vocabulary_steps,

@@ -9,11 +9,11 @@ nothing else.
 import json
 import sys
 import time
-from pathlib import Path
 
 from absl import flags
 
 from bltjax import cli
+from bltjax.runtime.paths import as_path, read_whole
 from bltjax.runtime.terminal import byte_writer, printable
 from bltjax.vocabulary import text_bytes
 
@@ -101,7 +101,7 @@ def _prompt(chosen) -> bytes:
         return text_bytes(chosen.prompt)  # any bytes, as they were typed
     if chosen.prompt_file == "-":
         return sys.stdin.buffer.read()
-    return Path(chosen.prompt_file).read_bytes()
+    return read_whole(as_path(chosen.prompt_file))
 
 
 def define_flags():

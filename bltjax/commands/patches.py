@@ -31,6 +31,7 @@ from bltjax.evaluation.texts import (
 )
 from bltjax.patching.boundaries import needs_entropies
 from bltjax.runtime.files import replacing
+from bltjax.runtime.paths import is_remote
 from bltjax.runtime.terminal import printable_name
 
 MAX_SHOWN_BYTES = 1_000_000  # of a text that is shown: pages of more are slow to look at
@@ -122,8 +123,15 @@ def _check_targets(chosen, is_table: bool):
             continue
         if is_table:
             raise ValueError(f"--{flag} shows one text, {chosen.input} is more: give a file")
-        if not Path(target).parent.is_dir():
-            raise ValueError(f"--{flag}={target} is in no folder: make {Path(target).parent}")
+        folder = Path(target).parent
+        if is_remote(target):
+            raise ValueError(f"--{flag}={target} is in a bucket: give a file on this machine")
+        if not folder.is_dir():
+            raise ValueError(f"--{flag}={target} is in no folder: make {folder}")
+        if Path(target).is_dir():
+            raise ValueError(f"--{flag}={target} is a folder: give a file in it")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"--{flag}={target}: {folder} is not writable: choose another")
     if chosen.png is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--png needs matplotlib: pip install 'bltjax[plots]'")
 

@@ -37,6 +37,7 @@ def main(argv):
 
 def run(chosen) -> dict:
     """Serves what the flags name until the server is told to end."""
+    cli.model_directories()  # refused before JAX is loaded
     try:
         from bltjax.api import Model  # late: JAX takes seconds
         from bltjax.serving import server

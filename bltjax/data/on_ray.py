@@ -170,13 +170,14 @@ class Cluster:
         exceptions = self._ray.exceptions
         try:
             return self._ray.get(reference)
-        except exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError | OSError):
-                raise error.cause from None
-            raise
-        except exceptions.RayActorError:
-            raise
         except exceptions.RayError as error:
+            cause = getattr(error, "cause", None)  # of a task
+            if isinstance(cause, ValueError | OSError):
+                raise cause from None
+            if missing := _MISSING.search(str(error)):
+                raise _not_installed(missing[1]) from error
+            if isinstance(error, exceptions.RayTaskError | exceptions.RayActorError):
+                raise
             raise _lost(what, error) from error
 
     def _device(self) -> dict:
@@ -226,6 +227,16 @@ def _cut(items: Sequence) -> list[Sequence]:
 def _light(store):
     """Returns a Store as small as an actor needs it."""
     return store._replace(directory=os.fspath(store.directory), all_shards=[], bad={})
+
+
+_MISSING = re.compile(r"\bNo module named '([^']+)'")
+
+
+def _not_installed(module: str) -> OSError:
+    return OSError(
+        f"{module} is not installed on a machine of the Ray cluster: run pip install 'bltjax[ray]' "
+        "on each, with this version, or submit the command with `ray job submit --runtime-env-json`"
+    )
 
 
 def _lost(what: str, error: Exception) -> OSError:

@@ -35,9 +35,8 @@ class TeacherTokenizer:
         self._plain = json.dumps(_without_specials(content))
         vocab, byte_of = content["model"]["vocab"], byte_characters()
         added = {token["id"] for token in content.get("added_tokens") or []}
-        self.num_ids = 1 + max(itertools.chain(vocab.values(), added))  # of its model, at least
         self._texts = {number: token for token, number in vocab.items() if number not in added}
-        self._lengths = np.zeros(self.num_ids, np.int64)
+        self._lengths = np.zeros(1 + max(vocab.values()), np.int64)
         for token, number in vocab.items():
             self._lengths[number] = len(token)
         alone = {byte: vocab.get(character) for character, byte in byte_of.items()}
@@ -45,6 +44,8 @@ class TeacherTokenizer:
         self._alone = np.array(
             [unknown if alone[b] is None else alone[b] for b in range(256)], np.int64
         )
+        of_texts = itertools.chain(self._texts, self._alone.tolist(), [self.bos or 0])
+        self.num_ids = 1 + max(of_texts)  # that a model of these tokens has, at least
         missing = bytes(byte for byte, number in alone.items() if number is None)
         self._missing = re.compile(b"([" + re.escape(missing) + b"]+)") if missing else None
 

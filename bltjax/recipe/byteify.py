@@ -13,7 +13,6 @@ patches: the first queries and the output of cross-attention.
 import dataclasses
 import functools
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +40,7 @@ from bltjax.patching.boundaries import needs_entropies
 from bltjax.patching.buffers import buffers_from_lengths
 from bltjax.recipe.teacher import tokenizer_of
 from bltjax.recipe.vocabulary_lesson import Words, learn_words, words_of
+from bltjax.runtime.paths import absolute
 from bltjax.runtime.progress import progress_bar
 from bltjax.vocabulary import BOS_ID, BYTE_OFFSET
 
@@ -87,12 +87,14 @@ def byteify(
     OSError; the target then does not exist. Returns a summary for JSON, with notes.
     """
     started = time.perf_counter()
-    source, target = _path(source), _path(target).absolute()
+    read_from, target = llama.local_path(source), absolute(target)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         model, size, config, other = _checked(
-            source, target, sizes, entropy_model, drop_rope_scaling, progress
+            read_from, target, sizes, entropy_model, drop_rope_scaling, progress
         )
-        words = _words(model, _path(tokenizer or source)) if vocabulary_steps else None
+        words = None
+        if vocabulary_steps:
+            words = _words(model, llama.local_path(tokenizer) if tokenizer else read_from)
         params, patch_size = _matched(config, _fresh(config, seed), size, seed)
         distance = None
         if words:
@@ -116,27 +118,24 @@ def byteify(
         embedding_rms=size,
         patch_rms=patch_size,
         word_distance=distance,
-        notes=list(dict.fromkeys((*weights.notes, *_left_behind(source, model)))),
+        notes=list(dict.fromkeys((*weights.notes, *_left_behind(read_from, model)))),
         seconds=round(time.perf_counter() - started, 1),
     )
-
-
-def _path(path: str | Path) -> Path:
-    return Path(os.path.expanduser(path))
 
 
 def _checked(source: Path, target: Path, sizes: LocalSizes, entropy_model, drop, progress):
     """Returns the source, the root mean square of its embeddings, the config of the result, and
     weights with an entropy model, or None.
 
-    Raises one error for all problems with them and with the target.
+    Raises one error for all problems with them and with the target; where the latter is wrong, no
+    value of the layers is read.
     """
     wrong = target_error(target, [source])
     problems = [str(wrong)] if wrong else []
     model = size = config = other = None
     with progress_bar("checking", llama.stored_bytes(source), shown=progress) as bar:
         try:
-            model = llama.read(source, drop, bar.update)
+            model = llama.read(source, drop, bar.update, values=wrong is None)
             config = config_around(model.settings.stack, sizes)
             problems += config.problems("blt")
             size = llama.root_mean_square(model.embeddings)
@@ -169,14 +168,7 @@ def _entropy_model(directory: Path) -> Weights:
 
 def _words(model: llama.TokenModel, path: Path) -> tuple[Words, np.ndarray]:
     """Returns the words of the source, and its embeddings of them. Raises ValueError."""
-    pieces = tokenizer_of(path, f"the tokenizer in {path}", "tokenizer").pieces
-    rows = model.embeddings.shape[0]
-    if max(pieces, default=0) >= rows:
-        raise ValueError(
-            f"the source has embeddings of {rows} tokens, and the tokenizer in {path} has "
-            f"{max(pieces) + 1}: give the tokenizer of this model"
-        )
-    words = words_of(pieces)
+    words = words_of(tokenizer_of(path, f"the tokenizer in {path}", "--tokenizer", model).pieces)
     return words, np.asarray(read_all(model.embeddings), np.float32)[words.ids]
 
 

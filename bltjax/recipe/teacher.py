@@ -6,7 +6,6 @@ no checkpoint holds it. The layers are those of the model that the run starts fr
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -40,25 +39,21 @@ def check_teacher(config: RunConfig):
 
 def _opened(config: RunConfig) -> tuple[llama.TokenModel, TeacherTokenizer]:
     """Opens the teacher and its tokenizer."""
-    source = Path(os.path.expanduser(config.blt_training.teacher.source))
+    source = llama.local_path(config.blt_training.teacher.source)
     stack = config.blt.global_transformer
     drop = (stack.rope_factor, stack.rope_original_positions) == (1.0, None)
     model = llama.read(source, drop_rope_scaling=drop, values=False)
     _check_stack(source, model.settings.stack, stack)
-    rows = model.embeddings.shape[0]
-    shapes = dict(norm=(stack.dim,), output=(rows, stack.dim))
+    shapes = dict(norm=(stack.dim,), output=(model.embeddings.shape[0], stack.dim))
     for name, shape in shapes.items():
         found = getattr(model, name)
         if found is None if name == "norm" else found is not None and found.shape != shape:
             told = "missing" if found is None else f"of shape {found.shape}"
             raise ValueError(f"{SOURCE}={source}: its {name} is {told}, and should have {shape}")
-    tokenizer = _tokenizer(config, source)
-    if tokenizer.num_ids > rows:
-        raise ValueError(
-            f"{SOURCE}={source} has embeddings of {rows} tokens, and its tokenizer has "
-            f"{tokenizer.num_ids}: give the tokenizer of this model as {TOKENIZER}"
-        )
-    return model, tokenizer
+    given = config.blt_training.teacher.tokenizer
+    path = llama.local_path(given) if given else source
+    named = f"{TOKENIZER if given else SOURCE}={path}"
+    return model, tokenizer_of(path, named, TOKENIZER, model)
 
 
 def _check_stack(source: Path, there: TransformerConfig, here: TransformerConfig):
@@ -78,30 +73,30 @@ def _check_stack(source: Path, there: TransformerConfig, here: TransformerConfig
         )
 
 
-def _tokenizer(config: RunConfig, source: Path) -> TeacherTokenizer:
-    """Reads the tokenizer that the settings name, or that of the source."""
-    given = config.blt_training.teacher.tokenizer
-    path = Path(os.path.expanduser(given)) if given else source
-    return tokenizer_of(path, f"{TOKENIZER if given else SOURCE}={path}", TOKENIZER)
+def tokenizer_of(path: Path, named: str, setting: str, model: llama.TokenModel) -> TeacherTokenizer:
+    """Reads the tokenizer of a model, in a directory, a tokenizer.json or a GGUF file.
 
-
-def tokenizer_of(path: Path, named: str, setting: str) -> TeacherTokenizer:
-    """Reads the tokenizer in a directory, a tokenizer.json or a GGUF file.
-
-    named: what errors call it. setting: that may name another. Raises ValueError.
+    named: what errors call it. setting: that may name another. Raises ValueError, also where the
+    model has no embeddings of some of its tokens.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     packed = llama.gguf_file(path)
     try:
-        if packed is not None:
-            return TeacherTokenizer(*gguf_tokenizer.read(packed))
-        return TeacherTokenizer(file.read_text())
+        found = gguf_tokenizer.read(packed, setting) if packed else (file.read_text(),)
+        tokenizer = TeacherTokenizer(*found)
     except FileNotFoundError as error:
         raise ValueError(
             f"{named}: there is no {file.name}: give the path of one as {setting}"
         ) from error
     except ValueError as error:
         raise ValueError(f"{named}: {error}") from error
+    rows = model.embeddings.shape[0]
+    if tokenizer.num_ids > rows:
+        raise ValueError(
+            f"{named}: its tokenizer has {tokenizer.num_ids} tokens, and the model has embeddings "
+            f"of {rows}: give the tokenizer of this model as {setting}"
+        )
+    return tokenizer
 
 
 def open_teacher(

@@ -7,6 +7,7 @@ the encoder, its n-gram tables and the matrix into the global transformer learn 
 what the source has for it. No layer of the source takes part, so a step costs next to nothing.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -29,11 +30,18 @@ COMMON = 1000  # words that are about equally frequent; of others the frequency 
 LAST_STEPS = 20  # whose mean distance is told
 
 
-class Words(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Words:
     """The words of a vocabulary."""
 
     ids: np.ndarray  # int64 [W], of the source, in rising order
     texts: list[bytes]  # without the space before them
+
+    @functools.cached_property
+    def shares(self) -> np.ndarray:
+        """Shares of the words up to each one among those that are drawn, float64 [W]."""
+        total = np.cumsum(1 / (self.ids + COMMON))
+        return total / total[-1]
 
 
 class Rows(NamedTuple):
@@ -92,8 +100,7 @@ def learn_words(
 
 def drawn_rows(words: Words, rng: np.random.Generator) -> Rows:
     """Draws rows of words."""
-    weights = 1 / (words.ids + COMMON)
-    drawn = rng.choice(len(words.ids), (ROWS, ROW_WORDS - 1), p=weights / weights.sum())
+    drawn = np.searchsorted(words.shares, rng.random((ROWS, ROW_WORDS - 1)), side="right")
     tokens = np.full((ROWS, ROW_BYTES), PAD_ID, np.int32)
     lengths = np.zeros((ROWS, ROW_WORDS), np.int32)
     places = np.full((ROWS, ROW_WORDS), -1, np.int32)

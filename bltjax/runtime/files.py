@@ -79,7 +79,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         with _new_remote_directory(target) as partial:
             yield partial
         return
-    _refuse_existing(target)
+    refuse_existing(target)
     partial = target.with_name(f".{target.name}{PARTIAL}")
     if partial.is_symlink() or (partial.exists() and not _was_ours(partial)):
         raise FileExistsError(f"{partial} is in the way: move it, or choose another target")
@@ -98,7 +98,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         try:
             _empty(partial)
             yield partial
-            _refuse_existing(target)
+            refuse_existing(target)
             (partial / UNFINISHED).unlink()
             os.rename(partial, target)
         except BaseException:
@@ -108,9 +108,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _new_remote_directory(target: Path) -> Iterator[Path]:
-    there = buckets.below(target)
-    if there and UNFINISHED not in there:
-        raise FileExistsError(f"{target} exists: choose another target, or delete it")
+    refuse_existing(target)
     lease = leases.attempt_patiently(target / UNFINISHED)
     if lease is None:
         raise BlockingIOError(
@@ -126,6 +124,17 @@ def _new_remote_directory(target: Path) -> Iterator[Path]:
         except BaseException:
             _empty_remote(target)
             raise
+
+
+def refuse_existing(target: Path):
+    """Raises FileExistsError where `new_directory` finds something that it did not leave."""
+    if is_remote(target):
+        there = buckets.below(target)
+        exists = there and UNFINISHED not in there
+    else:
+        exists = target.exists() or target.is_symlink()
+    if exists:
+        raise FileExistsError(f"{target} exists: choose another target, or delete it")
 
 
 def _empty_remote(target: Path):
@@ -303,8 +312,3 @@ def _remove_empty(*directories: Path):
 
 def _was_ours(partial: Path) -> bool:
     return partial.is_dir() and ((partial / UNFINISHED).exists() or not any(partial.iterdir()))
-
-
-def _refuse_existing(target: Path):
-    if target.exists() or target.is_symlink():
-        raise FileExistsError(f"{target} exists: choose another target, or delete it")

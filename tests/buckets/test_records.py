@@ -7,6 +7,7 @@ import pytest
 
 from bltjax.config.data import DataConfig
 from bltjax.data.records import store as records
+from bltjax.data.records import writing
 from bltjax.data.records.store import Documents
 from bltjax.runtime import buckets, object_cache
 from bltjax.runtime.object_cache import Settings
@@ -102,6 +103,19 @@ def test_shards_without_entropies_cost_one_listing(corpus, cache, bucket, server
     before = len(server.requests())
     assert records.without_entropies(store.directory, store.all_shards) == bare
     assert len(server.requests()) == before + 1
+
+
+def test_marks_of_all_units_cost_one_listing_and_a_read_of_each(
+    corpus, cache, bucket, server, monkeypatch
+):
+    records.build(bucket, corpus)
+    tasks = records._tasks(bucket, records._read_store(bucket, corpus), corpus.named_sources())
+    buckets.delete(writing._mark(bucket, tasks[1], 0))
+    forget(monkeypatch)
+    before = len(server.requests())
+    first, second, *others = writing.chunks_of_all(bucket, tasks)
+    assert second == [] and others and all(unit[-1]["last"] for unit in (first, *others))
+    assert len(server.requests()) == before + 1 + sum(map(len, (first, *others)))
 
 
 def test_a_damaged_object_is_named(corpus, cache, bucket, monkeypatch):

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import bltjax
@@ -40,8 +41,8 @@ def test_places_where_nothing_can_be_written(source, tmp_path):
         source / "converted": f"is inside of {source}: choose another",
         source / "entropy_model" / "a" / "b": f"is inside of {source}: choose another",
         tmp_path / "link" / "converted": "is inside of .*source: choose another",
-        tmp_path / "file": "exists: choose another, or delete it",
-        tmp_path: "exists: choose another, or delete it",
+        tmp_path / "file": "exists: choose another target, or delete it",
+        tmp_path: "exists: choose another target, or delete it",
         tmp_path / "file" / "target": "is a file, so .* cannot be: choose another",
         tmp_path / "loop" / "target": "choose another",
         tmp_path / ("x" * 300): "choose another",
@@ -54,6 +55,19 @@ def test_places_where_nothing_can_be_written(source, tmp_path):
         assert len(str(raised.value).splitlines()) == 1 and "Errno" not in str(raised.value)
         assert not isinstance(raised.value, WeightsError)
     assert directories.contents(tmp_path) == before
+
+
+def test_no_value_is_read_where_the_target_cannot_be(source, tmp_path):
+    """It may take minutes to find that one of them is not finite."""
+
+    def change(found):
+        next(iter(found.values()))[:] = np.nan
+
+    directories.rewrite(source, change)
+    with pytest.raises(FileExistsError, match="exists: choose another target"):
+        convert(source, tmp_path, "meta")
+    with pytest.raises(WeightsError, match="finite"):
+        convert(source, tmp_path / "target", "meta")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -204,6 +204,10 @@ def test_what_cannot_be_done_is_told(model, folder, tmp_path, monkeypatch):
 
     told("--html shows one text", path=folder, html=str(tmp_path / "x"))
     told("--png=.*: make .*/none", png=str(tmp_path / "none" / "x.png"))
+    told("--html=.* is a folder: give a file in it", html=str(tmp_path))
+    told("--html=.* is in a bucket: give a file on", html="gs://texts/x.html")
+    monkeypatch.setattr(patches.os, "access", lambda *_: False)  # root may write anywhere
+    told("--html=.* is not writable: choose another", html=str(tmp_path / "x.html"))
     told("--threshold=nan must be a finite number", threshold=float("nan"))
     told("no file below .*empty_folder", path=_made(tmp_path / "empty_folder"))
     told("nothing at .*missing", OSError, path=tmp_path / "missing")

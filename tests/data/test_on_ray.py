@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
@@ -55,6 +56,14 @@ def test_nobody_answers():
         connected("127.0.0.1:99999")
 
 
+def only_here(monkeypatch):
+    """Returns a module that processes of a cluster lack, with something that tasks are given."""
+    module = types.ModuleType("only_here")
+    exec("class Absent: pass\ndef record(*_): pass\n", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    return module
+
+
 class Deadly:
     """Ends the process that receives it."""
 
@@ -77,6 +86,7 @@ def test_a_local_cluster(corpus, whole, store, tmp_path, monkeypatch):
             check_records(cluster, corpus, tmp_path)
             check_sums(cluster, whole)
             check_endings(cluster, store)
+            check_machines_without_bltjax(cluster, store, only_here(monkeypatch), monkeypatch)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -122,3 +132,18 @@ def check_endings(cluster, store):
         cluster.add_entropies(store._replace(sources=Deadly()), [shard], model)
     cluster.add_entropies(store, [shard], model)
     assert records.has_entropies(shard)
+
+
+def check_machines_without_bltjax(cluster, store, module, monkeypatch):
+    """Told in one line, whether a function, an argument or the model of an actor is lacking."""
+    shard = store.shards()[0]
+    shard.entropies_path.unlink()
+    said = r"^only_here is not installed on a machine .*: run pip install 'bltjax\[ray\]' on each"
+    with pytest.raises(OSError, match=said):
+        cluster.score_histogram([module.Absent()])
+    with pytest.raises(OSError, match=said):
+        cluster.add_entropies(store, [shard], module.Absent())
+    monkeypatch.setattr(on_ray, "_record", module.record)
+    task = Task(SourceConfig("web", "nowhere"), Unit("0", "text", (), 0, -1, 10), "", [])
+    with pytest.raises(OSError, match=said):
+        cluster.record_units(store.directory, [task], DataConfig(), None)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
 import bltjax
 from bltjax.checkpoints import adapters
@@ -77,7 +78,11 @@ def test_a_run_loads_and_converts_merged(trained, tmp_path):
 
 def test_an_adapter_goes_alone_and_onto_its_base(trained, sources, tmp_path):
     (score,) = bltjax.load(trained.path).score([TEXT])
-    convert(trained.path, tmp_path / "adapter", "peft")
+    summary = convert(trained.path, tmp_path / "adapter", "peft")
+    assert summary["models"] == ["blt"]
+    with safetensors.safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "np") as file:
+        sizes = [file.get_tensor(name).size for name in file.keys()]  # noqa: SIM118
+    assert summary["parameters"] == sum(sizes) and summary["bytes"] == 4 * sum(sizes)
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "checksums.json"}
     (found,) = bltjax.load(sources["hf"], adapter=tmp_path / "adapter").score([TEXT])

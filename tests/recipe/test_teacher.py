@@ -120,7 +120,7 @@ def test_a_source_that_cannot_teach_is_refused_at_once(top, tmp_path):
     small = llamas.write(tmp_path / "small", vocab_size=261)
     (small / "tokenizer.json").write_text(tokenizer_json())
     refused(
-        r"embeddings of 261 tokens, and its tokenizer has \d+: give the tokenizer of this model",
+        r"its tokenizer has \d+ tokens, and the model has embeddings of 261: give the tokenizer",
         **{TEACHER + "source": str(small)},
     )
     bare = llamas.write(tmp_path / "bare", vocab_size=VOCAB)
@@ -203,14 +203,18 @@ def test_tokenizers_of_gguf_files_are_those_of_their_twins(tmp_path):
         return tmp_path / name
 
     text = "patch  byte's latent 123 naïve\n\n x=1;".encode()
-    read = gguf_tokenizer.read(written("a.gguf", "llama-bpe", bos=True))
-    found = TeacherTokenizer(*read)
+
+    def read(path):
+        return gguf_tokenizer.read(path, "--tokenizer")
+
+    found = TeacherTokenizer(*read(written("a.gguf", "llama-bpe", bos=True)))
     twin = TeacherTokenizer(tokenizer_json())  # it has the same pattern
     np.testing.assert_array_equal(found.encode(text)[0], twin.encode(text)[0])
     assert found.bos == 1 and found.token_ends(text)[0] == 2 and twin.bos is None
-    digits = TeacherTokenizer(*gguf_tokenizer.read(written("b.gguf", "smollm")))
+    digits = TeacherTokenizer(*read(written("b.gguf", "smollm")))
     assert digits.bos is None and digits.encode(b"patch 12")[1].tolist()[-2:] == [1, 1]
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre='tekken' is none of gpt-2,"):
-        gguf_tokenizer.read(written("c.gguf", "tekken"))
-    with pytest.raises(ValueError, match=r"'llama' is no byte-level BPE: give a tokenizer\.json"):
-        gguf_tokenizer.read(written("d.gguf", "default", model="llama"))
+        read(written("c.gguf", "tekken"))
+    said = r"'llama' is no byte-level BPE: give the model's tokenizer\.json as --tokenizer$"
+    with pytest.raises(ValueError, match=said):
+        read(written("d.gguf", "default", model="llama"))

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from bltjax.checkpoints.checksums import write_checksums
-from bltjax.checkpoints.demo import directory_of
+from bltjax.checkpoints.demo import directory_of, existing
 from bltjax.runtime import buckets
-from bltjax.runtime.files import UNFINISHED, new_directory
+from bltjax.runtime.files import new_directory, refuse_existing
 from bltjax.runtime.paths import absolute, is_remote
 from bltjax.runtime.plain_files import reason
 from bltjax.runtime.progress import progress_bar
@@ -41,16 +41,17 @@ def convert(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
-    # Imported late: --help and wrong flags answer at once.
+    started = time.perf_counter()
+    sources = [existing(directory_of(p)) for p in (source, entropy_model) if p is not None]
+    target = absolute(target)
+    # Imported late: --help, wrong flags and paths answer at once.
     import jax
 
     from bltjax import sharding
     from bltjax.checkpoints import formats
+    from bltjax.checkpoints.lazy_arrays import num_bytes
     from bltjax.checkpoints.weights import flat
 
-    started = time.perf_counter()
-    sources = [directory_of(p) for p in (source, entropy_model) if p is not None]
-    target = absolute(target)
     formats.check_dtype(dtype)
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         weights = read_and_check(sources, target, progress, adapter and directory_of(adapter))
@@ -59,14 +60,16 @@ def convert(
         notes = [*weights.notes, *plan.notes, *formats.left_behind(sources[0])]
         if not dry_run:
             write_new(plan, target, weights.num_bytes(), progress)
-    leaves = flat(weights.params).values()
+    models, leaves = list(weights.params), list(flat(weights.params).values())
+    if format == "peft":  # adapters of a BLT alone
+        models, leaves = ["blt"], list(plan.tensors.values())
     return dict(
         source=str(source),
         target=str(target),
         format=format,
-        models=[name for name in ("blt", "entropy_model") if name in weights.params],
+        models=[name for name in ("blt", "entropy_model") if name in models],
         parameters=sum(math.prod(leaf.shape) for leaf in leaves),
-        bytes=weights.num_bytes(),
+        bytes=sum(map(num_bytes, leaves)),
         dtypes=sorted({leaf.dtype.name for leaf in leaves}),
         notes=list(dict.fromkeys(notes)),
         seconds=round(time.perf_counter() - started, 1),
@@ -77,7 +80,8 @@ def convert(
 def read_and_check(sources: list[Path], target: Path, progress: bool, adapter: Path | None):
     """Reads the source, and the directory of its entropy model if there is a second one.
 
-    Raises one error for all problems with them and with the target.
+    Raises one error for all problems with them and with the target. Where something is wrong with
+    the target, which is known at once, no value of the source is read.
     """
     from bltjax.checkpoints import formats
     from bltjax.checkpoints.weights import WeightsError
@@ -86,7 +90,9 @@ def read_and_check(sources: list[Path], target: Path, progress: bool, adapter: P
     try:
         total = sum(map(formats.stored_bytes, sources))
         with progress_bar("checking", total, shown=progress) as bar:
-            weights = formats.read(*sources, on_progress=bar.update, adapter=adapter)
+            weights = formats.read(
+                *sources, on_progress=bar.update, adapter=adapter, values=wrong is None
+            )
     except WeightsError as error:
         if wrong is None:
             raise
@@ -98,37 +104,30 @@ def read_and_check(sources: list[Path], target: Path, progress: bool, adapter: P
 
 def target_error(target: Path, sources: list[Path]) -> Exception | None:
     """Returns what is wrong with a place for a new directory, None where nothing is seen yet."""
-    if is_remote(target):
-        return _remote_target_error(target, sources)
     try:
-        place = target.resolve()
-        for source in (s.resolve() for s in sources if not is_remote(s)):
+        place = _resolved(target)
+        for source in map(_resolved, sources):
             if place == source:
                 return FileExistsError(f"the target {target} is the source: choose another")
             if source in place.parents:
                 return ValueError(f"the target {target} is inside of {source}: choose another")
-        if target.exists() or target.is_symlink():
-            return FileExistsError(f"the target {target} exists: choose another, or delete it")
+        refuse_existing(target)
+        if is_remote(target):
+            return None
         parent = next(parent for parent in target.parents if parent.exists())
         if not parent.is_dir():
             return NotADirectoryError(f"{parent} is a file, so {target} cannot be: choose another")
         if not os.access(parent, os.W_OK | os.X_OK):
             return PermissionError(f"{parent} is not writable: choose another target")
+    except (FileExistsError, buckets.Unreachable) as error:
+        return error
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
         return OSError(f"the target {target} cannot be ({reason(error)}): choose another")
     return None
 
 
-def _remote_target_error(target: Path, sources: list[Path]) -> Exception | None:
-    for source in sources:
-        if target == source:
-            return FileExistsError(f"the target {target} is the source: choose another")
-        if source in target.parents:
-            return ValueError(f"the target {target} is inside of {source}: choose another")
-    there = buckets.below(target)
-    if there and UNFINISHED not in there:
-        return FileExistsError(f"the target {target} exists: choose another, or delete it")
-    return None
+def _resolved(path: Path) -> Path:
+    return path if is_remote(path) else path.resolve()
 
 
 def write_new(plan, target: Path, num_bytes: int, progress: bool):

@@ -46,7 +46,8 @@ def read_json(path: Path, problems: list[str]) -> dict:
     except buckets.Unreachable:
         raise
     except (OSError, ValueError) as error:
-        problems.append(f"{path.name} cannot be read as JSON ({reason(error)})")
+        told = f"{path.name} cannot be read as JSON ({reason(error)})"
+        problems.append(f"{told}: put a whole one in its place")
         return {}
     if not isinstance(values, dict):
         problems.append(f"{path.name} holds a {type(values).__name__}, must be an object")

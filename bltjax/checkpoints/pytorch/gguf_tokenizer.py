@@ -32,21 +32,20 @@ CUTS: dict[str, dict[str, Any]] = {  # by tokenizer.ggml.pre
 }
 
 
-def read(file: Path) -> tuple[str, int | None]:
+def read(file: Path, setting: str) -> tuple[str, int | None]:
     """Returns the content of a tokenizer.json, and the id that begins each text, or None.
 
-    Raises ValueError where the file has no tokenizer, or one of another kind.
+    setting: that may name another tokenizer, for errors. Raises ValueError where the
+    file has no tokenizer, or one of another kind.
     """
     metadata, _, _ = open_gguf(file, ("tokenizer.ggml.",))
     found = metadata.get("tokenizer", {}).get("ggml", {})
     kind, cut = found.get("model"), found.get("pre")
-    remedy = "give a tokenizer.json as blt_training.teacher.tokenizer"
+    remedy = f"give the model's tokenizer.json as {setting}"
     if kind != "gpt2" or "merges" not in found:
-        raise ValueError(f"{file}: tokenizer.ggml.model={kind!r} is no byte-level BPE: {remedy}")
+        raise ValueError(f"tokenizer.ggml.model={kind!r} is no byte-level BPE: {remedy}")
     if cut not in CUTS:
-        raise ValueError(
-            f"{file}: tokenizer.ggml.pre={cut!r} is none of {', '.join(CUTS)}: {remedy}"
-        )
+        raise ValueError(f"tokenizer.ggml.pre={cut!r} is none of {', '.join(CUTS)}: {remedy}")
     tokens = found["tokens"]
     unknown = found.get("unknown_token_id")
     model = dict(

@@ -8,12 +8,14 @@ another order where the source turns halves of a head: here pairs of neighbours 
 (model.md#rotary).
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from bltjax.checkpoints.demo import existing
 from bltjax.checkpoints.lazy_arrays import (
     HalvesAsPairs,
     LazyArray,
@@ -31,6 +33,8 @@ from bltjax.checkpoints.pytorch.tensor_names import BLOCK, HF
 from bltjax.checkpoints.weights import WeightsError, shape_problems, shapes
 from bltjax.config import BLTConfig
 from bltjax.model import functional
+from bltjax.runtime.object_cache import on_disk
+from bltjax.runtime.paths import as_path, is_remote
 from bltjax.runtime.progress import OnProgress
 
 GGUF = ".gguf"
@@ -127,6 +131,15 @@ def gguf_file(source: Path) -> Path | None:
         return None
     found = sorted(source.glob(f"*{GGUF}"))
     return found[0] if len(found) == 1 else None
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """Returns where a tokenized model or its tokenizer is; of a directory in a bucket, a copy.
+
+    Raises OSError where there is no such directory in the bucket.
+    """
+    found = as_path(path)
+    return on_disk(existing(found)) if is_remote(found) else found
 
 
 def stored_bytes(source: Path) -> int:

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,8 +152,6 @@ def _make(directory: Path, data: DataConfig, cluster: on_ray.Cluster | None):
     else:
         writing.record_units(directory, tasks, data, show)
     bar.close()
-    if is_remote(directory):
-        object_cache.learn(directory)
     _write_once(directory / INDEX, lambda: _index(stored, tasks, directory))
 
 
@@ -164,8 +162,8 @@ def _unchanged(directory: Path, tasks: list[Task], data: DataConfig) -> list[Tas
     """
     now = {
         task.name: source_files.states(task.unit)
-        for task in tasks
-        if not writing.is_whole(directory, task)
+        for task, chunks in zip(tasks, writing.chunks_of_all(directory, tasks), strict=True)
+        if not (chunks and chunks[-1]["last"])
     }
     paths: set[str] = set()
     for task in tasks:
@@ -330,12 +328,11 @@ def _read_index(directory: Path, stored: dict) -> dict:
     return _index(stored, _tasks(directory, stored, map(SourceConfig, stored["units"])), directory)
 
 
-def _index(stored: dict, tasks: Iterable[Task], directory: Path) -> dict:
+def _index(stored: dict, tasks: Sequence[Task], directory: Path) -> dict:
     """Returns the content of index.json, from the marks; Unfinished where some are missing."""
     shards, bad = [], {name: (0, []) for name in stored["units"]}
-    for task in tasks:
+    for task, chunks in zip(tasks, writing.chunks_of_all(directory, tasks), strict=True):
         count, first = bad[task.source.name]
-        chunks = list(writing.chunks(directory, task))
         if not (chunks and chunks[-1]["last"]):
             raise Unfinished(directory, f"a part of {task.name} is missing")
         for chunk in chunks:

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,10 @@ from bltjax.data.records.shards import (
 )
 from bltjax.data.sources import units
 from bltjax.data.sources.units import Bad, Document, Unit
+from bltjax.runtime import buckets, object_cache
 from bltjax.runtime.checked_json import read_checked, write_checked
 from bltjax.runtime.files import share
-from bltjax.runtime.paths import exists
+from bltjax.runtime.paths import is_remote
 from bltjax.runtime.system_errors import reading
 
 PARTS = ("train", "validation")
@@ -128,6 +130,21 @@ def is_whole(directory: Path, task: Task) -> bool:
     return any(content["last"] for content in chunks(directory, task))
 
 
+def chunks_of_all(directory: Path, tasks: Sequence[Task]) -> Iterator[list[dict]]:
+    """Yields the `chunks` of each unit; a bucket is listed once and its marks are read together."""
+    if not is_remote(directory):
+        yield from (list(chunks(directory, task)) for task in tasks)
+        return
+    object_cache.learn(directory)
+
+    def read(task: Task) -> list[dict]:
+        is_begun = object_cache.is_known(_mark(directory, task, 0))
+        return list(chunks(directory, task)) if is_begun else []
+
+    with ThreadPoolExecutor(buckets.MOST_AT_ONCE) as pool:
+        yield from pool.map(read, tasks)
+
+
 def chunks(directory: Path, task: Task) -> Iterator[dict]:
     """Yields what the marks of a unit's complete chunks hold, up to the first that is missing."""
     for chunk in itertools.count():
@@ -141,9 +158,12 @@ def chunks(directory: Path, task: Task) -> Iterator[dict]:
 
 def _content(directory: Path, task: Task, mark: Path) -> dict | None:
     """Returns what a mark holds; None where the chunk is not there, or not whole any more."""
-    if not exists(mark):
-        return None
-    content = load(mark)
+    try:
+        content = load(mark)
+    except OSError as error:  # one request of a bucket, not two
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
     with intact(mark):
         for name, kind in MARK.items():
             if not isinstance(content[name], kind):

@@ -46,7 +46,7 @@ def load(
     """
     run = RunDirectory(as_path(path))
     stage = run.stage(run.config(), STAGE)
-    config = dataclasses.replace(stage.model, attention="auto")  # other devices than the run's
+    config = stage.portable_model
     if compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
     params = {STAGE: stage.lazy_params()}

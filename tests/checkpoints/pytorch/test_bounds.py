@@ -135,6 +135,7 @@ def test_messages_are_bounded_and_steer_no_terminal():
     lines = str(error).splitlines()
     assert error.problems == problems and len(lines) == 102
     assert lines[0] == "dir: 5000 problems" and lines[-1] == "  - and 4900 more"
+    assert str(WeightsError("dir", ["a is missing"])) == "dir: a is missing"
     assert "\x1b" not in str(error)
     str(error).encode()
 
