@@ -204,10 +204,11 @@ def test_drafts_end_before_what_is_not_sure(filling):
     plain, _ = filling.generate(texts, 24)
     found, counts = filling.generate(texts, 24, blocks=none)
     assert found == plain and counts.drafted == 0
-    some = BlockDrafts(4, confidence=0.01, max_passes=1)
-    _, fewer = filling.generate(texts, 24, blocks=some)
-    _, whole = filling.generate(texts, 24, blocks=4)
-    assert 0 < fewer.drafted < whole.drafted
+    some = BlockDrafts(4, confidence=0.05, max_passes=1)
+    found, fewer = filling.generate(texts, 24, blocks=some)
+    assert found == plain
+    found, whole = filling.generate(texts, 24, blocks=4)
+    assert found == plain and 0 < fewer.drafted < whole.drafted
     assert fewer.accepted <= fewer.in_patch <= fewer.drafted
 
 
