@@ -2,12 +2,14 @@
 
 Text after the beginnings of held-out documents, from the working directory of a run with
 `blt.diffusion_block` (--checkpoint): plain decoding; drafts past the end of a patch (BLT-S); blocks
-that are verified, filled in at once or by sure bytes (BLT-DV); blocks that are not (BLT-D). Told
-are the share of drafts that stood, bytes written per call of the global stack and per pass of the
-decoder, the weights that were read per byte of one row (Fast BLT, equation 8, with the encoder by
-its own passes and entropies included), and the time of whole calls of `Model.generate` beside plain
-decoding, in turns. `bits/byte`: of what was written, as the model itself scores it: text of BLT-D
-is another than plain decoding writes. Prints a table and, last, a JSON line.
+that are verified (BLT-DV), filled in at once, as far as bytes are sure ("ends at"), or by sure
+bytes in several passes; blocks that are not (BLT-D). Told are the drafts for each byte written, the
+share of them that stood, also of those that the patch had room for ("in patch"), bytes written per
+call of the global stack and per pass of the decoder, the weights that were read per byte of one row
+(Fast BLT, equation 8, with the encoder by its own passes and entropies included), and the time of
+whole calls of `Model.generate` beside plain decoding, in turns. `bits/byte`: of what was written,
+as the model itself scores it: text of BLT-D is another than plain decoding writes. Prints a table
+and, last, a JSON line.
 
     python -m bltjax.train --config=quickstart --workdir=runs/blocks --config.blt.diffusion_block=4
     python benchmarks/drafts.py --checkpoint=runs/blocks
@@ -25,9 +27,9 @@ from trained import model_and_texts, timed
 from bltjax import cli
 from bltjax.inference.jobs import BlockDrafts, Counts
 
-COLUMNS = {"rows": "", "temperature": ".1f", "way": "", "stood": ".0%", "bytes/call": ".2f"}
-COLUMNS |= {"bytes/pass": ".2f", "kB/byte": ",.0f", "bytes/s": ",.0f", "speed": ".2f"}
-COLUMNS |= {"bits/byte": ".3f"}
+COLUMNS = {"rows": "", "temperature": ".1f", "way": "", "drafts/byte": ".2f", "stood": ".0%"}
+COLUMNS |= {"in patch": ".0%", "bytes/call": ".2f", "bytes/pass": ".2f", "kB/byte": ",.0f"}
+COLUMNS |= {"bytes/s": ",.0f", "speed": ".2f", "bits/byte": ".3f"}
 PLAIN = "plain"
 
 
@@ -37,11 +39,17 @@ def ways(block: int) -> dict[str, dict]:
         PLAIN: {},
         f"BLT-S {block}": dict(max_drafts=block),
         f"BLT-DV {block}": dict(blocks=block),
+        f"BLT-DV {block}, ends at 0.5": ends_at(block, 0.5),
+        f"BLT-DV {block}, ends at 0.7": ends_at(block, 0.7),
         f"BLT-DV {block}, 0.7": dict(blocks=BlockDrafts(block, confidence=0.7)),
         f"BLT-D {block}": dict(blocks=BlockDrafts(block, verified=False)),
         f"BLT-D {block}, 0.7": dict(blocks=BlockDrafts(block, False, confidence=0.7)),
         f"BLT-D {block}, 1.5 nats": dict(blocks=BlockDrafts(block, False, entropy_bound=1.5)),
     }
+
+
+def ends_at(block: int, confidence: float) -> dict:
+    return dict(blocks=BlockDrafts(block, confidence=confidence, max_passes=1))
 
 
 def main(argv):
@@ -79,7 +87,9 @@ def measure(model, prompts, count: int, temperature: float) -> list[dict]:
             cli.fail(f"greedy text of {name} is another than without")
         speed = counts.new_bytes / measuring.median([run[2] for run in runs])
         row = dict(rows=count, temperature=temperature, way=name)
+        row["drafts/byte"] = counts.drafted / counts.new_bytes
         row["stood"] = counts.accepted / counts.drafted if counts.drafted else None
+        row["in patch"] = counts.accepted / counts.in_patch if counts.in_patch else None
         written = counts.new_bytes / count  # each pass and call serves all rows
         row["bytes/call"] = written / counts.global_calls
         row["bytes/pass"] = written / decoder_passes(name, counts)
@@ -101,8 +111,10 @@ def weights_read(model, name: str, counts: Counts) -> float:
         part: layers_of(model.params["blt"][part]) for part in model.params["blt"] if part in PARTS
     }
     entropies = layers_of(model.params.get("entropy_model", {}))
+    encoder_passes = counts.steps * (2 if counts.fills else 1)  # of the next byte before a block
     return (
-        counts.steps * (sizes["local_encoder"] + entropies)
+        encoder_passes * sizes["local_encoder"]
+        + counts.steps * entropies
         + decoder_passes(name, counts) * sizes["local_decoder"]
         + counts.global_calls * sizes["global_transformer"]
     )

@@ -1,11 +1,11 @@
 """Blocks that a decoder fills in, one change at a time: `python -m benchmarks.studies.blocks ...`.
 
 A BLT without blocks, one that also learns blocks of four bytes, and changes of that one: the size
-of a block, the weight of its loss and the least share of its bytes that is masked, the patching
-rule. All read the same bytes. Told are bits per byte of next bytes beside those without blocks, the
-loss of masked bytes and how much it varies between lines of metrics, the FLOPs of a step; and of
-greedy text after the beginnings of held-out documents, written with verified drafts (BLT-DV), the
-share of drafts that stood and bytes for each call of the global stack.
+of a block, the weight of its loss, which of its bytes are masked and their least share, the
+patching rule. All read the same bytes. Told are bits per byte of next bytes beside those without
+blocks, the loss of masked bytes and how much it varies between lines of metrics, the FLOPs of a
+step; and of greedy text after the beginnings of held-out documents, written with verified drafts
+(BLT-DV), the share of drafts that stood and bytes for each call of the global stack.
 """
 
 import json
@@ -39,6 +39,7 @@ CHANGES = {  # group -> change -> settings beside those of the baseline
         # The loss of blocks is then a sum over their bytes, 16 for each patch, as published.
         "summed, 16 bytes": {f"{LOSS}weight": 16 / PATCH, SIZE: 16},
     },
+    "masks": {"prefix": {f"{LOSS}masks": "prefix"}},
     "least share masked": {
         "0.001": {f"{LOSS}t_min": 0.001},
         "0.01": {f"{LOSS}t_min": 0.01},

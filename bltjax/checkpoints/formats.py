@@ -45,6 +45,7 @@ from bltjax.config import (
 from bltjax.config.chat import ChatConfig
 from bltjax.config.model import DTYPES
 from bltjax.model import functional
+from bltjax.model.local_decoder import MASK
 from bltjax.patching.boundaries import check_rule, needs_entropies
 from bltjax.runtime import buckets
 from bltjax.runtime.files import UNFINISHED
@@ -372,6 +373,11 @@ def _check(directory: Path, configs: dict, params: dict, on_progress: OnProgress
     """Raises WeightsError unless parameters are what their configs say, and finite (`values`)."""
     expected = {name: functional.abstract_params(c) for name, c in configs.items() if c is not None}
     problems = shape_problems(shapes(flat(params)), shapes(flat(expected)))
+    if any(MASK in problem for problem in problems):
+        problems.append(
+            f"{MASK} has a vector for each distance in a block, and one for all in earlier "
+            "versions: train those blocks again"
+        )
     try:
         problems += value_problems(flat(params), on_progress) if values else []
     except CheckpointError as error:

@@ -16,7 +16,12 @@ class DiffusionConfig:
     # bytes are masked with a probability between this and 1, and their loss is divided by it: near
     # 0 a few bytes would weigh as much as all others
     t_min: float = 0.1
-    t_per: str = "block"  # what has a probability of its own: each `"block"`, or each `"row"`
+    # which bytes of a block are masked: `"random"`, each with a probability t, as published, or
+    # `"prefix"`, all after its first ones, of which there are 1 to K - 1: what drafts that are
+    # verified meet
+    masks: str = "random"
+    # what has a probability, or a prefix, of its own: each `"block"`, or each `"row"`
+    t_per: str = "block"
     # blocks of a row; where more patches start, those that have one are drawn. 0: as many as
     # `row_patches`
     row_blocks: int = 0
@@ -25,6 +30,12 @@ class DiffusionConfig:
         """Returns what is wrong with the settings, a line each; name: of the group."""
         found = not_negative(self, name, "weight")
         found += between(self, name, "t_min", 0.001, 1)
+        found += one_of(self, name, "masks", ("random", "prefix"))
+        if self.masks == "prefix" and self.t_min != (usual := DiffusionConfig().t_min):
+            found.append(
+                f'{name}.t_min={self.t_min} changes nothing: masks="prefix" draw no probability, '
+                f"leave it {usual}"
+            )
         found += one_of(self, name, "t_per", ("block", "row"))
         return found + not_negative(self, name, "row_blocks", most=MOST_ROW)
 

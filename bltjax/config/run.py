@@ -196,6 +196,10 @@ class RunConfig:
                 not self.blt_training.optimizer.local_rate,
                 "the decoder does not learn",
             ),
+            "blt_training.diffusion.masks='prefix'": (
+                diffusion.masks == "prefix" and block == 1,
+                "a block of one byte has none to mask",
+            ),
         }
         return [
             f"{setting} {with_blocks}: {why}, {remedy}"

@@ -3,10 +3,11 @@
 BLT-DV (Kallini et al., 2026, algorithm 2) for a decoder that was trained to fill in blocks, or
 without the verification BLT-D. A block starts where a patch does, as in training, and holds the
 bytes of it that are written. The next byte is drawn from its own distribution; the rest of the
-block is filled in, in one pass or a few; then everything is read at once. Drafts stand as far as
-the model itself would have drawn them and as the patch goes: beyond, the decoder waits for the
-patch as it does in plain decoding. So no call of the global stack is made for text that may not
-stand, and no block is filled in with a patch that training never saw there.
+block is filled in, in one pass or a few, each after the encoder has read the bytes that are known;
+then everything is read at once. Drafts stand as far as the model itself would have drawn them and
+as the patch goes: beyond, the decoder waits for the patch as it does in plain decoding. So no call
+of the global stack is made for text that may not stand, and no block is filled in with a patch that
+training never saw there.
 
 Greedy text is that of plain decoding; drawn text has the same distribution (`sampling.leftover`).
 """
@@ -19,7 +20,6 @@ import jax.numpy as jnp
 from bltjax.inference.row_state import (
     DRAFT,
     NEVER,
-    BlockDrafting,
     ProgramShape,
     Progress,
     draw_next,
@@ -45,7 +45,8 @@ def block_step(shape: ProgramShape, params, request, progress: Progress) -> Prog
     ids, log_q, fills = _fill_in(
         shape, params, request, progress._replace(state=state), starts, known
     )
-    drafted = below(size - known, size - 1) & at_work[:, None]  # after the next byte
+    filled = below(_first_masked(ids) - known, size - 1)
+    drafted = filled & at_work[:, None]  # after the next byte
     progress = progress._replace(num_fills=progress.num_fills + fills)
     drafts, log_q = _shift(ids, known, size - 1), _shift(log_q, known, size - 1)
     tokens = _write(tokens, drafts, length + 1, drafted)
@@ -60,7 +61,12 @@ def block_step(shape: ProgramShape, params, request, progress: Progress) -> Prog
     keys = request.seeds, length, progress.drafting.rounds
     decide = functools.partial(accept, verified=shape.blocks.verified)
     accepted, next_log_p = on_rows(decide, drafts, target, log_q, there, *keys)
-    progress = progress._replace(state=state, first_seen=seen)
+    drafting = progress.drafting
+    drafting = drafting._replace(
+        num_drafted=drafting.num_drafted + num_drafts,
+        num_in_patch=drafting.num_in_patch + there.sum(axis=1, dtype=jnp.int32),
+    )
+    progress = progress._replace(state=state, first_seen=seen, drafting=drafting)
     return _settle(shape, params, request, progress, at_work, num_drafts, accepted, next_log_p)
 
 
@@ -89,10 +95,9 @@ def _settle(
         waited=waited,
         num_steps=progress.num_steps + 1,
         num_global_calls=progress.num_global_calls + calls.astype(jnp.int32),
-        drafting=BlockDrafting(
+        drafting=drafting._replace(
             rounds=drafting.rounds + at_work.astype(jnp.int32),
             redraw=jnp.where(at_work, refused, drafting.redraw),
-            num_drafted=drafting.num_drafted + num_drafts,
             num_accepted=drafting.num_accepted + jnp.where(at_work, kept, 0),
         ),
     )
@@ -119,9 +124,11 @@ def _close(shape: ProgramShape, params, request, progress: Progress, waits) -> P
 def _fill_in(shape: ProgramShape, params, request, progress: Progress, starts, known):
     """Fills in the blocks at `starts`, of which the first `known` bytes are there.
 
-    Returns the ids int32 [B, K], what they were drawn from, float32 [B, K, V], and the passes.
+    All but the last of these have been read. Returns the ids int32 [B, K], MASK_ID where none is
+    sure enough, what they were drawn from, float32 [B, K, V], and the passes.
     """
     decoder, blocks, state = shape.decoder, shape.blocks, progress.state
+    in_one_pass = blocks.keeps_all or blocks.max_passes == 1
     positions = span(starts, 0, blocks.size)
     ids = jnp.where(below(known, blocks.size), read_positions(state.tokens, positions), MASK_ID)
 
@@ -134,45 +141,62 @@ def _fill_in(shape: ProgramShape, params, request, progress: Progress, starts, k
 
     def one_pass(carry):
         ids, log_q, passes = carry
-        logits = decoder.predict_block(params, state, ids, starts)
-        log_p = next_distributions(shape, request, state, starts, logits, progress.first_seen)
+        begun = state.with_tokens(_write(state.tokens, ids, starts, ids != MASK_ID))
+        begun = decoder.read_states(
+            params, begun, progress.length, 1 if in_one_pass else blocks.size
+        )
+        logits = decoder.predict_block(params, begun, ids, starts)
+        log_p = next_distributions(shape, request, begun, starts, logits, progress.first_seen)
         if request.sampling.temperature is None:
             drawn = jnp.argmax(log_p, axis=-1).astype(jnp.int32)
         else:
             drawn = on_rows(draw_ids, log_p, request.seeds, positions, progress.drafting.rounds)
-        chosen = on_rows(functools.partial(_choose, blocks), logits, ids == MASK_ID)
+        is_last = passes + 1 == (blocks.max_passes or NEVER)
+        chosen = on_rows(functools.partial(_choose, blocks), logits, ids == MASK_ID, is_last)
         ids, log_q = jnp.where(chosen, drawn, ids), jnp.where(chosen[..., None], log_p, log_q)
         return ids, log_q, passes + 1
 
     nothing = jnp.zeros_like(progress.next_log_p)[:, None].repeat(blocks.size, axis=1)
-    begun = ids, nothing, jnp.int32(0)
-    if blocks.in_one_pass:
-        return one_pass(begun)
-    return jax.lax.while_loop(lambda carry: (carry[0] == MASK_ID).any(), one_pass, begun)
+    carry = ids, nothing, jnp.int32(0)
+    if in_one_pass:
+        return one_pass(carry)
+
+    def goes_on(carry):
+        ids, _, passes = carry
+        return (ids == MASK_ID).any() & (passes < (blocks.max_passes or NEVER))
+
+    return jax.lax.while_loop(goes_on, one_pass, carry)
 
 
-def _choose(blocks, logits, is_masked):
-    """Returns which of the bytes that are masked, bool [B, K], are sure enough to be kept.
+def _choose(blocks, logits, is_masked, is_last):
+    """Returns which of the bytes that are masked, bool [B, K], are kept of a pass.
 
-    The surest one always is.
+    Of a block that is verified those from the left on, so that each was drawn from what is before
+    it alone, as the verification takes it; else the surest ones. Unless is_last, so that no pass
+    follows, one byte at least is kept.
     """
-    if blocks.in_one_pass:
+    if blocks.keeps_all:
         return is_masked
     log_p = jax.nn.log_softmax(logits)
-    entropy = jnp.where(is_masked, -(jnp.exp(log_p) * log_p).sum(axis=-1), jnp.inf)
-    if blocks.entropy_bound is not None:
-        order = jnp.argsort(entropy, axis=-1)
-        total = jnp.cumsum(jnp.take_along_axis(entropy, order, axis=-1), axis=-1)
-        is_sure = jnp.take_along_axis(
-            total <= blocks.entropy_bound, jnp.argsort(order, axis=-1), axis=-1
-        )
-        surest = jnp.argmin(entropy, axis=-1)
+    if by_entropy := blocks.entropy_bound is not None:
+        doubt = -(jnp.exp(log_p) * log_p).sum(axis=-1)
     else:
-        confidence = jnp.where(is_masked, log_p.max(axis=-1), -jnp.inf)
-        is_sure = jnp.exp(confidence) > blocks.confidence
-        surest = jnp.argmax(confidence, axis=-1)
-    is_surest = jax.nn.one_hot(surest, is_masked.shape[1], dtype=bool)
-    return is_masked & (is_sure | is_surest)
+        doubt = -log_p.max(axis=-1)
+    rank = jnp.broadcast_to(jnp.arange(is_masked.shape[1]), is_masked.shape)
+    key = jnp.where(is_masked, rank if blocks.verified else doubt, jnp.inf)
+    order = jnp.argsort(key, axis=-1)  # those that are not masked come last
+    doubt = jnp.take_along_axis(doubt, order, axis=-1)
+    if by_entropy:
+        is_sure = jnp.cumsum(doubt, axis=-1) <= blocks.entropy_bound
+    else:
+        is_sure = jnp.cumprod(jnp.exp(-doubt) > blocks.confidence, axis=-1).astype(bool)
+    kept = is_sure | ((rank == 0) & ~is_last)
+    return is_masked & jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def _first_masked(ids):
+    """Returns int32 [B]: how many ids [B, K] there are before the first MASK_ID."""
+    return jnp.cumprod(ids != MASK_ID, axis=-1, dtype=jnp.int32).sum(axis=-1)
 
 
 def _seen_with(shape: ProgramShape, request, progress: Progress, new, count):

@@ -286,8 +286,22 @@ class BLTDecoder:
         )
         return logits[..., : self.num_ids], state._replace(blt=cache)
 
+    def read_states(self, params, state: BLTState, first, num_new: int) -> BLTState:
+        """Finds the byte states of new positions, and nothing else; `read` finds them again."""
+        positions, count = span(first, 0, num_new), jnp.full_like(first, num_new)
+        tokens = read_positions(state.tokens, positions)
+        before = _ids_before(self.blt, state.tokens, first)
+        opens = positions == self.open_patch(state, first - 1)[:, None]
+        cache = functional.read_bytes(
+            self.blt, params["blt"], state.blt, tokens, before, first, count, opens
+        )
+        return state._replace(blt=cache)
+
     def predict_block(self, params, state: BLTState, ids, starts):
-        """Returns logits float32 [B, K, V] of a block of ids [B, K], each of the byte there."""
+        """Returns logits float32 [B, K, V] of a block of ids [B, K], each of the byte there.
+
+        The byte states of those that are known must have been found.
+        """
         numbers = _newest_complete(state.record, starts[:, None] - 1)[:, 0]
         logits = functional.predict_block(self.blt, params["blt"], state.blt, ids, starts, numbers)
         return logits[..., : self.num_ids]

@@ -20,9 +20,13 @@ class BlockDrafts:
 
     size: int  # bytes of a block, at most those of training
     verified: bool = True  # BLT-DV; else BLT-D: all drafts stand
-    # What is kept of a pass, until all of the block is: bytes with a higher probability; 0: all.
+    # What is kept of a pass: bytes with a higher probability, of blocks that are verified up to the
+    # first other one; 0: all.
     confidence: float = 0.0
     entropy_bound: float | None = None  # instead: the surest bytes, up to so many nats together
+    # Passes of a block at most: a draft ends before the first byte that is not kept by then. None:
+    # each pass keeps one byte at least, until all are.
+    max_passes: int | None = None
 
     def __post_init__(self):
         make_plain(self)
@@ -37,8 +41,14 @@ class BlockDrafts:
                 "a number 0 or more, or None",
             )
 
+        if self.max_passes is not None and not (is_whole(self.max_passes) and self.max_passes > 0):
+            raise ValueError(
+                f"max_passes={short(self.max_passes)} must be a whole number from 1, or None"
+            )
+
     @property
-    def in_one_pass(self) -> bool:
+    def keeps_all(self) -> bool:
+        """Whether all of a block is kept of the first pass."""
         return self.confidence == 0 and self.entropy_bound is None
 
 
@@ -118,6 +128,7 @@ class Counts(NamedTuple):
     drafted: int = 0
     accepted: int = 0
     fills: int = 0  # passes of the decoder that filled in blocks
+    in_patch: int = 0  # drafts of blocks that the patch had room for
 
     def __add__(self, other):
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))

@@ -57,7 +57,7 @@ class View(NamedTuple):
     num_steps: jax.Array
     num_global_calls: jax.Array
     num_fills: jax.Array
-    drafts: tuple[jax.Array, ...] | None  # num_drafted, num_accepted, anchor
+    drafts: tuple[jax.Array, ...] | None  # num_drafted, num_accepted, num_in_patch, anchor
     log_probs: tuple[jax.Array, ...] | None  # written, first
 
 
@@ -140,7 +140,7 @@ def start(shape: ProgramShape, num_log_probs: int, reading: Reading, request: Re
             num_accepted=zeros,
         )
     if shape.blocks:
-        drafting = BlockDrafting(zeros, zeros < 0, zeros, zeros)
+        drafting = BlockDrafting(zeros, zeros < 0, zeros, zeros, zeros)
     if num_log_probs:
         log_probs = LogProbs(
             next=jax.nn.log_softmax(logits),
@@ -189,15 +189,20 @@ def look(shape: ProgramShape, progress: Progress) -> View:
         num_steps=progress.num_steps,
         num_global_calls=progress.num_global_calls,
         num_fills=progress.num_fills,
-        drafts=drafting and (drafting.num_drafted, drafting.num_accepted, _anchors(progress)),
+        drafts=drafting and _drafts(drafting),
         log_probs=log_probs and (log_probs.written, log_probs.first),
     )
 
 
-def _anchors(progress: Progress):
-    """Returns int32 [B], last positions before drafts that nothing verified yet; -1: all are."""
-    drafting = progress.drafting
-    return drafting.anchor if isinstance(drafting, Drafting) else jnp.full_like(progress.length, -1)
+def _drafts(drafting: Drafting | BlockDrafting) -> tuple[jax.Array, ...]:
+    """Returns counts of drafts, and the last positions before those that nothing verified yet.
+
+    All int32 [B]; -1: all are verified.
+    """
+    counts, none = (drafting.num_drafted, drafting.num_accepted), jnp.zeros_like(drafting.rounds)
+    if isinstance(drafting, Drafting):
+        return *counts, none, drafting.anchor
+    return *counts, drafting.num_in_patch, none - 1
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

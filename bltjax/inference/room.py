@@ -196,9 +196,9 @@ class Room:
                 f"a text has more than the {self.shape.size.patches} patches that there is room "
                 "for: lower min_patch_bytes, down to 1"
             )
-        end, drafted, accepted = int(view.length[slot]), 0, 0
+        end, drafted, accepted, in_patch = int(view.length[slot]), 0, 0, 0
         if view.drafts is not None:
-            drafted, accepted, anchor = (int(x[slot]) for x in view.drafts)
+            drafted, accepted, in_patch, anchor = (int(x[slot]) for x in view.drafts)
             end = anchor + 1 if anchor >= 0 else end  # what is drafted may not stand
         ids = view.tokens[slot, len(request.ids) : end]
         whole = self.shape.decoder.decode(ids)[: request.max_new_bytes]
@@ -214,6 +214,7 @@ class Room:
             prompt_patches=int(view.prompt_patches[slot]),
             drafted=drafted,
             accepted=accepted,
+            in_patch=in_patch,
             **self.work.since(occupant.work)._asdict(),
         )
         log_p = None

@@ -61,6 +61,7 @@ class BlockDrafting(NamedTuple):
     redraw: jax.Array  # bool [B]  the next id takes the place of a refused draft
     num_drafted: jax.Array  # int32 [B]
     num_accepted: jax.Array  # int32 [B]
+    num_in_patch: jax.Array  # int32 [B]  drafts that the patch had room for
 
 
 class LogProbs(NamedTuple):

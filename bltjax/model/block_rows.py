@@ -1,10 +1,15 @@
-"""Rows of blocks in the decoder: bytes that it fills in together (model.md#blocks)."""
+"""Rows of blocks in the decoder: bytes that it fills in together (model.md#blocks).
+
+The clean state of the last byte before the first unknown one holds what the encoder and the n-gram
+tables say of the bytes to come: unknown bytes start from it, each with a vector of its distance.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bltjax import sharding
 from bltjax.config import BLTConfig
 from bltjax.model.transformer import attention_of, rotary_of
 from bltjax.ops.block_attention import block_attention
@@ -35,9 +40,29 @@ def in_rows(x, block: int = 1):
     return x.reshape(len(x), -1)
 
 
-def with_mask(embedded, ids, mask):
-    """Puts mask [1, E] in the place of embeddings [B, N, E] whose ids [B, N] are MASK_ID."""
-    return jnp.where((ids == MASK_ID)[..., None], mask.astype(embedded.dtype)[None], embedded)
+def sources(starts, ids):
+    """Returns positions int32 [..., K] whose encoder states the rows of blocks start from.
+
+    Also the distances int32 [..., K] of the rows from them: 0 of the bytes that are known up to the
+    first unknown one; all later rows start from the last of these, or from the byte before the
+    block. starts: int32 [...]; ids: int32 [..., K].
+    """
+    known = jnp.cumprod(ids != MASK_ID, axis=-1, dtype=jnp.int32).sum(axis=-1, keepdims=True)
+    offsets = span(jnp.zeros_like(starts), 0, ids.shape[-1])
+    last = jnp.minimum(offsets, known - 1)
+    return starts[..., None] + last, offsets - last
+
+
+def start_rows(states, embedded, ids, distances, mask):
+    """Returns what rows [B, N, E] of ids int32 [B, N] start from.
+
+    states: encoder states [B, N, E] of their `sources`, to which unknown bytes add the vector of
+    their distance, of mask [K, E]. embedded: [B, N, E]; known bytes after unknown ones start from
+    it, for the states of these hold the unknown ones.
+    """
+    vectors = jnp.pad(mask, ((1, 0), (0, 0)))
+    rows = states + sharding.lookup(vectors, distances).astype(states.dtype)
+    return jnp.where(((ids != MASK_ID) & (distances > 0))[..., None], embedded, rows)
 
 
 def block_of_rows_and_blocks(config: BLTConfig, segments, blocks: Blocks):

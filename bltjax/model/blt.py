@@ -72,7 +72,7 @@ class BLT(nnx.Module):
     def embed_blocks(self, ids):
         """Embeds the bytes of blocks [B, S, M, K] -> [B, S M K, E], as bytes without n-grams.
 
-        Masked ones are anything; n-grams would need the bytes between them.
+        Masked ones are anything. N-grams of those after them would need the masked bytes.
         """
         embedding = self.local_encoder.tok_embeddings
         return embedding(jnp.maximum(in_rows(ids), 0), self.config.compute_dtype)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from bltjax import sharding
 from bltjax.config import BLTConfig, EntropyModelConfig
 from bltjax.config.model import HASH_TABLES
-from bltjax.model.block_rows import with_mask
+from bltjax.model.block_rows import sources, start_rows
 from bltjax.model.cache import BLTCache, Stack
 from bltjax.model.cross_attention import (
     add_residual,
@@ -170,14 +170,18 @@ def predict_block(config: BLTConfig, params, cache: BLTCache, ids, starts, patch
     """Returns logits float32 [B, T, V] of the bytes of a block, at each place of the byte there.
 
     ids: int32 [B, T], MASK_ID where a byte is to be found. starts: int32 [B], the position of the
-    first. patch_numbers: int32 [B], the last patch that is complete before it. See
-    `model/block_rows.py`; the cache stays as it is.
+    first. patch_numbers: int32 [B], the last patch that is complete before it. Bytes that are known
+    up to the first unknown one have been read. See `model/block_rows.py`; the cache stays as it is.
     """
     decoder, local = params["local_decoder"], config.local_decoder
-    h = _embedding(params["local_encoder"]["tok_embeddings"])(
+    embedded = _embedding(params["local_encoder"]["tok_embeddings"])(
         jnp.maximum(ids, 0), jnp.dtype(config.compute_dtype)
     )
-    h = with_mask(h, ids, decoder[MASK]["weight"])
+    at, distances = sources(starts, ids)
+    h = read_slots(cache.states, at % cache.states.shape[1])
+    if config.skip_projection:
+        h = project(h, decoder["skip_projection"])
+    h = start_rows(h, embedded, ids, distances, decoder[MASK]["weight"])
 
     def attend(q, k, v, kept):
         return block_ring_attention(q, k, v, kept, starts, local.window), kept

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bltjax.config import BLTConfig
-from bltjax.model.block_rows import block_of_rows_and_blocks, in_rows, with_mask
+from bltjax.model.block_rows import block_of_rows_and_blocks, in_rows, sources, start_rows
 from bltjax.model.cross_attention import add_residual, make_cross_layers, wide_to_vectors
 from bltjax.model.parameters import Embedding, Linear, RMSNorm
 from bltjax.model.transformer import block_of_rows, layer_slice, make_blocks, scan_layers
 from bltjax.ops.pooling import take_patches
+from bltjax.ops.slots import read_slots
 
-MASK = "mask_embedding"  # of a byte that blocks do not know
+MASK = "mask_embedding"  # of bytes that blocks do not know, by their distance from a known one
 
 
 class LocalDecoder(nnx.Module):
@@ -44,8 +45,8 @@ class LocalDecoder(nnx.Module):
             config.vocab_size, local.dim, std=local.dim**-0.5, axes=(None, "embed"), key=key_out
         )
         if config.diffusion_block:
-            key_mask = jax.random.fold_in(key_out, 1)
-            self.mask_embedding = Embedding(1, local.dim, std=local.dim**-0.5, key=key_mask)
+            # At 0 an unknown byte begins as the prediction of the byte after the last known one.
+            self.mask_embedding = Embedding(config.diffusion_block, local.dim, std=0.0, key=key_out)
 
     def __call__(self, h, patch_states, patches, segments, blocks=None, embedded=None):
         """Maps h [B, L, E], patch_states [B, P, G] -> logits, states of all layers [N, B, L, E].
@@ -64,7 +65,9 @@ class LocalDecoder(nnx.Module):
         run_block, ids = block_of_rows(local, segments, config), patches.decoder_ids
         if blocks is not None:
             run_block = block_of_rows_and_blocks(config, segments, blocks)
-            rows = with_mask(embedded, in_rows(blocks.ids), self.mask_embedding.weight[...])
+            at, distances = map(in_rows, sources(blocks.starts, blocks.ids))
+            rows = read_slots(h, at), embedded, in_rows(blocks.ids), distances
+            rows = start_rows(*rows, self.mask_embedding.weight[...])
             h, ids = (h, rows), (ids, in_rows(blocks.patch_ids, blocks.ids.shape[-1]))
 
         if not reading.decoder:

@@ -20,6 +20,7 @@ from bltjax.config import PatchingConfig, RunConfig
 from bltjax.config.lora import LoRAConfig
 from bltjax.config.reading import DEVICE_FIELDS
 from bltjax.model import functional
+from bltjax.model.local_decoder import MASK
 from bltjax.model.lora import overlaid, without_adapters
 from bltjax.recipe.entropies import put_entropy_model
 from bltjax.runtime.progress import announced
@@ -149,6 +150,8 @@ def first_params(
         directory.keep_start(stage.name, digest(params))
         if there == stage.model:
             return params
+        if stage.name == "blt" and there.diffusion_block != stage.model.diffusion_block:
+            params["local_decoder"].pop(MASK, None)  # of blocks of another length
         return overlaid(functional.added(stage.model, jax.random.key(stage.training.seed)), params)
 
     return read

@@ -1,9 +1,9 @@
 """The loss of blocks that the decoder fills in (BLT-D, 2026; model.md#blocks).
 
 A block starts where a patch does. Some of its bytes are masked, and the decoder tells them from the
-others, from the bytes before the block, and from the last patch that is complete there. Their loss
-is a bound on the nats of the whole block: that of a masked byte counts 1 / t, where t is the
-probability with which it was masked (Sahoo et al., 2024).
+others, from the bytes before the block, and from the last patch that is complete there. That of a
+masked byte counts 1 / t, where t is the probability with which it was masked: with "random" masks
+their loss is a bound on the nats of the whole block (Sahoo et al., 2024).
 """
 
 import math
@@ -17,7 +17,7 @@ from bltjax.model import functional
 from bltjax.model.block_rows import Blocks, in_rows
 from bltjax.ops.block_attention import num_tiles, tile_length
 from bltjax.ops.cross_entropy import next_byte_nats
-from bltjax.ops.slots import on_shards, read_positions, read_slots, span
+from bltjax.ops.slots import below, on_shards, read_positions, read_slots, span
 from bltjax.patching.buffers import PatchBuffers
 from bltjax.vocabulary import MASK_ID, PAD_ID
 
@@ -83,13 +83,13 @@ def draw_blocks(
         jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
     )
     _, _, learned = bytes_after(batch, everywhere, block)
+    learned &= ~below(jnp.full_like(everywhere, first_masked(config)), block)
     opens = (patches.encoder_ids == patches.decoder_ids) & jnp.any(learned, axis=-1)
     before, stands_for = choose(opens, batch["block_noise"][..., 0], *shape)
     ids, is_there, targets = bytes_after(batch, before, block)
     drawn = read_slots(batch["block_noise"], in_rows(before)).reshape(*before.shape, 2 + block)
     share = drawn[..., 1:2] if config.t_per == "block" else batch["block_noise"][:, :1, None, 1:2]
-    share = config.t_min + (1 - config.t_min) * share
-    masked = drawn[..., 2:] < share
+    masked, probability = draw_masks(config, share, drawn[..., 2:])
     blocks = Blocks(
         starts=before + 1,
         ids=jnp.where(masked | ~is_there, MASK_ID, ids),
@@ -100,27 +100,46 @@ def draw_blocks(
         blocks=jnp.sum(opens, dtype=jnp.float32),
         blocks_taken=jnp.sum(stands_for > 0, dtype=jnp.float32),
     )
-    return blocks, ids, stands_for[..., None] * (masked & targets) / share, counts
+    return blocks, ids, stands_for[..., None] * (masked & targets) / probability, counts
+
+
+def draw_masks(config: DiffusionConfig, share: Array, noise: Array) -> tuple[Array, Array]:
+    """Returns which bytes of blocks are masked, bool [..., K], and with what probability.
+
+    share: float32 [..., 1], noise: float32 [..., K], from 0 to 1.
+    """
+    if config.masks == "random":
+        share = config.t_min + (1 - config.t_min) * share
+        return noise < share, share
+    last = noise.shape[-1] - 1
+    offsets = span(jnp.zeros_like(noise[..., 0]), 0, last + 1)
+    known = 1 + jnp.floor(share * last)
+    return offsets >= known, jnp.maximum(offsets, 1) / last
+
+
+def first_masked(config: DiffusionConfig) -> int:
+    """Returns the first byte of a block that may be masked.
+
+    Decoding draws the one before "prefix" masks from its own distribution.
+    """
+    return 0 if config.masks == "random" else 1
 
 
 def bytes_after(batch: dict, before: Array, block: int) -> tuple[Array, Array, Array]:
     """Returns the `block` ids after each of the positions `before` int32 [B, ...], [B, ..., K].
 
-    Also whether they are there, in the document of that position, and whether they are to be
-    learned too. An id is the target of the position before it.
+    Also whether they are there, in the row and in the document of that position, and whether they
+    are to be learned too.
     """
-    at = span(before, 0, block)
-    length = batch["targets"].shape[1]
+    at = span(before, 1, block + 1)
 
-    def read(values, positions):
-        return read_positions(values, in_rows(positions)).reshape(positions.shape)
+    def read(name, positions):
+        return read_positions(batch[name], in_rows(positions)).reshape(positions.shape)
 
-    ids, documents, is_learned = (
-        read(batch[name], at) for name in ("targets", "document_ids", "loss_mask")
-    )
-    own = read(batch["document_ids"], before)[..., None]
-    is_there = (at < length) & (ids != PAD_ID) & (documents == own)
-    return ids, is_there, is_there & is_learned
+    ids, documents = read("tokens", at), read("document_ids", at)
+    own = read("document_ids", before)[..., None]
+    is_there = (at < batch["tokens"].shape[1]) & (ids != PAD_ID) & (documents == own)
+    return ids, is_there, is_there & read("loss_mask", at - 1)
 
 
 def choose(is_open: Array, noise: Array, tiles: int, blocks: int) -> tuple[Array, Array]:

@@ -104,6 +104,7 @@ def test_whole_numbers_are_floats_and_lists_are_tuples():
 
 
 BLOCKS = dict(blt__diffusion_block=4)
+PREFIX = dict(blt_training__diffusion__masks="prefix")
 SOURCES = (dict(name="a"), dict(name="b", path="b.jsonl"))
 
 # Each: settings, and what the message must say.
@@ -225,6 +226,15 @@ PROBLEMS = [
     (dict(**BLOCKS, blt_training__diffusion__weight=-1.0), "diffusion.weight=-1.0 at least 0"),
     (dict(**BLOCKS, blt_training__diffusion__row_blocks=-1), "diffusion.row_blocks=-1 0"),
     (dict(**BLOCKS, blt_training__diffusion__t_per="byte"), "diffusion.t_per='byte' 'row'"),
+    (dict(**BLOCKS, blt_training__diffusion__masks="all"), "diffusion.masks='all' 'prefix'"),
+    (
+        dict(**BLOCKS, **PREFIX, blt_training__diffusion__t_min=0.2),
+        "blt_training.diffusion.t_min=0.2 prefix 0.1",
+    ),
+    (
+        dict(blt__diffusion_block=1, **PREFIX),
+        "diffusion.masks='prefix' blt.diffusion_block=1 blt_training.diffusion.weight=0",
+    ),
     (
         dict(blt_training__diffusion__t_min=0.2),
         "blt_training.diffusion.t_min=0.2 blt.diffusion_block=0 4",

@@ -71,9 +71,12 @@ def model(name):
 
 
 class Text:
-    """Rows of two documents, their patches, and blocks at any positions of the tiles."""
+    """Rows of two documents, their patches, and blocks at any positions of the tiles.
 
-    def __init__(self, seed, known=0.0):
+    known: the share of the bytes of blocks that are, or the number of the first ones of each.
+    """
+
+    def __init__(self, seed, known=0):
         rng = np.random.default_rng(seed)
         self.tokens = rng.integers(BYTE_OFFSET, 260, (B, L)).astype(np.int32)
         for row, end in zip(self.tokens, rng.integers(5, 9, B), strict=True):
@@ -85,8 +88,10 @@ class Text:
         size = L // S
         places = rng.integers(1, size + 1, (B, S, M)) + np.arange(S)[:, None] * size
         self.starts = np.sort(places, axis=-1).astype(np.int32)
-        ids = rng.integers(BYTE_OFFSET, 260, (B, S, M, K)).astype(np.int32)
-        self.ids = np.where(rng.random(ids.shape) < known, ids, MASK_ID).astype(np.int32)
+        at = self.starts[..., None] + np.arange(K)
+        ids = np.take_along_axis(self.tokens, at.clip(max=L - 1).reshape(B, -1), axis=1)
+        drawn = np.arange(K) < known if isinstance(known, int) else rng.random(at.shape) < known
+        self.ids = np.where(drawn & (at < L), ids.reshape(at.shape), MASK_ID).astype(np.int32)
 
     @functools.cached_property
     def patches(self):
@@ -98,6 +103,15 @@ class Text:
         before = self.starts.reshape(B, -1) - 1
         read = np.take_along_axis(decoder_ids, before, axis=1).reshape(self.starts.shape)
         return self.tokens, self.patches, Blocks(self.starts, self.ids, read)
+
+    def blocks_of(self, row):
+        """The number of each block of a row, its start, and the position of its first masked byte.
+
+        It is -1 where no byte is.
+        """
+        for n, start in enumerate(self.starts[row].reshape(-1)):
+            masked = self.ids[row].reshape(-1, K)[n] == MASK_ID
+            yield n, start, start + int(np.argmax(masked)) if masked.any() else -1
 
     def changed_from(self, row, start, seed):
         """The same text up to a position, other bytes, documents and patches after it."""
@@ -132,22 +146,28 @@ def test_logits_of_blocks_are_those_of_the_page(name):
 
 
 @each
-def test_a_masked_block_is_told_from_nothing_at_its_start_or_later(name):
-    text, own = Text(2), model(name)
+@pytest.mark.parametrize("known", [0, 1, 2, 0.5])
+def test_a_block_is_told_from_nothing_at_its_first_masked_byte_or_later(name, known):
+    """But from the bytes of the block that are known after it, which stay."""
+    text, own = Text(2, known), model(name)
     found = own.logits_of_blocks(text)
     for row in range(B):
-        for n, start in enumerate(text.starts[row].reshape(-1)):
+        for n, start, first in text.blocks_of(row):
+            if first < 0:
+                continue
             for seed in (3, 4):
-                later = own.logits_of_blocks(text.changed_from(row, start, seed))
+                later = own.logits_of_blocks(text.changed_from(row, first, seed))
                 np.testing.assert_array_equal(later[row, n], found[row, n])
-            earlier = own.logits_of_blocks(text.changed_from(row, start - 1, 3))
-            assert (np.abs(earlier[row, n] - found[row, n]).max(axis=-1) > 1e-4).all()
+            for before in {first - 1, start - 1}:
+                earlier = own.logits_of_blocks(text.changed_from(row, before, 3))
+                assert (np.abs(earlier[row, n] - found[row, n]).max(axis=-1) > 1e-4).all()
 
 
 @each
-def test_no_gradient_reaches_a_masked_block_from_its_start_or_later(name):
+@pytest.mark.parametrize("known", [0, 2])
+def test_no_gradient_reaches_a_block_from_its_first_masked_byte_or_later(name, known):
     """By the embeddings of all bytes: through encoder states, patches and latents."""
-    text, own = Text(5), model(name)
+    text, own = Text(5, known), model(name)
     tokens, patches, blocks = text.inputs
     weights = np.random.default_rng(0).normal(size=(K, 260)).astype(np.float32)
 
@@ -165,9 +185,9 @@ def test_no_gradient_reaches_a_masked_block_from_its_start_or_later(name):
 
     places = [x.reshape(-1) for x in np.mgrid[:B, : S * M]]
     for row, n, reached in zip(*places, np.asarray(gradient(*places)), strict=True):
-        start = text.starts[row].reshape(-1)[n]
-        assert (reached[row, start:] == 0).all() and (reached[1 - row] == 0).all()
-        assert reached[row, start - 1] > 1e-4
+        _, start, first = list(text.blocks_of(row))[n]
+        assert (reached[row, first:] == 0).all() and (reached[1 - row] == 0).all()
+        assert (reached[row, start - 1 : first] > 1e-4).all()
 
 
 @each
@@ -187,11 +207,17 @@ def test_bytes_do_not_see_blocks(name):
 
 
 def test_all_of_a_block_is_told_together():
-    """A byte of a block changes what is said of those before it and after it."""
-    text, own = Text(7, known=1.0), model("released")
-    found = own.logits_of_blocks(text)
-    for k in range(K):
-        other = Text(7, known=1.0)
-        other.ids[:, :, 0, k] = BYTE_OFFSET + (other.ids[:, :, 0, k] - BYTE_OFFSET + 1) % 256
+    """A byte after a masked one changes what is said of those before it and after it."""
+
+    def text():
+        found = Text(7)
+        found.ids[..., 1:] = BYTE_OFFSET + np.arange(M * (K - 1)).reshape(M, -1)
+        return found
+
+    own = model("released")
+    found = own.logits_of_blocks(text())
+    for k in range(1, K):
+        other = text()
+        other.ids[:, :, 0, k] += 1
         apart = np.abs(own.logits_of_blocks(other) - found).max(axis=-1).reshape(B, S, M, K)
         assert (apart[:, :, 0] > 1e-5).all() and (apart[:, :, 1] == 0).all()

@@ -249,6 +249,29 @@ def test_blocks_of_the_source_are_kept_and_others_may_be_learned(with_blocks, co
         filled(given, source.entropy_model, plain, source.patching)
 
 
+def test_blocks_of_another_length_are_learned_anew(with_blocks, config, tmp_path):
+    """From the vectors of nothing, for those of the source are of other distances."""
+    _, source = with_blocks
+    given = config(source.path, **{"blt.diffusion_block": 2, "blt_training.steps": 1})
+    given = dataclasses.replace(given, stages=("blt",))
+    found, before = params_of(train(given, tmp_path / "run").path), params_of(source.path)
+    assert found[MASK].shape == (2, before[MASK].shape[1]) and len(before[MASK]) == 3
+    assert np.abs(found[MASK]).max() < np.abs(before[MASK]).max()
+
+
+def test_blocks_of_earlier_versions_are_refused(with_blocks, tmp_path):
+    """Which had a single vector."""
+    _, directory = with_blocks
+    with jax.set_mesh(sharding.make_mesh()):
+        weights = formats.read(directory.path)
+        decoder = weights.params["blt"]["local_decoder"]
+        mask = decoder["mask_embedding"]
+        mask["weight"] = read_all(mask["weight"])[:1]
+        formats.plan(weights, "bltjax").write(tmp_path / "earlier")
+        with pytest.raises(ValueError, match=r"\[1, 32\].*\[3, 32\].*: train those blocks again"):
+            formats.read(tmp_path / "earlier")
+
+
 def test_a_source_that_changed_is_noticed(sources, config, tmp_path):
     """Where the run was killed before it had anything of its own."""
     source = shutil.copytree(sources["hf"], tmp_path / "source")

@@ -66,21 +66,30 @@ def drawing(shape, **options):
     return draw
 
 
-def by_loops(batch, shape, t_min, t_per):
+def masks_of(noise, share, masks, t_min):
+    """Which bytes of a block are masked, and with what probability each."""
+    if masks == "random":
+        t = t_min + (1 - t_min) * share
+        return noise < t, np.full(K, t)
+    known = 1 + int(share * (K - 1))
+    return np.arange(K) >= known, np.float64([1, *(np.arange(1, K) / (K - 1))])
+
+
+def by_loops(batch, shape, masks, t_min, t_per):
     """Of each row and tile: {start: (ids, masked ones MASK_ID; weights)}; and the counts."""
     (tiles, blocks), size, found = shape, tile_length(L, shape[0]), {}
     number_of_targets = number = 0
     for b in range(B):
-        tokens, targets = batch["tokens"][b], batch["targets"][b]
+        tokens = np.append(batch["tokens"][b], [PAD_ID] * K)
         starts = set(np.cumsum(batch["patch_lengths"][b])[batch["patch_lengths"][b] > 0])
         own, learned, noise = (batch[x][b] for x in ("document_ids", "loss_mask", "block_noise"))
         possible = {}
         for start in range(1, L + 1):
             inside = [
-                at < L and own[at] == own[start - 1] and targets[at] != PAD_ID
-                for at in range(start - 1, start - 1 + K)
+                tokens[at] != PAD_ID and own[at] == own[start - 1] for at in range(start, start + K)
             ]
             counted = [i and learned[start - 1 + k] for k, i in enumerate(inside)]
+            counted[0] &= masks == "random"
             if start in starts and any(counted):
                 possible[start] = inside, counted
         number += len(possible)
@@ -90,25 +99,30 @@ def by_loops(batch, shape, t_min, t_per):
             taken = sorted(of_tile, key=lambda n: -noise[n - 1, 0])[:blocks]
             for start in taken:
                 inside, counted = possible[start]
-                t = t_min + (1 - t_min) * noise[start - 1 if t_per == "block" else 0, 1]
-                masked = noise[start - 1, 2:] < t
-                there = targets[start - 1 : start - 1 + K]  # a document may go on in a later row
-                there = np.append(there, [PAD_ID] * (K - len(there)))
-                for k in np.flatnonzero(inside):
-                    at = start + k
-                    assert at >= L or tokens[at] in (there[k], PAD_ID)
-                ids = np.where(masked | ~np.array(inside), MASK_ID, there)
+                share = noise[start - 1 if t_per == "block" else 0, 1]
+                masked, t = masks_of(noise[start - 1, 2:], share, masks, t_min)
+                ids = np.where(masked | ~np.array(inside), MASK_ID, tokens[start : start + K])
                 weights = len(of_tile) / len(taken) * (masked & counted) / t
                 found[b, s, start] = ids, weights
     return found, number, number_of_targets
 
 
-@pytest.mark.parametrize("shape, t_per", [((3, 4), "block"), ((5, 2), "row"), ((1, 100), "block")])
-def test_draws_are_those_of_a_loop(shape, t_per):
+@pytest.mark.parametrize(
+    "shape, masks, t_per",
+    [
+        ((3, 4), "random", "block"),
+        ((5, 2), "random", "row"),
+        ((1, 100), "random", "block"),
+        ((3, 4), "prefix", "row"),
+        ((1, 100), "prefix", "block"),
+    ],
+)
+def test_draws_are_those_of_a_loop(shape, masks, t_per):
     for seed in range(3):
         batch = with_noise(rows(), seed)
-        blocks, targets, weights, counts = drawing(shape, t_min=0.3, t_per=t_per)(batch)
-        expected, number, number_of_targets = by_loops(batch, shape, 0.3, t_per)
+        draw = drawing(shape, masks=masks, t_min=0.3, t_per=t_per)
+        blocks, targets, weights, counts = draw(batch)
+        expected, number, number_of_targets = by_loops(batch, shape, masks, 0.3, t_per)
         assert (counts["blocks"], counts["block_targets"]) == (number, number_of_targets)
         decoder_ids = np.asarray(buffers_from_lengths(batch["patch_lengths"], L).decoder_ids)
         seen = set()
@@ -150,9 +164,13 @@ def test_every_place_is_as_likely(seed):
     assert (mean[~is_open[0]] == 0).all()
 
 
-def test_masked_bytes_weigh_one_on_average():
-    """All blocks are drawn; of a byte, 1 / t has a variance of (log(1 / 0.1) / 0.9) - 1 = 1.56."""
-    number, draw = 300, drawing((1, 100), t_min=0.1)
+@pytest.mark.parametrize("masks", ["random", "prefix"])
+def test_masked_bytes_weigh_one_on_average(masks):
+    """All blocks are drawn; of a byte, 1 / t has a variance of (log(1 / 0.1) / 0.9) - 1 = 1.56.
+
+    That of prefixes is 1 at most.
+    """
+    number, draw = 300, drawing((1, 100), masks=masks, t_min=0.1)
     total = np.zeros((B, L + 1, K))
     for seed in range(number):
         blocks, _, weights, counts = draw(with_noise(rows(), seed))

@@ -113,6 +113,7 @@ def test_killed_while_it_learns_blocks(command, tmp_path):
         "--config.stages=('blt',)",
         "--config.patching.rule=space",
         "--config.blt.diffusion_block=3",
+        "--config.blt_training.diffusion.masks=prefix",
         "--config.blt_training.diffusion.t_per=row",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
