@@ -48,7 +48,7 @@ class BlockDrafts:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether all of a block is kept of the first pass."""
+        """Tells whether all of a block is kept of the first pass."""
         return self.confidence == 0 and self.entropy_bound is None
 
 
