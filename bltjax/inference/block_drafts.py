@@ -190,7 +190,7 @@ def _choose(blocks, logits, is_masked, is_last):
         is_sure = jnp.cumsum(doubt, axis=-1) <= blocks.entropy_bound
     else:
         is_sure = jnp.cumprod(jnp.exp(-doubt) > blocks.confidence, axis=-1).astype(bool)
-    kept = is_sure | ((rank == 0) & ~is_last)
+    kept = is_sure | ((rank == 0) & jnp.logical_not(is_last))
     return is_masked & jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
 
 
