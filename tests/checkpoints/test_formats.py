@@ -93,6 +93,6 @@ def test_rows_of_training_go_through_hugging_faces_format(tmp_path):
 @pytest.mark.parametrize("value", ["a", 4, None, 2**40])
 def test_rows_that_nothing_can_be_scored_in_are_one_problem(tmp_path, value):
     directories.hub(tmp_path / "hf", "hf_A_1b_like", bltjax_row_bytes=value)
-    with pytest.raises(WeightsError, match=r"- config\.bltjax_row_bytes") as raised:
+    with pytest.raises(WeightsError, match=r": config\.bltjax_row_bytes") as raised:
         formats.read(tmp_path / "hf")
     assert len(raised.value.problems) == 1

@@ -48,7 +48,7 @@ class FakeModel:
 
 
 def run(*arguments, stdin=b""):
-    command = [sys.executable, "-c", STAND_IN, "--checkpoint=somewhere", *arguments]
+    command = [sys.executable, "-c", STAND_IN, "--checkpoint=docs", *arguments]
     return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True)
 
 
@@ -87,7 +87,7 @@ def test_bytes_alone_and_prompts_from_files(tmp_path):
     "locale", [{}, dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=["utf-8", "C"]
 )
 def test_what_is_typed_stays_bytes_and_a_terminal_is_not_steered(locale):
-    command = [sys.executable, "-c", STAND_IN, "--checkpoint=a", b"--prompt=\x1b[2J\xff\xc3\xa9"]
+    command = [sys.executable, "-c", STAND_IN, "--checkpoint=docs", b"--prompt=\x1b[2J\xff\xc3\xa9"]
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*command, b"--stop=s\xff", "--stop=é"], cwd=ROOT, stdout=theirs, env=os.environ | locale

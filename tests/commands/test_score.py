@@ -36,8 +36,8 @@ ROOT = Path(__file__).parents[2]
 STAND_IN = """
 import atexit, runpy, sys, types
 def load(path, *, entropy_model, adapter, dtype, bf16_compat, on_progress):
-    if path == "missing":
-        raise ValueError("no weights in missing:\\n* config.json")
+    if path == "launch":
+        raise ValueError("no weights in launch:\\n* config.json")
     print("loaded", path, entropy_model, dtype, file=sys.stderr)
     from tests.commands.test_score import FakeModel
     model = FakeModel()
@@ -97,11 +97,11 @@ def run(name, *arguments, stdin=b""):
 
 def test_score_prints_a_table_and_json_in_the_last_line():
     code, out, err = run(
-        *("score", "--checkpoint=DIR", "--entropy_model=E", "--dtype=bfloat16", "--input=-"),
+        *("score", "--checkpoint=docs", "--entropy_model=tests", "--dtype=bfloat16", "--input=-"),
         *("--lines", "--show_patches"),
         stdin=b"two words\n\n\xc3\xa9 \xff\x1b[1m\n",
     )
-    assert code == 0 and err == ["loaded DIR E bfloat16", "[{}]"]
+    assert code == 0 and err == ["loaded docs tests bfloat16", "[{}]"]
     assert out[0].split() == ["document", "bytes", "patches", "nats", "bits/byte"]
     assert out[1].split() == ["1", "9", "3", "3.119", "0.5000"]
     assert out[2].split() == ["2", "0", "2", "0.000", "-"]
@@ -273,8 +273,8 @@ def test_evaluate_prints_json_in_the_last_line(corpus):
     name = os.fsdecode(b"caf\xe9")  # no UTF-8
     (corpus / name).mkdir()
     (corpus / name / "x").write_bytes(b"")
-    code, out, err = run("evaluate", "--checkpoint=DIR", f"--data={corpus}", "--row_bytes=64")
-    assert code == 0 and err[0] == "loaded DIR None None" and "could not" in err[1]
+    code, out, err = run("evaluate", "--checkpoint=docs", f"--data={corpus}", "--row_bytes=64")
+    assert code == 0 and err[0] == "loaded docs None None" and "could not" in err[1]
     assert "left out of data: 2 files" in err[2] and err[3:] == ["[{'row_bytes': 64}]"]
     assert out[3].split()[:3] == ["caf\\xe9", "1", "0"]
     result = json.loads(out[-1], parse_constant=pytest.fail)
@@ -288,12 +288,13 @@ def test_evaluate_prints_json_in_the_last_line(corpus):
 @pytest.mark.parametrize(
     "name, arguments, wanted",
     [
-        ("score", ["--checkpoint=DIR"], "give --checkpoint=DIR and --input=FILE"),
+        ("score", ["--checkpoint=docs"], "give --checkpoint=DIR and --input=FILE"),
         ("evaluate", ["--data=."], "give --checkpoint=DIR and --data=PATH"),
-        ("score", ["--checkpoint=DIR", "--input=/no/such/file"], "/no/such/file"),
-        ("evaluate", ["--checkpoint=DIR", "--data=/no/such/path"], "/no/such/path"),
-        ("score", ["--checkpoint=missing", "--input=README.md"], "no weights in missing: * config"),
-        ("evaluate", ["--checkpoint=missing", "--data=README.md"], "no weights in missing"),
+        ("score", ["--checkpoint=docs", "--input=/no/such/file"], "/no/such/file"),
+        ("evaluate", ["--checkpoint=docs", "--data=/no/such/path"], "/no/such/path"),
+        ("score", ["--checkpoint=launch", "--input=README.md"], "no weights in launch: * config"),
+        ("evaluate", ["--checkpoint=launch", "--data=README.md"], "no weights in launch"),
+        ("evaluate", ["--checkpoint=gone", "--data=README.md"], "no directory gone: give one with"),
         ("score", ["stray"], "unexpected argument 'stray'"),
         ("evaluate", ["stray"], "unexpected argument 'stray'"),
         ("score", ["--inputt=x"], "inputt"),
