@@ -29,6 +29,7 @@ from bltjax.inference.row_state import (
 )
 from bltjax.inference.sampling import draw, row_keys
 from bltjax.inference.self_speculation import accept
+from bltjax.model.block_rows import num_known
 from bltjax.ops.slots import below, on_rows, read_positions, span, write_positions
 from bltjax.vocabulary import MASK_ID
 
@@ -45,7 +46,7 @@ def block_step(shape: ProgramShape, params, request, progress: Progress) -> Prog
     ids, log_q, fills = _fill_in(
         shape, params, request, progress._replace(state=state), starts, known
     )
-    filled = below(_first_masked(ids) - known, size - 1)
+    filled = below(num_known(ids) - known, size - 1)
     drafted = filled & at_work[:, None]  # after the next byte
     progress = progress._replace(num_fills=progress.num_fills + fills)
     drafts, log_q = _shift(ids, known, size - 1), _shift(log_q, known, size - 1)
@@ -192,11 +193,6 @@ def _choose(blocks, logits, is_masked, is_last):
         is_sure = jnp.cumprod(jnp.exp(-doubt) > blocks.confidence, axis=-1).astype(bool)
     kept = is_sure | ((rank == 0) & jnp.logical_not(is_last))
     return is_masked & jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-
-
-def _first_masked(ids):
-    """Returns int32 [B]: how many ids [B, K] there are before the first MASK_ID."""
-    return jnp.cumprod(ids != MASK_ID, axis=-1, dtype=jnp.int32).sum(axis=-1)
 
 
 def _seen_with(shape: ProgramShape, request, progress: Progress, new, count):

@@ -40,6 +40,11 @@ def in_rows(x, block: int = 1):
     return x.reshape(len(x), -1)
 
 
+def num_known(ids):
+    """Returns int32 [...]: how many ids [..., K] there are before the first MASK_ID."""
+    return jnp.cumprod(ids != MASK_ID, axis=-1, dtype=jnp.int32).sum(axis=-1)
+
+
 def sources(starts, ids):
     """Returns positions int32 [..., K] whose encoder states the rows of blocks start from.
 
@@ -47,7 +52,7 @@ def sources(starts, ids):
     first unknown one; all later rows start from the last of these, or from the byte before the
     block. starts: int32 [...]; ids: int32 [..., K].
     """
-    known = jnp.cumprod(ids != MASK_ID, axis=-1, dtype=jnp.int32).sum(axis=-1, keepdims=True)
+    known = num_known(ids)[..., None]
     offsets = span(jnp.zeros_like(starts), 0, ids.shape[-1])
     last = jnp.minimum(offsets, known - 1)
     return starts[..., None] + last, offsets - last
