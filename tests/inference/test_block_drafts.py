@@ -157,6 +157,7 @@ def test_greedy_text_of_two_hundred_prompts(mesh):
             assert found == plain, size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -212,6 +213,7 @@ def test_drafts_end_before_what_is_not_sure(filling):
     assert fewer.accepted <= fewer.in_patch <= fewer.drafted
 
 
+@pytest.mark.long
 def test_budgets_stops_and_many_patches(filling):
     whole, _ = filling.generate([b"abc"], 30)
     stops = [whole[0][9:12], whole[0][20:21] + b"never"]
