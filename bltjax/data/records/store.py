@@ -163,7 +163,7 @@ def _unchanged(directory: Path, tasks: list[Task], data: DataConfig) -> list[Tas
     now = {
         task.name: source_files.states(task.unit)
         for task, chunks in zip(tasks, writing.chunks_of_all(directory, tasks), strict=True)
-        if not (chunks and chunks[-1]["last"])
+        if not writing.is_whole(chunks)
     }
     paths: set[str] = set()
     for task in tasks:
@@ -333,7 +333,7 @@ def _index(stored: dict, tasks: Sequence[Task], directory: Path) -> dict:
     shards, bad = [], {name: (0, []) for name in stored["units"]}
     for task, chunks in zip(tasks, writing.chunks_of_all(directory, tasks), strict=True):
         count, first = bad[task.source.name]
-        if not (chunks and chunks[-1]["last"]):
+        if not writing.is_whole(chunks):
             raise Unfinished(directory, f"a part of {task.name} is missing")
         for chunk in chunks:
             shards += chunk["shards"]

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def record_units(
 
     share(
         tasks,
-        is_done=lambda task: is_whole(directory, task),
+        is_done=lambda task: is_whole(chunks(directory, task)),
         do=record,
         lock=lambda task: lock_of(directory, task.name),
     )
@@ -126,8 +126,9 @@ def check_unit(directory: Path, task: Task, data: DataConfig, paths: list[str]):
         num_read = content["records"]
 
 
-def is_whole(directory: Path, task: Task) -> bool:
-    return any(content["last"] for content in chunks(directory, task))
+def is_whole(found: Iterable[dict]) -> bool:
+    """Tells whether the chunks of a unit go to its end."""
+    return any(content["last"] for content in found)
 
 
 def chunks_of_all(directory: Path, tasks: Sequence[Task]) -> Iterator[list[dict]]:
