@@ -1,10 +1,11 @@
 """A server under load: `python benchmarks/serving.py --checkpoint=demo`.
 
-Starts `bltjax serve` in a process of its own and lets 1, 2, 4, ... clients ask it over loopback,
-each for one text after the other, streamed. Prompts are pieces of Python's library of 32 to 256
-bytes, texts of 16 to 128 bytes, drawn from a seed. Requests a second, bytes a second, and the time
-to the first byte (median and 95%) of each number of clients; `alone` is how many times the bytes a
-second of one client. Prints a table and, last, a JSON line; --png draws it.
+Starts `bltjax serve` in a process of its own, waits until it has compiled what usual requests need,
+and lets 1, 2, 4, ... clients ask it over loopback, each for one text after the other, streamed.
+Prompts are pieces of Python's library of 32 to 256 bytes, texts of 16 to 128 bytes, drawn from a
+seed. Requests a second, bytes a second, and the time to the first byte (median and 95%) of each
+number of clients; `alone` is how many times the bytes a second of one client. Prints a table and,
+last, a JSON line; --png draws it.
 
     python benchmarks/serving.py --checkpoint=demo --png=benchmarks/serving.png
 """
@@ -16,6 +17,7 @@ import random
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +47,7 @@ def main(_):
             if " at http" not in line:
                 cli.fail(f"the server did not start: {line!r}")
             address = line.rsplit(" at ", 1)[1].strip()
-            asyncio.run(measure(address, max(map(int, chosen.clients)), 2))  # compiles
+            wait_until_warm(address)
             for clients in map(int, chosen.clients):
                 rows.append(asyncio.run(measure(address, clients, chosen.each)))
                 rows[-1]["alone"] = rows[-1]["bytes/s"] / rows[0]["bytes/s"]
@@ -57,7 +59,14 @@ def main(_):
     if chosen.png:
         draw(rows, chosen.png)
     options = dict(checkpoint=chosen.checkpoint, rows=chosen.rows, each=chosen.each)
-    measuring.print_result("serving", options=options, rows=rows)
+    versions = dict(jax=version("jax"), uvicorn=version("uvicorn"))
+    measuring.print_result("serving", versions=versions, options=options, rows=rows)
+
+
+def wait_until_warm(address: str):
+    """Returns when the server has compiled what usual requests need."""
+    while httpx.get(f"{address}/health").status_code != 200:
+        time.sleep(0.5)
 
 
 async def measure(address: str, clients: int, each: int) -> dict:

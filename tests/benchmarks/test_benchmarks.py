@@ -207,6 +207,19 @@ def test_mfu_finds_where_the_time_goes():
 
 
 @pytest.mark.slow
+def test_serving_measures_clients_of_a_server(tmp_path):
+    pytest.importorskip("uvicorn", reason="the server needs bltjax[serve]")
+    picture = tmp_path / "serving.png"
+    result = run("serving.py", "--clients=1,3", "--each=2", "--threads=1", f"--png={picture}")
+    one, three = result["rows"]
+    assert (one["clients"], three["clients"]) == (1, 3) and one["refused"] == three["refused"] == 0
+    assert one["requests/s"] == pytest.approx(2 / one["seconds"])
+    assert three["requests/s"] == pytest.approx(6 / three["seconds"])
+    assert three["alone"] == pytest.approx(three["bytes/s"] / one["bytes/s"])
+    assert picture.stat().st_size > 0
+
+
+@pytest.mark.slow
 def test_train_step_and_its_peer_compute_the_same_in_turns():
     pytest.importorskip("torch", reason="the peer needs torch==2.13.0 (CPU)")
     pytest.importorskip("transformers", reason="the peer is transformers>=5.23")
