@@ -41,6 +41,8 @@ def description(root_path: str = "") -> dict:
     for path, (summary, fields, required) in POSTS.items():
         content = {"application/json": dict(schema=schema(fields, required))}
         answers = {"200": _response("the answer")} | refusals
+        if any(field.name == "stream" for field in fields):
+            answers["200"]["content"]["text/event-stream"] = {}
         body = dict(required=True, content=content)
         paths[path] = dict(post=dict(summary=summary, requestBody=body, responses=answers))
     for path, (summary, kind) in GETS.items():

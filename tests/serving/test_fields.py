@@ -96,6 +96,14 @@ def test_the_description_is_a_schema_of_every_field():
     assert not validator.is_valid(dict(stop="a")) and not validator.is_valid(dict(messages=[]))
 
 
+def test_what_streams_says_so():
+    for path, operations in description()["paths"].items():
+        if "post" in operations:
+            kinds = set(operations["post"]["responses"]["200"]["content"])
+            streams = path.endswith("completions")
+            assert kinds == {"application/json"} | ({"text/event-stream"} if streams else set())
+
+
 def listed(title):
     """Rows of the table below a heading of the page of serving."""
     page = (ROOT / "docs" / "serving.md").read_text()
