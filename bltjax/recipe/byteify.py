@@ -68,6 +68,7 @@ def byteify(
     *,
     sizes: LocalSizes = LocalSizes(),
     vocabulary_steps: int = 0,
+    space_first: bool = False,
     tokenizer: str | Path | None = None,
     entropy_model: str | Path | None = None,
     drop_rope_scaling: bool = False,
@@ -78,6 +79,7 @@ def byteify(
 
     source: a directory of Hugging Face's with a model of the Llama family, or a GGUF file.
     vocabulary_steps: in which the fresh encoder learns what the source has for its words; 0: none.
+    space_first: the patches of these words begin with a space, in the place of one at their end.
     tokenizer: a directory or a tokenizer.json, of those words; default: the source's own.
     entropy_model: a directory whose entropy model, rule and threshold place the patches; without
     one they end with words. drop_rope_scaling: positions are not scaled as the source does. seed:
@@ -94,7 +96,9 @@ def byteify(
         )
         words = None
         if vocabulary_steps:
-            words = _words(model, llama.local_path(tokenizer) if tokenizer else read_from)
+            words = _words(
+                model, llama.local_path(tokenizer) if tokenizer else read_from, space_first
+            )
         params, patch_size = _matched(config, _fresh(config, seed), size, seed)
         distance = None
         if words:
@@ -166,9 +170,10 @@ def _entropy_model(directory: Path) -> Weights:
     return found
 
 
-def _words(model: llama.TokenModel, path: Path) -> tuple[Words, np.ndarray]:
+def _words(model: llama.TokenModel, path: Path, space_first: bool) -> tuple[Words, np.ndarray]:
     """Returns the words of the source, and its embeddings of them. Raises ValueError."""
-    words = words_of(tokenizer_of(path, f"the tokenizer in {path}", "--tokenizer", model).pieces)
+    tokenizer = tokenizer_of(path, f"the tokenizer in {path}", "--tokenizer", model)
+    words = words_of(tokenizer.pieces, space_first)
     return words, np.asarray(read_all(model.embeddings), np.float32)[words.ids]
 
 

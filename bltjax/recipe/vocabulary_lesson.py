@@ -36,6 +36,11 @@ class Words:
 
     ids: np.ndarray  # int64 [W], of the source, in rising order
     texts: list[bytes]  # without the space before them
+    space_first: bool = False  # their patches begin with it too; else they end with a space
+
+    def patch(self, word: int) -> bytes:
+        """Returns the bytes of the patch of a word."""
+        return b" " + self.texts[word] if self.space_first else self.texts[word] + b" "
 
     @functools.cached_property
     def shares(self) -> np.ndarray:
@@ -45,15 +50,17 @@ class Words:
 
 
 class Rows(NamedTuple):
-    """Rows of drawn words; a patch is a word and the space after it."""
+    """Rows of drawn words; a patch is a word and its space."""
 
     tokens: np.ndarray  # int32 [B, L]
     lengths: np.ndarray  # int32 [B, P], of patches, the first of which is BOS
     words: np.ndarray  # int32 [B, P], place of the word in `Words`, -1: none
 
 
-def words_of(pieces: dict[int, bytes]) -> Words:
+def words_of(pieces: dict[int, bytes], space_first: bool = False) -> Words:
     """Returns the words among tokens, given the bytes of each id: those with a space before them.
+
+    space_first: see `Words`.
 
     Raises ValueError where there are none.
     """
@@ -66,7 +73,7 @@ def words_of(pieces: dict[int, bytes]) -> Words:
         raise ValueError(
             "no token of the source is a word with a space before it: give vocabulary_steps=0"
         )
-    return Words(np.array(list(found)), list(found.values()))
+    return Words(np.array(list(found)), list(found.values()), space_first)
 
 
 def learn_words(
@@ -108,7 +115,7 @@ def drawn_rows(words: Words, rng: np.random.Generator) -> Rows:
     for row, chosen in enumerate(drawn):
         end = 1
         for column, word in enumerate(chosen, 1):
-            text = words.texts[word] + b" "
+            text = words.patch(word)
             if end + len(text) > ROW_BYTES:
                 break
             tokens[row, end : end + len(text)] = np.frombuffer(text, np.uint8) + BYTE_OFFSET

@@ -41,9 +41,13 @@ def test_words_are_tokens_with_one_space_which_comes_first(pieces):
     assert list(words.ids) == sorted(expected)
 
 
-@given(st.lists(st.binary(min_size=1, max_size=63), min_size=1, max_size=9), st.integers(0, 99))
-def test_patches_of_drawn_rows_are_words_and_a_space(texts, seed):
-    words = vocabulary_lesson.Words(np.arange(len(texts)), texts)
+@given(
+    st.lists(st.binary(min_size=1, max_size=63), min_size=1, max_size=9),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_patches_of_drawn_rows_are_words_and_a_space(texts, space_first, seed):
+    words = vocabulary_lesson.Words(np.arange(len(texts)), texts, space_first)
     rows = drawn_rows(words, np.random.default_rng(seed))
     for tokens, lengths, places in zip(*rows, strict=True):
         assert tokens[0] == BOS_ID and lengths[0] == 1 and places[0] == -1
@@ -52,7 +56,9 @@ def test_patches_of_drawn_rows_are_words_and_a_space(texts, seed):
         assert len(found) and list(found) == list(range(1, 1 + len(found)))
         for patch in found:
             data = tokens[ends[patch] - lengths[patch] : ends[patch]] - BYTE_OFFSET
-            assert data.astype(np.uint8).tobytes() == texts[places[patch]] + b" "
+            text = texts[places[patch]]
+            expected = b" " + text if space_first else text + b" "
+            assert data.astype(np.uint8).tobytes() == expected
         assert (lengths[found[-1] + 1 :] == 0).all() and not tokens[ends[-1] :].any()
 
 
