@@ -90,8 +90,7 @@ def learn_words(
     embeddings: float32 [W, G], of the words. The distance of a patch is its mean square distance to
     the embedding, over the mean square of all embeddings: nothing but zeros would have 1.
     """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, max(1, int(WARMUP * steps)), steps)
-    optimizer = optax.adam(schedule)
+    optimizer = optax.adam(rate_schedule(steps))
     embeddings = jnp.asarray(embeddings, jnp.float32)
     state, params = optimizer.init(params), jax.tree.map(jnp.asarray, params)
     rng, distances = np.random.default_rng(seed), []
@@ -103,6 +102,12 @@ def learn_words(
             distances.append(distance)
             bar.update(1)
     return jax.tree.map(np.asarray, params), float(np.mean(distances[-LAST_STEPS:]))
+
+
+def rate_schedule(steps: int) -> optax.Schedule:
+    """Returns the rate of each of so many steps, at least 1."""
+    warmup = min(max(1, int(WARMUP * steps)), steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0, RATE, warmup, steps)
 
 
 def drawn_rows(words: Words, rng: np.random.Generator) -> Rows:

@@ -68,6 +68,13 @@ def test_frequent_words_are_drawn_more_often():
     assert (drawn == 0).sum() > 20 * (drawn == 1).sum() > 0
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 40])
+def test_lessons_of_few_steps_have_rates(steps):
+    schedule = vocabulary_lesson.rate_schedule(steps)
+    rates = np.array([schedule(step) for step in range(steps)])
+    assert rates.max() == pytest.approx(vocabulary_lesson.RATE) and (rates >= 0).all()
+
+
 @pytest.mark.long
 def test_patches_of_words_become_the_embeddings_of_the_source(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers", reason="the extra tokens")
