@@ -93,9 +93,13 @@ def bars(
     """
     places = list(dict.fromkeys(place for values in groups.values() for place in values))
     figure, axes = _figure(width=max(6.5, min(12, 0.4 * len(places))))
-    wide = 0.8 / len(groups)
+    there = {place: [name for name in groups if place in groups[name]] for place in places}
+    wide = 0.8 / max(map(len, there.values()))
     for i, (name, values) in enumerate(groups.items()):
-        at = [places.index(place) + wide * (i - (len(groups) - 1) / 2) for place in values]
+        at = [
+            places.index(place) + wide * (there[place].index(name) - (len(there[place]) - 1) / 2)
+            for place in values
+        ]
         axes.bar(at, list(values.values()), wide, label=name, color=COLOURS[i % len(COLOURS)])
     if chance is not None:
         axes.axhline(chance, color="black", ls="--", lw=1.5, label=f"chance, {chance:g}")
