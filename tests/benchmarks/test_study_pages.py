@@ -246,15 +246,16 @@ def test_what_is_kept_is_what_the_studies_make(tmp_path, monkeypatch):
     """The pages follow from the results beside them; legends of their pictures hide nothing."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure))
-    for study in (ablations, blocks, fixed_inference, multilingual, robustness, scaling):
+    studies = ablations, blocks, fixed_inference, languages, multilingual, robustness, scaling
+    for study in studies:
         kept = Path(study.__file__).parent / "results" / study.__name__.rpartition(".")[2]
         rows, more = pages.read_csv(kept / "results.csv"), []
-        if study is multilingual:
+        if study in (languages, multilingual):
             more = [pages.read_csv(kept / "languages.csv")]
         if study is robustness:
             more = [json.loads((kept / "robustness.json").read_text())]
         study.report(rows, *more, tmp_path)
         assert (tmp_path / "README.md").read_text() == (kept / "README.md").read_text()
-    assert len(figures) == 10
+    assert len(figures) == 12
     for figure in figures:
         assert not collisions(figure)
