@@ -65,8 +65,9 @@ def main(_):
 
 def wait_until_warm(address: str):
     """Returns when the server has compiled what usual requests need."""
-    while httpx.get(f"{address}/health").status_code != 200:
+    while (answer := httpx.get(f"{address}/health")).status_code == 503:
         time.sleep(0.5)
+    answer.raise_for_status()
 
 
 async def measure(address: str, clients: int, each: int) -> dict:
