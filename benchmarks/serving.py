@@ -65,7 +65,7 @@ def main(_):
 
 def wait_until_warm(address: str):
     """Returns when the server has compiled what usual requests need."""
-    while (answer := httpx.get(f"{address}/health")).status_code == 503:
+    while "warming_up" in (answer := httpx.get(f"{address}/health")).text:
         time.sleep(0.5)
     answer.raise_for_status()
 
